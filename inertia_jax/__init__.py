@@ -1,0 +1,46 @@
+"""Smaller and faster convolutional networks in JAX."""
+
+from inertia_jax import ops
+from inertia_jax.checkpoint import (
+    CheckpointDamagedError,
+    load_checkpoint,
+    save_checkpoint,
+)
+from inertia_jax.cost import CostTable, LayerCost, count_cost
+from inertia_jax.interop import load_torch, to_torch
+from inertia_jax.models import MODEL_NAMES, create_model, init_variables
+from inertia_jax.plan import (
+    Conv,
+    Fixed,
+    Inertial,
+    Learned,
+    LowRank,
+    Plan,
+    Rate,
+    Tucker2,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MODEL_NAMES",
+    "CheckpointDamagedError",
+    "Conv",
+    "CostTable",
+    "Fixed",
+    "Inertial",
+    "LayerCost",
+    "Learned",
+    "LowRank",
+    "Plan",
+    "Rate",
+    "Tucker2",
+    "count_cost",
+    "create_model",
+    "init_variables",
+    "load_checkpoint",
+    "load_torch",
+    "ops",
+    "save_checkpoint",
+    "to_torch",
+]

@@ -1,0 +1,256 @@
+"""Checkpoints: orbax arrays together with everything needed to rebuild the model.
+
+A checkpoint is a directory:
+
+    arrays/         orbax: `variables`, and `training` if the caller gave any
+    metadata.json   architecture, plan, preprocessing, class names, `info`
+    manifest.json   SHA-256 of every other file
+
+It appears under its name in one rename, complete, or not at all. Orbax restores flipped
+bits without a word, so the hashes are written after its commit and checked on load.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from jax.typing import ArrayLike
+
+from inertia_jax.models import create_model, model_name
+from inertia_jax.plan import Plan
+
+_FORMAT = 1
+_MODEL_OPTIONS = ("num_classes", "width", "stem", "shortcut")
+
+
+class CheckpointDamagedError(ValueError):
+    """A checkpoint whose files are not those that were written."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint that could not be written; nothing of it is left."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How images become the network's input: `(pixels / 255 - mean) / std`.
+
+    Attributes:
+        image_shape: [h, w, c] of the network's input.
+        mean: Of each channel, of pixels in [0, 1].
+        std: Of each channel, likewise.
+        resize: Side that images are resized to before the centre is cut out; None
+            means the input's own, so that nothing is cut.
+    """
+
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_shape", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        channels = self.image_shape[-1]
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != channels:
+                raise ValueError(
+                    f"`{name}` (={getattr(self, name)}) must have {channels} entries, "
+                    f"one a channel."
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"`std` (={self.std}) must be > 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of itself beside its arrays.
+
+    Attributes:
+        preprocessing: How images become the network's input.
+        class_names: One name a class, or empty.
+        info: Whatever the writer added, e.g. step, metrics and configuration; JSON.
+    """
+
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] = ()
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    metadata: Metadata | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint; it appears at `path` whole or not at all.
+
+    With several processes, only the first may call.
+
+    Args:
+        path: Directory to make.
+        model: A network that `create_model` makes; its plan is stored.
+        variables: As `model.init` gives them.
+        metadata: Stored beside the arrays.
+        training: Nested dictionaries of arrays that training goes on from.
+
+    Raises:
+        FileExistsError: There is something at `path`.
+        ValueError: `model` is none of this library's.
+        CheckpointWriteError: The disk is full, or another failure to write.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f"`path` (={path}) must not exist; it was left as it is.")
+    metadata = metadata or Metadata()
+    description = {
+        "format": _FORMAT,
+        "model": _describe(model),
+        "plan": json.loads(model.plan.to_json()),
+        **dataclasses.asdict(metadata),
+    }
+    arrays = {"variables": variables, "training": training or {}}
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with _checkpointer() as checkpointer:
+            tree = jax.tree.map(np.asarray, arrays)
+            checkpointer.save(partial / "arrays", args=ocp.args.PyTreeSave(tree))
+        text = json.dumps(description, indent=1, default=_jsonable)
+        (partial / "metadata.json").write_text(text)
+        manifest = json.dumps(_hash_files(partial), indent=1)
+        (partial / "manifest.json").write_text(manifest)
+        partial.rename(path)
+    # Tensorstore reports a full disk as ValueError or XlaRuntimeError, not as OSError.
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointWriteError(f"could not write {path}: {error}") from error
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, dtype: ArrayLike | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Reads a checkpoint, every file of it checked against its SHA-256.
+
+    Args:
+        path: The directory.
+        dtype: Type of the computation; None means the one it was saved with.
+
+    Returns:
+        (model, variables), ready for `model.apply(variables, images)`.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint at `path`.
+        CheckpointDamagedError: A file is missing, surplus or altered.
+    """
+    verify_checkpoint(path)
+    description = _read_description(path)
+    options = description["model"]
+    if dtype is not None:
+        options["dtype"] = dtype
+    plan = Plan.from_json(json.dumps(description["plan"]))
+    return create_model(plan=plan, **options), load_arrays(path)["variables"]
+
+
+def load_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """Reads what a checkpoint says of itself; does not check the hashes."""
+    description = _read_description(path)
+    preprocessing = description["preprocessing"]
+    return Metadata(
+        preprocessing=Preprocessing(**preprocessing) if preprocessing else None,
+        class_names=tuple(description["class_names"]),
+        info=description["info"],
+    )
+
+
+def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads `{"variables": ..., "training": ...}` as NumPy arrays, unverified."""
+    with _checkpointer() as checkpointer:
+        return checkpointer.restore(
+            pathlib.Path(path).absolute() / "arrays",
+            args=ocp.args.PyTreeRestore(
+                restore_args=None, partial_restore=False
+            ),
+        )
+
+
+def verify_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Checks every file of a checkpoint against its SHA-256.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint at `path`.
+        CheckpointDamagedError: A file is missing, surplus or altered; says which.
+    """
+    path = pathlib.Path(path)
+    if not (path / "arrays").is_dir():
+        raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    try:
+        expected = json.loads((path / "manifest.json").read_bytes())
+        differing = set(expected.items()) ^ set(_hash_files(path).items())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointDamagedError(f"{path} is damaged: {error}.") from error
+    if differing:
+        files = sorted({name for name, _ in differing})
+        raise CheckpointDamagedError(f"{path} is damaged: {', '.join(files)}.")
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # The first process writes alone, and must not wait for the others to join in.
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"process_{index}",
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    options = {name: getattr(model, name, None) for name in _MODEL_OPTIONS}
+    return {
+        "name": model_name(model),
+        "dtype": np.dtype(model.dtype).name,
+        **{name: value for name, value in options.items() if value is not None},
+    }
+
+
+def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    file = pathlib.Path(path) / "metadata.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    description = json.loads(file.read_bytes())
+    if description["format"] != _FORMAT:
+        raise ValueError(
+            f"{path} has format {description['format']}; must be {_FORMAT}."
+        )
+    return description
+
+
+def _hash_files(path: pathlib.Path) -> dict[str, str]:
+    hashes = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file != path / "manifest.json":
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes[file.relative_to(path).as_posix()] = digest
+    return hashes
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.item() if isinstance(value, np.generic) else str(value)

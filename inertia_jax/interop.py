@@ -1,0 +1,210 @@
+"""PyTorch weights in and out, by renaming and transposing alone."""
+
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.flax import load_file
+
+from inertia_jax.models import abstract_variables, init_variables, input_shape
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# What training scripts nest a network's weights under.
+_NESTED = ("state_dict", "model_state_dict", "model", "net")
+
+
+def torch_key(path: Sequence[str]) -> str:
+    """Returns the state-dict key of a variable, e.g. `layer1.0.conv1.weight`.
+
+    Args:
+        path: Module names and the variable's name, e.g. `("layer1_0", "conv1",
+            "kernel")`; `name_N` stands for PyTorch's `name.N`.
+    """
+    *modules, leaf = path
+    dotted = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    return ".".join([*dotted, _LEAVES[leaf]])
+
+
+def load_torch(
+    model: nn.Module,
+    path_or_state_dict: str | pathlib.Path | Mapping[str, Any],
+    *,
+    reinitialise: Sequence[str] = (),
+    key: jax.Array | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> dict[str, Any]:
+    """Reads PyTorch weights into variables for `model`.
+
+    Kernels go from OIHW to HWIO, linear weights are transposed; types are kept (float64
+    needs JAX's x64 mode). A `module.` prefix (DataParallel) and `num_batches_tracked`
+    are dropped; weights nested under `state_dict`, `model_state_dict`, `model` or `net`
+    are found.
+
+    Args:
+        model: The network the weights belong to.
+        path_or_state_dict: A `.pth` or `.pt` file (needs PyTorch, and is read with
+            `weights_only=True`), a `.safetensors` file, or a mapping of arrays.
+        reinitialise: Prefixes of keys to draw anew instead, e.g. `("fc",)` for a new
+            head; theirs may be missing or of another shape.
+        key: For the layers drawn anew; required with `reinitialise`.
+        image_shape: [h, w, c]; None means the shape the network was published for. The
+            sizes of `lenet`'s weights depend on it.
+
+    Returns:
+        `{"params": ..., "batch_stats": ...}`.
+
+    Raises:
+        ValueError: Missing, surplus or misshapen keys (all of them listed), a prefix
+            that matches nothing, or a file of another kind.
+        FileNotFoundError: There is no such file.
+        ImportError: A `.pth` file, and no PyTorch to read it.
+    """
+    state = _read(path_or_state_dict)
+    shape = image_shape or input_shape(model)
+    expected = traverse_util.flatten_dict(abstract_variables(model, shape))
+    names = {path: torch_key(path[1:]) for path in expected}
+    drawn = [p for p in expected if names[p].startswith(_prefixes(reinitialise))]
+    for prefix in reinitialise:
+        if not any(name.startswith(_prefixes((prefix,))) for name in names.values()):
+            raise ValueError(f"`reinitialise` (={prefix!r}) matches no key.")
+
+    problems, values = [], {}
+    for path, leaf in expected.items():
+        name = names[path]
+        if path in drawn:
+            continue
+        if name not in state:
+            problems.append(f"missing {name} {_torch_shape(leaf.shape)}")
+            continue
+        value = _transposed(state[name], to_torch_layout=False)
+        if value.shape != leaf.shape:
+            found = tuple(state[name].shape)
+            wanted = _torch_shape(leaf.shape)
+            problems.append(f"misshapen {name} {found}, must be {wanted}")
+        values[path] = value
+    surplus = set(state) - set(names.values())
+    surplus = {s for s in surplus if not s.startswith(_prefixes(reinitialise))}
+    problems += [f"surplus {name} {tuple(state[name].shape)}" for name in surplus]
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        raise ValueError(
+            f"the weights do not fit {type(model).__name__} "
+            f"({len(problems)} keys):\n  {listed}"
+        )
+    if drawn:
+        if key is None:
+            raise ValueError("`key` (=None) must be given with `reinitialise`.")
+        fresh = traverse_util.flatten_dict(init_variables(model, key, shape))
+        values |= {path: np.asarray(fresh[path]) for path in drawn}
+    arrays = {path: jax.numpy.asarray(values[path]) for path in expected}
+    return traverse_util.unflatten_dict(arrays)
+
+
+def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns variables as a PyTorch state dict of NumPy arrays.
+
+    Load it with `module.load_state_dict({k: torch.from_numpy(v) ...}, strict=False)`:
+    `num_batches_tracked`, which BatchNorm ignores at a fixed momentum, is left out.
+
+    Args:
+        model: The network the variables belong to.
+        variables: As `model.init` gives them.
+
+    Raises:
+        ValueError: The variables do not belong to `model`.
+    """
+    flat = traverse_util.flatten_dict(dict(variables))
+    expected = traverse_util.flatten_dict(abstract_variables(model))
+    if set(flat) != set(expected):
+        differing = sorted("/".join(p) for p in set(flat) ^ set(expected))
+        raise ValueError(f"`variables` do not belong to `model`: {differing}.")
+    return {
+        torch_key(path[1:]): _transposed(np.asarray(value), to_torch_layout=True)
+        for path, value in flat.items()
+    }
+
+
+def _prefixes(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{name.rstrip('.')}." for name in names)
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _axes(len(shape), to_torch_layout=True))
+
+
+def _axes(ndim: int, *, to_torch_layout: bool) -> tuple[int, ...]:
+    if ndim == 4:
+        return (3, 2, 0, 1) if to_torch_layout else (2, 3, 1, 0)
+    return tuple(reversed(range(ndim)))
+
+
+def _transposed(value: np.ndarray, *, to_torch_layout: bool) -> np.ndarray:
+    axes = _axes(value.ndim, to_torch_layout=to_torch_layout)
+    return np.ascontiguousarray(np.transpose(value, axes))
+
+
+def _read(source: str | pathlib.Path | Mapping[str, Any]) -> dict[str, np.ndarray]:
+    loaded = source if isinstance(source, Mapping) else _read_file(pathlib.Path(source))
+    for name in _NESTED:
+        if isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+    bad = [key for key, value in loaded.items() if not hasattr(value, "shape")]
+    if bad:
+        raise ValueError(f"the weights hold {bad[:5]}, which must be arrays.")
+    arrays = {}
+    for name, value in loaded.items():
+        name = name.removeprefix("module.")
+        if not name.endswith("num_batches_tracked"):
+            arrays[name] = _to_numpy(value)
+    return arrays
+
+
+def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file at {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+    if path.suffix not in (".pth", ".pt"):
+        raise ValueError(f"`path` (={path}) must end in .pth, .pt or .safetensors.")
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path} needs PyTorch: pip install 'inertia_jax[torch]', or save "
+            f"the weights as .safetensors."
+        ) from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} holds no PyTorch weights: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}; must hold a dict.")
+    return loaded
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        import torch
+
+        value = value.detach().cpu().contiguous()
+        if value.dtype == torch.bfloat16:  # NumPy has none, ml_dtypes does
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.numpy()
+    return np.asarray(value)

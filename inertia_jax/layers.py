@@ -1,0 +1,156 @@
+"""Linen layers as the models use them: PyTorch's defaults, chosen by the plan."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn.initializers import Initializer
+from jaxtyping import Float
+
+from inertia_jax.plan import Conv, Plan
+
+# Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
+torch_kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int) -> Initializer:
+    """Returns PyTorch's bias initialiser: uniform in +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: Any, shape: Any, dtype: Any = jnp.float32, **_: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Dropout(nn.Module):
+    """Zeroes elements at random, the same ones however the batch is split.
+
+    The mask of an example depends on the key of the stream `dropout`, the layer and the
+    example's position in the global batch, which a caller who splits the batch passes
+    as `variables["examples"]["position"]`, int32 [n]; without it, positions are
+    0..n-1. `nn.Dropout` draws one mask a call, so it depends on the split.
+
+    Attributes:
+        rate: Share of elements set to zero, in [0, 1); the rest is scaled to keep the
+            mean.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n *features"], *, train: bool
+    ) -> Float[Array, "n *features"]:
+        if not train:
+            return x
+        positions = self.scope.root.get_variable(
+            "examples", "position", jnp.arange(x.shape[0])
+        )
+        key = self.make_rng("dropout")
+
+        def keep(position: Array) -> Array:
+            example_key = jax.random.fold_in(key, position)
+            return jax.random.bernoulli(example_key, 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(keep)(positions), x / (1 - self.rate), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes a network's layers, every one of them with the same settings.
+
+    Called inside `nn.compact`; layers become children of `parent` under `name`.
+
+    Attributes:
+        plan: Which kind of convolution stands where.
+        dtype: Type of the computation; parameters are float32, or float64 for float64.
+        axis_name: Mesh axis over which BatchNorm statistics are averaged.
+    """
+
+    plan: Plan
+    dtype: Any
+    axis_name: str | None
+
+    @property
+    def param_dtype(self) -> Any:
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def conv(
+        self,
+        parent: nn.Module,
+        name: str,
+        x: Float[Array, "n h w c_in"],
+        features: int,
+        kernel_size: int,
+        *,
+        strides: int = 1,
+        padding: int = 0,
+        use_bias: bool = False,
+    ) -> Float[Array, "n h_out w_out c_out"]:
+        """Applies the convolution that the plan has at `name` below `parent`.
+
+        `padding` is PyTorch's: zeros on every side. "SAME" would pad (0, 1) at stride
+        2 and shift the output grid.
+
+        Raises:
+            ValueError: The plan asks for a kind of convolution that is not built yet.
+        """
+        path = "/".join((*parent.path, name))
+        spec = self.plan.spec(path)
+        if not isinstance(spec, Conv):
+            raise ValueError(
+                f"the plan asks for {spec} at {path!r}; this version of inertia_jax "
+                f"builds only Conv()."
+            )
+        return nn.Conv(
+            features,
+            (kernel_size, kernel_size),
+            strides=strides,
+            padding=((padding, padding), (padding, padding)),
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(kernel_size**2 * x.shape[-1]),
+            parent=parent,
+            name=name,
+        )(x)
+
+    def norm(
+        self, parent: nn.Module, name: str, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n h w c"]:
+        """Applies BatchNorm with PyTorch's constants (Flax counts momentum from 1)."""
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            axis_name=self.axis_name,
+            parent=parent,
+            name=name,
+        )(x)
+
+    def dense(
+        self, parent: nn.Module, name: str, x: Float[Array, "n c_in"], features: int
+    ) -> Float[Array, "n c_out"]:
+        """Applies a linear layer with bias."""
+        return nn.Dense(
+            features,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(x.shape[-1]),
+            parent=parent,
+            name=name,
+        )(x)
+
+
+def scaled(channels: int, width: float) -> int:
+    """Returns the number of channels at `width`: `max(1, round(channels * width))`."""
+    return max(1, round(channels * width))

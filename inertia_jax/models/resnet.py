@@ -1,0 +1,91 @@
+"""ResNet18 with the CIFAR stem (kuangliu's) or the ImageNet stem (torchvision's)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+from inertia_jax.layers import Layers, scaled
+from inertia_jax.plan import Plan
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, 1x1 where the shape changes.
+
+    Attributes:
+        features: Output channels.
+        strides: Stride of the first convolution and of the shortcut.
+        layers: Settings of the network.
+        shortcut: Name of the shortcut's layers.
+    """
+
+    features: int
+    strides: int
+    layers: Layers
+    shortcut: str = "shortcut"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n h w c_in"], *, train: bool
+    ) -> Float[Array, "n h_out w_out c_out"]:
+        make, strides = self.layers, self.strides
+        y = make.conv(self, "conv1", x, self.features, 3, strides=strides, padding=1)
+        y = nn.relu(make.norm(self, "bn1", y, train=train))
+        y = make.conv(self, "conv2", y, self.features, 3, padding=1)
+        y = make.norm(self, "bn2", y, train=train)
+        if strides != 1 or x.shape[-1] != self.features:
+            name = self.shortcut
+            x = make.conv(self, f"{name}_0", x, self.features, 1, strides=strides)
+            x = make.norm(self, f"{name}_1", x, train=train)
+        return nn.relu(y + x)
+
+
+class ResNet18(nn.Module):
+    """ResNet18 (He et al., 2015, https://arxiv.org/abs/1512.03385).
+
+    Attributes:
+        num_classes: Outputs.
+        width: Multiplies every number of channels.
+        stem: `cifar`, a 3x3 convolution, or `imagenet`, 7x7 stride 2 and a max-pool,
+            with torchvision's names for shortcut and head.
+        plan: Which kind of convolution stands where.
+        dtype: Type of the computation.
+        axis_name: Mesh axis over which BatchNorm statistics are averaged.
+    """
+
+    num_classes: int = 10
+    width: float = 1.0
+    stem: str = "cifar"
+    plan: Plan = Plan()
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool = False
+    ) -> Float[Array, "n classes"]:
+        make = Layers(self.plan, self.dtype, self.axis_name)
+        imagenet = self.stem == "imagenet"
+        features = scaled(64, self.width)
+        if imagenet:
+            x = make.conv(self, "conv1", x, features, 7, strides=2, padding=3)
+        else:
+            x = make.conv(self, "conv1", x, features, 3, padding=1)
+        x = nn.relu(make.norm(self, "bn1", x, train=train))
+        if imagenet:
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage in range(4):
+            features = scaled(64 * 2**stage, self.width)
+            for block in range(2):
+                strides = 2 if stage > 0 and block == 0 else 1
+                x = BasicBlock(
+                    features,
+                    strides,
+                    make,
+                    "downsample" if imagenet else "shortcut",
+                    name=f"layer{stage + 1}_{block}",
+                )(x, train=train)
+        x = x.mean((1, 2))
+        return make.dense(self, "fc" if imagenet else "linear", x, self.num_classes)

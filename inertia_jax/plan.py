@@ -1,0 +1,278 @@
+"""The plan: which kind of convolution stands at every layer of a network."""
+
+import dataclasses
+import fnmatch
+import json
+from typing import Any, Literal, get_args
+
+Reading = Literal["window", "tiled"]
+Metric = Literal["l1", "l2", "max"]
+Reference = Literal["center", "core_mean"]
+Combine = Literal[
+    "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
+]
+Low = Literal["mean", "sample"]
+GateGradient = Literal["none", "ste"]
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"`{name}` (={value!r}) must be one of {allowed}.")
+
+
+def _check_at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` (={value!r}) must be an integer >= {least}.")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"`{name}` (={value!r}) must be a number in [{low}, {high}].")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A friction threshold that training does not change.
+
+    Attributes:
+        value: Friction above it opens the gate; in the units of the friction.
+    """
+
+    value: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_number("value", self.value, float("-inf"), float("inf"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A friction threshold that is a trained parameter.
+
+    Attributes:
+        init: Its value before training, in the units of the friction.
+        per_channel: One threshold an output channel instead of one a layer.
+    """
+
+    init: float = 0.1
+    per_channel: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number("init", self.init, float("-inf"), float("inf"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A threshold set so that a given share of the gates opens.
+
+    Attributes:
+        target: Share of open gates, in [0, 1]: a batch quantile while training, its
+            running mean in evaluation.
+    """
+
+    target: float
+
+    def __post_init__(self) -> None:
+        _check_number("target", self.target, 0.0, 1.0)
+
+
+Threshold = Fixed | Learned | Rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """The ordinary convolution."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inertial:
+    """An inertial convolution: a small core, applied in detail where friction is high.
+
+    Attributes:
+        core_size: Side m of the core filter, >= 1.
+        region_size: Side d of the region, > `core_size`.
+        reading: `window`, one region an output position, or `tiled`, one region a
+            tile of outputs (stride 1 only).
+        metric: How the periphery is compared with the reference.
+        reference: The region's middle pixel, or the mean of its core patch.
+        relative: Divide friction by a running mean of itself.
+        combine: How the window reading joins the shifted core responses.
+        low: What fills a tile of low friction: its mean output, or one sample.
+        threshold: Where the gate opens.
+        gate_gradient: `none`, or `ste` (straight-through).
+        slope: Steepness of the sigmoid behind the straight-through gradient, > 0.
+        channel_stride: Take friction on every `channel_stride`-th channel, >= 1.
+    """
+
+    core_size: int
+    region_size: int
+    reading: Reading = "window"
+    metric: Metric = "l1"
+    reference: Reference = "center"
+    relative: bool = False
+    combine: Combine = "mean"
+    low: Low = "mean"
+    threshold: Threshold = Fixed()
+    gate_gradient: GateGradient = "none"
+    slope: float = 10.0
+    channel_stride: int = 1
+
+    def __post_init__(self) -> None:
+        _check_at_least("core_size", self.core_size, 1)
+        _check_at_least("region_size", self.region_size, 2)
+        if self.region_size <= self.core_size:
+            raise ValueError(
+                f"`region_size` (={self.region_size}) must be greater than "
+                f"`core_size` (={self.core_size})."
+            )
+        _check_choice("reading", self.reading, Reading)
+        _check_choice("metric", self.metric, Metric)
+        _check_choice("reference", self.reference, Reference)
+        _check_choice("combine", self.combine, Combine)
+        _check_choice("low", self.low, Low)
+        _check_choice("gate_gradient", self.gate_gradient, GateGradient)
+        if not isinstance(self.threshold, Threshold):
+            raise ValueError(
+                f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
+            )
+        if not self.slope > 0:
+            raise ValueError(f"`slope` (={self.slope!r}) must be > 0.")
+        _check_at_least("channel_stride", self.channel_stride, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tucker2:
+    """A Tucker-2 factorised convolution: 1x1, core, 1x1.
+
+    Attributes:
+        rank_in: Channels between the first 1x1 and the core, >= 1.
+        rank_out: Channels between the core and the last 1x1, >= 1.
+        core: What the core convolution is.
+    """
+
+    rank_in: int
+    rank_out: int
+    core: Conv | Inertial = Conv()
+
+    def __post_init__(self) -> None:
+        _check_at_least("rank_in", self.rank_in, 1)
+        _check_at_least("rank_out", self.rank_out, 1)
+        if not isinstance(self.core, (Conv, Inertial)):
+            raise ValueError(f"`core` (={self.core!r}) must be a Conv or an Inertial.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Two factors in place of a 1x1 convolution.
+
+    Attributes:
+        rank: Channels between the two, >= 1.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        _check_at_least("rank", self.rank, 1)
+
+
+Spec = Conv | Inertial | Tucker2 | LowRank
+
+_JSON_TYPES = {
+    cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An ordered list of rules `(glob, spec)`; the first that matches a layer wins.
+
+    Globs are `fnmatch.fnmatchcase` over the layer's `/` path, and `*` crosses `/`. A
+    layer that no rule matches is an ordinary convolution. A plan is hashable and
+    turns into JSON and back without loss.
+
+    Attributes:
+        rules: Pairs of a glob over layer paths and what stands there.
+
+    Raises:
+        ValueError: A rule is not a pair of a string and a spec.
+    """
+
+    rules: tuple[tuple[str, Spec], ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = []
+        for rule in self.rules:
+            if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+                raise ValueError(f"`rules` holds {rule!r}; must be pairs (glob, spec).")
+            glob, spec = rule
+            if not isinstance(glob, str) or not isinstance(spec, Spec):
+                names = ", ".join(cls.__name__ for cls in get_args(Spec))
+                raise ValueError(
+                    f"`rules` holds {rule!r}; must be a string and one of {names}."
+                )
+            rules.append((glob, spec))
+        object.__setattr__(self, "rules", tuple(rules))
+
+    def spec(self, path: str) -> Spec:
+        """Returns what stands at the layer `path`, e.g. `layer1_0/conv1`."""
+        for glob, spec in self.rules:
+            if fnmatch.fnmatchcase(path, glob):
+                return spec
+        return Conv()
+
+    def __str__(self) -> str:
+        if not self.rules:
+            return "Plan: every layer Conv()"
+        width = max(len(glob) for glob, _ in self.rules)
+        lines = [f"  {glob:<{width}}  {spec}" for glob, spec in self.rules]
+        return "\n".join(["Plan:", *lines])
+
+    def to_json(self) -> str:
+        """Returns the plan as one line of JSON, read back by `from_json`."""
+        return json.dumps([[glob, _to_jsonable(spec)] for glob, spec in self.rules])
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is not JSON, or names a spec or field that is unknown.
+        """
+        try:
+            rules = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a plan must be JSON; got {text!r}: {error}.") from error
+        if not isinstance(rules, list):
+            raise ValueError(f"a plan must be a JSON list of rules; got {text!r}.")
+        for rule in rules:
+            if not isinstance(rule, list) or len(rule) != 2:
+                raise ValueError(f"a plan holds {rule!r}; must be pairs [glob, spec].")
+        return cls(tuple((glob, _from_jsonable(spec)) for glob, spec in rules))
+
+
+def _to_jsonable(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = dataclasses.fields(value)
+    values = {f.name: _to_jsonable(getattr(value, f.name)) for f in fields}
+    return {"type": type(value).__name__, **values}
+
+
+def _from_jsonable(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    name = value.get("type")
+    if name not in _JSON_TYPES:
+        raise ValueError(
+            f"a plan holds type {name!r}; must be one of {sorted(_JSON_TYPES)}."
+        )
+    cls = _JSON_TYPES[name]
+    fields = {key: _from_jsonable(v) for key, v in value.items() if key != "type"}
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"a plan holds unknown fields {unknown} of {name}.")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"a plan's {name} is incomplete: {error}.") from error
