@@ -1,0 +1,45 @@
+"""The command line: `python -m train VERB`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import inertia_jax
+from train.errors import UsageError
+
+VERBS = {
+    "fit": "train a network",
+    "evaluate": "evaluate a checkpoint",
+    "import": "make a checkpoint from PyTorch weights",
+    "report": "draw a run's learning curve and write its record",
+    "benchmark": "measure training steps, beside PyTorch's if asked",
+    "quickstart": "train and evaluate a small network on digits, in minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb and returns the exit code: 0, or 2 after bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        usage="python -m train VERB ...",
+        description=f"{__doc__}\n\n{listed}\n\n`python -m train VERB --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", metavar="VERB", choices=VERBS)
+    parser.add_argument("--version", action="version", version=inertia_jax.__version__)
+    verb = parser.parse_args(argv[:1] or ["--help"]).verb
+    try:
+        # Imported by need: benchmarks may need PyTorch, reports a plotting library.
+        return importlib.import_module(f"train.verbs.{verb}_verb").run(argv[1:])
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Augmentation on the device: pure functions of images and drawn numbers.
+
+Random numbers are drawn per example from its own key, so that they do not depend on how
+a batch is split over devices. Images stay uint8 until they are resized or normalised.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int, Key, Num, UInt8
+
+from inertia_jax.checkpoint import Preprocessing
+
+
+def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, "n"]:
+    """Returns one key an example, from its position in the global batch."""
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
+
+
+def crop(
+    images: Num[Array, "n h w c"], offsets: Int[Array, "n 2"], *, padding: int
+) -> Num[Array, "n h w c"]:
+    """Surrounds images with `padding` zeros and cuts their own size out at `offsets`.
+
+    Args:
+        images: Images.
+        offsets: Top and left of the cut in the padded image, in [0, 2 padding].
+        padding: Zeros on every side, in pixels.
+    """
+    sides = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
+    shape = images.shape[1:]
+
+    def cut(image: Array, offset: Array) -> Array:
+        return lax.dynamic_slice(image, (offset[0], offset[1], 0), shape)
+
+    return jax.vmap(cut)(padded, offsets)
+
+
+def flip(
+    images: Num[Array, "n h w c"], mirrored: Num[Array, "n"]
+) -> Num[Array, "n h w c"]:
+    """Mirrors images left to right where `mirrored` is true."""
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def resize(
+    images: Num[Array, "n h w c"],
+    *,
+    size: int,
+    output_shape: tuple[int, int],
+) -> Float[Array, "n h_out w_out c"]:
+    """Resizes the short side to `size` and cuts the centre out, bilinear, antialiased.
+
+    Args:
+        images: Images.
+        size: Short side of the resized image, in pixels.
+        output_shape: [h, w] of the cut.
+    """
+    # Static sizes. torchvision rounds the long side down, the corner to a pixel.
+    stored = np.array(images.shape[1:3])
+    resized = stored * size // stored.min()
+    corner = np.round((resized - np.array(output_shape)) / 2)
+    scale = jnp.array(resized / stored, jnp.float32)
+    return _scale(images, scale, jnp.array(-corner, jnp.float32), output_shape)
+
+
+def resized_crop(
+    images: Num[Array, "n h w c"],
+    boxes: Float[Array, "n 4"],
+    *,
+    output_shape: tuple[int, int],
+) -> Float[Array, "n h_out w_out c"]:
+    """Resizes a part of each image to `output_shape`, bilinear, antialiased.
+
+    Args:
+        images: Images.
+        boxes: Top, left, height and width of the part, in pixels.
+        output_shape: [h, w] of the result.
+    """
+
+    def one(image: Array, box: Array) -> Array:
+        scale = jnp.array(output_shape) / box[2:]
+        return _scale(image[None], scale, -box[:2] * scale, output_shape)[0]
+
+    return jax.vmap(one)(images, boxes)
+
+
+def _scale(
+    images: Array, scale: Array, translation: Array, output_shape: tuple[int, int]
+) -> Array:
+    return jax.image.scale_and_translate(
+        images.astype(jnp.float32),
+        (images.shape[0], *output_shape, images.shape[-1]),
+        (1, 2),
+        scale,
+        translation,
+        method="linear",
+        antialias=True,
+    )
+
+
+def draw_boxes(keys: Key[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n 4"]:
+    """Draws parts of 8% to 100% of the area and 3/4 to 4/3 of width over height.
+
+    torchvision's RandomResizedCrop draws up to ten times until a part fits; here ten
+    are drawn at once and the first that fits is taken, else the whole image's largest
+    centred part, as there.
+
+    Args:
+        keys: One an image.
+        shape: [h, w] of the images.
+    """
+    height, width = shape
+
+    def one(key: Array) -> Array:
+        area_key, ratio_key, corner_key = jax.random.split(key, 3)
+        area = height * width * jax.random.uniform(area_key, (10,), minval=0.08)
+        log_ratio = jnp.log(4 / 3) * jax.random.uniform(ratio_key, (10,), minval=-1)
+        sides = jnp.stack(
+            [
+                jnp.round(jnp.sqrt(area * jnp.exp(-log_ratio))),
+                jnp.round(jnp.sqrt(area * jnp.exp(log_ratio))),
+            ],
+            axis=-1,
+        )
+        whole = jnp.array([height, width], jnp.float32)
+        fits = jnp.all((sides > 0) & (sides <= whole), axis=-1)
+        first = jnp.argmax(fits)
+        corner = jnp.floor(
+            jax.random.uniform(corner_key, (2,)) * (whole - sides[first] + 1)
+        )
+        least = jnp.minimum(whole, jnp.round(whole[::-1] * 4 / 3))
+        centred = jnp.concatenate([jnp.floor((whole - least) / 2), least])
+        drawn = jnp.concatenate([corner, sides[first]])
+        return jnp.where(jnp.any(fits), drawn, centred)
+
+    return jax.vmap(one)(keys)
+
+
+def normalise(
+    images: Num[Array, "n h w c"],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: jnp.dtype,
+) -> Float[Array, "n h w c"]:
+    """Returns `(images / 255 - mean) / std`, computed in float32 at least."""
+    compute = jnp.promote_types(dtype, jnp.float32)
+    pixels = images.astype(compute) / 255
+    offset, scale = jnp.array(mean, compute), jnp.array(std, compute)
+    return ((pixels - offset[None, None, None]) / scale[None, None, None]).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What happens to images on their way into the network.
+
+    Attributes:
+        preprocessing: Shape and normalisation of the input.
+        crop_padding: Zeros around a training image before a random crop, in pixels.
+        flip: Mirror every second training image.
+        resized_crop: A random part resized, in place of the padded crop.
+        dtype: Of the result.
+    """
+
+    preprocessing: Preprocessing
+    crop_padding: int
+    flip: bool
+    resized_crop: bool
+    dtype: jnp.dtype
+
+    def for_training(
+        self, images: UInt8[Array, "n h w c"], keys: Key[Array, "n"]
+    ) -> Float[Array, "n h_out w_out c"]:
+        """Resizes, crops, mirrors and normalises; random, each image by its key."""
+        crop_keys, flip_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        output_shape = self.preprocessing.image_shape[:2]
+        if self.resized_crop:
+            boxes = draw_boxes(crop_keys, images.shape[1:3])
+            images = resized_crop(images, boxes, output_shape=output_shape)
+        else:
+            images = self._resized(images, resize_to=None)
+            if self.crop_padding:
+                high = 2 * self.crop_padding + 1
+                draw = lambda key: jax.random.randint(key, (2,), 0, high)  # noqa: E731
+                offsets = jax.vmap(draw)(crop_keys)
+                images = crop(images, offsets, padding=self.crop_padding)
+        if self.flip:
+            images = flip(images, jax.vmap(jax.random.bernoulli)(flip_keys))
+        return self._normalised(images)
+
+    def for_evaluation(
+        self, images: UInt8[Array, "n h w c"]
+    ) -> Float[Array, "n h_out w_out c"]:
+        """Resizes, cuts the centre out and normalises."""
+        return self._normalised(self._resized(images, self.preprocessing.resize))
+
+    def _resized(self, images: Array, resize_to: int | None) -> Array:
+        output_shape = self.preprocessing.image_shape[:2]
+        if resize_to is None and images.shape[1:3] == output_shape:
+            return images
+        return resize(
+            images, size=resize_to or max(output_shape), output_shape=output_shape
+        )
+
+    def _normalised(self, images: Array) -> Array:
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        return normalise(images, mean=mean, std=std, dtype=self.dtype)

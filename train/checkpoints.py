@@ -1,0 +1,155 @@
+"""A run's checkpoints: written in the background, the best and the latest two kept."""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import re
+import shutil
+import sys
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from inertia_jax import CheckpointDamagedError, save_checkpoint
+from inertia_jax.checkpoint import (
+    CheckpointWriteError,
+    Metadata,
+    load_arrays,
+    load_metadata,
+    verify_checkpoint,
+)
+from train.errors import UsageError
+
+_LATEST = 2
+
+
+class Checkpoints:
+    """The checkpoints `DIRECTORY/step_N` of a run.
+
+    One background thread writes, hashes and deletes; training waits only while its
+    state is copied to the host. The first process alone writes.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        """Opens the directory, which need not exist yet."""
+        self._directory = directory
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._pending: concurrent.futures.Future[None] | None = None
+        if jax.process_index() == 0:
+            for partial in directory.glob(".step_*.partial-*"):  # of a killed run
+                shutil.rmtree(partial)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        variables: Any,
+        training: Any,
+        metadata: Metadata,
+    ) -> None:
+        """Copies arrays to the host and begins to write them.
+
+        Raises:
+            UsageError: The one before could not be written.
+        """
+        self.wait()
+        if jax.process_index() != 0:
+            return
+        variables, training = jax.device_get((variables, training))
+        metadata = dataclasses.replace(metadata, info={**metadata.info, "step": step})
+
+        def write() -> None:
+            path = self._directory / f"step_{step:08d}"
+            if path.exists():  # damaged, and made again from the one before
+                shutil.rmtree(path)
+            save_checkpoint(
+                path, model, variables, training=training, metadata=metadata
+            )
+            self._delete_old()
+
+        self._pending = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+            UsageError: It could not be written; the ones before are left.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except CheckpointWriteError as error:
+            kept = latest_steps(self._directory)
+            where = f"the latest on disk is step {kept[-1]}" if kept else "none on disk"
+            raise UsageError(f"{error} ({where}).") from error
+
+    def _delete_old(self) -> None:
+        steps = latest_steps(self._directory)
+        kept = {*steps[-_LATEST:], best_step(self._directory)}
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(self._directory / f"step_{step:08d}")
+
+    def restore(self) -> tuple[pathlib.Path, dict[str, Any]] | None:
+        """Returns the latest checkpoint that is whole, and its arrays.
+
+        Damaged ones are reported on standard error and left where they are. None means
+        that there is no checkpoint yet.
+
+        Raises:
+            UsageError: There are checkpoints, and every one is damaged.
+        """
+        steps = latest_steps(self._directory)
+        for step in reversed(steps):
+            path = self._directory / f"step_{step:08d}"
+            try:
+                verify_checkpoint(path)
+            except (CheckpointDamagedError, FileNotFoundError) as error:
+                print(f"warning: {error} Using the one before.", file=sys.stderr)
+                continue
+            return path, load_arrays(path)
+        if steps:
+            raise UsageError(f"every checkpoint in {self._directory} is damaged.")
+        return None
+
+
+def latest_steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps that have a checkpoint, in order."""
+    if not directory.is_dir():
+        return []
+    found = (re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def best_step(directory: pathlib.Path) -> int | None:
+    """Returns the step of the highest evaluated top-1; of equals the earliest."""
+    best: tuple[float, int] | None = None
+    for step in latest_steps(directory):
+        try:
+            info = load_metadata(directory / f"step_{step:08d}").info
+            top1 = info["evaluation"]["top1"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or not evaluated
+        if best is None or top1 > best[0]:
+            best = (top1, step)
+    return best[1] if best else None
+
+
+def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
+    """Returns a checkpoint: `path` itself, or a run's best, or else its latest.
+
+    Raises:
+        UsageError: There is neither a checkpoint nor a run at `path`.
+    """
+    path = pathlib.Path(path).expanduser()
+    if (path / "arrays").is_dir():
+        return path
+    directory = path if path.name == "checkpoints" else path / "checkpoints"
+    steps = latest_steps(directory)
+    if not steps:
+        raise UsageError(f"there is no checkpoint at {path}, and no run that has one.")
+    best = best_step(directory)
+    return directory / f"step_{best if best is not None else steps[-1]:08d}"

@@ -1,0 +1,217 @@
+"""The configuration of a run: every default is written here, once."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from inertia_jax import Plan, create_model
+from inertia_jax.checkpoint import Preprocessing
+from train.errors import UsageError
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Images and what happens to them."""
+
+    source: str = "tfds:cifar10"
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits."""
+    cache_dir: str = "~/.cache/inertia_jax"
+    """Where downloaded and decoded sets are kept."""
+    image_size: int | None = None
+    """Side of the network's input; None: as stored."""
+    mean: tuple[float, ...] = CIFAR_MEAN
+    """Mean of each channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] = CIFAR_STD
+    """Standard deviation of each channel, likewise."""
+    crop_padding: int = 4
+    """Zeros around a training image before a random crop of its own size."""
+    flip: bool = True
+    """Mirror every second training image, at random."""
+    resized_crop: bool = False
+    """Train on a random part (8% to 100%) resized, in place of the padded crop."""
+    eval_resize: int | None = None
+    """Evaluate on the centre of images resized to this side; None: whole images."""
+    memory_share: float = 0.5
+    """Sets larger than this share of device memory stream in chunks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network, as `inertia_jax.create_model` takes it."""
+
+    name: str = "resnet18"
+    """lenet, resnet18/20/32/44/56, simpledla or vgg16."""
+    width: float = 1.0
+    """Multiplies every number of channels."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers of resnet18."""
+    shortcut: Literal["A", "B"] = "A"
+    """Of resnet20 to resnet56."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the computation; float64 needs JAX_ENABLE_X64=1."""
+    plan: str = "[]"
+    """Which convolution stands where, as JSON (inertia_jax.Plan.to_json)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How parameters move."""
+
+    name: Literal["sgd", "adadelta"] = "sgd"
+    """sgd, or adadelta (rho 0.9, epsilon 1e-6)."""
+    learning_rate: float = 0.1
+    """Of the first epoch."""
+    momentum: float = 0.9
+    """Of sgd."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 5e-4
+    """Times every parameter, added to its gradient before the momentum."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes."""
+    schedule: Literal["multistep", "cosine", "exponential"] = "multistep"
+    """Learning rate over time; exponential decays every `decay_epochs`."""
+    milestones: tuple[int, ...] = (150, 225)
+    """Epochs at which multistep multiplies by `decay`."""
+    decay: float = 0.1
+    """Factor of multistep and exponential."""
+    decay_epochs: int = 1
+    """Epochs between the steps of exponential."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    name: str = "run"
+    """Of the run; its directory is runs/NAME unless `--workdir` says otherwise."""
+    seed: int = 1
+    """Of everything random."""
+    epochs: int = 200
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Training images a step, over all devices."""
+    eval_batch_size: int = 500
+    """Images an evaluation step, over all devices (rounded up to their number)."""
+    data: Data = Data()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    steps_per_call: int | None = None
+    """Steps a compiled call; None: 1 on CPU, 100 on GPU and TPU."""
+    parallel: Literal["pmap", "shard_map"] = "pmap"
+    """What spreads the step over devices."""
+    sync_batch_norm: bool = True
+    """BatchNorm statistics over all devices, not over each one's share."""
+    checkpoint_minutes: float = 10.0
+    """Checkpoints inside an epoch, beside the one at its end."""
+    checkpoint_steps: int | None = None
+    """The same by steps; None: by time alone."""
+    log_steps: int = 50
+    """Steps between lines of metrics."""
+
+    def __post_init__(self) -> None:
+        """Checks what no other part would check before it has cost the user time."""
+        positive = ("epochs", "batch_size", "eval_batch_size", "log_steps")
+        optional = ("steps_per_call", "checkpoint_steps")
+        values = {n: getattr(self, n) for n in positive + optional}
+        values |= {"data.memory_share": self.data.memory_share}
+        values |= {"optimizer.decay_epochs": self.optimizer.decay_epochs}
+        values |= {"optimizer.learning_rate": self.optimizer.learning_rate}
+        values |= {"checkpoint_minutes": self.checkpoint_minutes}
+        for name, value in values.items():
+            if value is not None and not value > 0:
+                raise UsageError(f"`{name}` (={value}) must be > 0.")
+        if not 0 <= self.optimizer.label_smoothing < 1:
+            raise UsageError(
+                f"`optimizer.label_smoothing` (={self.optimizer.label_smoothing}) must "
+                f"be in [0, 1)."
+            )
+        for name in ("crop_padding", "image_size", "eval_resize"):
+            value = getattr(self.data, name)
+            if value is not None and value < (0 if name == "crop_padding" else 1):
+                raise UsageError(f"`data.{name}` (={value}) is too small.")
+
+
+def load_config(path: str | pathlib.Path) -> Config:
+    """Reads the `config` of a Python file.
+
+    Raises:
+        UsageError: There is no such file, it fails, or it holds no Config.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no config file at {path}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"`--config` (={path}) must be a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except TypeError as error:  # an unknown field
+        raise UsageError(f"{path}: {error}.") from error
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise UsageError(f"{path} must define `config`, a train.config.Config.")
+    return config
+
+
+def config_to_json(config: Config) -> dict[str, Any]:
+    """Returns the configuration as JSON has it: tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Returns `field: value != value` for each difference of two JSON configs."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [f"{prefix}: {a!r} there, {b!r} here"]
+    names = [*a, *(name for name in b if name not in a)]
+    join = f"{prefix}." if prefix else ""
+    return [
+        line
+        for name in names
+        for line in differing_fields(a.get(name), b.get(name), join + name)
+    ]
+
+
+def make_model(
+    config: Model, *, num_classes: int, axis_name: str | None = None
+) -> nn.Module:
+    """Makes the configured network.
+
+    Raises:
+        ValueError: An unknown name, or an option outside its range.
+    """
+    return create_model(
+        config.name,
+        num_classes=num_classes,
+        width=config.width,
+        stem=config.stem,
+        shortcut=config.shortcut,
+        plan=Plan.from_json(config.plan),
+        dtype=jnp.dtype(config.dtype),
+        axis_name=axis_name,
+    )
+
+
+def make_preprocessing(
+    data: Data, stored_shape: tuple[int, int, int]
+) -> Preprocessing:
+    """Returns how the configured data become the network's input.
+
+    Raises:
+        ValueError: Mean or deviation do not fit the stored channels.
+    """
+    height, width, channels = stored_shape
+    size = data.image_size
+    shape = (size, size, channels) if size else (height, width, channels)
+    return Preprocessing(shape, data.mean, data.std, data.eval_resize)

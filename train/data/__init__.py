@@ -1,0 +1,38 @@
+"""Image sets by source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`."""
+
+from train.data.digits import load_digits
+from train.data.imagefolder import load_imagefolder
+from train.data.npz import load_npz
+from train.data.sets import ImageSet, Split
+from train.data.tfds import load_tfds
+from train.errors import UsageError, user_input
+
+__all__ = ["ImageSet", "Split", "load_data"]
+
+
+def load_data(source: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
+    """Loads a set, checked.
+
+    Args:
+        source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`.
+        cache_dir: Where decoded sets are kept.
+        image_size: Side to which an image folder's images are brought.
+
+    Raises:
+        UsageError: An unknown source, missing data, or images or labels that break a
+            rule.
+    """
+    kind, _, rest = source.partition(":")
+    with user_input():
+        if source == "digits":
+            return load_digits()
+        if kind == "npz" and rest:
+            return load_npz(rest)
+        if kind == "imagefolder" and rest:
+            return load_imagefolder(rest, cache_dir=cache_dir, image_size=image_size)
+        if kind == "tfds" and rest:
+            return load_tfds(rest, cache_dir=cache_dir, image_size=image_size)
+    raise UsageError(
+        f"`data.source` (={source!r}) must be tfds:NAME, imagefolder:PATH, npz:PATH or "
+        f"digits."
+    )

@@ -1,0 +1,109 @@
+"""Folders of images, one a class: PATH/train/CLASS/*.png and PATH/test (or val)."""
+
+import hashlib
+import pathlib
+
+import numpy as np
+
+from train.data.cache import Splits, cached_set
+from train.data.resize import resize_square
+from train.data.sets import ImageSet
+
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def load_imagefolder(
+    path: str, *, cache_dir: str, image_size: int | None
+) -> ImageSet:
+    """Reads an image folder, brought to one size and kept decoded.
+
+    Images become RGB; the short side is resized to `image_size` (bilinear) and the
+    centre cut out. Without `image_size` all must have one size already. Classes are
+    the sub-folders of `train`, sorted.
+
+    Raises:
+        FileNotFoundError: A folder is missing or empty.
+        ValueError: Images of several sizes, an unreadable image, or test classes that
+            training lacks.
+    """
+    root = pathlib.Path(path).expanduser()
+    folders = {"train": root / "train", "test": root / "test"}
+    if not folders["test"].is_dir():
+        folders["test"] = root / "val"
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {folder}; imagefolder:PATH needs "
+                f"PATH/train/CLASS/*.png and PATH/test/CLASS/*.png (or PATH/val)."
+            )
+    classes = tuple(sorted(p.name for p in folders["train"].iterdir() if p.is_dir()))
+    files = {split: _list_files(folder, classes) for split, folder in folders.items()}
+
+    fingerprint = hashlib.sha256(repr((image_size, classes)).encode())
+    for split in files.values():
+        for file, label in split:
+            stat = file.stat()
+            line = f"{file} {label} {stat.st_size} {stat.st_mtime_ns}\n"
+            fingerprint.update(line.encode())
+    name = f"imagefolder-{root.name}-{fingerprint.hexdigest()[:16]}"
+
+    def decode() -> tuple[Splits, tuple[str, ...]]:
+        splits = {
+            split: (
+                _decode_all([file for file, _ in listed], image_size),
+                np.array([label for _, label in listed], np.int32),
+            )
+            for split, listed in files.items()
+        }
+        return splits, classes
+
+    return cached_set(pathlib.Path(cache_dir).expanduser() / name, root.name, decode)
+
+
+def _list_files(
+    folder: pathlib.Path, classes: tuple[str, ...]
+) -> list[tuple[pathlib.Path, int]]:
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise ValueError(f"{folder} holds classes {unknown} that train/ does not have.")
+    files = [
+        (file, label)
+        for label, name in enumerate(classes)
+        if (folder / name).is_dir()
+        for file in sorted((folder / name).rglob("*"))
+        if file.suffix.lower() in _SUFFIXES
+    ]
+    if not files:
+        raise FileNotFoundError(f"there are no images in {folder}/CLASS/.")
+    return files
+
+
+def _decode_all(files: list[pathlib.Path], image_size: int | None) -> np.ndarray:
+    from PIL import UnidentifiedImageError
+
+    images: np.ndarray | None = None
+    for index, file in enumerate(files):
+        try:
+            image = _decode(file, image_size)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"cannot read {file}: {error}.") from error
+        if images is None:
+            images = np.empty((len(files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise ValueError(
+                f"{file} has shape {image.shape}, {files[0]} {images.shape[1:]}; must "
+                f"be one: set `data.image_size` to have them resized."
+            )
+        images[index] = image
+    if images is None:
+        raise ValueError("there are no images to decode.")
+    return images
+
+
+def _decode(file: pathlib.Path, image_size: int | None) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(file) as opened:
+        image = np.asarray(opened.convert("RGB"))
+    return image if image_size is None else resize_square(image, image_size)

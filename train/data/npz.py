@@ -1,0 +1,50 @@
+"""NumPy archives with Keras's keys: x_train, y_train, x_test, y_test."""
+
+import pathlib
+import zipfile
+
+import numpy as np
+
+from train.data.sets import ImageSet, make_set
+
+
+def load_npz(path: str) -> ImageSet:
+    """Reads an archive of uint8 NHWC images.
+
+    `x_test` and `y_test` are required, `x_train` and `y_train` only for training;
+    `label_names` gives the classes, whose number is else the highest label plus one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A missing key, or images or labels that break a rule.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no file {file}; npz:PATH needs an archive with the keys x_train, "
+            f"y_train, x_test, y_test (np.savez)."
+        )
+    try:
+        with np.load(file) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise ValueError(f"{file} is no NumPy archive: {error}.") from error
+    for key in ("x_test", "y_test"):
+        if key not in arrays:
+            raise ValueError(f"{file} holds {sorted(arrays)}; must hold {key!r}.")
+    splits = {
+        split: (arrays[f"x_{split}"], arrays[f"y_{split}"])
+        for split in ("train", "test")
+        if f"x_{split}" in arrays and f"y_{split}" in arrays
+    }
+    if "label_names" in arrays:
+        names = tuple(str(name) for name in arrays["label_names"])
+    else:
+        highest = max(int(labels.max(initial=0)) for _, labels in splits.values())
+        names = tuple(str(label) for label in range(highest + 1))
+    # Keras stores gray images without a channel axis.
+    splits = {
+        split: (images[..., None] if images.ndim == 3 else images, labels)
+        for split, (images, labels) in splits.items()
+    }
+    return make_set(file.stem, splits, names)

@@ -1,0 +1,110 @@
+"""What every source gives: uint8 images and labels, checked."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 [n, h, w, c], c being 1 or 3; may be memory-mapped.
+        labels: int32 [n].
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """A set of labelled images.
+
+    Attributes:
+        name: Of the source.
+        train: What is trained on; None where the source has only test images.
+        test: What is evaluated on.
+        class_names: One a class.
+    """
+
+    name: str
+    train: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[h, w, c] of the images as stored."""
+        height, width, channels = self.test.images.shape[1:]
+        return (height, width, channels)
+
+
+def make_split(
+    name: str, images: np.ndarray, labels: np.ndarray, num_classes: int
+) -> Split:
+    """Checks images and labels and returns them as a split.
+
+    Args:
+        name: For messages, e.g. `cifar10 train`.
+        images: [n, h, w, c].
+        labels: [n] or [n, 1], as Keras has them.
+        num_classes: Labels must be below it.
+
+    Raises:
+        ValueError: What the images or labels break.
+    """
+    if images.dtype != np.uint8:
+        raise ValueError(f"{name}: images have type {images.dtype}; must be uint8.")
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{name}: images have shape {images.shape}; must be [n, h, w, 1 or 3]."
+        )
+    if len(images) == 0:
+        raise ValueError(f"{name}: there are no images.")
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    if labels.shape != (len(images),):
+        raise ValueError(
+            f"{name}: labels have shape {labels.shape}; must be ({len(images)},)."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: labels have type {labels.dtype}; must be integer.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"{name}: labels span [{low}, {high}]; must be in [0, {num_classes - 1}]."
+        )
+    return Split(images, np.asarray(labels, np.int32))
+
+
+def make_set(
+    name: str,
+    splits: dict[str, tuple[np.ndarray, np.ndarray]],
+    class_names: tuple[str, ...],
+) -> ImageSet:
+    """Checks the splits `train` (optional) and `test` and joins them into a set.
+
+    Raises:
+        ValueError: What they break.
+    """
+    made = {
+        key: make_split(f"{name} {key}", images, labels, len(class_names))
+        for key, (images, labels) in splits.items()
+    }
+    train, test = made.get("train"), made["test"]
+    if train is not None and train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"{name}: training images are {train.images.shape[1:]}, test images "
+            f"{test.images.shape[1:]}; must be of one shape."
+        )
+    return ImageSet(name, train, test, class_names)

@@ -1,0 +1,109 @@
+"""TensorFlow Datasets: prepared once with TensorFlow, read without it."""
+
+import importlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from train.data.cache import Splits, cached_set
+from train.data.resize import resize_square
+from train.data.sets import ImageSet
+
+_INSTALL = "pip install 'inertia_jax[tfds]'"
+
+
+def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
+    """Reads any TFDS image classification set, kept decoded.
+
+    The first use downloads and prepares it into array_record files, which needs
+    TensorFlow and the network; later uses need neither, nor TFDS. Where images differ
+    in size, all are brought to `image_size`; others stay as stored.
+
+    Raises:
+        ImportError: A package is missing; says which command installs it.
+        ValueError: TFDS knows no such set, it is none of labelled images, or its images
+            differ in size and `image_size` is None.
+        OSError: The download failed; says what to do without a network.
+    """
+    cache = pathlib.Path(cache_dir).expanduser()
+    stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
+    resized = stored.with_name(f"{stored.name}-{image_size}")
+    builder = None
+    if not stored.is_dir() and not resized.is_dir():
+        builder = _prepared_builder(name, cache / "tfds")
+        if None in builder.info.features["image"].shape:
+            if image_size is None:
+                raise ValueError(
+                    f"{name} has images of several sizes; set `data.image_size`."
+                )
+            stored = resized
+
+    def decode() -> tuple[Splits, tuple[str, ...]]:
+        size = image_size if stored == resized else None
+        splits = {
+            ours: _decode_split(name, builder, theirs, size)
+            for ours, theirs in _split_names(name, builder).items()
+        }
+        return splits, tuple(builder.info.features["label"].names)
+
+    return cached_set(stored if stored.is_dir() or builder else resized, name, decode)
+
+
+def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
+    try:
+        tfds = importlib.import_module("tensorflow_datasets")
+    except ImportError as error:
+        raise ImportError(f"tfds:{name} needs TFDS: {_INSTALL}.") from error
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"TFDS has no data set {name!r}.") from error
+    _split_names(name, builder)
+    if builder.is_prepared():
+        return builder
+    try:
+        importlib.import_module("tensorflow")
+    except ImportError as error:
+        raise ImportError(f"preparing {name} needs TensorFlow: {_INSTALL}.") from error
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    # TFDS reports a failed download as DownloadError, requests' errors, OSError or
+    # tf.errors, depending on the version and on where it failed.
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"could not download and prepare {name}: {first_line} Without a network, "
+            f"prepare it on a machine that has one, by the same command, and copy "
+            f"{builder.data_dir} here; or use npz:PATH, imagefolder:PATH or digits."
+        ) from error
+    return builder
+
+
+def _split_names(name: str, builder: Any) -> dict[str, str]:
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not hasattr(
+        features["label"], "names"
+    ):
+        raise ValueError(f"{name} has features {sorted(features)}; must be image, label.")
+    splits = set(builder.info.splits)
+    if not splits:  # known only after preparing
+        return {}
+    test = "test" if "test" in splits else "validation"
+    if not {"train", test} <= splits:
+        raise ValueError(f"{name} has splits {sorted(splits)}; must be train, test.")
+    return {"train": "train", "test": test}
+
+
+def _decode_split(
+    name: str, builder: Any, split: str, size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        source = builder.as_data_source(split=split)
+        examples = [(np.asarray(e["image"]), int(e["label"])) for e in source]
+    except ImportError as error:
+        raise ImportError(f"reading {name} needs more: {_INSTALL}.") from error
+    images = [image for image, _ in examples]
+    if size is not None:
+        images = [resize_square(image, size) for image in images]
+    return np.stack(images), np.array([label for _, label in examples], np.int32)

@@ -1,0 +1,21 @@
+"""The one error that the user can do something about."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UsageError(Exception):
+    """Bad input or surroundings; shown as one line, exit code 2, no traceback."""
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Turns the errors of code that checks the user's input into `UsageError`.
+
+    Wrap only calls whose arguments come from the user: elsewhere a ValueError is a
+    defect, and its traceback is wanted.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,140 @@
+"""Evaluation: every example exactly once, on any number of devices."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from train.augment import Augmentation
+from train.feed import Feed, in_order
+from train.parallel import Parallel
+from train.step import make_eval_call
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        num_examples: Examples, each counted once.
+        loss: Mean cross-entropy, in nats.
+        top1: Share of examples whose class scores highest, in [0, 1].
+        top5: Share whose class is among the five highest; 1 for five classes or fewer.
+        confusion: [classes, classes] int; rows are true classes, columns predictions.
+        class_names: One a class.
+    """
+
+    num_examples: int
+    loss: float
+    top1: float
+    top5: float
+    confusion: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """Accuracy of each class [classes]; NaN for a class without examples."""
+        counts = self.confusion.sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            return np.diag(self.confusion) / counts
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the numbers that are logged."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+
+    def to_json(self) -> str:
+        """Returns everything as JSON; a class without examples has accuracy null."""
+        return json.dumps(
+            {
+                "num_examples": self.num_examples,
+                **self.metrics(),
+                "class_names": self.class_names,
+                "per_class": [
+                    None if np.isnan(share) else share for share in self.per_class
+                ],
+                "confusion": self.confusion.tolist(),
+            },
+            indent=1,
+        )
+
+    def __str__(self) -> str:
+        right = int(np.trace(self.confusion))
+        lines = [
+            f"top-1     {100 * self.top1:6.2f}%  ({right:,} of {self.num_examples:,})",
+            f"top-5     {100 * self.top5:6.2f}%",
+            f"loss      {self.loss:7.4f}",
+            "",
+            "Accuracy by class, and the confusion matrix (rows: truth, columns: answer)",
+        ]
+        if len(self.class_names) > 20:
+            lines[-1] = "Accuracy by class"
+        width = max(len(name) for name in self.class_names)
+        cell = len(str(self.confusion.max())) + 1
+        for name, share, row in zip(
+            self.class_names, self.per_class, self.confusion, strict=True
+        ):
+            line = f"  {name:<{width}}  {100 * share:6.2f}%"
+            if len(self.class_names) <= 20:
+                line += "  " + "".join(f"{count:>{cell}}" for count in row)
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def make_evaluator(
+    model: nn.Module,
+    augmentation: Augmentation,
+    feed: Feed,
+    parallel: Parallel,
+    *,
+    batch_size: int,
+    class_names: tuple[str, ...],
+) -> Callable[[Any], Evaluation]:
+    """Returns a function from replicated variables to what evaluating them finds.
+
+    Losses are summed on the host in float64 in the order of the examples, so that the
+    number of devices does not matter.
+
+    Args:
+        model: The network.
+        augmentation: How images become its input.
+        feed: The images.
+        parallel: The devices.
+        batch_size: Images a call; rounded up to a multiple of the devices.
+        class_names: One a class.
+    """
+    devices = parallel.num_devices
+    batch_size = -(-min(batch_size, len(feed.split)) // devices) * devices
+    evaluate = make_eval_call(model, augmentation)
+
+    def per_device(variables: Any, images: Any, labels: Any, indices: Any) -> Any:
+        return evaluate(variables, images, labels, indices[0])
+
+    call = parallel.wrap(per_device, (False, *feed.spread))
+    num_examples = len(feed.split)
+
+    def run(variables: Any) -> Evaluation:
+        parts = [
+            call(variables, *inputs)
+            for inputs in feed.calls(in_order(num_examples, batch_size), 1)
+        ]
+        results = {
+            name: np.concatenate([np.asarray(part[name]) for part in parts])
+            for name in parts[0]
+        }
+        results = {name: values[:num_examples] for name, values in results.items()}
+        num_classes = len(class_names)
+        confusion = np.zeros((num_classes, num_classes), np.int64)
+        np.add.at(confusion, (feed.split.labels, results["prediction"]), 1)
+        return Evaluation(
+            num_examples=num_examples,
+            loss=float(results["loss"].astype(np.float64).mean()),
+            top1=float((results["rank"] < 1).mean()),
+            top5=float((results["rank"] < 5).mean()),
+            confusion=confusion,
+            class_names=class_names,
+        )
+
+    return run

@@ -1,0 +1,120 @@
+"""Batches for the devices: a set that lies on them whole, or streams through.
+
+Either way a call gets images, labels and indices into them, so the compiled step and its
+randomness are the same.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from train.data import Split
+from train.parallel import Parallel
+
+
+def epoch_order(
+    seed: int, epoch: int, *, num_examples: int, batch_size: int
+) -> np.ndarray:
+    """Returns the examples of an epoch, shuffled, [steps, batch_size].
+
+    The last partial batch is dropped.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
+    order = np.asarray(jax.random.permutation(key, num_examples))
+    steps = num_examples // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def in_order(num_examples: int, batch_size: int) -> np.ndarray:
+    """Returns all examples in order, [steps, batch_size], the last batch padded.
+
+    Padding repeats example 0; the caller drops what comes after `num_examples`.
+    """
+    steps = -(-num_examples // batch_size)
+    order = np.zeros(steps * batch_size, np.int32)
+    order[:num_examples] = np.arange(num_examples)
+    return order.reshape(steps, batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Gives a split's images to the devices.
+
+    Attributes:
+        split: The images.
+        parallel: The devices.
+        resident: The whole split on every device, or None if it streams.
+    """
+
+    split: Split
+    parallel: Parallel
+    resident: tuple[jax.Array, jax.Array] | None
+
+    @property
+    def spread(self) -> tuple[bool, bool, bool]:
+        """Whether images, labels and indices are spread over the devices."""
+        streams = self.resident is None
+        return (streams, streams, True)
+
+    def calls(self, order: np.ndarray, steps_per_call: int) -> Iterator[Any]:
+        """Yields images, labels and indices, one call ahead of their use.
+
+        Args:
+            order: Examples [steps, batch]; the batch is split over the devices.
+            steps_per_call: Rows a call; the last call may have fewer.
+        """
+        chunks = [
+            order[start : start + steps_per_call]
+            for start in range(0, len(order), steps_per_call)
+        ]
+        # One thread, one call ahead: host memory is read while devices compute.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pending = [pool.submit(self._put, chunk) for chunk in chunks[:1]]
+            for following in [*chunks[1:], None]:
+                ready = pending.pop().result()
+                if following is not None:
+                    pending.append(pool.submit(self._put, following))
+                yield ready
+
+    def _put(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+        steps, batch = rows.shape
+        devices = self.parallel.num_devices
+        # [devices, steps, batch / devices]: row i is what device i computes.
+        indices = rows.reshape(steps, devices, -1).swapaxes(0, 1).astype(np.int32)
+        if self.resident is not None:
+            return (*self.resident, self.parallel.spread(indices))
+        images = np.empty((devices, indices[0].size, *self.split.images.shape[1:]), "u1")
+        labels = np.empty(images.shape[:2], np.int32)
+        for device, examples in enumerate(indices):
+            if self.parallel.devices[device].process_index == jax.process_index():
+                images[device] = self.split.images[examples.ravel()]
+                labels[device] = self.split.labels[examples.ravel()]
+        places = np.arange(indices[0].size, dtype=np.int32).reshape(indices.shape[1:])
+        indices = np.broadcast_to(places, indices.shape)
+        return self.parallel.spread((images, labels, indices))
+
+
+def make_feed(split: Split, parallel: Parallel, *, memory_share: float) -> Feed:
+    """Puts a split on every device if it takes at most `memory_share` of its memory."""
+    resident = None
+    if split.images.nbytes <= memory_share * device_memory_bytes(parallel):
+        arrays = (np.asarray(split.images), split.labels)
+        resident = parallel.replicate(arrays)
+    return Feed(split, parallel, resident)
+
+
+def device_memory_bytes(parallel: Parallel) -> float:
+    """Returns the memory of one device, in bytes; on CPU its share of the host's."""
+    device = parallel.mesh.devices.flat[0]
+    stats: dict[str, int] = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host / parallel.mesh.size
+
+

@@ -1,0 +1,390 @@
+"""The training loop: epochs, logging, evaluation, checkpoints, signals."""
+
+import dataclasses
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from inertia_jax.checkpoint import Metadata
+from train.augment import Augmentation
+from train.checkpoints import Checkpoints
+from train.config import Config, config_to_json, make_model, make_preprocessing
+from train.data import ImageSet, load_data
+from train.errors import UsageError, user_input
+from train.evaluate import Evaluation, make_evaluator
+from train.feed import epoch_order, make_feed
+from train.optimizer import make_optimizer
+from train.parallel import AXIS, Parallel
+from train.rundir import RunDirectory
+from train.state import TrainState, init_state, restore_state, training_to_dict
+from train.step import make_train_call
+
+_STEPS_PER_CALL = {"cpu": 1}
+_STEPS_PER_CALL_ELSEWHERE = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """How a run ended.
+
+    Attributes:
+        workdir: Its directory.
+        step: Steps taken in all.
+        evaluation: Of the last epoch; None if the run was stopped before its end.
+        stopped_by: The signal that stopped it, or None.
+    """
+
+    workdir: pathlib.Path
+    step: int
+    evaluation: Evaluation | None
+    stopped_by: int | None
+
+
+class Trainer:
+    """A configured run on its devices: the compiled calls and what they take."""
+
+    def __init__(self, config: Config, data: ImageSet, devices: Any = None) -> None:
+        """Puts the data on the devices and sets the calls up.
+
+        Args:
+            config: Of the run.
+            data: What `config.data.source` gives.
+            devices: To run on; None means all.
+
+        Raises:
+            UsageError: A field that the data, the model or the devices contradict.
+        """
+        self.config = config
+        self.data = data
+        self.parallel = Parallel(config.parallel, tuple(devices or jax.devices()))
+        num_devices = self.parallel.num_devices
+        if data.train is None:
+            raise UsageError(f"{data.name} has no training images.")
+        if config.batch_size % num_devices:
+            raise UsageError(
+                f"`batch_size` (={config.batch_size}) must be a multiple of the "
+                f"{num_devices} devices."
+            )
+        if config.batch_size > len(data.train):
+            raise UsageError(
+                f"`batch_size` (={config.batch_size}) must be at most {len(data.train)}, "
+                f"the training images of {data.name}."
+            )
+        if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise UsageError("`model.dtype` (=float64) needs JAX_ENABLE_X64=1.")
+        with user_input():
+            self.preprocessing = make_preprocessing(config.data, data.image_shape)
+            self.model = make_model(config.model, num_classes=data.num_classes)
+        axis_name = AXIS if config.sync_batch_norm and num_devices > 1 else None
+        self._trained_model = self.model.clone(axis_name=axis_name)
+        self.steps_per_epoch = len(data.train) // config.batch_size
+        self.steps = self.steps_per_epoch * config.epochs
+        self.tx = make_optimizer(
+            config.optimizer,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=config.epochs,
+        )
+        augmentation = Augmentation(
+            self.preprocessing,
+            crop_padding=config.data.crop_padding,
+            flip=config.data.flip,
+            resized_crop=config.data.resized_crop,
+            dtype=jnp.dtype(config.model.dtype),
+        )
+        share = config.data.memory_share
+        self.feed = make_feed(data.train, self.parallel, memory_share=share / 2)
+        test_feed = make_feed(data.test, self.parallel, memory_share=share / 2)
+        platform = self.parallel.devices[0].platform
+        self.steps_per_call = config.steps_per_call or _STEPS_PER_CALL.get(
+            platform, _STEPS_PER_CALL_ELSEWHERE
+        )
+        local = config.batch_size // num_devices
+        self._positions = self.parallel.spread(
+            np.arange(config.batch_size, dtype=np.int32).reshape(num_devices, local)
+        )
+        call = make_train_call(
+            self._trained_model,
+            self.tx,
+            augmentation,
+            label_smoothing=config.optimizer.label_smoothing,
+            steps_per_epoch=self.steps_per_epoch,
+            seed=config.seed,
+        )
+        self._call = self.parallel.wrap(
+            call, (False, *self.feed.spread, True), donate=True
+        )
+        self._evaluate = make_evaluator(
+            self.model,
+            augmentation,
+            test_feed,
+            self.parallel,
+            batch_size=config.eval_batch_size,
+            class_names=data.class_names,
+        )
+
+    def init_state(self) -> TrainState:
+        """Draws the first state and puts it on the devices.
+
+        Raises:
+            UsageError: The model cannot take the images.
+        """
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
+        with user_input():
+            shape = self.preprocessing.image_shape
+            state = init_state(self.model, self.tx, shape, key)
+        # In its final place before the first step, or the step compiles twice.
+        return self.parallel.replicate(jax.device_get(state))
+
+    def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
+        """Puts a checkpoint's arrays on the devices."""
+        return self.parallel.replicate(restore_state(template, arrays))
+
+    def train_call(self, state: TrainState, inputs: Any) -> tuple[TrainState, Any]:
+        """Takes the steps of one call; `state` is consumed. Returns (state, totals)."""
+        return self._call(state, *inputs, self._positions)
+
+    def inputs(self, epoch: int, first_step: int) -> Iterator[Any]:
+        """Yields what the calls of an epoch take, from its step `first_step`."""
+        train = self.data.train
+        if train is None:
+            raise ValueError("there are no training images.")
+        order = epoch_order(
+            self.config.seed,
+            epoch,
+            num_examples=len(train),
+            batch_size=self.config.batch_size,
+        )
+        return self.feed.calls(order[first_step:], self.steps_per_call)
+
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Evaluates the test images."""
+        return self._evaluate(state.variables)
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT, for the loop to act on between two calls."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "_StopSignal":
+        self._previous = {}
+        # Of several processes all must stop at one step: there JAX's own service
+        # agrees on it, and a handler here would displace its handler.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if jax.process_count() == 1 and in_main_thread:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def at(self, step: int) -> int | None:
+        """Returns the signal to stop for after `step`, or None."""
+        if jax.process_count() > 1:
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if reached else None
+        return self.received
+
+
+def fit(
+    config: Config, *, workdir: pathlib.Path, resume: bool, devices: Any = None
+) -> FitResult:
+    """Trains, evaluates after every epoch, and keeps checkpoints.
+
+    Args:
+        config: Of the run.
+        workdir: Its directory.
+        resume: Go on with the run in `workdir`, if there is one.
+        devices: To run on; None means all.
+
+    Raises:
+        UsageError: Bad input, a loss that is not finite, or a full disk; says what, and
+            leaves the last good checkpoint.
+    """
+    directory = RunDirectory(workdir, config, resume=resume)
+    data = load_data(
+        config.data.source,
+        cache_dir=config.data.cache_dir,
+        image_size=config.data.image_size,
+    )
+    trainer = Trainer(config, data, devices)
+    state = trainer.init_state()
+    checkpoints = Checkpoints(directory.checkpoints)
+    step = 0
+    if resume and (restored := checkpoints.restore()) is not None:
+        path, arrays = restored
+        state = trainer.restore(state, arrays)
+        step = int(arrays["training"]["step"])
+        tqdm.write(f"resuming from {path}, step {step} of {trainer.steps}")
+    directory.open(step)
+    try:
+        with _StopSignal() as stop:
+            return _run(trainer, state, step, directory, checkpoints, stop)
+    finally:
+        directory.close()
+
+
+def _run(
+    trainer: Trainer,
+    state: TrainState,
+    step: int,
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    stop: _StopSignal,
+) -> FitResult:
+    config, spe = trainer.config, trainer.steps_per_epoch
+    dropped = len(trainer.data.train or ()) - spe * config.batch_size
+    if dropped and jax.process_index() == 0:
+        tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")
+    evaluation: Evaluation | None = None
+    last_save = time.monotonic()
+
+    def save(evaluation: Evaluation | None) -> None:
+        nonlocal last_save
+        metadata = _metadata(trainer, evaluation)
+        training = training_to_dict(state)
+        checkpoints.save(step, trainer.model, state.variables, training, metadata)
+        last_save = time.monotonic()
+
+    bar = tqdm(
+        total=trainer.steps * config.batch_size,
+        initial=step * config.batch_size,
+        unit="img",
+        unit_scale=True,
+        disable=jax.process_index() != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for epoch in range(step // spe, config.epochs):
+            bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
+            meter = _Meter(directory, bar, config, step)
+            for inputs in trainer.inputs(epoch, step - epoch * spe):
+                state, totals = trainer.train_call(state, inputs)
+                step += inputs[2].shape[1]
+                # One call behind, so that the devices need not wait for the host.
+                meter.after_call(step, totals)
+                stopped_by = stop.at(step)
+                at_epoch_end = step == (epoch + 1) * spe
+                if stopped_by is not None:
+                    meter.flush()
+                    if not at_epoch_end:
+                        save(None)
+                        checkpoints.wait()
+                        return FitResult(directory.path, step, None, stopped_by)
+                elif not at_epoch_end and _is_save_due(config, step, last_save):
+                    meter.flush()
+                    save(None)
+            meter.flush()
+            words = meter.log_epoch(epoch)
+            evaluation = trainer.evaluate(state)
+            directory.log(step, "test", {"epoch": epoch + 1, **evaluation.metrics()})
+            bar.write(
+                f"epoch {epoch + 1:3d}  {words}  "
+                f"test loss {evaluation.loss:.4f}  test top-1 {evaluation.top1:.2%}",
+                file=sys.stdout,
+            )
+            save(evaluation)
+            stopped_by = stop.at(step)
+            if stopped_by is not None and step < trainer.steps:
+                checkpoints.wait()
+                return FitResult(directory.path, step, None, stopped_by)
+    checkpoints.wait()
+    if evaluation is None:  # resumed after its end
+        evaluation = trainer.evaluate(state)
+    return FitResult(directory.path, step, evaluation, None)
+
+
+def _is_save_due(config: Config, step: int, last_save: float) -> bool:
+    # Time differs from process to process, and the first alone writes.
+    minutes = (time.monotonic() - last_save) / 60
+    by_steps = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
+    return by_steps or minutes >= config.checkpoint_minutes
+
+
+def _metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
+    return Metadata(
+        preprocessing=trainer.preprocessing,
+        class_names=trainer.data.class_names,
+        info={
+            "config": config_to_json(trainer.config),
+            "evaluation": evaluation.metrics() if evaluation else None,
+        },
+    )
+
+
+class _Meter:
+    """Reads an epoch's totals one call late, logs them, and stops on a bad loss."""
+
+    def __init__(
+        self, directory: RunDirectory, bar: tqdm, config: Config, step: int
+    ) -> None:
+        self._directory = directory
+        self._bar = bar
+        self._config = config
+        self._pending: tuple[int, Any] | None = None
+        self._first = self._logged = self._step = step
+        self._start = self._since = time.perf_counter()
+        self._last: dict[str, float] = {}
+
+    def after_call(self, step: int, totals: Any) -> None:
+        """Reports the call before, and notes this one."""
+        self.flush()
+        self._pending = (step, totals)
+
+    def flush(self) -> None:
+        """Waits for the last call, and reports it."""
+        if self._pending is None:
+            return
+        (step, totals), self._pending = self._pending, None
+        totals = jax.device_get(totals)
+        if totals.bad_step >= 0:
+            raise UsageError(
+                f"loss or gradient is not finite at step {int(totals.bad_step)}; "
+                f"stopped. The last good checkpoint is left in "
+                f"{self._directory.checkpoints}. A lower learning rate or a warm-up "
+                f"may help."
+            )
+        batch_size = self._config.batch_size
+        self._last = {
+            "loss": float(totals.loss / totals.count),
+            "accuracy": float(totals.correct / totals.count),
+        }
+        self._bar.set_postfix(
+            loss=f"{self._last['loss']:.4f}",
+            acc=f"{self._last['accuracy']:.2%}",
+            refresh=False,
+        )
+        self._bar.update((step - self._step) * batch_size)
+        if step // self._config.log_steps > self._step // self._config.log_steps:
+            now = time.perf_counter()
+            rate = (step - self._logged) * batch_size / (now - self._since)
+            self._directory.log(step, "train", {**self._last, "images_per_s": rate})
+            self._since, self._logged = now, step
+        self._step = step
+
+    def log_epoch(self, epoch: int) -> str:
+        """Logs the epoch that has ended, and returns it in words."""
+        images = (self._step - self._first) * self._config.batch_size
+        rate = images / (time.perf_counter() - self._start)
+        metrics = {"epoch": epoch + 1, **self._last, "images_per_s": rate}
+        self._directory.log(self._step, "epoch", metrics)
+        loss, accuracy = self._last["loss"], self._last["accuracy"]
+        return f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:.0f} images/s"

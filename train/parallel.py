@@ -1,0 +1,100 @@
+"""One per-device function over all devices, by `jax.pmap` or `jax.shard_map`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Devices, and the way to run on them.
+
+    Both ways see the same arrays: replicated ones as they are, spread ones with one
+    leading entry a device. Functions return replicated values.
+
+    Attributes:
+        kind: `pmap` or `shard_map`.
+        devices: All of them, of every process.
+    """
+
+    kind: Literal["pmap", "shard_map"]
+    devices: tuple[Any, ...]
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all processes."""
+        return len(self.devices)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that arrays lie on; with `pmap` that is each process's own."""
+        devices = self.devices
+        if self.kind == "pmap":
+            local = jax.process_index()
+            devices = tuple(d for d in devices if d.process_index == local)
+        return Mesh(np.array(devices), (AXIS,))
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts a copy of every array on every device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def spread(self, tree: Any) -> Any:
+        """Puts row i of host arrays [num_devices, ...] on device i.
+
+        Every process passes the same rows; those of other processes' devices are not
+        read, and need not hold anything sensible.
+        """
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        mine = [d in set(self.mesh.devices.flat) for d in self.devices]
+
+        def put(array: np.ndarray) -> jax.Array:
+            local = array[np.array(mine)]
+            return jax.make_array_from_callback(
+                local.shape, sharding, lambda index: local[index]
+            )
+
+        return jax.tree.map(put, tree)
+
+    def wrap(
+        self, function: Callable[..., Any], spread: Sequence[bool], donate: bool = False
+    ) -> Callable[..., Any]:
+        """Compiles a per-device function that may use collectives over `AXIS`.
+
+        Args:
+            function: Takes device-local values; its result must be the same on all.
+            spread: For each argument, whether it is spread or replicated.
+            donate: Whether the first argument's memory may be taken for the result.
+        """
+        donated = (0,) if donate else ()
+        if self.kind == "pmap":
+            return jax.pmap(
+                function,
+                axis_name=AXIS,
+                in_axes=tuple(0 if s else None for s in spread),
+                out_axes=None,
+                devices=list(self.devices),
+                donate_argnums=donated,
+            )
+
+        def without_leading(*args: Any) -> Any:
+            # pmap drops the mapped axis; shard_map leaves it with one entry.
+            squeeze = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
+            return function(
+                *(squeeze(a) if s else a for a, s in zip(args, spread, strict=True))
+            )
+
+        mapped = jax.shard_map(
+            without_leading,
+            mesh=self.mesh,
+            in_specs=tuple(PartitionSpec(AXIS) if s else PartitionSpec() for s in spread),
+            out_specs=PartitionSpec(),
+            # With its default, gradients of replicated parameters are summed twice.
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=donated)

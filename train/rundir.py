@@ -1,0 +1,124 @@
+"""The directory of a run: its configuration, its metrics, how it was made."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+import inertia_jax
+from train.config import Config, config_to_json, differing_fields
+from train.errors import UsageError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns hardware, versions and the command, as records hold them."""
+    device = jax.devices()[0]
+    cpu = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    return {
+        "command": " ".join(["python -m train", *sys.argv[1:]]),
+        "backend": device.platform,
+        "device": device.device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+        "cpu": cpu,
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {
+            "inertia_jax": inertia_jax.__version__,
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
+
+
+class RunDirectory:
+    """Holds `config.json`, `run.jsonl`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+
+    With several processes, only the first writes.
+    """
+
+    def __init__(self, path: pathlib.Path, config: Config, *, resume: bool) -> None:
+        """Opens the directory of a run, new or to be resumed.
+
+        Raises:
+            UsageError: It holds another run, or this one and `resume` is false.
+        """
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._metrics = path / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+        self._is_writer = jax.process_index() == 0
+        self._config = config
+        config_file = path / "config.json"
+        if config_file.is_file():
+            there = json.loads(config_file.read_text())
+            differing = differing_fields(there, config_to_json(config))
+            if differing:
+                listed = "\n  ".join(differing)
+                raise UsageError(
+                    f"{path} holds a run with another config; nothing was changed. "
+                    f"Choose another --workdir, or undo:\n  {listed}"
+                )
+            if not resume:
+                raise UsageError(
+                    f"{path} holds this run already; --resume goes on with it, another "
+                    f"--workdir starts a new one. Nothing was changed."
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} exists and holds no run; nothing was changed.")
+
+    def open(self, step: int) -> None:
+        """Begins to write, going on after `step`: later lines of metrics are dropped."""
+        if not self._is_writer:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_whole(
+            self.path / "config.json", json.dumps(config_to_json(self._config), indent=1)
+        )
+        started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step}
+        with (self.path / "run.jsonl").open("a") as file:
+            file.write(json.dumps({**started, **describe_machine()}) + "\n")
+        if self._metrics.is_file():
+            kept = [
+                line
+                for line in self._metrics.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]
+            _write_whole(self._metrics, "".join(kept))
+        self._writer = SummaryWriter(
+            str(self.path / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+    def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        """Adds a line of metrics, of kind `train`, `epoch` or `test`."""
+        if self._writer is None:
+            return
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,161 @@
+"""The training step and the evaluation step, written for one device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import Array, lax
+from jaxtyping import Float, Int, UInt8
+
+from train.augment import Augmentation, example_keys
+from train.parallel import AXIS
+from train.state import TrainState
+
+
+def cross_entropy(
+    logits: Float[Array, "n k"], labels: Int[Array, "n"], *, label_smoothing: float
+) -> Float[Array, "n"]:
+    """Returns each example's loss, in float32 at least."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if not label_smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    targets = optax.smooth_labels(one_hot, label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def make_train_call(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    augmentation: Augmentation,
+    *,
+    label_smoothing: float,
+    steps_per_epoch: int,
+    seed: int,
+) -> Callable[..., tuple[TrainState, Any]]:
+    """Returns the function of one device that takes several steps.
+
+    Its arguments are the state, the images [m, h, w, c] and labels [m] that lie on the
+    device, the examples' places in them `indices` [steps, n], and their positions in
+    the global batch [n]. It returns the new state and its totals.
+
+    All randomness is a function of (seed, step, position): the step number holds the
+    epoch, and positions are global, so the split over devices does not matter.
+    """
+
+    def step(
+        state: TrainState,
+        images: UInt8[Array, "m h w c"],
+        labels: Int[Array, "m"],
+        indices: Int[Array, "n"],
+        positions: Int[Array, "n"],
+    ) -> TrainState:
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        augment_key, dropout_key = jax.random.split(step_key)
+        batch = augmentation.for_training(
+            images[indices], example_keys(augment_key, positions)
+        )
+        targets = labels[indices]
+
+        def loss_fn(params: Any) -> tuple[Array, Any]:
+            logits, collections = model.apply(
+                {
+                    "params": params,
+                    **state.collections,
+                    "examples": {"position": positions},
+                },
+                batch,
+                train=True,
+                rngs={"dropout": dropout_key},
+                mutable=list(state.collections),
+            )
+            losses = cross_entropy(logits, targets, label_smoothing=label_smoothing)
+            return losses.mean(), (collections, losses, logits)
+
+        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (_, (collections, losses, logits)), grads = gradient_fn(state.params)
+        grads = lax.pmean(grads, AXIS)
+        # The same on every device already where BatchNorm is synchronised.
+        collections = lax.pmean(collections, AXIS)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+
+        loss = lax.psum(losses.sum(dtype=jnp.float32), AXIS)
+        correct = (jnp.argmax(logits, axis=-1) == targets).sum(dtype=jnp.int32)
+        # An epoch's sums start anew with its first step.
+        kept = jnp.where(state.step % steps_per_epoch == 0, 0, 1)
+        totals = state.totals
+        # The gradient too: it could spoil the parameters that a checkpoint then keeps.
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        is_bad = ~is_finite & (totals.bad_step < 0)
+        totals = totals.replace(
+            loss=totals.loss * kept + loss,
+            correct=totals.correct * kept + lax.psum(correct, AXIS),
+            count=totals.count * kept + lax.psum(jnp.int32(targets.shape[0]), AXIS),
+            bad_step=jnp.where(is_bad, state.step, totals.bad_step),
+        )
+        return TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            collections=collections,
+            opt_state=opt_state,
+            totals=totals,
+        )
+
+    def call(
+        state: TrainState,
+        images: UInt8[Array, "m h w c"],
+        labels: Int[Array, "m"],
+        indices: Int[Array, "steps n"],
+        positions: Int[Array, "n"],
+    ) -> tuple[TrainState, Any]:
+        if indices.shape[0] == 1:
+            # Not a scan of one: XLA's CPU convolution gradients are slow inside one.
+            state = step(state, images, labels, indices[0], positions)
+        else:
+
+            def body(state: TrainState, row: Array) -> tuple[TrainState, None]:
+                return step(state, images, labels, row, positions), None
+
+            state, _ = lax.scan(body, state, indices)
+        return state, state.totals
+
+    return call
+
+
+def make_eval_call(
+    model: nn.Module, augmentation: Augmentation
+) -> Callable[..., dict[str, Array]]:
+    """Returns the function of one device that evaluates a batch.
+
+    Its arguments are the variables, the images [m, h, w, c] and labels [m] on the
+    device, and `indices` [n] into them. It returns, of every example of all devices in
+    their order: `loss`, `prediction`, and `rank`, the number of classes that score
+    higher than the right one.
+    """
+
+    def call(
+        variables: dict[str, Any],
+        images: UInt8[Array, "m h w c"],
+        labels: Int[Array, "m"],
+        indices: Int[Array, "n"],
+    ) -> dict[str, Array]:
+        batch = augmentation.for_evaluation(images[indices])
+        targets = labels[indices]
+        logits = model.apply(variables, batch, train=False)
+        score = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+        # Ties go to the lower class, as in argmax. Written so that NaN counts as higher:
+        # it must not pass for a right answer.
+        classes = jnp.arange(logits.shape[-1])
+        ahead = (logits == score) & (classes[None] < targets[:, None])
+        higher = ~(logits <= score) | ahead
+        results = {
+            "loss": cross_entropy(logits, targets, label_smoothing=0.0),
+            "prediction": jnp.argmax(logits, axis=-1),
+            "rank": higher.sum(axis=-1),
+        }
+        return lax.all_gather(results, AXIS, tiled=True)
+
+    return call

@@ -1,0 +1,147 @@
+"""`python -m train evaluate`: evaluate a checkpoint."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from inertia_jax import load_checkpoint
+from inertia_jax.checkpoint import Metadata, load_metadata
+from train.augment import Augmentation
+from train.checkpoints import find_checkpoint
+from train.config import Data
+from train.data import ImageSet, load_data
+from train.errors import UsageError, user_input
+from train.evaluate import Evaluation, make_evaluator
+from train.feed import make_feed
+from train.parallel import Parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluates a checkpoint on every test image, each once."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A checkpoint, or a run, whose best is taken."""
+    data: str | None = None
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
+    cache_dir: str = Data.cache_dir
+    """Where decoded sets are kept."""
+    batch_size: int = 500
+    """Images a step, over all devices."""
+    devices: int | None = None
+    """Use the first so many devices; None: all."""
+    resize: bool = False
+    """Resize images of another size than the network was trained on."""
+    out: str | None = None
+    """Write everything to this file, as JSON."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Evaluates as the arguments say, and prints what it found."""
+    args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
+    path = find_checkpoint(args.checkpoint)
+    print(f"checkpoint  {path}")
+    evaluation = evaluate_checkpoint(
+        path,
+        source=args.data,
+        cache_dir=args.cache_dir,
+        batch_size=args.batch_size,
+        num_devices=args.devices,
+        resize=args.resize,
+    )
+    print(evaluation)
+    if args.out is not None:
+        with user_input():
+            pathlib.Path(args.out).write_text(evaluation.to_json() + "\n")
+    return 0
+
+
+def evaluate_checkpoint(
+    path: pathlib.Path,
+    *,
+    source: str | None = None,
+    cache_dir: str = Data.cache_dir,
+    batch_size: int = 500,
+    num_devices: int | None = None,
+    resize: bool = False,
+) -> Evaluation:
+    """Evaluates a checkpoint.
+
+    Raises:
+        UsageError: A damaged checkpoint, or data that do not fit it.
+    """
+    if batch_size < 1:
+        raise UsageError(f"`batch_size` (={batch_size}) must be >= 1.")
+    if num_devices is not None and not 1 <= num_devices <= jax.device_count():
+        raise UsageError(
+            f"`devices` (={num_devices}) must be in [1, {jax.device_count()}]."
+        )
+    with user_input():
+        model, variables = load_checkpoint(path)
+        metadata = load_metadata(path)
+    trained_on = metadata.info.get("config", {}).get("data", {})
+    source = source or trained_on.get("source")
+    if source is None:
+        raise UsageError(f"{path} names no data; say which with --data.")
+    preprocessing = metadata.preprocessing
+    if preprocessing is None:
+        raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
+    data = load_data(
+        source, cache_dir=cache_dir, image_size=trained_on.get("image_size")
+    )
+    resize = resize or trained_on.get("image_size") is not None
+    _check_fit(data, metadata, model.num_classes, resize=resize)
+    parallel = Parallel("pmap", tuple(jax.devices()[:num_devices]))
+    evaluate = make_evaluator(
+        model,
+        Augmentation(
+            preprocessing,
+            crop_padding=0,
+            flip=False,
+            resized_crop=False,
+            dtype=jnp.dtype(model.dtype),
+        ),
+        make_feed(data.test, parallel, memory_share=Data.memory_share),
+        parallel,
+        batch_size=batch_size,
+        class_names=_class_names(data, metadata, model.num_classes),
+    )
+    return evaluate(parallel.replicate(variables))
+
+
+def _check_fit(
+    data: ImageSet, metadata: Metadata, num_classes: int, *, resize: bool
+) -> None:
+    preprocessing = metadata.preprocessing
+    if preprocessing is None:
+        raise ValueError("checked by the caller.")
+    height, width, channels = preprocessing.image_shape
+    if data.image_shape[2] != channels:
+        raise UsageError(
+            f"{data.name} has {data.image_shape[2]} channels; the network takes "
+            f"{channels}."
+        )
+    if data.image_shape[:2] != (height, width) and not resize:
+        raise UsageError(
+            f"{data.name} has images of {data.image_shape[0]} x {data.image_shape[1]}; "
+            f"the network was trained on {height} x {width} (--resize resizes them)."
+        )
+    highest = int(data.test.labels.max())
+    if highest >= num_classes:
+        raise UsageError(
+            f"{data.name} has label {highest}; the network has {num_classes} classes."
+        )
+
+
+def _class_names(
+    data: ImageSet, metadata: Metadata, num_classes: int
+) -> tuple[str, ...]:
+    if metadata.class_names:
+        return metadata.class_names
+    unnamed = range(data.num_classes, num_classes)
+    return (*data.class_names, *map(str, unnamed))[:num_classes]

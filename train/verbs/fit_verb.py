@@ -1,0 +1,109 @@
+"""`python -m train fit`: train a network."""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import signal
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+import tyro
+
+from train.config import Config, load_config
+from train.errors import UsageError
+from train.loop import FitResult, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Trains a network; every field of the config is an option."""
+
+    run: Annotated[Config, tyro.conf.arg(name="")]
+    config: str | None = None
+    """Python file that defines `config`; options below override it."""
+    workdir: str | None = None
+    """Directory of the run; None: runs/NAME."""
+    resume: bool = False
+    """Go on with the run in the directory, if there is one."""
+    devices: int | None = None
+    """Use the first so many devices; None: all."""
+    deterministic: bool = False
+    """Bitwise repeatable on GPU too, slower."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0 of several; `auto` asks the cluster (SLURM, TPU, ...)."""
+    num_processes: int | None = None
+    """Processes of all hosts."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+
+def parse(argv: Sequence[str]) -> Fit:
+    """Reads the arguments, the config file first.
+
+    Raises:
+        UsageError: A config file that is missing or broken.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    path = early.parse_known_args(argv)[0].config
+    config = load_config(path) if path else Config()
+    return tyro.cli(
+        Fit, default=Fit(config, config=path), args=argv, prog="python -m train fit"
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains as the arguments say, and prints where things lie."""
+    args = parse(argv)
+    if args.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    if args.coordinator is not None:
+        _join_processes(args)
+    devices = jax.devices()
+    if args.devices is not None and not 1 <= args.devices <= len(devices):
+        raise UsageError(
+            f"`--devices` (={args.devices}) must be in [1, {len(devices)}]."
+        )
+    workdir = pathlib.Path(args.workdir or f"runs/{args.run.name}").expanduser()
+    result = fit(
+        args.run, workdir=workdir, resume=args.resume, devices=devices[: args.devices]
+    )
+    if jax.process_index() == 0:
+        print(summary(result))
+    # SIGTERM is how clusters ask for a stop: saving and going is success.
+    return 130 if result.stopped_by == signal.SIGINT else 0
+
+
+def summary(result: FitResult) -> str:
+    """Returns how a run ended and where things lie."""
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        return (
+            f"stopped by {name} and saved at step {result.step}; the same command with "
+            f"--resume goes on."
+        )
+    evaluation = result.evaluation
+    if evaluation is None:
+        raise ValueError("a run that was not stopped has an evaluation.")
+    return (
+        f"test top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss "
+        f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
+        f"checkpoints  {result.workdir}/checkpoints\n"
+        f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
+        f"evaluate     python -m train evaluate {result.workdir}"
+    )
+
+
+def _join_processes(args: Fit) -> None:
+    try:
+        if args.coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(
+                args.coordinator, args.num_processes, args.process_id
+            )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"could not join the other processes: {error}") from error

@@ -1,0 +1,40 @@
+"""`python -m train quickstart`: train and evaluate a small network, in minutes."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Sequence
+
+import tyro
+
+from train.checkpoints import find_checkpoint
+from train.config import load_config
+from train.loop import fit
+from train.verbs import fit_verb
+from train.verbs.evaluate_verb import evaluate_checkpoint
+
+_CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Trains a narrow ResNet18 on handwritten digits and evaluates its checkpoint."""
+
+    workdir: str = "runs/quickstart"
+    """Directory of the run; one that is there already is gone on with."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains, evaluates from the checkpoint and prints where things lie."""
+    args = tyro.cli(Quickstart, args=argv, prog="python -m train quickstart")
+    start = time.monotonic()
+    workdir = pathlib.Path(args.workdir).expanduser()
+    result = fit(load_config(_CONFIG), workdir=workdir, resume=True)
+    if result.evaluation is None:
+        print(fit_verb.summary(result))
+        return 0
+    best = find_checkpoint(workdir)
+    print(f"\nevaluated again, from {best}:\n{evaluate_checkpoint(best)}\n")
+    print(fit_verb.summary(result))
+    print(f"took         {time.monotonic() - start:.0f} s")
+    return 0
