@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jaxtyping import Float
 
+from inertia_jax.ops.conv import Padding, conv2d
 from inertia_jax.plan import Conv, Plan
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
@@ -117,6 +119,7 @@ class Layers:
             param_dtype=self.param_dtype,
             kernel_init=torch_kernel_init,
             bias_init=torch_bias_init(kernel_size**2 * x.shape[-1]),
+            conv_general_dilated=_conv_general_dilated,
             parent=parent,
             name=name,
         )(x)
@@ -149,6 +152,27 @@ class Layers:
             parent=parent,
             name=name,
         )(x)
+
+
+def _conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Padding,
+    *,
+    rhs_dilation: Sequence[int],
+    feature_group_count: int,
+    **_: Any,
+) -> Array:
+    """`ops.conv2d` in the form in which `nn.Conv` takes its convolution."""
+    return conv2d(
+        lhs,
+        rhs,
+        strides=window_strides,
+        padding=padding,
+        dilation=rhs_dilation,
+        groups=feature_group_count,
+    )
 
 
 def scaled(channels: int, width: float) -> int:

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from inertia_jax.layers import Dropout, Layers, scaled
+from inertia_jax.ops import max_pool2d
 from inertia_jax.plan import Plan
 
 
@@ -40,7 +41,7 @@ class LeNet(nn.Module):
         for name, channels in (("conv1", 32), ("conv2", 64)):
             features = scaled(channels, self.width)
             x = nn.relu(make.conv(self, name, x, features, 3, use_bias=True))
-        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = max_pool2d(x, window=2)
         x = Dropout(0.25, name="dropout1")(x, train=train)
         # Flattened channel by channel, as PyTorch does, so that weights move both ways.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from inertia_jax.layers import Layers, scaled
+from inertia_jax.ops import max_pool2d
 from inertia_jax.plan import Plan
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -47,6 +48,6 @@ class VGG16(nn.Module):
                 x = make.conv(self, name, x, features, 3, padding=1, use_bias=True)
                 x = nn.relu(make.norm(self, norm, x, train=train))
                 index += 3
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = max_pool2d(x, window=2)
             index += 1
         return make.dense(self, "classifier", x.mean((1, 2)), self.num_classes)
