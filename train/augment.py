@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int, Key, Num, UInt8
+from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
 from inertia_jax.checkpoint import Preprocessing
 
@@ -42,7 +42,7 @@ def crop(
 
 
 def flip(
-    images: Num[Array, "n h w c"], mirrored: Num[Array, "n"]
+    images: Num[Array, "n h w c"], mirrored: Bool[Array, "n"]
 ) -> Num[Array, "n h w c"]:
     """Mirrors images left to right where `mirrored` is true."""
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)

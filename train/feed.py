@@ -110,7 +110,7 @@ def make_feed(split: Split, parallel: Parallel, *, memory_share: float) -> Feed:
 
 def device_memory_bytes(parallel: Parallel) -> float:
     """Returns the memory of one device, in bytes; on CPU its share of the host's."""
-    device = parallel.mesh.devices.flat[0]
+    device = parallel.mesh.local_devices[0]
     stats: dict[str, int] = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -85,10 +85,10 @@ def make_train_call(
         loss = lax.psum(losses.sum(dtype=jnp.float32), AXIS)
         correct = (jnp.argmax(logits, axis=-1) == targets).sum(dtype=jnp.int32)
         # An epoch's sums start anew with its first step.
-        kept = jnp.where(state.step % steps_per_epoch == 0, 0, 1)
+        kept = (state.step % steps_per_epoch != 0).astype(jnp.int32)
         totals = state.totals
         # The gradient too: it could spoil the parameters that a checkpoint then keeps.
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         is_bad = ~is_finite & (totals.bad_step < 0)
         totals = totals.replace(
             loss=totals.loss * kept + loss,

@@ -1,11 +1,13 @@
 """Max-pooling over windows that do not overlap."""
 
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 
 def max_pool2d(
-    x: Float[Array, "n h w c"], *, window: int
+    x: Float[ArrayLike, "n h w c"], *, window: int
 ) -> Float[Array, "n h_out w_out c"]:
     """Returns the maximum of each `window` x `window` square.
 
@@ -18,6 +20,7 @@ def max_pool2d(
         x: Images.
         window: Side of a square and distance between them, in pixels.
     """
+    x = jnp.asarray(x)
     n, h, w, c = x.shape
     rows, columns = h // window, w // window
     x = x[:, : rows * window, : columns * window]

@@ -1,0 +1,48 @@
+"""Eight simulated devices, strict ranks, shapes checked at run time."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the tests' time is compilation, and many compile the same.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Before anything of the library is imported.
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(
+    ["inertia_jax.ops", "inertia_jax.cost", "inertia_jax.interop", "train.augment"],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the length of a test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def subprocess_env():
+    """The environment of a program run as a user would: no simulated devices."""
+    hidden = ("XLA_FLAGS", "JAX_ENABLE_X64")
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
+    cache = str(ROOT / ".pytest_cache" / "jax")
+    return {**env, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONWARNINGS": "default"}
+
+
+def shared_file(name: str) -> pathlib.Path:
+    """Returns a file beside the checkout, or skips the test, saying so."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name}, which lies beside the checkout of the developers")
+    return path

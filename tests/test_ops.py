@@ -1,0 +1,122 @@
+"""Convolution and pooling beside PyTorch, with gradients and transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from inertia_jax import ops
+
+CASES = [  # image, c_in, c_out, kernel, strides, padding, dilation, groups
+    (9, 4, 6, 3, 1, "SAME", 1, 1),
+    (9, 4, 6, 3, 2, 1, 1, 1),
+    (8, 4, 6, 3, 2, ((1, 2), (0, 1)), 2, 2),
+    (8, 4, 6, 1, 1, 0, 1, 1),
+    (9, 4, 6, 1, 2, "SAME", 1, 1),
+    (2, 4, 6, 3, 1, 1, 1, 1),
+    (2, 4, 6, 3, 2, "SAME", 1, 1),
+    (4, 4, 6, 3, 1, ((2, 2), (2, 2)), 2, 1),
+]
+
+
+def reference(x, kernel, strides, padding, dilation, groups):
+    """XLA's own convolution in float64, whichever form `ops.conv2d` takes."""
+    pads = [(padding, padding)] * 2 if isinstance(padding, int) else padding
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides, strides),
+        pads,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conv2d_and_its_derivatives_equal_xlas(case, x64):
+    size, c_in, c_out, k, strides, padding, dilation, groups = case
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, size, size, c_in))
+    kernel = rng.normal(size=(k, k, c_in // groups, c_out))
+
+    def ours(x, kernel):
+        return ops.conv2d(
+            x, kernel, strides=strides, padding=padding, dilation=dilation, groups=groups
+        )
+
+    def theirs(x, kernel):
+        return reference(x, kernel, strides, padding, dilation, groups)
+
+    y = theirs(x, kernel)
+    cotangent = rng.normal(size=y.shape)
+    tangents = (rng.normal(size=x.shape), rng.normal(size=kernel.shape))
+    # float64: only the order of summation differs.
+    close = dict(rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(jax.jit(ours)(x, kernel), y, **close)
+    for a, b in zip(
+        jax.vjp(ours, x, kernel)[1](cotangent),
+        jax.vjp(theirs, x, kernel)[1](cotangent),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, **close)
+    np.testing.assert_allclose(
+        jax.jvp(ours, (x, kernel), tangents)[1],
+        jax.jvp(theirs, (x, kernel), tangents)[1],
+        **close,
+    )
+    batched = jax.vmap(ours, in_axes=(None, 0))(x, np.stack([kernel, 2 * kernel]))
+    np.testing.assert_allclose(batched[1], 2 * y, **close)
+
+
+def test_conv2d_equals_pytorchs():
+    torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, 9, 4)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 2, 6)).astype(np.float32)
+    theirs = torch.nn.functional.conv2d(
+        torch.from_numpy(x.transpose(0, 3, 1, 2)),
+        torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))),
+        stride=2,
+        padding=2,
+        dilation=2,
+        groups=2,
+    )
+    ours = ops.conv2d(x, kernel, strides=2, padding=2, dilation=2, groups=2)
+    theirs = theirs.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_conv2d_lowers_for_tpu():
+    x, kernel = jnp.zeros((2, 2, 2, 4)), jnp.zeros((3, 3, 4, 8))
+    gradient = jax.grad(lambda x, k: ops.conv2d(x, k, padding=1).sum(), (0, 1))
+    exported = jax.export.export(jax.jit(gradient), platforms=["tpu"])(x, kernel)
+    assert "convolution" in exported.mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "padding", "message"),
+    [
+        ((3, 3, 5, 6), "SAME", "`kernel` .*must take 4 channels"),
+        ((3, 3, 4, 6), "CIRCULAR", "`padding`"),
+        ((3, 3, 4, 6), (1, 1, 1), "`padding`"),
+    ],
+)
+def test_conv2d_refuses_what_does_not_fit(kernel_shape, padding, message):
+    with pytest.raises(ValueError, match=message):
+        ops.conv2d(np.zeros((1, 8, 8, 4)), np.zeros(kernel_shape), padding=padding)
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_max_pool2d_and_its_gradient_equal_pytorchs(size):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
+    x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    their_x = torch.from_numpy(x.transpose(0, 3, 1, 2)).requires_grad_()
+    theirs = torch.nn.functional.max_pool2d(their_x, 2)
+    (theirs**2).sum().backward()
+    np.testing.assert_array_equal(
+        ops.max_pool2d(x, window=2), theirs.detach().numpy().transpose(0, 2, 3, 1)
+    )
+    gradient = jax.grad(lambda x: (ops.max_pool2d(x, window=2) ** 2).sum())(x)
+    np.testing.assert_array_equal(gradient, their_x.grad.numpy().transpose(0, 2, 3, 1))
