@@ -1,7 +1,6 @@
 """PyTorch weights in and out, by renaming and transposing alone."""
 
 import pathlib
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -154,7 +153,8 @@ def _axes(ndim: int, *, to_torch_layout: bool) -> tuple[int, ...]:
 
 def _transposed(value: np.ndarray, *, to_torch_layout: bool) -> np.ndarray:
     axes = _axes(value.ndim, to_torch_layout=to_torch_layout)
-    return np.ascontiguousarray(np.transpose(value, axes))
+    # A copy, since PyTorch warns of arrays that cannot be written.
+    return np.array(np.transpose(value, axes), order="C")
 
 
 def _read(source: str | pathlib.Path | Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -192,7 +192,8 @@ def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
         ) from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # Of a damaged file PyTorch raises whatever its unpickler stumbles over.
+    except Exception as error:
         raise ValueError(f"{path} holds no PyTorch weights: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; must hold a dict.")

@@ -1,6 +1,7 @@
 """One device, eight devices, pmap, shard_map and processes: the same numbers."""
 
 import dataclasses
+import pathlib
 import socket
 import subprocess
 import sys
@@ -9,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
 from train.loop import Trainer
 from train.state import init_state
 
+ROOT = pathlib.Path(__file__).parents[1]
 SYNTHETIC = Data(source="synthetic", mean=(0.5,) * 3, std=(0.25,) * 3)
 
 

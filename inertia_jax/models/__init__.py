@@ -130,7 +130,17 @@ def init_variables(
         shape: Image shape [h, w, c]; None means the one the network was made for.
     """
     images = jnp.zeros((1, *(shape or input_shape(model))), jnp.float32)
-    return jax.jit(functools.partial(model.init, train=False))(key, images)
+
+    @jax.jit
+    def init(key: jax.Array) -> dict[str, Any]:
+        variables = model.init(key, images, train=False)
+        # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
+        dtype = getattr(model, "dtype", None) or jnp.float32
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, dtype)), variables
+        )
+
+    return init(key)
 
 
 def abstract_variables(

@@ -1,0 +1,123 @@
+"""Checkpoints: whole, self-contained, and checked."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import inertia_jax as ij
+from inertia_jax.checkpoint import (
+    CheckpointWriteError,
+    Metadata,
+    Preprocessing,
+    load_arrays,
+    load_metadata,
+)
+
+PREPROCESSING = Preprocessing((32, 32, 3), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), 40)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    plan = ij.Plan((("layer1*", ij.Conv()),))
+    model = ij.create_model(
+        "resnet20", width=0.25, num_classes=3, shortcut="B", plan=plan
+    )
+    variables = ij.init_variables(model, jax.random.key(0))
+    metadata = Metadata(PREPROCESSING, ("a", "b", "c"), {"step": 7})
+    training = {"step": np.int32(7), "opt_state": {"0": {}, "1": {"m": np.ones(3)}}}
+    path = tmp_path / "checkpoint"
+    ij.save_checkpoint(path, model, variables, metadata=metadata, training=training)
+    return path, model, variables
+
+
+def test_a_checkpoint_rebuilds_model_and_variables(saved):
+    path, model, variables = saved
+    loaded_model, loaded = ij.load_checkpoint(path)
+    assert loaded_model == model
+    jax.tree.map(np.testing.assert_array_equal, loaded, dict(variables))
+    metadata = load_metadata(path)
+    assert metadata == Metadata(PREPROCESSING, ("a", "b", "c"), {"step": 7})
+    training = load_arrays(path)["training"]
+    assert int(training["step"]) == 7
+    np.testing.assert_array_equal(training["opt_state"]["1"]["m"], np.ones(3))
+
+
+def test_any_flipped_bit_is_noticed(saved):
+    path, _, _ = saved
+    rng = np.random.default_rng(0)
+    files = [file for file in sorted(path.rglob("*")) if file.stat().st_size]
+    files = [file for file in files if file.is_file()]
+    assert any(file.parent.name == "d" for file in files)  # orbax's own data
+    for file in files:
+        content = bytearray(file.read_bytes())
+        place = rng.integers(len(content))
+        content[place] ^= 1 << rng.integers(8)
+        original = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(ij.CheckpointDamagedError, match="damaged"):
+            ij.load_checkpoint(path)
+        file.write_bytes(original)
+    ij.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "no manifest"])
+def test_missing_and_surplus_files_are_noticed(saved, change):
+    path, _, _ = saved
+    if change == "missing":
+        next((path / "arrays" / "d").iterdir()).unlink()
+    elif change == "surplus":
+        (path / "arrays" / "more").write_text("x")
+    else:
+        (path / "manifest.json").unlink()
+    with pytest.raises(ij.CheckpointDamagedError):
+        ij.load_checkpoint(path)
+
+
+def test_nothing_is_overwritten(saved):
+    path, model, variables = saved
+    before = (path / "manifest.json").read_bytes()
+    with pytest.raises(FileExistsError, match="must not exist"):
+        ij.save_checkpoint(path, model, variables)
+    assert (path / "manifest.json").read_bytes() == before
+
+
+def test_a_failed_write_leaves_nothing(saved, monkeypatch):
+    path, model, variables = saved
+
+    def fail(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", fail)
+    with pytest.raises(CheckpointWriteError, match="No space left"):
+        ij.save_checkpoint(path.parent / "other", model, variables)
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint"]
+
+
+def test_no_checkpoint_is_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        ij.load_checkpoint(tmp_path / "none")
+
+
+def test_a_later_format_is_refused(saved):
+    path, _, _ = saved
+    file = path / "metadata.json"
+    description = json.loads(file.read_text())
+    file.write_text(json.dumps({**description, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        load_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((32, 32, 3), (0.5,), (0.2,) * 3), "`mean`.*3 entries"),
+        (((32, 32, 1), (0.5,), (0.2,) * 3), "`std`.*1 entries"),
+        (((32, 32, 1), (0.5,), (0.0,)), "`std`.*> 0"),
+    ],
+)
+def test_bad_preprocessing_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(*arguments)

@@ -1,0 +1,85 @@
+"""The plan: rules, JSON, and what it refuses."""
+
+import pytest
+
+import inertia_jax as ij
+
+PLAN = ij.Plan(
+    (
+        ("layer1_*/conv2", ij.Inertial(2, 4, reading="tiled", threshold=ij.Rate(0.25))),
+        ("*/conv1", ij.Tucker2(12, 25, core=ij.Inertial(1, 3, gate_gradient="ste"))),
+        ("*shortcut_0", ij.LowRank(8)),
+        ("conv1", ij.Inertial(1, 3, threshold=ij.Learned(0.5, per_channel=True))),
+        ("*", ij.Conv()),
+    )
+)
+
+
+def test_the_first_rule_that_matches_wins():
+    plan = ij.Plan((("layer1_0/*", ij.LowRank(1)), ("*/conv1", ij.LowRank(2))))
+    assert plan.spec("layer1_0/conv1") == ij.LowRank(1)
+    assert plan.spec("layer2_0/conv1") == ij.LowRank(2)
+    assert plan.spec("conv1") == ij.Conv()
+
+
+def test_globs_are_case_sensitive_and_cross_slashes():
+    plan = ij.Plan((("layer4*conv1", ij.LowRank(1)), ("FC", ij.LowRank(2))))
+    assert plan.spec("layer4/left/left/conv1") == ij.LowRank(1)
+    assert plan.spec("fc") == ij.Conv()
+
+
+def test_json_there_and_back_is_the_same_plan():
+    assert ij.Plan.from_json(PLAN.to_json()) == PLAN
+    assert hash(ij.Plan.from_json(PLAN.to_json())) == hash(PLAN)
+    assert ij.Plan.from_json("[]") == ij.Plan()
+
+
+def test_a_plan_prints_its_rules():
+    assert "Tucker2(rank_in=12, rank_out=25" in str(PLAN)
+    assert str(ij.Plan()) == "Plan: every layer Conv()"
+
+
+def test_lists_become_tuples():
+    assert hash(ij.Plan([["*", ij.Conv()]])) == hash(ij.Plan((("*", ij.Conv()),)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ij.Inertial(3, 3), "`region_size` .*greater"),
+        (lambda: ij.Inertial(0, 3), "`core_size`"),
+        (lambda: ij.Inertial(1, 3, metric="l3"), "`metric`"),
+        (lambda: ij.Inertial(1, 3, threshold=0.1), "`threshold`"),
+        (lambda: ij.Inertial(1, 3, slope=0.0), "`slope`"),
+        (lambda: ij.Inertial(1, 3, channel_stride=0), "`channel_stride`"),
+        (lambda: ij.Tucker2(0, 3), "`rank_in`"),
+        (lambda: ij.Tucker2(3, True), "`rank_out`"),
+        (lambda: ij.Tucker2(3, 3, core=ij.LowRank(2)), "`core`"),
+        (lambda: ij.LowRank(1.5), "`rank`"),
+        (lambda: ij.Rate(1.5), "`target`"),
+        (lambda: ij.Plan((("*", "conv"),)), "`rules`"),
+        (lambda: ij.Plan(("*",)), "`rules`"),
+        (lambda: ij.Plan.from_json("{"), "must be JSON"),
+        (lambda: ij.Plan.from_json("{}"), "list of rules"),
+        (lambda: ij.Plan.from_json('[["*"]]'), "pairs"),
+        (lambda: ij.Plan.from_json('[["*", {"type": "Cnv"}]]'), "'Cnv'"),
+        (
+            lambda: ij.Plan.from_json('[["*", {"type": "LowRank", "rnk": 1}]]'),
+            "unknown fields",
+        ),
+        (lambda: ij.Plan.from_json('[["*", {"type": "LowRank"}]]'), "incomplete"),
+    ],
+)
+def test_bad_plans_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_glob_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match="'layer9\\*', which matches no convolution"):
+        ij.create_model("resnet20", plan=ij.Plan((("layer9*", ij.Conv()),)))
+
+
+def test_a_network_says_what_it_cannot_build_yet():
+    with pytest.raises(ValueError, match="LowRank.*'layer1_0/conv1'"):
+        ij.create_model("resnet20", plan=ij.Plan((("*/conv1", ij.LowRank(2)),)))
