@@ -129,7 +129,7 @@ def draw_boxes(keys: Key[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n
             axis=-1,
         )
         whole = jnp.array([height, width], jnp.float32)
-        fits = jnp.all((sides > 0) & (sides <= whole), axis=-1)
+        fits = jnp.all((sides > 0) & (sides <= whole[None]), axis=-1)
         first = jnp.argmax(fits)
         corner = jnp.floor(
             jax.random.uniform(corner_key, (2,)) * (whole - sides[first] + 1)

@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -55,17 +56,23 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
         tfds = importlib.import_module("tensorflow_datasets")
     except ImportError as error:
         raise ImportError(f"tfds:{name} needs TFDS: {_INSTALL}.") from error
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TFDS has no data set {name!r}.") from error
-    _split_names(name, builder)
-    if builder.is_prepared():
+    # A builder made from its files needs no TensorFlow; one made by name does.
+    root = data_dir / name.partition(":")[0]
+    prepared = sorted(file.parent for file in root.rglob("dataset_info.json"))
+    if prepared:
+        builder = tfds.builder_from_directory(prepared[-1])
+        _split_names(name, builder)
         return builder
     try:
         importlib.import_module("tensorflow")
     except ImportError as error:
         raise ImportError(f"preparing {name} needs TensorFlow: {_INSTALL}.") from error
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"TFDS has no data set {name!r}.") from error
+    _split_names(name, builder)
+    print(f"downloading and preparing {name}, once", file=sys.stderr)
     try:
         builder.download_and_prepare(file_format="array_record")
     # TFDS reports a failed download as DownloadError, requests' errors, OSError or
