@@ -181,9 +181,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     with _checkpointer() as checkpointer:
         return checkpointer.restore(
             pathlib.Path(path).absolute() / "arrays",
-            args=ocp.args.PyTreeRestore(
-                restore_args=None, partial_restore=False
-            ),
+            args=ocp.args.PyTreeRestore(restore_args=None, partial_restore=False),
         )
 
 

@@ -91,7 +91,9 @@ def count_cost(model: nn.Module, input_shape: tuple[int, ...]) -> CostTable:
         )
     calls: dict[str, tuple[Kind, tuple[int, ...]]] = {}
 
-    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext):
+    def record(
+        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ):
         output = call(*args, **kwargs)
         if context.method_name == "__call__":
             path = "/".join(context.module.path)

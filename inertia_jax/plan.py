@@ -178,9 +178,7 @@ class LowRank:
 
 Spec = Conv | Inertial | Tucker2 | LowRank
 
-_JSON_TYPES = {
-    cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))
-}
+_JSON_TYPES = {cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))}
 
 
 @dataclasses.dataclass(frozen=True)

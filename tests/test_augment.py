@@ -28,18 +28,14 @@ def test_crop_equals_numpys():
 
 def test_flip_equals_numpys():
     mirrored = np.array([True, False, True, False, False, True])
-    expected = [
-        i[:, ::-1] if m else i for i, m in zip(IMAGES, mirrored, strict=True)
-    ]
+    expected = [i[:, ::-1] if m else i for i, m in zip(IMAGES, mirrored, strict=True)]
     ours = augment.flip(jnp.asarray(IMAGES), jnp.asarray(mirrored))
     np.testing.assert_array_equal(ours, expected)
 
 
 def test_normalise_equals_numpys():
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    ours = augment.normalise(
-        jnp.asarray(IMAGES), mean=mean, std=std, dtype=FLOAT32
-    )
+    ours = augment.normalise(jnp.asarray(IMAGES), mean=mean, std=std, dtype=FLOAT32)
     expected = (IMAGES / 255 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -88,9 +84,7 @@ def test_boxes_have_the_stated_area_and_ratio():
 
 def make_augmentation(**options):
     preprocessing = Preprocessing((12, 10, 3), (0.5,) * 3, (0.25,) * 3)
-    defaults = dict(
-        crop_padding=4, flip=True, resized_crop=False, dtype=FLOAT32
-    )
+    defaults = dict(crop_padding=4, flip=True, resized_crop=False, dtype=FLOAT32)
     return augment.Augmentation(preprocessing, **{**defaults, **options})
 
 
@@ -137,7 +131,9 @@ def test_evaluation_resizes_and_cuts_the_centre():
 
 def test_random_parts_are_brought_to_the_input_size():
     preprocessing = Preprocessing((16, 16, 3), (0.5,) * 3, (0.25,) * 3)
-    augmentation = augment.Augmentation(preprocessing, 0, True, True, jnp.dtype(jnp.bfloat16))
+    augmentation = augment.Augmentation(
+        preprocessing, 0, True, True, jnp.dtype(jnp.bfloat16)
+    )
     keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
     images = augmentation.for_training(jnp.asarray(IMAGES), keys)
     assert images.shape == (6, 16, 16, 3)

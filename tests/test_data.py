@@ -60,7 +60,10 @@ def test_npz_of_gray_images_and_without_training_images(tmp_path):
     ("changes", "message"),
     [
         ({"x_train": np.zeros((20, 8, 8, 3), np.float32)}, "float32; must be uint8"),
-        ({"x_train": np.zeros((20, 8, 8, 4), np.uint8)}, r"must be \[n, h, w, 1 or 3\]"),
+        (
+            {"x_train": np.zeros((20, 8, 8, 4), np.uint8)},
+            r"must be \[n, h, w, 1 or 3\]",
+        ),
         ({"x_train": np.zeros((20, 9, 9, 3), np.uint8)}, "must be of one shape"),
         ({"x_train": np.zeros((0, 8, 8, 3), np.uint8)}, "no images"),
         ({"y_train": np.arange(19)}, "labels have shape"),

@@ -43,7 +43,12 @@ def test_conv2d_and_its_derivatives_equal_xlas(case, x64):
 
     def ours(x, kernel):
         return ops.conv2d(
-            x, kernel, strides=strides, padding=padding, dilation=dilation, groups=groups
+            x,
+            kernel,
+            strides=strides,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
         )
 
     def theirs(x, kernel):

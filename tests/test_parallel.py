@@ -140,9 +140,7 @@ def test_every_step_lowers_for_tpu(name, parallel):
 def test_bfloat16_trains_with_float32_parameters():
     config = make_config("bfloat16")
     trainer = Trainer(config, synthetic_set())
-    state, totals = trainer.train_call(
-        trainer.init_state(), next(trainer.inputs(0, 0))
-    )
+    state, totals = trainer.train_call(trainer.init_state(), next(trainer.inputs(0, 0)))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {
         jnp.dtype("float32")
     }
@@ -206,4 +204,3 @@ def test_two_processes_of_four_devices_agree_with_one(
     assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
     for output in outputs:
         assert relative(np.load(output), one_device) < 1e-9
-

@@ -203,9 +203,7 @@ def make_model(
     )
 
 
-def make_preprocessing(
-    data: Data, stored_shape: tuple[int, int, int]
-) -> Preprocessing:
+def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Preprocessing:
     """Returns how the configured data become the network's input.
 
     Raises:

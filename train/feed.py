@@ -7,7 +7,7 @@ randomness are the same.
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -88,7 +88,9 @@ class Feed:
         indices = rows.reshape(steps, devices, -1).swapaxes(0, 1).astype(np.int32)
         if self.resident is not None:
             return (*self.resident, self.parallel.spread(indices))
-        images = np.empty((devices, indices[0].size, *self.split.images.shape[1:]), "u1")
+        images = np.empty(
+            (devices, indices[0].size, *self.split.images.shape[1:]), "u1"
+        )
         labels = np.empty(images.shape[:2], np.int32)
         for device, examples in enumerate(indices):
             if self.parallel.devices[device].process_index == jax.process_index():
@@ -116,5 +118,3 @@ def device_memory_bytes(parallel: Parallel) -> float:
         return stats["bytes_limit"]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return host / parallel.mesh.size
-
-

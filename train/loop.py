@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -239,6 +238,7 @@ def fit(
             return _run(trainer, state, step, directory, checkpoints, stop)
     finally:
         directory.close()
+        checkpoints.wait()  # also after an error: the last good one may be under way
 
 
 def _run(
@@ -258,7 +258,7 @@ def _run(
 
     def save(evaluation: Evaluation | None) -> None:
         nonlocal last_save
-        metadata = _metadata(trainer, evaluation)
+        metadata = make_metadata(trainer, evaluation)
         training = training_to_dict(state)
         checkpoints.save(step, trainer.model, state.variables, training, metadata)
         last_save = time.monotonic()
@@ -315,11 +315,14 @@ def _run(
 def _is_save_due(config: Config, step: int, last_save: float) -> bool:
     # Time differs from process to process, and the first alone writes.
     minutes = (time.monotonic() - last_save) / 60
-    by_steps = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
+    by_steps = (
+        config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
+    )
     return by_steps or minutes >= config.checkpoint_minutes
 
 
-def _metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
+def make_metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
+    """Returns what a checkpoint of the run says of itself."""
     return Metadata(
         preprocessing=trainer.preprocessing,
         class_names=trainer.data.class_names,

@@ -92,7 +92,9 @@ class Parallel:
         mapped = jax.shard_map(
             without_leading,
             mesh=self.mesh,
-            in_specs=tuple(PartitionSpec(AXIS) if s else PartitionSpec() for s in spread),
+            in_specs=tuple(
+                PartitionSpec(AXIS) if s else PartitionSpec() for s in spread
+            ),
             out_specs=PartitionSpec(),
             # With its default, gradients of replicated parameters are summed twice.
             check_vma=False,

@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 
 import inertia_jax
 from train.config import Config, config_to_json, differing_fields
-from train.errors import UsageError
+from train.errors import UsageError, user_input
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -85,9 +85,14 @@ class RunDirectory:
         """Begins to write, going on after `step`: later lines of metrics are dropped."""
         if not self._is_writer:
             return
+        with user_input():
+            self._open(step)
+
+    def _open(self, step: int) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         _write_whole(
-            self.path / "config.json", json.dumps(config_to_json(self._config), indent=1)
+            self.path / "config.json",
+            json.dumps(config_to_json(self._config), indent=1),
         )
         started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step}
         with (self.path / "run.jsonl").open("a") as file:
@@ -107,7 +112,7 @@ class RunDirectory:
         """Adds a line of metrics, of kind `train`, `epoch` or `test`."""
         if self._writer is None:
             return
-        with self._metrics.open("a") as file:
+        with user_input(), self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         for name, value in metrics.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)

@@ -58,9 +58,7 @@ class Tree(nn.Module):
         def child(strides: int, name: str) -> nn.Module:
             if self.level == 1:
                 return BasicBlock(self.features, strides, self.layers, name=name)
-            return Tree(
-                self.features, self.level - 1, strides, self.layers, name=name
-            )
+            return Tree(self.features, self.level - 1, strides, self.layers, name=name)
 
         left = child(self.strides, "left")(x, train=train)
         right = child(1, "right")(left, train=train)

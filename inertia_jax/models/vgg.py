@@ -38,7 +38,9 @@ class VGG16(nn.Module):
         self, x: Float[Array, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
         if min(x.shape[1:3]) < 32:
-            raise ValueError(f"`x` (shape {x.shape}) must be at least 32 x 32 for VGG16.")
+            raise ValueError(
+                f"`x` (shape {x.shape}) must be at least 32 x 32 for VGG16."
+            )
         make = Layers(self.plan, self.dtype, self.axis_name)
         index = 0  # of the layer in PyTorch's Sequential, ReLU and pooling included
         for stage in _STAGES:

@@ -3,10 +3,10 @@
 import functools
 from collections.abc import Sequence
 
-from jax import Array, lax
-from jaxtyping import Float
-from jax.typing import ArrayLike
 import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 

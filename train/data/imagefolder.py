@@ -12,9 +12,7 @@ from train.data.sets import ImageSet
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def load_imagefolder(
-    path: str, *, cache_dir: str, image_size: int | None
-) -> ImageSet:
+def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
     """Reads an image folder, brought to one size and kept decoded.
 
     Images become RGB; the short side is resized to `image_size` (bilinear) and the

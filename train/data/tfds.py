@@ -92,7 +92,9 @@ def _split_names(name: str, builder: Any) -> dict[str, str]:
     if not {"image", "label"} <= set(features) or not hasattr(
         features["label"], "names"
     ):
-        raise ValueError(f"{name} has features {sorted(features)}; must be image, label.")
+        raise ValueError(
+            f"{name} has features {sorted(features)}; must be image, label."
+        )
     splits = set(builder.info.splits)
     if not splits:  # known only after preparing
         return {}

@@ -1,0 +1,77 @@
+"""A run's record and its learning curve."""
+
+import json
+import pathlib
+from typing import Any
+
+from train.errors import UsageError, user_input
+
+
+def make_record(run: pathlib.Path) -> dict[str, Any]:
+    """Returns a run's configuration, machine and curve, one row an epoch.
+
+    Raises:
+        UsageError: There is no run at `run`, or no epoch of it has ended.
+    """
+    if not (run / "config.json").is_file():
+        raise UsageError(f"there is no run at {run}.")
+    with user_input():
+        config = json.loads((run / "config.json").read_text())
+        starts = _read_lines(run / "run.jsonl")
+        lines = _read_lines(run / "metrics.jsonl")
+    epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
+    tests = {line["epoch"]: line for line in lines if line["kind"] == "test"}
+    curve = [
+        {
+            "epoch": epoch,
+            "step": tests[epoch]["step"],
+            "train_loss": epochs[epoch]["loss"],
+            "train_accuracy": epochs[epoch]["accuracy"],
+            "test_loss": tests[epoch]["loss"],
+            "test_top1": tests[epoch]["top1"],
+            "test_top5": tests[epoch]["top5"],
+            "images_per_s": epochs[epoch]["images_per_s"],
+        }
+        for epoch in sorted(set(epochs) & set(tests))
+    ]
+    if not curve:
+        raise UsageError(f"no epoch of {run} has ended yet.")
+    return {"config": config, "starts": starts, "curve": curve}
+
+
+def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws accuracy and loss over epochs into a PNG or SVG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curve = record["curve"]
+    epochs = [row["epoch"] for row in curve]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    for split, name in (("train", "accuracy"), ("test", "top1")):
+        left.plot(epochs, [100 * row[f"{split}_{name}"] for row in curve], label=split)
+        right.plot(epochs, [row[f"{split}_loss"] for row in curve], label=split)
+    left.set(xlabel="epoch", ylabel="accuracy [%]")
+    right.set(xlabel="epoch", ylabel="loss [nats]")
+    left.legend()
+    figure.suptitle(record["config"]["name"])
+    figure.tight_layout()
+    with user_input():
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def format_curve(record: dict[str, Any]) -> str:
+    """Returns the curve as a table."""
+    lines = ["epoch  train loss  train acc  test loss  test top-1  images/s"]
+    lines += [
+        f"{row['epoch']:5d}  {row['train_loss']:10.4f}  {row['train_accuracy']:9.2%}  "
+        f"{row['test_loss']:9.4f}  {row['test_top1']:10.2%}  {row['images_per_s']:8.0f}"
+        for row in record["curve"]
+    ]
+    return "\n".join(lines)
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,86 @@
+"""`python -m train benchmark`: measure training steps, and the loop around them."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import tyro
+
+from train.benchmark import bench_loop, bench_model
+from train.config import load_config
+from train.data import load_data
+from train.errors import UsageError, user_input
+from train.rundir import describe_machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Measures, in one run and in turn: medians of repeated calls."""
+
+    suite: Literal["train", "loop"] = "train"
+    """train: steps and evaluations of networks; loop: what a run adds to its steps."""
+    models: tuple[str, ...] = ("resnet18", "vgg16", "simpledla")
+    """Of the suite train."""
+    batch_size: int = 64
+    """Of the suite train."""
+    width: float = 1.0
+    """Of the suite train."""
+    against: Literal["none", "torch"] = "none"
+    """torch: the same networks in PyTorch, in turn."""
+    repeats: int = 5
+    """Timed calls of each, or rounds of the suite loop."""
+    config: str = "configs/cifar10_resnet18_small.py"
+    """Of the suite loop."""
+    data: str | None = None
+    """Of the suite loop; None: the config's."""
+    steps: int = 200
+    """Of the suite loop, a round."""
+    out: str | None = None
+    """Write the record to this file, as JSON."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measures as the arguments say, and prints a table."""
+    args = tyro.cli(Benchmark, args=argv, prog="python -m train benchmark")
+    if args.repeats < 1 or args.batch_size < 1 or args.steps < 1:
+        raise UsageError("`repeats`, `batch_size` and `steps` must be >= 1.")
+    rows: list[Any] = []
+    if args.suite == "train":
+        print("network     batch  what   JAX ms   PyTorch ms  JAX / PyTorch")
+        for name in args.models:
+            with user_input():
+                row = bench_model(
+                    name,
+                    batch_size=args.batch_size,
+                    repeats=args.repeats,
+                    width=args.width,
+                    against_torch=args.against == "torch",
+                )
+            rows.append(row)
+            for what in ("train", "eval"):
+                ours = row[what]["jax"]["median_ms"]
+                line = f"{name:<11} {args.batch_size:5d}  {what:<5} {ours:7.1f}"
+                if "torch" in row[what]:
+                    theirs = row[what]["torch"]["median_ms"]
+                    line += f"  {theirs:11.1f}  {ours / theirs:13.2f}"
+                print(line)
+    else:
+        config = load_config(args.config)
+        source = args.data or config.data.source
+        data = load_data(
+            source,
+            cache_dir=config.data.cache_dir,
+            image_size=config.data.image_size,
+        )
+        row = bench_loop(config, data, steps=args.steps, rounds=args.repeats)
+        rows.append(row)
+        bare, whole = row["bare"]["median_ms"], row["whole"]["median_ms"]
+        print(f"{row['steps_a_round']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
+        print(f"input, logging and checkpoint add {100 * (whole / bare - 1):.1f}%")
+    if args.out is not None:
+        with user_input():
+            record = {"machine": describe_machine(), "rows": rows}
+            pathlib.Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+    return 0
