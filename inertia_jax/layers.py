@@ -23,8 +23,12 @@ def torch_bias_init(fan_in: int) -> Initializer:
     """Returns PyTorch's bias initialiser: uniform in +-1/sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
 
-    def init(key: Any, shape: Any, dtype: Any = jnp.float32, **_: Any) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def init(
+        key: Array, shape: Any, dtype: Any = None, out_sharding: Any = None
+    ) -> Array:
+        return jax.random.uniform(
+            key, shape, dtype or jnp.float32, -bound, bound, out_sharding=out_sharding
+        )
 
     return init
 
@@ -50,6 +54,8 @@ class Dropout(nn.Module):
     ) -> Float[Array, "n *features"]:
         if not train:
             return x
+        if self.scope is None:
+            raise ValueError("Dropout must be called inside `apply`.")
         positions = self.scope.root.get_variable(
             "examples", "position", jnp.arange(x.shape[0])
         )

@@ -22,14 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, or 2 after bad input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
+    hint = "`python -m train VERB --help` says more."
     parser = argparse.ArgumentParser(
         prog="python -m train",
         usage="python -m train VERB ...",
-        description=f"{__doc__}\n\n{listed}\n\n`python -m train VERB --help` says more.",
+        description=f"{__doc__}\n\n{listed}\n\n{hint}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", metavar="VERB", choices=VERBS)
-    parser.add_argument("--version", action="version", version=inertia_jax.__version__)
+    version = inertia_jax.__version__
+    parser.add_argument("--version", action="version", version=version)
     verb = parser.parse_args(argv[:1] or ["--help"]).verb
     try:
         # Imported by need: benchmarks may need PyTorch, reports a plotting library.

@@ -181,7 +181,8 @@ class Augmentation:
         crop_keys, flip_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         output_shape = self.preprocessing.image_shape[:2]
         if self.resized_crop:
-            boxes = draw_boxes(crop_keys, images.shape[1:3])
+            height, width = images.shape[1:3]
+            boxes = draw_boxes(crop_keys, (height, width))
             images = resized_crop(images, boxes, output_shape=output_shape)
         else:
             images = self._resized(images, resize_to=None)

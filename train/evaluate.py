@@ -67,7 +67,7 @@ class Evaluation:
             f"top-5     {100 * self.top5:6.2f}%",
             f"loss      {self.loss:7.4f}",
             "",
-            "Accuracy by class, and the confusion matrix (rows: truth, columns: answer)",
+            "Accuracy by class, and confusion matrix (rows: truth, columns: answer)",
         ]
         if len(self.class_names) > 20:
             lines[-1] = "Accuracy by class"

@@ -1,7 +1,7 @@
 """Batches for the devices: a set that lies on them whole, or streams through.
 
-Either way a call gets images, labels and indices into them, so the compiled step and its
-randomness are the same.
+Either way a call gets images, labels and indices into them, so the compiled step and
+its randomness are the same.
 """
 
 import concurrent.futures
@@ -82,7 +82,7 @@ class Feed:
                 yield ready
 
     def _put(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        steps, batch = rows.shape
+        steps = len(rows)
         devices = self.parallel.num_devices
         # [devices, steps, batch / devices]: row i is what device i computes.
         indices = rows.reshape(steps, devices, -1).swapaxes(0, 1).astype(np.int32)

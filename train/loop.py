@@ -77,10 +77,10 @@ class Trainer:
             )
         if config.batch_size > len(data.train):
             raise UsageError(
-                f"`batch_size` (={config.batch_size}) must be at most {len(data.train)}, "
-                f"the training images of {data.name}."
+                f"`batch_size` (={config.batch_size}) must be at most "
+                f"{len(data.train)}, the training images of {data.name}."
             )
-        if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        if config.model.dtype == "float64" and jnp.result_type(float) != "float64":
             raise UsageError("`model.dtype` (=float64) needs JAX_ENABLE_X64=1.")
         with user_input():
             self.preprocessing = make_preprocessing(config.data, data.image_shape)

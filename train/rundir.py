@@ -46,7 +46,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 class RunDirectory:
-    """Holds `config.json`, `run.jsonl`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+    """Holds `config.json`, `run.jsonl`, `metrics.jsonl`, TensorBoard's, checkpoints.
 
     With several processes, only the first writes.
     """
@@ -82,7 +82,7 @@ class RunDirectory:
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
 
     def open(self, step: int) -> None:
-        """Begins to write, going on after `step`: later lines of metrics are dropped."""
+        """Begins to write, after `step`: later lines of metrics are dropped."""
         if not self._is_writer:
             return
         with user_input():

@@ -144,10 +144,10 @@ def make_eval_call(
     ) -> dict[str, Array]:
         batch = augmentation.for_evaluation(images[indices])
         targets = labels[indices]
-        logits = model.apply(variables, batch, train=False)
+        logits: Any = model.apply(variables, batch, train=False)
         score = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-        # Ties go to the lower class, as in argmax. Written so that NaN counts as higher:
-        # it must not pass for a right answer.
+        # Ties go to the lower class, as in argmax. Written so that NaN counts as
+        # higher: it must not pass for a right answer.
         classes = jnp.arange(logits.shape[-1])
         ahead = (logits == score) & (classes[None] < targets[:, None])
         higher = ~(logits <= score) | ahead

@@ -78,7 +78,9 @@ def conv2d(
         feature_group_count=groups,
     )
     size = kernel.shape[:2]
-    is_small = any(n < 1 + (k - 1) * d for n, k, d in zip(x.shape[1:3], size, taps))
+    is_small = any(
+        n < 1 + (k - 1) * d for n, k, d in zip(x.shape[1:3], size, taps, strict=True)
+    )
     if groups == 1 and (size == (1, 1) or is_small):
         # On CPU, XLA takes 100 times as long for an image smaller than the kernel
         # (409 ms against 4 for 3x3 at [64,2,2,512]), and 4 times as long for the

@@ -21,8 +21,8 @@ def load_npz(path: str) -> ImageSet:
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no file {file}; npz:PATH needs an archive with the keys x_train, "
-            f"y_train, x_test, y_test (np.savez)."
+            f"there is no file {file}; npz:PATH needs an archive with the keys "
+            f"x_train, y_train, x_test, y_test (np.savez)."
         )
     try:
         with np.load(file) as archive:

@@ -41,12 +41,13 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
             stored = resized
 
     def decode() -> tuple[Splits, tuple[str, ...]]:
+        made = builder or _prepared_builder(name, cache / "tfds")
         size = image_size if stored == resized else None
         splits = {
-            ours: _decode_split(name, builder, theirs, size)
-            for ours, theirs in _split_names(name, builder).items()
+            ours: _decode_split(name, made, theirs, size)
+            for ours, theirs in _split_names(name, made).items()
         }
-        return splits, tuple(builder.info.features["label"].names)
+        return splits, tuple(made.info.features["label"].names)
 
     return cached_set(stored if stored.is_dir() or builder else resized, name, decode)
 

@@ -1,0 +1,80 @@
+"""Optimisers and learning rates beside PyTorch's."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from train.config import Optimizer
+from train.optimizer import make_optimizer, make_schedule
+
+
+def their_optimizer(torch, config, parameters):
+    if config.name == "adadelta":
+        return torch.optim.Adadelta(
+            parameters,
+            config.learning_rate,
+            rho=0.9,
+            eps=1e-6,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.SGD(
+        parameters,
+        config.learning_rate,
+        config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Optimizer(milestones=(2, 4)),
+        Optimizer(nesterov=True, milestones=(2, 4)),
+        Optimizer(momentum=0.0, milestones=(2, 4)),
+        Optimizer(
+            name="adadelta", learning_rate=1.0, schedule="exponential", decay=0.7
+        ),
+    ],
+    ids=lambda c: f"{c.name}-{c.momentum}-{c.nesterov}",
+)
+def test_steps_equal_pytorchs(config, x64):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=5), rng.normal(size=(18, 5))
+    theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = their_optimizer(torch, config, [theirs])
+    if config.schedule == "multistep":
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, list(config.milestones), config.decay
+        )
+    else:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, config.decay)
+    tx = make_optimizer(config, steps_per_epoch=3, epochs=6)
+    ours, state = jax.numpy.asarray(start), tx.init(jax.numpy.asarray(start))
+    for step, gradient in enumerate(gradients):
+        theirs.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        if step % 3 == 2:
+            scheduler.step()
+        updates, state = tx.update(jax.numpy.asarray(gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-6)
+
+
+def test_cosine_ends_at_zero_and_warmup_rises():
+    config = Optimizer(schedule="cosine", warmup_epochs=2)
+    schedule = make_schedule(config, steps_per_epoch=10, epochs=10)
+    rates = [float(schedule(step)) for step in range(101)]
+    np.testing.assert_allclose(rates[:21], np.linspace(0, 0.1, 21), atol=1e-7)
+    half_way = 0.1 * (1 + np.cos(np.pi / 2)) / 2
+    np.testing.assert_allclose(rates[60], half_way, rtol=1e-5)
+    np.testing.assert_allclose(rates[100], 0, atol=1e-7)
+
+
+def test_milestones_count_from_the_start_of_the_warmup():
+    config = Optimizer(milestones=(3,), warmup_epochs=2)
+    schedule = make_schedule(config, steps_per_epoch=10, epochs=10)
+    np.testing.assert_allclose(float(schedule(29)), 0.1)
+    np.testing.assert_allclose(float(schedule(31)), 0.01, rtol=1e-6)
