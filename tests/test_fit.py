@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -390,3 +391,41 @@ def test_every_config_makes_its_model(file):
     classes = 100 if "cifar100" in file.stem else 10
     assert ij.create_model(config.model.name, num_classes=classes)
     assert pathlib.Path(file).read_text().startswith('"""')
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_two_processes_train_stop_and_resume(data, tmp_path, parallel, subprocess_env):
+    workdir = tmp_path / "run"
+    env = {**subprocess_env, "JAX_NUM_CPU_DEVICES": "2"}
+    options = ["--parallel", parallel, "--epochs", "40", "--data.source", data]
+    arguments = [*FIT, *options, "--workdir", str(workdir), "--resume"]
+
+    def start_two():
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        joined = [*arguments, "--coordinator", address, "--num-processes", "2"]
+        return [start([*joined, "--process-id", str(i)], env) for i in range(2)]
+
+    def finish(processes):
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+        return outputs
+
+    processes = start_two()
+    while not (workdir / "metrics.jsonl").exists():
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)  # one is told, both must stop
+    first, second = finish(processes)
+    assert "stopped by SIGTERM and saved at step" in first
+    assert "stopped" not in second  # the first process speaks for all
+    step = latest_steps(workdir / "checkpoints")[-1]
+    assert step < 400
+    outputs = finish(start_two())
+    assert f"step {step} of 400" in outputs[0]
+    assert (
+        json.loads((workdir / "run.jsonl").read_text().splitlines()[0])["num_processes"]
+        == 2
+    )
+    assert len([x for x in read_metrics(workdir) if x["kind"] == "test"]) == 40

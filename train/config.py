@@ -39,8 +39,8 @@ class Data:
     """Train on a random part (8% to 100%) resized, in place of the padded crop."""
     eval_resize: int | None = None
     """Evaluate on the centre of images resized to this side; None: whole images."""
-    memory_share: float = 0.5
-    """Sets larger than this share of device memory stream in chunks."""
+    memory_share: float = 0.25
+    """A split larger than this share of device memory streams in chunks."""
 
 
 @dataclasses.dataclass(frozen=True)

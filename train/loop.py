@@ -102,8 +102,8 @@ class Trainer:
             dtype=jnp.dtype(config.model.dtype),
         )
         share = config.data.memory_share
-        self.feed = make_feed(data.train, self.parallel, memory_share=share / 2)
-        test_feed = make_feed(data.test, self.parallel, memory_share=share / 2)
+        self.feed = make_feed(data.train, self.parallel, memory_share=share)
+        test_feed = make_feed(data.test, self.parallel, memory_share=share)
         platform = self.parallel.devices[0].platform
         self.steps_per_call = config.steps_per_call or _STEPS_PER_CALL.get(
             platform, _STEPS_PER_CALL_ELSEWHERE
