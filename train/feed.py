@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from train.data import Split
+from train.keys import run_keys
 from train.parallel import Parallel
 
 
@@ -24,7 +25,7 @@ def epoch_order(
 
     The last partial batch is dropped.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
+    key = jax.random.fold_in(run_keys(seed).order, epoch)
     order = np.asarray(jax.random.permutation(key, num_examples))
     steps = num_examples // batch_size
     return order[: steps * batch_size].reshape(steps, batch_size)

@@ -23,6 +23,7 @@ from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
 from train.feed import epoch_order, make_feed
+from train.keys import run_keys
 from train.optimizer import make_optimizer
 from train.parallel import AXIS, Parallel
 from train.rundir import RunDirectory
@@ -138,9 +139,9 @@ class Trainer:
         Raises:
             UsageError: The model cannot take the images.
         """
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
         with user_input():
             shape = self.preprocessing.image_shape
+            key = run_keys(self.config.seed).init
             state = init_state(self.model, self.tx, shape, key)
         # In its final place before the first step, or the step compiles twice.
         return self.parallel.replicate(jax.device_get(state))

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
 from train.augment import Augmentation, example_keys
+from train.keys import run_keys
 from train.parallel import AXIS
 from train.state import TrainState
 
@@ -53,7 +54,7 @@ def make_train_call(
         indices: Int[Array, "n"],
         positions: Int[Array, "n"],
     ) -> TrainState:
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        step_key = jax.random.fold_in(run_keys(seed).steps, state.step)
         augment_key, dropout_key = jax.random.split(step_key)
         batch = augmentation.for_training(
             images[indices], example_keys(augment_key, positions)
