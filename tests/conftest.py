@@ -19,7 +19,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(
-    ["inertia_jax.ops", "inertia_jax.cost", "inertia_jax.interop", "train.augment"],
+    ["inertia_jax", "train.augment", "train.step", "train.feed"],
     "beartype.beartype",
 )
 

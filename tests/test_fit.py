@@ -1,5 +1,6 @@
 """The program, end to end: training, resuming, evaluating, refusing."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import inertia_jax as ij
 from inertia_jax.checkpoint import load_arrays, load_metadata
 from train.__main__ import main
 from train.checkpoints import best_step, latest_steps
-from train.config import load_config
+from train.config import load_config, make_model
 
 FIT = [
     "fit",
@@ -221,6 +222,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert "step_00000030 is damaged" in captured.err
+    assert (copy / "checkpoints" / "damaged_step_00000030").is_dir()
     assert "step 20 of 30" in captured.out
     assert_bitwise_equal(final_arrays(copy), final_arrays(run))
     assert main(["evaluate", str(latest)]) == 0
@@ -260,6 +262,9 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--optimizer.label-smoothing", "1"], "label_smoothing"),
         (["--devices", "9"], "`--devices` .*in \\[1, 8\\]"),
         (["--config", "none.py"], "no config file at none.py"),
+        (["--optimizer.decay", "-1"], "`optimizer.decay`"),
+        (["--optimizer.milestones", "3", "3"], "`optimizer.milestones`"),
+        (["--process-id", "1"], "need `--coordinator`"),
     ],
 )
 def test_bad_input_is_one_error_and_code_2(arguments, message, data, tmp_path, capsys):
@@ -282,11 +287,49 @@ def test_unknown_words_exit_with_2_or_show_help(arguments, capsys):
     assert exit_info.value.code == (2 if arguments else 0)
 
 
-def test_an_unknown_field_in_a_config_file_is_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("Config(epoch=3)", "'epoch'"),
+        (
+            "Config(optimizer=Optimizer(name='adam'))",
+            "`name` .*'adam'.* must be one of",
+        ),
+        ("Config(parallel='pjit')", "`parallel` .*'pjit'"),
+        ("Cofnig()", "NameError"),
+        ("3", "must define `config`"),
+    ],
+)
+def test_a_bad_config_file_is_one_error(code, message, tmp_path, capsys):
     file = tmp_path / "broken.py"
-    file.write_text("from train.config import Config\nconfig = Config(epoch=3)\n")
+    file.write_text(f"from train.config import *\nconfig = {code}\n")
     assert main(["fit", "--config", str(file)]) == 2
-    assert "'epoch'" in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_one_run_at_a_time_in_a_directory(run, data, capsys):
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = [*FIT, "--data.source", data, "--workdir", str(run), "--resume"]
+        assert main(arguments) == 2
+    assert "another process is training" in capsys.readouterr().err
+
+
+def test_other_data_under_the_same_name_is_noticed(run, data, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = pathlib.Path(data.removeprefix("npz:"))
+    content = file.read_bytes()
+    with np.load(file) as archive:
+        arrays = dict(archive)
+    try:
+        shorter = {k: arrays[k][:150] for k in ("x_train", "y_train")}
+        np.savez(file, **{**arrays, **shorter})
+        arguments = [*FIT, "--data.source", data, "--workdir", str(copy), "--resume"]
+        assert main(arguments) == 2
+    finally:
+        file.write_bytes(content)
+    assert "num_train: 165 there, 150 here" in capsys.readouterr().err
 
 
 def test_an_infinite_loss_stops_and_keeps_the_last_good_checkpoint(
@@ -389,8 +432,9 @@ def test_every_config_makes_its_model(file):
         assert config.data.mean == (0.4914, 0.4822, 0.4465)
         assert config.data.std == (0.2023, 0.1994, 0.2010)
     classes = 100 if "cifar100" in file.stem else 10
-    assert ij.create_model(config.model.name, num_classes=classes)
-    assert pathlib.Path(file).read_text().startswith('"""')
+    model = make_model(config.model, num_classes=classes)
+    assert model.num_classes == classes
+    assert model.width == config.model.width
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])

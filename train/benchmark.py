@@ -1,5 +1,6 @@
 """Timing of training steps and evaluations, beside PyTorch's, and of the loop."""
 
+import itertools
 import pathlib
 import statistics
 import tempfile
@@ -11,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 from inertia_jax import create_model, init_variables, to_torch
 from train.checkpoints import Checkpoints
 from train.config import Config
 from train.data import ImageSet
 from train.errors import UsageError
-from train.loop import Trainer, make_metadata
+from train.loop import Meter, Trainer, make_metadata
 from train.rundir import RunDirectory
 from train.state import training_to_dict
 
@@ -164,46 +166,59 @@ def _torch_functions(
 
 
 def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
-    """Times an epoch's calls bare, and with input, logging and checkpoints.
+    """Times calls bare, and with input, logging, progress bar and a checkpoint.
 
-    Each round takes `steps` steps bare, on inputs that lie ready, and `steps` with the
-    loop's feed, its reading of totals, a line of metrics every `config.log_steps` steps
-    and one checkpoint, waited for.
+    Each round takes the same number of steps twice: on inputs that lie ready, and with
+    the loop's own feed, meter and one checkpoint, waited for. Both read the totals of
+    one call while the next one runs.
+
+    Raises:
+        UsageError: More steps than an epoch has.
     """
     trainer = Trainer(config, data)
-    calls = max(1, steps // trainer.steps_per_call)
-    state = [trainer.init_state()]
+    if steps > trainer.steps_per_epoch:
+        raise UsageError(
+            f"`steps` (={steps}) must be at most {trainer.steps_per_epoch}, an epoch."
+        )
+    calls = -(-steps // trainer.steps_per_call)
+    state = trainer.init_state()
     ready = next(trainer.inputs(0, 0))
+    rounds_done = 0
     with tempfile.TemporaryDirectory() as scratch:
-        workdir = pathlib.Path(scratch) / "run"
-        directory = RunDirectory(workdir, config, resume=False)
+        directory = RunDirectory(pathlib.Path(scratch) / "run", config, resume=False)
+        directory.lock()
         directory.open(0)
         checkpoints = Checkpoints(directory.checkpoints)
-        done = [0]
 
         def bare() -> None:
+            nonlocal state
+            pending = None
             for _ in range(calls):
-                state[0], totals = trainer.train_call(state[0], ready)
-                jax.device_get(totals)
+                state, totals = trainer.train_call(state, ready)
+                if pending is not None:
+                    jax.device_get(pending)
+                pending = totals
+            jax.device_get(pending)
 
         def whole() -> None:
-            pending = None
-            for index, inputs in enumerate(trainer.inputs(0, 0)):
-                if index == calls:
-                    break
-                state[0], totals = trainer.train_call(state[0], inputs)
-                if pending is not None:
-                    values = jax.device_get(pending)
-                    if index % config.log_steps == 0:
-                        directory.log(index, "train", {"loss": float(values.loss)})
-                pending = totals
-            done[0] += 1
-            training = training_to_dict(state[0])
+            nonlocal state, rounds_done
+            step = 0
+            with tqdm(total=steps * config.batch_size, unit="img", leave=False) as bar:
+                meter = Meter(directory, bar, config, step)
+                inputs = trainer.inputs(0, 0)
+                for batch in itertools.islice(inputs, calls):
+                    state, totals = trainer.train_call(state, batch)
+                    step += batch[2].shape[1]
+                    meter.after_call(step, totals)
+                meter.flush()
+            rounds_done += 1
+            training = training_to_dict(state)
             metadata = make_metadata(trainer, None)
-            variables = state[0].variables
-            checkpoints.save(done[0], trainer.model, variables, training, metadata)
+            checkpoints.save(
+                rounds_done, trainer.model, state.variables, training, metadata
+            )
             checkpoints.wait()
 
         times = interleaved({"bare": bare, "whole": whole}, repeats=rounds, warmup=1)
         directory.close()
-    return {"steps_a_round": calls * trainer.steps_per_call, "rounds": rounds, **times}
+    return {"steps": calls * trainer.steps_per_call, "rounds": rounds, **times}

@@ -61,8 +61,6 @@ class Checkpoints:
 
         def write() -> None:
             path = self._directory / f"step_{step:08d}"
-            if path.exists():  # damaged, and made again from the one before
-                shutil.rmtree(path)
             save_checkpoint(
                 path, model, variables, training=training, metadata=metadata
             )
@@ -91,13 +89,14 @@ class Checkpoints:
         kept = {*steps[-_LATEST:], best_step(self._directory)}
         for step in steps:
             if step not in kept:
-                shutil.rmtree(self._directory / f"step_{step:08d}")
+                # One that cannot be deleted is no reason to stop.
+                shutil.rmtree(self._directory / f"step_{step:08d}", ignore_errors=True)
 
     def restore(self) -> tuple[pathlib.Path, dict[str, Any]] | None:
         """Returns the latest checkpoint that is whole, and its arrays.
 
-        Damaged ones are reported on standard error and left where they are. None means
-        that there is no checkpoint yet.
+        Damaged ones are reported on standard error and put aside. None means that there
+        is no checkpoint yet.
 
         Raises:
             UsageError: There are checkpoints, and every one is damaged.
@@ -108,7 +107,16 @@ class Checkpoints:
             try:
                 verify_checkpoint(path)
             except (CheckpointDamagedError, FileNotFoundError) as error:
-                print(f"warning: {error} Using the one before.", file=sys.stderr)
+                aside = path.with_name(f"damaged_{path.name}")
+                print(
+                    f"warning: {error} It is put aside as {aside.name}, and the one "
+                    f"before is used.",
+                    file=sys.stderr,
+                )
+                if jax.process_index() == 0:
+                    # Among the others it would count as the latest or the best.
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
                 continue
             return path, load_arrays(path)
         if steps:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
+import typing
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -15,6 +17,34 @@ from train.errors import UsageError
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
+
+
+def _check_choices(config: Any) -> None:
+    for name, hint in typing.get_type_hints(type(config)).items():
+        allowed = typing.get_args(hint)
+        value = getattr(config, name)
+        if typing.get_origin(hint) is Literal and value not in allowed:
+            raise UsageError(f"`{name}` (={value!r}) must be one of {allowed}.")
+
+
+def _check_range(
+    name: str,
+    value: float | None,
+    least: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    if value is None:
+        return
+    rules = {
+        f">= {least}": least is None or value >= least,
+        f"> {above}": above is None or value > above,
+        f"< {below}": below is None or value < below,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise UsageError(f"`{name}` (={value}) must be {broken[0]}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +72,19 @@ class Data:
     memory_share: float = 0.25
     """A split larger than this share of device memory streams in chunks."""
 
+    def __post_init__(self) -> None:
+        _check_range("data.memory_share", self.memory_share, above=0)
+        _check_range("data.crop_padding", self.crop_padding, least=0)
+        _check_range("data.image_size", self.image_size, least=1)
+        _check_range("data.eval_resize", self.eval_resize, least=1)
+
+    @property
+    def load_size(self) -> int | None:
+        """Side to which images of several sizes are brought when they are loaded."""
+        if self.image_size is None:
+            return None
+        return max(self.image_size, self.eval_resize or 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -59,6 +102,9 @@ class Model:
     """Type of the computation; float64 needs JAX_ENABLE_X64=1."""
     plan: str = "[]"
     """Which convolution stands where, as JSON (inertia_jax.Plan.to_json)."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +133,20 @@ class Optimizer:
     """Epochs between the steps of exponential."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises from 0."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range("optimizer.learning_rate", self.learning_rate, above=0)
+        _check_range("optimizer.momentum", self.momentum, least=0, below=1)
+        _check_range("optimizer.weight_decay", self.weight_decay, least=0)
+        _check_range("optimizer.label_smoothing", self.label_smoothing, 0, below=1)
+        _check_range("optimizer.decay", self.decay, above=0)
+        _check_range("optimizer.decay_epochs", self.decay_epochs, least=1)
+        _check_range("optimizer.warmup_epochs", self.warmup_epochs, least=0)
+        if any(a >= b for a, b in itertools.pairwise((0, *self.milestones))):
+            raise UsageError(
+                f"`optimizer.milestones` (={self.milestones}) must be > 0 and rise."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,26 +180,17 @@ class Config:
     """Steps between lines of metrics."""
 
     def __post_init__(self) -> None:
-        """Checks what no other part would check before it has cost the user time."""
-        positive = ("epochs", "batch_size", "eval_batch_size", "log_steps")
-        optional = ("steps_per_call", "checkpoint_steps")
-        values = {n: getattr(self, n) for n in positive + optional}
-        values |= {"data.memory_share": self.data.memory_share}
-        values |= {"optimizer.decay_epochs": self.optimizer.decay_epochs}
-        values |= {"optimizer.learning_rate": self.optimizer.learning_rate}
-        values |= {"checkpoint_minutes": self.checkpoint_minutes}
-        for name, value in values.items():
-            if value is not None and not value > 0:
-                raise UsageError(f"`{name}` (={value}) must be > 0.")
-        if not 0 <= self.optimizer.label_smoothing < 1:
+        _check_choices(self)
+        for name in ("epochs", "batch_size", "eval_batch_size", "log_steps"):
+            _check_range(name, getattr(self, name), least=1)
+        for name in ("steps_per_call", "checkpoint_steps"):
+            _check_range(name, getattr(self, name), least=1)
+        _check_range("checkpoint_minutes", self.checkpoint_minutes, above=0)
+        if self.optimizer.warmup_epochs >= self.epochs:
             raise UsageError(
-                f"`optimizer.label_smoothing` (={self.optimizer.label_smoothing}) must "
-                f"be in [0, 1)."
+                f"`optimizer.warmup_epochs` (={self.optimizer.warmup_epochs}) must be "
+                f"less than `epochs` (={self.epochs})."
             )
-        for name in ("crop_padding", "image_size", "eval_resize"):
-            value = getattr(self.data, name)
-            if value is not None and value < (0 if name == "crop_padding" else 1):
-                raise UsageError(f"`data.{name}` (={value}) is too small.")
 
 
 def load_config(path: str | pathlib.Path) -> Config:
@@ -157,8 +208,10 @@ def load_config(path: str | pathlib.Path) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except TypeError as error:  # an unknown field
-        raise UsageError(f"{path}: {error}.") from error
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the file does, an unknown field say
+        raise UsageError(f"{path}: {type(error).__name__}: {error}.") from error
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise UsageError(f"{path} must define `config`, a train.config.Config.")
@@ -168,6 +221,15 @@ def load_config(path: str | pathlib.Path) -> Config:
 def config_to_json(config: Config) -> dict[str, Any]:
     """Returns the configuration as JSON has it: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Returns a JSON config with the fields it is too old to have."""
+    filled = {**defaults, **config}
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(filled[name], dict):
+            filled[name] = fill_defaults(filled[name], value)
+    return filled
 
 
 def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -15,10 +15,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from inertia_jax.checkpoint import Metadata
+from inertia_jax.checkpoint import Metadata, load_metadata
 from train.augment import Augmentation
 from train.checkpoints import Checkpoints
-from train.config import Config, config_to_json, make_model, make_preprocessing
+from train.config import (
+    Config,
+    config_to_json,
+    differing_fields,
+    make_model,
+    make_preprocessing,
+)
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
@@ -32,6 +38,8 @@ from train.step import make_train_call
 
 _STEPS_PER_CALL = {"cpu": 1}
 _STEPS_PER_CALL_ELSEWHERE = 100
+# Of a chunk, on each device; two of them are under way at once.
+_STREAMED_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +98,12 @@ class Trainer:
         self._trained_model = self.model.clone(axis_name=axis_name)
         self.steps_per_epoch = len(data.train) // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
-        self.tx = make_optimizer(
-            config.optimizer,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=config.epochs,
-        )
+        with user_input():
+            self.tx = make_optimizer(
+                config.optimizer,
+                steps_per_epoch=self.steps_per_epoch,
+                epochs=config.epochs,
+            )
         augmentation = Augmentation(
             self.preprocessing,
             crop_padding=config.data.crop_padding,
@@ -109,6 +118,10 @@ class Trainer:
         self.steps_per_call = config.steps_per_call or _STEPS_PER_CALL.get(
             platform, _STEPS_PER_CALL_ELSEWHERE
         )
+        if self.feed.resident is None:
+            step_bytes = config.batch_size * data.train.images[0].nbytes
+            most = max(1, _STREAMED_BYTES * num_devices // step_bytes)
+            self.steps_per_call = min(self.steps_per_call, most)
         local = config.batch_size // num_devices
         self._positions = self.parallel.spread(
             np.arange(config.batch_size, dtype=np.int32).reshape(num_devices, local)
@@ -177,6 +190,7 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._calls = 0
 
     def __enter__(self) -> "_StopSignal":
         self._previous = {}
@@ -195,10 +209,12 @@ class _StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def at(self, step: int) -> int | None:
-        """Returns the signal to stop for after `step`, or None."""
+    def after_call(self) -> int | None:
+        """Returns the signal to stop for after this call, or None."""
         if jax.process_count() > 1:
-            reached = multihost_utils.reached_preemption_sync_point(step)
+            # Counted in calls: the service names the next number, and compares.
+            self._calls += 1
+            reached = multihost_utils.reached_preemption_sync_point(self._calls)
             return signal.SIGTERM if reached else None
         return self.received
 
@@ -222,16 +238,27 @@ def fit(
     data = load_data(
         config.data.source,
         cache_dir=config.data.cache_dir,
-        image_size=config.data.image_size,
+        image_size=config.data.load_size,
     )
     trainer = Trainer(config, data, devices)
     state = trainer.init_state()
+    directory.lock()
     checkpoints = Checkpoints(directory.checkpoints)
     step = 0
-    if resume and (restored := checkpoints.restore()) is not None:
+    restored = checkpoints.restore() if resume else None
+    if restored is not None:
         path, arrays = restored
+        _check_same_data(path, data)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
+    if jax.process_count() > 1:
+        first = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if first != step:
+            raise UsageError(
+                f"process {jax.process_index()} finds step {step} in {workdir}, "
+                f"process 0 step {first}; the directory must be one that all share."
+            )
+    if restored is not None and jax.process_index() == 0:
         tqdm.write(f"resuming from {path}, step {step} of {trainer.steps}")
     directory.open(step)
     try:
@@ -240,6 +267,16 @@ def fit(
     finally:
         directory.close()
         checkpoints.wait()  # also after an error: the last good one may be under way
+
+
+def _check_same_data(path: pathlib.Path, data: ImageSet) -> None:
+    there = load_metadata(path).info.get("data")
+    differing = differing_fields(there, data.describe())
+    if differing:
+        raise UsageError(
+            f"{path} was trained on other data; nothing was changed: "
+            f"{'; '.join(differing)}."
+        )
 
 
 def _run(
@@ -276,13 +313,13 @@ def _run(
     with bar:
         for epoch in range(step // spe, config.epochs):
             bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
-            meter = _Meter(directory, bar, config, step)
+            meter = Meter(directory, bar, config, step)
             for inputs in trainer.inputs(epoch, step - epoch * spe):
                 state, totals = trainer.train_call(state, inputs)
-                step += inputs[2].shape[1]
+                before, step = step, step + inputs[2].shape[1]
                 # One call behind, so that the devices need not wait for the host.
                 meter.after_call(step, totals)
-                stopped_by = stop.at(step)
+                stopped_by = stop.after_call()
                 at_epoch_end = step == (epoch + 1) * spe
                 if stopped_by is not None:
                     meter.flush()
@@ -290,7 +327,7 @@ def _run(
                         save(None)
                         checkpoints.wait()
                         return FitResult(directory.path, step, None, stopped_by)
-                elif not at_epoch_end and _is_save_due(config, step, last_save):
+                elif not at_epoch_end and _is_save_due(config, before, step, last_save):
                     meter.flush()
                     save(None)
             meter.flush()
@@ -303,7 +340,9 @@ def _run(
                 file=sys.stdout,
             )
             save(evaluation)
-            stopped_by = stop.at(step)
+            # A signal that came during the evaluation is seen here, where all processes
+            # know it; of several, else after the next call.
+            stopped_by = stopped_by or stop.received
             if stopped_by is not None and step < trainer.steps:
                 checkpoints.wait()
                 return FitResult(directory.path, step, None, stopped_by)
@@ -313,12 +352,11 @@ def _run(
     return FitResult(directory.path, step, evaluation, None)
 
 
-def _is_save_due(config: Config, step: int, last_save: float) -> bool:
+def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bool:
     # Time differs from process to process, and the first alone writes.
+    every = config.checkpoint_steps
+    by_steps = every is not None and step // every > before // every
     minutes = (time.monotonic() - last_save) / 60
-    by_steps = (
-        config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
-    )
     return by_steps or minutes >= config.checkpoint_minutes
 
 
@@ -329,17 +367,19 @@ def make_metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
         class_names=trainer.data.class_names,
         info={
             "config": config_to_json(trainer.config),
+            "data": trainer.data.describe(),
             "evaluation": evaluation.metrics() if evaluation else None,
         },
     )
 
 
-class _Meter:
+class Meter:
     """Reads an epoch's totals one call late, logs them, and stops on a bad loss."""
 
     def __init__(
         self, directory: RunDirectory, bar: tqdm, config: Config, step: int
     ) -> None:
+        """Begins an epoch, or what is left of it after `step`."""
         self._directory = directory
         self._bar = bar
         self._config = config

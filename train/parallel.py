@@ -41,8 +41,19 @@ class Parallel:
         return Mesh(np.array(devices), (AXIS,))
 
     def replicate(self, tree: Any) -> Any:
-        """Puts a copy of every array on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        """Puts a copy of every array on every device; all processes pass the same."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if sharding.is_fully_addressable:
+            return jax.device_put(tree, sharding)
+
+        def put(array: Any) -> jax.Array:
+            # `device_put` would send the whole array to every process, to compare.
+            host = np.asarray(array)
+            return jax.make_array_from_callback(
+                host.shape, sharding, lambda index: host[index]
+            )
+
+        return jax.tree.map(put, tree)
 
     def spread(self, tree: Any) -> Any:
         """Puts row i of host arrays [num_devices, ...] on device i.

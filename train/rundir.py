@@ -1,5 +1,6 @@
 """The directory of a run: its configuration, its metrics, how it was made."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -7,13 +8,14 @@ import pathlib
 import platform
 import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 import jax
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 import inertia_jax
-from train.config import Config, config_to_json, differing_fields
+from train.config import Config, config_to_json, differing_fields, fill_defaults
 from train.errors import UsageError, user_input
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -36,7 +38,9 @@ def describe_machine() -> dict[str, Any]:
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
         "cpu": cpu,
-        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "python": platform.python_version(),
         "versions": {
             "inertia_jax": inertia_jax.__version__,
@@ -61,11 +65,14 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
+        self._lock: IO[str] | None = None
         self._is_writer = jax.process_index() == 0
         self._config = config
         config_file = path / "config.json"
         if config_file.is_file():
-            there = json.loads(config_file.read_text())
+            with user_input():
+                there = json.loads(config_file.read_text())
+            there = fill_defaults(there, config_to_json(Config()))
             differing = differing_fields(there, config_to_json(config))
             if differing:
                 listed = "\n  ".join(differing)
@@ -78,8 +85,28 @@ class RunDirectory:
                     f"{path} holds this run already; --resume goes on with it, another "
                     f"--workdir starts a new one. Nothing was changed."
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and not _is_empty_directory(path):
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
+
+    def lock(self) -> None:
+        """Makes the directory and keeps other runs out of it while this one lives.
+
+        Raises:
+            UsageError: Another process trains here, or the disk cannot be written.
+        """
+        if jax.process_count() > 1:
+            # All have looked at the directory before the first changes it.
+            multihost_utils.sync_global_devices("run directory")
+        if not self._is_writer:
+            return
+        with user_input():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise UsageError(f"another process is training in {self.path}.") from error
 
     def open(self, step: int) -> None:
         """Begins to write, after `step`: later lines of metrics are dropped."""
@@ -89,7 +116,6 @@ class RunDirectory:
             self._open(step)
 
     def _open(self, step: int) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         _write_whole(
             self.path / "config.json",
             json.dumps(config_to_json(self._config), indent=1),
@@ -121,6 +147,13 @@ class RunDirectory:
         """Writes out what is buffered."""
         if self._writer is not None:
             self._writer.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _is_empty_directory(path: pathlib.Path) -> bool:
+    # Hidden files may be what a killed run left of its start.
+    return path.is_dir() and all(p.name.startswith(".") for p in path.iterdir())
 
 
 def _write_whole(path: pathlib.Path, text: str) -> None:

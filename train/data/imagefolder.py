@@ -78,13 +78,14 @@ def _list_files(
 
 
 def _decode_all(files: list[pathlib.Path], image_size: int | None) -> np.ndarray:
-    from PIL import UnidentifiedImageError
+    from PIL import Image
 
     images: np.ndarray | None = None
     for index, file in enumerate(files):
         try:
             image = _decode(file, image_size)
-        except (UnidentifiedImageError, OSError) as error:
+        # UnidentifiedImageError is an OSError; a broken PNG is a SyntaxError.
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read {file}: {error}.") from error
         if images is None:
             images = np.empty((len(files), *image.shape), np.uint8)

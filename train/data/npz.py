@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -27,15 +28,17 @@ def load_npz(path: str) -> ImageSet:
     try:
         with np.load(file) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    # TypeError: a single array (.npy); the others: no zip file, or a damaged one.
+    except (TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is no NumPy archive: {error}.") from error
-    for key in ("x_test", "y_test"):
+    training = {"x_train", "y_train"} if {"x_train", "y_train"} & set(arrays) else set()
+    for key in sorted({"x_test", "y_test"} | training):
         if key not in arrays:
             raise ValueError(f"{file} holds {sorted(arrays)}; must hold {key!r}.")
     splits = {
         split: (arrays[f"x_{split}"], arrays[f"y_{split}"])
         for split in ("train", "test")
-        if f"x_{split}" in arrays and f"y_{split}" in arrays
+        if f"x_{split}" in arrays
     }
     if "label_names" in arrays:
         names = tuple(str(name) for name in arrays["label_names"])

@@ -42,6 +42,15 @@ class ImageSet:
         """Number of classes."""
         return len(self.class_names)
 
+    def describe(self) -> dict[str, object]:
+        """Returns what must be the same when a run goes on; JSON."""
+        return {
+            "num_train": len(self.train) if self.train else 0,
+            "num_test": len(self.test),
+            "image_shape": list(self.image_shape),
+            "class_names": list(self.class_names),
+        }
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """[h, w, c] of the images as stored."""

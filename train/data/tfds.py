@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -58,10 +59,16 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
     except ImportError as error:
         raise ImportError(f"tfds:{name} needs TFDS: {_INSTALL}.") from error
     # A builder made from its files needs no TensorFlow; one made by name does.
-    root = data_dir / name.partition(":")[0]
-    prepared = sorted(file.parent for file in root.rglob("dataset_info.json"))
+    set_name, _, version = name.partition(":")
+    files = (data_dir / set_name).glob(f"{version or '*'}/dataset_info.json")
+    # Versions are A.B.C; other folders are a set's configurations.
+    prepared = {
+        tuple(map(int, file.parent.name.split("."))): file.parent
+        for file in files
+        if re.fullmatch(r"\d+\.\d+\.\d+", file.parent.name)
+    }
     if prepared:
-        builder = tfds.builder_from_directory(prepared[-1])
+        builder = tfds.builder_from_directory(prepared[max(prepared)])
         _split_names(name, builder)
         return builder
     try:
@@ -73,6 +80,8 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"TFDS has no data set {name!r}.") from error
     _split_names(name, builder)
+    if builder.is_prepared():
+        return builder
     print(f"downloading and preparing {name}, once", file=sys.stderr)
     try:
         builder.download_and_prepare(file_format="array_record")

@@ -21,7 +21,11 @@ class Benchmark:
 
     suite: Literal["train", "loop"] = "train"
     """train: steps and evaluations of networks; loop: what a run adds to its steps."""
-    models: tuple[str, ...] = ("resnet18", "vgg16", "simpledla")
+    models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
+        "resnet18",
+        "vgg16",
+        "simpledla",
+    )
     """Of the suite train."""
     batch_size: int = 64
     """Of the suite train."""
@@ -36,7 +40,7 @@ class Benchmark:
     data: str | None = None
     """Of the suite loop; None: the config's."""
     steps: int = 200
-    """Of the suite loop, a round."""
+    """Of the suite loop, a round; at most an epoch."""
     out: str | None = None
     """Write the record to this file, as JSON."""
 
@@ -72,12 +76,12 @@ def run(argv: Sequence[str]) -> int:
         data = load_data(
             source,
             cache_dir=config.data.cache_dir,
-            image_size=config.data.image_size,
+            image_size=config.data.load_size,
         )
         row = bench_loop(config, data, steps=args.steps, rounds=args.repeats)
         rows.append(row)
         bare, whole = row["bare"]["median_ms"], row["whole"]["median_ms"]
-        print(f"{row['steps_a_round']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
+        print(f"{row['steps']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
         print(f"input, logging and checkpoint add {100 * (whole / bare - 1):.1f}%")
     if args.out is not None:
         with user_input():

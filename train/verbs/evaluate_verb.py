@@ -91,10 +91,9 @@ def evaluate_checkpoint(
     preprocessing = metadata.preprocessing
     if preprocessing is None:
         raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
-    data = load_data(
-        source, cache_dir=cache_dir, image_size=trained_on.get("image_size")
-    )
     resize = resize or trained_on.get("image_size") is not None
+    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
+    data = load_data(source, cache_dir=cache_dir, image_size=size if resize else None)
     _check_fit(data, metadata, model.num_classes, resize=resize)
     parallel = Parallel("pmap", tuple(jax.devices()[:num_devices]))
     evaluate = make_evaluator(

@@ -62,6 +62,8 @@ def run(argv: Sequence[str]) -> int:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     if args.coordinator is not None:
         _join_processes(args)
+    elif args.num_processes is not None or args.process_id is not None:
+        raise UsageError("`--num-processes` and `--process-id` need `--coordinator`.")
     devices = jax.devices()
     if args.devices is not None and not 1 <= args.devices <= len(devices):
         raise UsageError(
@@ -73,7 +75,11 @@ def run(argv: Sequence[str]) -> int:
     )
     if jax.process_index() == 0:
         print(summary(result))
-    # SIGTERM is how clusters ask for a stop: saving and going is success.
+    return exit_code(result)
+
+
+def exit_code(result: FitResult) -> int:
+    """Returns 130 after Ctrl-C; SIGTERM is how clusters ask, and saving is success."""
     return 130 if result.stopped_by == signal.SIGINT else 0
 
 

@@ -31,8 +31,8 @@ def run(argv: Sequence[str]) -> int:
     workdir = pathlib.Path(args.workdir).expanduser()
     result = fit(load_config(_CONFIG), workdir=workdir, resume=True)
     if result.evaluation is None:
-        print(fit_verb.summary(result))
-        return 0
+        print(f"stopped and saved at step {result.step}; the same command goes on.")
+        return fit_verb.exit_code(result)
     best = find_checkpoint(workdir)
     print(f"\nevaluated again, from {best}:\n{evaluate_checkpoint(best)}\n")
     print(fit_verb.summary(result))
