@@ -58,8 +58,6 @@ class Preprocessing:
     resize: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_shape", "mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         channels = self.image_shape[-1]
         for name in ("mean", "std"):
             if len(getattr(self, name)) != channels:
@@ -170,9 +168,19 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     description = _read_description(path)
     preprocessing = description["preprocessing"]
     return Metadata(
-        preprocessing=Preprocessing(**preprocessing) if preprocessing else None,
+        preprocessing=_read_preprocessing(preprocessing) if preprocessing else None,
         class_names=tuple(description["class_names"]),
         info=description["info"],
+    )
+
+
+def _read_preprocessing(fields: dict[str, Any]) -> Preprocessing:
+    height, width, channels = fields["image_shape"]
+    return Preprocessing(
+        image_shape=(height, width, channels),
+        mean=tuple(fields["mean"]),
+        std=tuple(fields["std"]),
+        resize=fields["resize"],
     )
 
 

@@ -138,9 +138,11 @@ def best_step(directory: pathlib.Path) -> int | None:
     for step in latest_steps(directory):
         try:
             info = load_metadata(directory / f"step_{step:08d}").info
-            top1 = info["evaluation"]["top1"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, or not evaluated
+        except (OSError, ValueError, KeyError):
+            continue  # damaged
+        if info["evaluation"] is None:
+            continue  # saved inside an epoch
+        top1 = info["evaluation"]["top1"]
         if best is None or top1 > best[0]:
             best = (top1, step)
     return best[1] if best else None

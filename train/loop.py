@@ -244,29 +244,36 @@ def fit(
     state = trainer.init_state()
     directory.lock()
     checkpoints = Checkpoints(directory.checkpoints)
+    try:
+        state, step = _restore(trainer, state, checkpoints, resume=resume)
+        directory.open(step)
+        with _StopSignal() as stop:
+            return _run(trainer, state, step, directory, checkpoints, stop)
+    finally:
+        directory.close()
+        checkpoints.wait()  # also after an error: the last good one may be under way
+
+
+def _restore(
+    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, *, resume: bool
+) -> tuple[TrainState, int]:
     step = 0
     restored = checkpoints.restore() if resume else None
     if restored is not None:
         path, arrays = restored
-        _check_same_data(path, data)
+        _check_same_data(path, trainer.data)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
     if jax.process_count() > 1:
         first = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if first != step:
             raise UsageError(
-                f"process {jax.process_index()} finds step {step} in {workdir}, "
-                f"process 0 step {first}; the directory must be one that all share."
+                f"process {jax.process_index()} finds step {step}, process 0 step "
+                f"{first}; the run's directory must be one that all share."
             )
     if restored is not None and jax.process_index() == 0:
         tqdm.write(f"resuming from {path}, step {step} of {trainer.steps}")
-    directory.open(step)
-    try:
-        with _StopSignal() as stop:
-            return _run(trainer, state, step, directory, checkpoints, stop)
-    finally:
-        directory.close()
-        checkpoints.wait()  # also after an error: the last good one may be under way
+    return state, step
 
 
 def _check_same_data(path: pathlib.Path, data: ImageSet) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.layers import Dropout, Layers, scaled
@@ -33,8 +34,9 @@ class LeNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool = False
+        self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
+        x = jnp.asarray(x)
         if min(x.shape[1:3]) < 6:
             raise ValueError(f"`x` (shape {x.shape}) must be at least 6 x 6 for LeNet.")
         make = Layers(self.plan, self.dtype, self.axis_name)

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.layers import Layers, scaled
@@ -64,28 +65,29 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool = False
+        self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
+        y = jnp.asarray(x)
         make = Layers(self.plan, self.dtype, self.axis_name)
         imagenet = self.stem == "imagenet"
         features = scaled(64, self.width)
         if imagenet:
-            x = make.conv(self, "conv1", x, features, 7, strides=2, padding=3)
+            y = make.conv(self, "conv1", y, features, 7, strides=2, padding=3)
         else:
-            x = make.conv(self, "conv1", x, features, 3, padding=1)
-        x = nn.relu(make.norm(self, "bn1", x, train=train))
+            y = make.conv(self, "conv1", y, features, 3, padding=1)
+        y = nn.relu(make.norm(self, "bn1", y, train=train))
         if imagenet:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage in range(4):
             features = scaled(64 * 2**stage, self.width)
             for block in range(2):
                 strides = 2 if stage > 0 and block == 0 else 1
-                x = BasicBlock(
+                y = BasicBlock(
                     features,
                     strides,
                     make,
                     "downsample" if imagenet else "shortcut",
                     name=f"layer{stage + 1}_{block}",
-                )(x, train=train)
-        x = x.mean((1, 2))
-        return make.dense(self, "fc" if imagenet else "linear", x, self.num_classes)
+                )(y, train=train)
+        y = y.mean((1, 2))
+        return make.dense(self, "fc" if imagenet else "linear", y, self.num_classes)

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.layers import Layers, scaled
@@ -66,8 +67,9 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool = False
+        self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
+        x = jnp.asarray(x)
         make = Layers(self.plan, self.dtype, self.axis_name)
         block_type = PadBlock if self.shortcut == "A" else BasicBlock
         x = make.conv(self, "conv1", x, scaled(16, self.width), 3, padding=1)

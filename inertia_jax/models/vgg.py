@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.layers import Layers, scaled
@@ -35,8 +36,9 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool = False
+        self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
+        x = jnp.asarray(x)
         if min(x.shape[1:3]) < 32:
             raise ValueError(
                 f"`x` (shape {x.shape}) must be at least 32 x 32 for VGG16."

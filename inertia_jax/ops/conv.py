@@ -1,7 +1,7 @@
 """Two-dimensional convolution, NHWC by HWIO, on `lax.conv_general_dilated`."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -83,7 +83,7 @@ def conv2d(
     )
     pads = explicit_padding(x.shape[1:3], size, window_strides, padding, taps)
     # On CPU, XLA has slow cases. Elsewhere these forms are not measured, so not used.
-    on_cpu = None
+    on_cpu: Callable[[Array, Array], Array] | None = None
     if groups == 1 and (size == (1, 1) or is_small):
         # 409 ms against 4 for 3x3 at [64,2,2,512], an image smaller than the kernel;
         # and 4 times as long for the gradient of a 1x1 convolution.
