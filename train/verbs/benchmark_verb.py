@@ -29,8 +29,8 @@ class Benchmark:
     """Of the suite train."""
     batch_size: int = 64
     """Of the suite train."""
-    width: float = 1.0
-    """Of the suite train."""
+    width: float | None = None
+    """Of the networks; None: 1 in the suite train, the config's in the suite loop."""
     against: Literal["none", "torch"] = "none"
     """torch: the same networks in PyTorch, in turn."""
     repeats: int = 5
@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
                     name,
                     batch_size=args.batch_size,
                     repeats=args.repeats,
-                    width=args.width,
+                    width=args.width or 1.0,
                     against_torch=args.against == "torch",
                 )
             rows.append(row)
@@ -72,6 +72,9 @@ def run(argv: Sequence[str]) -> int:
                 print(line)
     else:
         config = load_config(args.config)
+        if args.width is not None:
+            model = dataclasses.replace(config.model, width=args.width)
+            config = dataclasses.replace(config, model=model)
         source = args.data or config.data.source
         data = load_data(
             source,
