@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 
 from inertia_jax import CheckpointDamagedError, save_checkpoint
@@ -56,7 +57,8 @@ class Checkpoints:
         self.wait()
         if jax.process_index() != 0:
             return
-        variables, training = jax.device_get((variables, training))
+        # A copy: on CPU the host's view shares the memory that the next step takes over.
+        variables, training = jax.tree.map(np.array, (variables, training))
         metadata = dataclasses.replace(metadata, info={**metadata.info, "step": step})
 
         def write() -> None:
