@@ -57,7 +57,7 @@ class Checkpoints:
         self.wait()
         if jax.process_index() != 0:
             return
-        # A copy: on CPU the host's view shares the memory that the next step takes over.
+        # A copy: on CPU the view would share memory that the next step takes over.
         variables, training = jax.tree.map(np.array, (variables, training))
         metadata = dataclasses.replace(metadata, info={**metadata.info, "step": step})
 
