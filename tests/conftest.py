@@ -19,7 +19,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(
-    ["inertia_jax", "train.augment", "train.step", "train.feed"],
+    [
+        *(f"inertia_jax.{name}" for name in ("checkpoint", "cost", "interop")),
+        *(f"inertia_jax.{name}" for name in ("layers", "models", "ops")),
+        *(f"train.{name}" for name in ("augment", "feed", "step")),
+    ],
     "beartype.beartype",
 )
 

@@ -31,9 +31,9 @@ def synthetic_set(size=32, channels=3, num_train=64, num_test=19):
     return ImageSet("synthetic", split(num_train), split(num_test), names)
 
 
-def make_config(dtype="float64", name="resnet18", **options):
+def make_config(dtype="float64", name="resnet18", batch_size=32, **options):
     return Config(
-        batch_size=32,
+        batch_size=batch_size,
         epochs=10,
         data=SYNTHETIC,
         model=Model(name=name, width=0.125, dtype=dtype),
@@ -93,14 +93,15 @@ def test_the_result_depends_on_the_seed(x64, one_device):
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla"])
 def test_one_step_in_float32_agrees(name):
-    data = synthetic_set(num_train=32)
-    start, one = (train(make_config("float32", name), data, 1, n) for n in (0, 1))
+    # The recipe's batch: of smaller ones, batch statistics amplify rounding more.
+    data = synthetic_set(num_train=128)
+    start, one = (train(make_config("float32", name, 128), data, 1, n) for n in (0, 1))
     for parallel in ("pmap", "shard_map"):
-        config = make_config("float32", name, parallel=parallel)
+        config = make_config("float32", name, 128, parallel=parallel)
         eight = train(config, data, 8, 1)
         assert relative(eight, one) < 1e-4
         # The step itself, which the parameters before it would hide. It is looser:
-        # through batch statistics, float32 gradients of a small batch differ by 0.1%.
+        # through batch statistics, float32 gradients differ by up to 0.1%.
         assert relative(eight - start, one - start) < 1e-2
 
 
