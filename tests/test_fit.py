@@ -144,12 +144,12 @@ def test_evaluation_counts_every_example_once(run, data, devices, tmp_path, caps
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """Twelve epochs on one device, in a process of its own."""
+    """Thirty epochs on one device, in a process of its own."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     cache = str(ROOT / ".pytest_cache" / "jax")
     env |= {"JAX_COMPILATION_CACHE_DIR": cache}
-    arguments = [*FIT, "--epochs", "12", "--checkpoint-steps", "3"]
+    arguments = [*FIT, "--epochs", "30", "--checkpoint-steps", "3"]
     arguments += ["--data.source", data]
     process = start([*arguments, "--workdir", str(workdir)], env)
     output, _ = process.communicate(timeout=300)
@@ -201,10 +201,10 @@ def test_sigterm_saves_and_exits_0(uninterrupted, tmp_path):
     assert process.returncode == 0, output
     assert "stopped by SIGTERM and saved at step" in output
     stopped_at = latest_steps(workdir / "checkpoints")[-1]
-    assert 0 < stopped_at < 120
+    assert 0 < stopped_at < 300
     process = start([*arguments, "--workdir", str(workdir), "--resume"], env)
     output, _ = process.communicate(timeout=120)
-    assert f"step {stopped_at} of 120" in output
+    assert f"step {stopped_at} of 300" in output
     assert_bitwise_equal(final_arrays(workdir), final_arrays(whole))
 
 
