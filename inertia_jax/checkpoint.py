@@ -23,7 +23,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
-from jax.typing import ArrayLike
 
 from inertia_jax.models import create_model, model_name
 from inertia_jax.plan import Plan
@@ -139,13 +138,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], *, dtype: ArrayLike | None = None
+    path: str | os.PathLike[str],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Reads a checkpoint, every file of it checked against its SHA-256.
 
     Args:
         path: The directory.
-        dtype: Type of the computation; None means the one it was saved with.
 
     Returns:
         (model, variables), ready for `model.apply(variables, images)`.
@@ -157,8 +155,6 @@ def load_checkpoint(
     verify_checkpoint(path)
     description = _read_description(path)
     options = description["model"]
-    if dtype is not None:
-        options["dtype"] = dtype
     plan = Plan.from_json(json.dumps(description["plan"]))
     return create_model(plan=plan, **options), load_arrays(path)["variables"]
 
@@ -189,7 +185,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     with _checkpointer() as checkpointer:
         return checkpointer.restore(
             pathlib.Path(path).absolute() / "arrays",
-            args=ocp.args.PyTreeRestore(restore_args=None, partial_restore=False),
+            args=ocp.args.PyTreeRestore(),
         )
 
 
