@@ -1,0 +1,277 @@
+"""Inertial convolution, window reading: one region an output position."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float
+
+from inertia_jax.ops.conv import Padding, conv2d, pair
+from inertia_jax.ops.friction import (
+    Metric,
+    Reference,
+    check_choice,
+    check_sizes,
+    pad_image,
+    region_pads,
+    shifted_views,
+)
+from inertia_jax.ops.friction import friction as region_friction
+from inertia_jax.ops.gates import GateGradient, is_open, select
+
+Combine = Literal[
+    "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
+]
+WEIGHTED = ("weighted", "weighted_channel", "weighted_input")
+
+
+class InertialOutput(NamedTuple):
+    """What an inertial convolution returns.
+
+    Attributes:
+        y: The output map [n, h_out, w_out, c_out].
+        gate: Where detail was computed, [n, regions_h, regions_w], with a last axis of
+            channels where the threshold has one.
+        friction: Of each region [n, regions_h, regions_w], float32 or float64.
+    """
+
+    y: Float[Array, "n h_out w_out c_out"]
+    gate: Bool[Array, "n rows columns *c"]
+    friction: Float[Array, "n rows columns"]
+
+
+def weights_shape(
+    combine: Combine, *, steps: int, c_in: int, core_features: int
+) -> tuple[int, ...] | None:
+    """Returns the shape of a combine's weights; None for one that has none.
+
+    Args:
+        combine: How the shifted core responses are joined.
+        steps: n = region side - core side + 1.
+        c_in: Input channels.
+        core_features: Filters of the core.
+    """
+    return {
+        "weighted": (steps, steps),
+        "weighted_channel": (steps, steps, core_features),
+        "weighted_input": (steps, steps, c_in),
+    }.get(combine)
+
+
+def inertial_conv(
+    x: Float[ArrayLike, "n h w c_in"],
+    core: Float[ArrayLike, "m m c_in c_core"],
+    *,
+    region_size: int,
+    threshold: Float[ArrayLike, "*c_core"],
+    metric: Metric = "l1",
+    reference: Reference = "center",
+    combine: Combine = "mean",
+    weights: Float[ArrayLike, "..."] | None = None,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    gate_gradient: GateGradient = "none",
+    slope: float = 10.0,
+    channel_stride: int = 1,
+    friction: Float[ArrayLike, "n h_out w_out"] | None = None,
+) -> InertialOutput:
+    """Applies a core once, or all over the region where friction is high.
+
+    With u_delta(p) the core applied at region p shifted by delta in {0..k}^2,
+    k = d - m, and delta0 = (k // 2, k // 2):
+
+        y(p) = u_delta0(p)             where friction(p) <= threshold
+        y(p) = S_delta u_delta(p)      elsewhere, so also where friction is NaN
+
+    S is `mean`, `sum` or `max`; `weighted` (weights [n, n], n = k + 1) and
+    `weighted_channel` ([n, n, c_core]) weigh the sum; `weighted_input` ([n, n, c_in])
+    weighs the input before a second core evaluation; `stack` returns u_delta0 and the
+    gated mean side by side, so twice the core's channels. Otherwise all u_delta are
+    shifts of one core map over the padded input; at larger strides the joins that are
+    linear over the input are two core evaluations at the output's positions, where
+    those are fewer.
+
+    Args:
+        x: Images.
+        core: Filters of side m; also their number of output channels, but for `stack`.
+        region_size: Side d of the region, > m.
+        threshold: Friction above it opens the gate; one, or one a core channel.
+        metric: See `friction`.
+        reference: See `friction`.
+        combine: S.
+        weights: Of the weighted joins; None for the others.
+        strides: Distance between regions, in pixels.
+        padding: Zeros around the image; "SAME" is XLA's rule applied to the region.
+        gate_gradient: `none`, or `ste`: see `select`.
+        slope: Of `ste`, per unit of friction.
+        channel_stride: Friction reads every so many channels.
+        friction: Already known friction of each region, in place of computing it.
+
+    Returns:
+        `InertialOutput(y, gate, friction)`.
+
+    Raises:
+        ValueError: A core that is not square or not smaller than the region, weights
+            that are missing, surplus or misshapen, or another argument out of range.
+    """
+    x, core, threshold = jnp.asarray(x), jnp.asarray(core), jnp.asarray(threshold)
+    check_core(x, core, region_size=region_size)
+    check_choice("combine", combine, Combine)
+    check_choice("gate_gradient", gate_gradient, GateGradient)
+    check_threshold(threshold, core_features=core.shape[-1])
+    m, d = core.shape[0], region_size
+    weights = _check_weights(weights, combine, core, steps=d - m + 1)
+    dtype = jnp.result_type(x, core)
+    x, core = x.astype(dtype), core.astype(dtype)
+    steps = pair(strides)
+    pads = region_pads(x.shape[1:3], d, steps, padding)
+    if friction is None:
+        friction = region_friction(
+            x,
+            region_size=d,
+            core_size=m,
+            strides=steps,
+            padding=pads,
+            metric=metric,
+            reference=reference,
+            channel_stride=channel_stride,
+        )
+    friction = jnp.asarray(friction)
+    x = pad_image(x, pads)
+    size = ((x.shape[1] - d) // steps[0] + 1, (x.shape[2] - d) // steps[1] + 1)
+    if friction.shape != (x.shape[0], *size):
+        raise ValueError(
+            f"`friction` (shape {friction.shape}) must have shape "
+            f"{(x.shape[0], *size)}, one entry a region."
+        )
+    low, high = _responses(
+        x,
+        core,
+        weights,
+        combine,
+        region_size=d,
+        strides=steps,
+        output_size=size,
+    )
+    choose = lambda high, low: select(  # noqa: E731
+        high,
+        low,
+        friction[..., None],
+        threshold.reshape(1, 1, 1, -1),
+        gate_gradient=gate_gradient,
+        slope=slope,
+    )
+    if combine == "stack":
+        y = jnp.concatenate([low, choose(high, jnp.zeros_like(high))], axis=-1)
+    else:
+        y = choose(high, low)
+    return InertialOutput(y, region_gate(friction, threshold), friction)
+
+
+def region_gate(friction: Array, threshold: Array) -> Array:
+    """Returns the gate of each region, with an axis of channels if `threshold` has."""
+    if threshold.ndim == 0:
+        return is_open(friction, threshold)
+    return is_open(friction[..., None], threshold.reshape(1, 1, 1, -1))
+
+
+def check_core(x: Array, core: Array, *, region_size: int) -> None:
+    """Raises ValueError unless `core` is [m, m, c_in, features], m < `region_size`."""
+    if core.ndim != 4 or core.shape[0] != core.shape[1]:
+        raise ValueError(f"`core` (shape {core.shape}) must be [m, m, c_in, c_out].")
+    check_sizes(core_size=core.shape[0], region_size=region_size)
+    if x.ndim != 4 or x.shape[-1] != core.shape[2]:
+        raise ValueError(
+            f"`core` (shape {core.shape}) must take the channels of `x` (shape "
+            f"{x.shape}), an [n, h, w, c_in]."
+        )
+
+
+def check_threshold(threshold: Array, *, core_features: int) -> None:
+    """Raises ValueError unless `threshold` is one number, or one a core channel."""
+    if threshold.shape not in ((), (core_features,)):
+        raise ValueError(
+            f"`threshold` (shape {threshold.shape}) must be one number, or "
+            f"{core_features}, one a core channel."
+        )
+
+
+def _check_weights(
+    weights: ArrayLike | None, combine: Combine, core: Array, *, steps: int
+) -> Array | None:
+    shape = weights_shape(
+        combine, steps=steps, c_in=core.shape[2], core_features=core.shape[3]
+    )
+    if shape is None:
+        if weights is not None:
+            raise ValueError(f"`weights` must be None for `combine` (={combine!r}).")
+        return None
+    if weights is None:
+        raise ValueError(
+            f"`weights` (=None) must be given for `combine` (={combine!r}), of shape "
+            f"{shape}."
+        )
+    weights = jnp.asarray(weights)
+    if weights.shape != shape:
+        raise ValueError(
+            f"`weights` (shape {weights.shape}) must have shape {shape} for `combine` "
+            f"(={combine!r})."
+        )
+    return weights
+
+
+def _responses(
+    x: Float[Array, "n hp wp c_in"],
+    core: Float[Array, "m m c_in c_core"],
+    weights: Array | None,
+    combine: Combine,
+    *,
+    region_size: int,
+    strides: tuple[int, int],
+    output_size: tuple[int, int],
+) -> tuple[Array, Array]:
+    """Returns u_delta0 and S u_delta of every region of the padded image `x`."""
+    m = core.shape[0]
+    k = region_size - m
+    offsets = list(itertools.product(range(k + 1), repeat=2))
+    # Sums are taken in float32 at least, and rounded once.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def summed(source: Array, size: tuple[int, int], steps: tuple[int, int]) -> Array:
+        views = shifted_views(source, offsets, output_size=size, strides=steps)
+        if weights is None:
+            total = sum(view.astype(wide) for view in views)
+            total = total if combine == "sum" else total / len(offsets)
+        else:
+            shares = weights.astype(wide).reshape(len(offsets), 1, 1, 1, -1)
+            pairs = zip(views, shares, strict=True)
+            total = sum(view.astype(wide) * share for view, share in pairs)
+        return total.astype(x.dtype)
+
+    # At strides > 1 a core map holds positions that no region starts at; a join that is
+    # linear may sum the input instead, and evaluate the core where it is needed.
+    by_input = combine not in ("max", "weighted_channel") and strides != (1, 1)
+    if by_input or combine == "weighted_input":
+        span = tuple(
+            (size - 1) * s + m for size, s in zip(output_size, strides, strict=True)
+        )
+        start = k // 2
+        middle = x[:, start : start + span[0], start : start + span[1]]
+        evaluate = lambda image: conv2d(  # noqa: E731
+            image, core, strides=strides, padding="VALID"
+        )
+        return evaluate(middle), evaluate(summed(x, span, (1, 1)))
+    core_map = conv2d(x, core, padding="VALID")
+    (low,) = shifted_views(
+        core_map, [(k // 2, k // 2)], output_size=output_size, strides=strides
+    )
+    if combine == "max":
+        views = shifted_views(
+            core_map, offsets, output_size=output_size, strides=strides
+        )
+        return low, functools.reduce(jnp.maximum, views)
+    return low, summed(core_map, output_size, strides)

@@ -1,0 +1,190 @@
+"""Tiles of outputs: their geometry, and the two ways to fill them."""
+
+import dataclasses
+import itertools
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from inertia_jax.ops.conv import Padding, conv2d, explicit_padding
+from inertia_jax.ops.friction import Pads, shifted_views
+
+Low = Literal["mean", "sample"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How outputs are cut into tiles.
+
+    Attributes:
+        core_size: m.
+        tile_size: n.
+        pads: Zeros around the image so that every tile has its whole region.
+        tiles: Number of tiles (vertical, horizontal).
+        output_size: Of the map, before zeros filled the last tiles.
+        low: What fills a closed tile.
+    """
+
+    core_size: int
+    tile_size: int
+    pads: Pads
+    tiles: tuple[int, int]
+    output_size: tuple[int, int]
+    low: Low
+
+
+def make_tiling(
+    image_size: tuple[int, int],
+    *,
+    core_size: int,
+    region_size: int,
+    padding: Padding,
+    low: Low,
+) -> Tiling:
+    """Cuts the map of an m x m convolution into tiles.
+
+    Raises:
+        ValueError: The padded image is smaller than the core.
+    """
+    m, n = core_size, region_size - core_size + 1
+    pads = explicit_padding(image_size, (m, m), (1, 1), padding, (1, 1))
+    output_size, tiles, filled = [], [], []
+    for side, (before, after) in zip(image_size, pads, strict=True):
+        outputs = side + before + after - m + 1
+        if outputs < 1:
+            raise ValueError(
+                f"`core` (side {m}) must be at most the padded image's sides; the "
+                f"image is {image_size}, the padding {pads}."
+            )
+        count = -(-outputs // n)
+        output_size.append(outputs)
+        tiles.append(count)
+        filled.append((before, after + count * n - outputs))
+    return Tiling(
+        core_size=m,
+        tile_size=n,
+        pads=(filled[0], filled[1]),
+        tiles=(tiles[0], tiles[1]),
+        output_size=(output_size[0], output_size[1]),
+        low=low,
+    )
+
+
+def spread(
+    tiles: Float[Array, "n rows columns c"], tile_size: int
+) -> Float[Array, "n h w c"]:
+    """Returns the map in which each tile's value stands at all its positions."""
+    n, rows, columns, c = tiles.shape
+    shape = (n, rows, tile_size, columns, tile_size, c)
+    wide = jnp.broadcast_to(tiles[:, :, None, :, None], shape)
+    return wide.reshape(n, rows * tile_size, columns * tile_size, c)
+
+
+def tile_means(
+    high: Float[Array, "n h w c"], tiling: Tiling
+) -> Float[Array, "n rows columns c"]:
+    """Returns what fills a closed tile, from the outputs of all tiles."""
+    n = tiling.tile_size
+    if tiling.low == "sample":
+        return high[:, (n - 1) // 2 :: n, (n - 1) // 2 :: n]
+    wide = jnp.promote_types(high.dtype, jnp.float32)
+    views = (high[:, i::n, j::n].astype(wide) for i in range(n) for j in range(n))
+    return (sum(views) / n**2).astype(high.dtype)
+
+
+def fill_low(
+    padded: Float[Array, "n hp wp c_in"],
+    core: Float[Array, "m m c_in c_out"],
+    tiling: Tiling,
+    *,
+    by_products: bool,
+) -> Float[Array, "n rows columns c_out"]:
+    """Returns what fills a closed tile, from one core evaluation a tile.
+
+    Args:
+        padded: Images with the tiling's padding.
+        core: Filters.
+        tiling: The tiles.
+        by_products: Convolve by matrix products over the rows of the core: on CPU
+            XLA's convolution at strides > 1 takes twice as long.
+    """
+    m, n = tiling.core_size, tiling.tile_size
+    spans = [(count - 1) * n + m for count in tiling.tiles]
+    wide = jnp.promote_types(padded.dtype, jnp.float32)
+    if tiling.low == "sample":
+        start = (n - 1) // 2
+        image = padded[:, start : start + spans[0], start : start + spans[1]]
+    else:
+        views = shifted_views(
+            padded,
+            list(itertools.product(range(n), repeat=2)),
+            output_size=(spans[0], spans[1]),
+            strides=(1, 1),
+        )
+        image = sum(view.astype(wide) for view in views) / n**2
+        image = image.astype(padded.dtype)
+    if not by_products:
+        return conv2d(image, core, strides=n, padding="VALID")
+
+    # Rows and columns are split by n; then the taps b..b+n-1 of a row of the core see
+    # n neighbouring pixels, which lie side by side in memory: one product for them all.
+    images, c_in, c_out = image.shape[0], core.shape[2], core.shape[3]
+    rows, columns = tiling.tiles
+    spare = [-span % n for span in spans]
+    image = jnp.pad(image, ((0, 0), (0, spare[0]), (0, spare[1]), (0, 0)))
+    image = image.reshape(images, image.shape[1] // n, n, image.shape[2] // n, -1)
+    total = jnp.zeros((), wide)
+    for a, b in itertools.product(range(m), range(0, m, n)):
+        taps = min(n, m - b)
+        row = image[:, a // n : a // n + rows, a % n, b // n : b // n + columns]
+        total = total + jnp.dot(
+            row[..., : taps * c_in].reshape(-1, taps * c_in),
+            core[a, b : b + taps].reshape(-1, c_out),
+            preferred_element_type=wide,
+        )
+    return total.reshape(images, rows, columns, c_out).astype(core.dtype)
+
+
+def fill_open(
+    padded: Float[Array, "n hp wp c_in"],
+    core: Float[Array, "m m c_in c_out"],
+    low: Float[Array, "n rows columns c_out"],
+    gate: Bool[Array, "n rows columns"],
+    tiling: Tiling,
+    *,
+    capacity: int,
+) -> Float[Array, "n h w c_out"]:
+    """Returns the map: open tiles in detail, the others filled by `low`.
+
+    Args:
+        padded: Images with the tiling's padding.
+        core: Filters.
+        low: Of every tile.
+        gate: Which tiles are open; at most `capacity` are.
+        tiling: The tiles.
+        capacity: Number of tiles that are gathered and computed.
+    """
+    m, n = tiling.core_size, tiling.tile_size
+    rows, columns = tiling.tiles
+    images, height, width, c_in = padded.shape
+    (tile,) = jnp.nonzero(gate.reshape(-1), size=capacity, fill_value=gate.size)
+    image, place = tile // (rows * columns), tile % (rows * columns)
+    row, column = place // columns, place % columns
+    corner = (image * height + row * n) * width + column * n
+    pixels = padded.reshape(-1, c_in)
+
+    taps = [
+        (p + a) * width + q + b
+        for p, q, a, b in itertools.product(range(n), range(n), range(m), range(m))
+    ]
+    index = corner[:, None] + jnp.asarray(taps)[None]
+    patches = jnp.take(pixels, index.reshape(-1), axis=0, mode="clip")
+    high = patches.reshape(-1, m * m * c_in) @ core.reshape(m * m * c_in, -1)
+    high = high.reshape(capacity, n, n, -1)
+    shape = (images, rows, n, columns, n, core.shape[-1])
+    y = jnp.broadcast_to(low[:, :, None, :, None], shape)
+    # Places beyond the last open tile have an image that does not exist.
+    y = y.at[image, row, :, column].set(high, mode="drop")
+    return y.reshape(images, rows * n, columns * n, -1)
