@@ -7,6 +7,7 @@ from inertia_jax.checkpoint import (
     save_checkpoint,
 )
 from inertia_jax.cost import CostTable, LayerCost, count_cost
+from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.interop import load_torch, to_torch
 from inertia_jax.models import MODEL_NAMES, create_model, init_variables
 from inertia_jax.plan import (
@@ -29,6 +30,7 @@ __all__ = [
     "CostTable",
     "Fixed",
     "Inertial",
+    "InertialConv",
     "LayerCost",
     "Learned",
     "LowRank",

@@ -22,6 +22,8 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# What an inertial convolution has beside a core; PyTorch's networks have none of it.
+_INERTIAL_LEAVES = ("threshold", "weights", "friction_mean")
 # What training scripts nest a network's weights under.
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 
@@ -35,7 +37,7 @@ def torch_key(path: Sequence[str]) -> str:
     """
     *modules, leaf = path
     dotted = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
-    return ".".join([*dotted, _LEAVES[leaf]])
+    return ".".join([*dotted, _LEAVES.get(leaf, leaf)])
 
 
 def load_torch(
@@ -51,7 +53,8 @@ def load_torch(
     Kernels go from OIHW to HWIO, linear weights are transposed; types are kept (float64
     needs JAX's x64 mode). A `module.` prefix (DataParallel) and `num_batches_tracked`
     are dropped; weights nested under `state_dict`, `model_state_dict`, `model` or `net`
-    are found.
+    are found. Dense weights fit a network of tiled inertial convolutions with cores of
+    the same size; thresholds that the file lacks keep their first values.
 
     Args:
         model: The network the weights belong to.
@@ -64,7 +67,7 @@ def load_torch(
             sizes of `lenet`'s weights depend on it.
 
     Returns:
-        `{"params": ..., "batch_stats": ...}`.
+        `{"params": ..., "batch_stats": ...}`, and `thresholds` of an inertial network.
 
     Raises:
         ValueError: Missing, surplus or misshapen keys (all of them listed), a prefix
@@ -82,9 +85,10 @@ def load_torch(
             raise ValueError(f"`reinitialise` (={prefix!r}) matches no key.")
 
     problems, values = [], {}
+    first = [p for p in expected if p[-1] in _INERTIAL_LEAVES and names[p] not in state]
     for path, leaf in expected.items():
         name = names[path]
-        if path in drawn:
+        if path in drawn or path in first:
             continue
         if name not in state:
             problems.append(f"missing {name} {_torch_shape(leaf.shape)}")
@@ -104,11 +108,12 @@ def load_torch(
             f"the weights do not fit {type(model).__name__} "
             f"({len(problems)} keys):\n  {listed}"
         )
-    if drawn:
-        if key is None:
-            raise ValueError("`key` (=None) must be given with `reinitialise`.")
+    if drawn and key is None:
+        raise ValueError("`key` (=None) must be given with `reinitialise`.")
+    if drawn or first:
+        key = jax.random.key(0) if key is None else key
         fresh = traverse_util.flatten_dict(init_variables(model, key, shape))
-        values |= {path: np.asarray(fresh[path]) for path in drawn}
+        values |= {path: np.asarray(fresh[path]) for path in (*drawn, *first)}
     arrays = {path: jax.numpy.asarray(values[path]) for path in expected}
     return traverse_util.unflatten_dict(arrays)
 

@@ -12,8 +12,9 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jaxtyping import Float
 
+from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.conv import Padding, conv2d
-from inertia_jax.plan import Conv, Plan
+from inertia_jax.plan import Conv, Inertial, Plan, stays_dense
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
 torch_kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -99,35 +100,53 @@ class Layers:
         strides: int = 1,
         padding: int = 0,
         use_bias: bool = False,
+        train: bool,
     ) -> Float[Array, "n h_out w_out c_out"]:
         """Applies the convolution that the plan has at `name` below `parent`.
 
         `padding` is PyTorch's: zeros on every side. "SAME" would pad (0, 1) at stride
-        2 and shift the output grid.
+        2 and shift the output grid, which stays the same whatever the plan has.
 
         Raises:
             ValueError: The plan asks for a kind of convolution that is not built yet.
         """
         path = "/".join((*parent.path, name))
         spec = self.plan.spec(path)
+        if stays_dense(spec, kernel_size=kernel_size, strides=strides):
+            spec = Conv()
+        common: dict[str, Any] = {
+            "strides": strides,
+            "use_bias": use_bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": torch_kernel_init,
+            "parent": parent,
+            "name": name,
+        }
+        if isinstance(spec, Inertial):
+            size = spec.region_size if spec.reading == "window" else spec.core_size
+            before = padding + (size - kernel_size) // 2
+            after = 2 * padding + size - kernel_size - before
+            return InertialConv(
+                features,
+                padding=((before, after), (before, after)),
+                bias_init=torch_bias_init(spec.core_size**2 * x.shape[-1]),
+                axis_name=self.axis_name,
+                **{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)},
+                **common,
+            )(x, train=train)
         if not isinstance(spec, Conv):
             raise ValueError(
                 f"the plan asks for {spec} at {path!r}; this version of inertia_jax "
-                f"builds only Conv()."
+                f"builds only Conv and Inertial."
             )
         return nn.Conv(
             features,
             (kernel_size, kernel_size),
-            strides=strides,
             padding=((padding, padding), (padding, padding)),
-            use_bias=use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=torch_kernel_init,
             bias_init=torch_bias_init(kernel_size**2 * x.shape[-1]),
             conv_general_dilated=_conv_general_dilated,
-            parent=parent,
-            name=name,
+            **common,
         )(x)
 
     def norm(

@@ -5,20 +5,13 @@ import fnmatch
 import json
 from typing import Any, Literal, get_args
 
+from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
+from inertia_jax.ops.gates import GateGradient
+from inertia_jax.ops.inertial import Combine
+from inertia_jax.ops.tiled import check_capacities
+from inertia_jax.ops.tiling import Low
+
 Reading = Literal["window", "tiled"]
-Metric = Literal["l1", "l2", "max"]
-Reference = Literal["center", "core_mean"]
-Combine = Literal[
-    "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
-]
-Low = Literal["mean", "sample"]
-GateGradient = Literal["none", "ste"]
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"`{name}` (={value!r}) must be one of {allowed}.")
 
 
 def _check_at_least(name: str, value: object, least: int) -> None:
@@ -30,6 +23,11 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # type: ignore[operator]
         raise ValueError(f"`{name}` (={value!r}) must be a number in [{low}, {high}].")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"`{name}` (={value!r}) must be > 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Rate:
     """A threshold set so that a given share of the gates opens.
 
     Attributes:
-        target: Share of open gates, in [0, 1]: a batch quantile while training, its
+        target: Share of open gates, in (0, 1]: a batch quantile while training, its
             running mean in evaluation.
     """
 
@@ -75,6 +73,8 @@ class Rate:
 
     def __post_init__(self) -> None:
         _check_number("target", self.target, 0.0, 1.0)
+        if not self.target:
+            raise ValueError(f"`target` (={self.target}) must be > 0.")
 
 
 Threshold = Fixed | Learned | Rate
@@ -93,16 +93,21 @@ class Inertial:
         core_size: Side m of the core filter, >= 1.
         region_size: Side d of the region, > `core_size`.
         reading: `window`, one region an output position, or `tiled`, one region a
-            tile of outputs (stride 1 only).
-        metric: How the periphery is compared with the reference.
+            tile of (d - m + 1)^2 outputs (stride 1 only).
+        metric: How the periphery is compared with the reference; `random` is a
+            control whose gates know nothing of the image.
         reference: The region's middle pixel, or the mean of its core patch.
-        relative: Divide friction by a running mean of itself.
+        relative: Divide friction by its mean: the batch's while training, its running
+            mean in evaluation.
         combine: How the window reading joins the shifted core responses.
+        zero_middle: Hold the middle one of the weights of `combine="weighted"` at 0.
         low: What fills a tile of low friction: its mean output, or one sample.
-        threshold: Where the gate opens.
+        threshold: Where the gate opens; one a channel in the window reading alone.
         gate_gradient: `none`, or `ste` (straight-through).
         slope: Steepness of the sigmoid behind the straight-through gradient, > 0.
         channel_stride: Take friction on every `channel_stride`-th channel, >= 1.
+        capacities: Shares of open tiles that evaluation of the tiled reading is
+            compiled for, rising to 1; None computes every tile.
     """
 
     core_size: int
@@ -112,33 +117,58 @@ class Inertial:
     reference: Reference = "center"
     relative: bool = False
     combine: Combine = "mean"
+    zero_middle: bool = False
     low: Low = "mean"
     threshold: Threshold = Fixed()
     gate_gradient: GateGradient = "none"
     slope: float = 10.0
     channel_stride: int = 1
+    capacities: tuple[float, ...] | None = (
+        1 / 16,
+        1 / 8,
+        3 / 16,
+        1 / 4,
+        3 / 8,
+        1 / 2,
+        1,
+    )
 
     def __post_init__(self) -> None:
         _check_at_least("core_size", self.core_size, 1)
         _check_at_least("region_size", self.region_size, 2)
-        if self.region_size <= self.core_size:
-            raise ValueError(
-                f"`region_size` (={self.region_size}) must be greater than "
-                f"`core_size` (={self.core_size})."
-            )
-        _check_choice("reading", self.reading, Reading)
-        _check_choice("metric", self.metric, Metric)
-        _check_choice("reference", self.reference, Reference)
-        _check_choice("combine", self.combine, Combine)
-        _check_choice("low", self.low, Low)
-        _check_choice("gate_gradient", self.gate_gradient, GateGradient)
+        check_sizes(core_size=self.core_size, region_size=self.region_size)
+        check_choice("reading", self.reading, Reading)
+        check_choice("metric", self.metric, Metric)
+        check_choice("reference", self.reference, Reference)
+        check_choice("combine", self.combine, Combine)
+        check_choice("low", self.low, Low)
+        check_choice("gate_gradient", self.gate_gradient, GateGradient)
         if not isinstance(self.threshold, Threshold):
             raise ValueError(
                 f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
             )
-        if not self.slope > 0:
-            raise ValueError(f"`slope` (={self.slope!r}) must be > 0.")
+        _check_positive("slope", self.slope)
         _check_at_least("channel_stride", self.channel_stride, 1)
+        check_capacities(self.capacities)
+        if self.capacities is not None:
+            object.__setattr__(self, "capacities", tuple(self.capacities))
+        if self.zero_middle and self.combine != "weighted":
+            raise ValueError(
+                f"`zero_middle` (=True) must go with `combine` (={self.combine!r}) "
+                f"'weighted'."
+            )
+        if self.reading == "window" and self.low != "mean":
+            raise ValueError(f"`low` (={self.low!r}) is of the tiled reading alone.")
+        if self.reading == "tiled":
+            if self.combine != "mean":
+                raise ValueError(
+                    f"`combine` (={self.combine!r}) is of the window reading alone."
+                )
+            if isinstance(self.threshold, Learned) and self.threshold.per_channel:
+                raise ValueError(
+                    f"`threshold` (={self.threshold}) must not be `per_channel` in the "
+                    f"tiled reading."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +207,24 @@ class LowRank:
 
 
 Spec = Conv | Inertial | Tucker2 | LowRank
+
+
+def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
+    """Returns why a convolution cannot become what the plan has, or None if it can.
+
+    Args:
+        spec: What the plan has for it.
+        kernel_size: Side of its filters.
+        strides: Of its outputs.
+    """
+    if not isinstance(spec, Inertial):
+        return None
+    if spec.core_size > kernel_size:
+        return f"core {spec.core_size} exceeds kernel {kernel_size}"
+    if spec.reading == "tiled" and strides != 1:
+        return f"tiles need stride 1, it has {strides}"
+    return None
+
 
 _JSON_TYPES = {cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))}
 

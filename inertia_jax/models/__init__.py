@@ -153,7 +153,7 @@ def abstract_variables(
 
 def _check_plan(model: nn.Module) -> None:
     rows = count_cost(model, input_shape(model)).rows
-    paths = [row.path for row in rows if row.kind == "conv"]
+    paths = [row.path for row in rows if row.kind in ("conv", "inertial")]
     for glob, _ in model.plan.rules:
         if not fnmatch.filter(paths, glob):
             raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")

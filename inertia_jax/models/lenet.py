@@ -42,7 +42,9 @@ class LeNet(nn.Module):
         make = Layers(self.plan, self.dtype, self.axis_name)
         for name, channels in (("conv1", 32), ("conv2", 64)):
             features = scaled(channels, self.width)
-            x = nn.relu(make.conv(self, name, x, features, 3, use_bias=True))
+            x = nn.relu(
+                make.conv(self, name, x, features, 3, use_bias=True, train=train)
+            )
         x = max_pool2d(x, window=2)
         x = Dropout(0.25, name="dropout1")(x, train=train)
         # Flattened channel by channel, as PyTorch does, so that weights move both ways.

@@ -32,13 +32,17 @@ class BasicBlock(nn.Module):
         self, x: Float[Array, "n h w c_in"], *, train: bool
     ) -> Float[Array, "n h_out w_out c_out"]:
         make, strides = self.layers, self.strides
-        y = make.conv(self, "conv1", x, self.features, 3, strides=strides, padding=1)
+        y = make.conv(
+            self, "conv1", x, self.features, 3, strides=strides, padding=1, train=train
+        )
         y = nn.relu(make.norm(self, "bn1", y, train=train))
-        y = make.conv(self, "conv2", y, self.features, 3, padding=1)
+        y = make.conv(self, "conv2", y, self.features, 3, padding=1, train=train)
         y = make.norm(self, "bn2", y, train=train)
         if strides != 1 or x.shape[-1] != self.features:
             name = self.shortcut
-            x = make.conv(self, f"{name}_0", x, self.features, 1, strides=strides)
+            x = make.conv(
+                self, f"{name}_0", x, self.features, 1, strides=strides, train=train
+            )
             x = make.norm(self, f"{name}_1", x, train=train)
         return nn.relu(y + x)
 
@@ -72,9 +76,11 @@ class ResNet18(nn.Module):
         imagenet = self.stem == "imagenet"
         features = scaled(64, self.width)
         if imagenet:
-            y = make.conv(self, "conv1", y, features, 7, strides=2, padding=3)
+            y = make.conv(
+                self, "conv1", y, features, 7, strides=2, padding=3, train=train
+            )
         else:
-            y = make.conv(self, "conv1", y, features, 3, padding=1)
+            y = make.conv(self, "conv1", y, features, 3, padding=1, train=train)
         y = nn.relu(make.norm(self, "bn1", y, train=train))
         if imagenet:
             y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))

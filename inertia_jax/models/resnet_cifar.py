@@ -34,9 +34,11 @@ class PadBlock(nn.Module):
         self, x: Float[Array, "n h w c_in"], *, train: bool
     ) -> Float[Array, "n h_out w_out c_out"]:
         make, strides = self.layers, self.strides
-        y = make.conv(self, "conv1", x, self.features, 3, strides=strides, padding=1)
+        y = make.conv(
+            self, "conv1", x, self.features, 3, strides=strides, padding=1, train=train
+        )
         y = nn.relu(make.norm(self, "bn1", y, train=train))
-        y = make.conv(self, "conv2", y, self.features, 3, padding=1)
+        y = make.conv(self, "conv2", y, self.features, 3, padding=1, train=train)
         y = make.norm(self, "bn2", y, train=train)
         x = x[:, ::strides, ::strides]
         new = self.features - x.shape[-1]
@@ -72,7 +74,9 @@ class CifarResNet(nn.Module):
         x = jnp.asarray(x)
         make = Layers(self.plan, self.dtype, self.axis_name)
         block_type = PadBlock if self.shortcut == "A" else BasicBlock
-        x = make.conv(self, "conv1", x, scaled(16, self.width), 3, padding=1)
+        x = make.conv(
+            self, "conv1", x, scaled(16, self.width), 3, padding=1, train=train
+        )
         x = nn.relu(make.norm(self, "bn1", x, train=train))
         for stage in range(3):
             features = scaled(16 * 2**stage, self.width)

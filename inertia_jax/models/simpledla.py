@@ -33,7 +33,7 @@ class Root(nn.Module):
         train: bool,
     ) -> Float[Array, "n h w c"]:
         x = jnp.concatenate([left, right], axis=-1)
-        x = self.layers.conv(self, "conv", x, self.features, 1)
+        x = self.layers.conv(self, "conv", x, self.features, 1, train=train)
         return nn.relu(self.layers.norm(self, "bn", x, train=train))
 
 
@@ -91,7 +91,7 @@ class SimpleDLA(nn.Module):
         make = Layers(self.plan, self.dtype, self.axis_name)
         for name, channels in (("base", 16), ("layer1", 16), ("layer2", 32)):
             features = scaled(channels, self.width)
-            x = make.conv(self, f"{name}_0", x, features, 3, padding=1)
+            x = make.conv(self, f"{name}_0", x, features, 3, padding=1, train=train)
             x = nn.relu(make.norm(self, f"{name}_1", x, train=train))
         trees = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 1, 2))
         for index, (channels, level, strides) in enumerate(trees, start=3):

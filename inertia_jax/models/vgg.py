@@ -49,7 +49,9 @@ class VGG16(nn.Module):
             for channels in stage:
                 name, norm = f"features_{index}", f"features_{index + 1}"
                 features = scaled(channels, self.width)
-                x = make.conv(self, name, x, features, 3, padding=1, use_bias=True)
+                x = make.conv(
+                    self, name, x, features, 3, padding=1, use_bias=True, train=train
+                )
                 x = nn.relu(make.norm(self, norm, x, train=train))
                 index += 3
             x = max_pool2d(x, window=2)

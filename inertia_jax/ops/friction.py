@@ -1,7 +1,7 @@
 """Friction: how much a region's periphery differs from its middle."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -34,6 +34,16 @@ def check_sizes(*, core_size: int, region_size: int) -> None:
         )
 
 
+def square_offsets(side: int) -> list[tuple[int, int]]:
+    """Returns the (row, column) of each pixel of a square, row by row."""
+    return [(i, j) for i in range(side) for j in range(side)]
+
+
+def total(terms: Iterable[Array]) -> Array:
+    """Returns the sum of at least one array."""
+    return functools.reduce(jnp.add, terms)
+
+
 def periphery_offsets(*, core_size: int, region_size: int) -> list[tuple[int, int]]:
     """Returns the (row, column) of each pixel of P, the region less its middle patch.
 
@@ -43,7 +53,7 @@ def periphery_offsets(*, core_size: int, region_size: int) -> list[tuple[int, in
     """
     start = (region_size - core_size) // 2
     patch = range(start, start + core_size)
-    square = itertools.product(range(region_size), repeat=2)
+    square = square_offsets(region_size)
     return [(i, j) for i, j in square if not (i in patch and j in patch)]
 
 
@@ -168,17 +178,17 @@ def friction(
     # Everything is taken relative to the middle pixel: differences of near values are
     # exact, where sums of squares less squares of sums lose every digit.
     start = (region_size - core_size) // 2
-    patch = [(start + i, start + j) for i in range(core_size) for j in range(core_size)]
+    patch = [(start + i, start + j) for i, j in square_offsets(core_size)]
     level = jnp.zeros((), dtype)
     if reference == "core_mean":
-        level = sum(view - center for view in views(patch)) / len(patch)
+        level = total(view - center for view in views(patch)) / len(patch)
     offsets = periphery_offsets(core_size=core_size, region_size=region_size)
     differences = ((view - center) - level for view in views(offsets))
     if metric == "max":
         largest = [_channel_mean(jnp.abs(difference)) for difference in differences]
         return jnp.stack(largest).max(0)
     power = jnp.abs if metric == "l1" else jnp.square
-    return _channel_mean(sum(map(power, differences)) / len(offsets))
+    return _channel_mean(total(map(power, differences)) / len(offsets))
 
 
 def _channel_mean(x: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:

@@ -1,7 +1,6 @@
 """Inertial convolution, window reading: one region an output position."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -19,6 +18,8 @@ from inertia_jax.ops.friction import (
     pad_image,
     region_pads,
     shifted_views,
+    square_offsets,
+    total,
 )
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, is_open, select
@@ -237,28 +238,27 @@ def _responses(
     """Returns u_delta0 and S u_delta of every region of the padded image `x`."""
     m = core.shape[0]
     k = region_size - m
-    offsets = list(itertools.product(range(k + 1), repeat=2))
+    offsets = square_offsets(k + 1)
     # Sums are taken in float32 at least, and rounded once.
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def summed(source: Array, size: tuple[int, int], steps: tuple[int, int]) -> Array:
         views = shifted_views(source, offsets, output_size=size, strides=steps)
         if weights is None:
-            total = sum(view.astype(wide) for view in views)
-            total = total if combine == "sum" else total / len(offsets)
+            result = total(view.astype(wide) for view in views)
+            result = result if combine == "sum" else result / len(offsets)
         else:
             shares = weights.astype(wide).reshape(len(offsets), 1, 1, 1, -1)
             pairs = zip(views, shares, strict=True)
-            total = sum(view.astype(wide) * share for view, share in pairs)
-        return total.astype(x.dtype)
+            result = total(view.astype(wide) * share for view, share in pairs)
+        return result.astype(x.dtype)
 
     # At strides > 1 a core map holds positions that no region starts at; a join that is
     # linear may sum the input instead, and evaluate the core where it is needed.
     by_input = combine not in ("max", "weighted_channel") and strides != (1, 1)
     if by_input or combine == "weighted_input":
-        span = tuple(
-            (size - 1) * s + m for size, s in zip(output_size, strides, strict=True)
-        )
+        (rows, columns), (vertical, horizontal) = output_size, strides
+        span = ((rows - 1) * vertical + m, (columns - 1) * horizontal + m)
         start = k // 2
         middle = x[:, start : start + span[0], start : start + span[1]]
         evaluate = lambda image: conv2d(  # noqa: E731

@@ -225,7 +225,7 @@ def _sparse(
     sizes = [0, *(math.ceil(share * num_tiles) for share in capacities[:-1])]
     rung = sum((num_open > size).astype(jnp.int32) for size in sizes)
     rung = jnp.where(num_open == num_tiles, len(sizes) + 1, rung)
-    steps = [
+    steps: list[Callable[[], Array]] = [
         lambda: spread(low(), n),
         *(functools.partial(up_to, size) for size in sizes[1:]),
         selected,

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from inertia_jax.ops.conv import Padding, conv2d, explicit_padding
-from inertia_jax.ops.friction import Pads, shifted_views
+from inertia_jax.ops.friction import Pads, shifted_views, square_offsets, total
 
 Low = Literal["mean", "sample"]
 
@@ -90,8 +90,8 @@ def tile_means(
     if tiling.low == "sample":
         return high[:, (n - 1) // 2 :: n, (n - 1) // 2 :: n]
     wide = jnp.promote_types(high.dtype, jnp.float32)
-    views = (high[:, i::n, j::n].astype(wide) for i in range(n) for j in range(n))
-    return (sum(views) / n**2).astype(high.dtype)
+    views = (high[:, i::n, j::n].astype(wide) for i, j in square_offsets(n))
+    return (total(views) / n**2).astype(high.dtype)
 
 
 def fill_low(
@@ -119,12 +119,12 @@ def fill_low(
     else:
         views = shifted_views(
             padded,
-            list(itertools.product(range(n), repeat=2)),
+            square_offsets(n),
             output_size=(spans[0], spans[1]),
             strides=(1, 1),
         )
-        image = sum(view.astype(wide) for view in views) / n**2
-        image = image.astype(padded.dtype)
+        mean = total(view.astype(wide) for view in views) / n**2
+        image = mean.astype(padded.dtype)
     if not by_products:
         return conv2d(image, core, strides=n, padding="VALID")
 
@@ -135,16 +135,14 @@ def fill_low(
     spare = [-span % n for span in spans]
     image = jnp.pad(image, ((0, 0), (0, spare[0]), (0, spare[1]), (0, 0)))
     image = image.reshape(images, image.shape[1] // n, n, image.shape[2] // n, -1)
-    total = jnp.zeros((), wide)
+    products = []
     for a, b in itertools.product(range(m), range(0, m, n)):
         taps = min(n, m - b)
         row = image[:, a // n : a // n + rows, a % n, b // n : b // n + columns]
-        total = total + jnp.dot(
-            row[..., : taps * c_in].reshape(-1, taps * c_in),
-            core[a, b : b + taps].reshape(-1, c_out),
-            preferred_element_type=wide,
-        )
-    return total.reshape(images, rows, columns, c_out).astype(core.dtype)
+        pixels = row[..., : taps * c_in].reshape(-1, taps * c_in)
+        taps_of_row = core[a, b : b + taps].reshape(-1, c_out)
+        products.append(jnp.dot(pixels, taps_of_row, preferred_element_type=wide))
+    return total(products).reshape(images, rows, columns, c_out).astype(core.dtype)
 
 
 def fill_open(

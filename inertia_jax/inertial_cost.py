@@ -1,0 +1,105 @@
+"""What an inertial convolution computes, and what of it depends on the gates."""
+
+import math
+from typing import Any
+
+from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.ops.conv import pair
+from inertia_jax.ops.friction import periphery_offsets
+from inertia_jax.ops.tiling import make_tiling
+from inertia_jax.plan import Inertial
+
+
+def count_inertial(
+    layer: InertialConv,
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    gate_rate: float,
+) -> dict[str, Any]:
+    """Returns the fields of `LayerCost` that are an inertial layer's own.
+
+    The window reading computes everything whatever the gates do, so its MACs do not
+    depend on the rate. In the tiled reading one core evaluation a tile is computed for
+    every tile, and n^2 more for each open one.
+
+    Args:
+        layer: The layer.
+        input_shape: [n, h, w, c_in].
+        output_shape: [h_out, w_out, c_out] of one image.
+        gate_rate: Share of open gates, in [0, 1].
+    """
+    spec, c_in = layer.spec, input_shape[-1]
+    taps = spec.core_size**2 * c_in * layer.core_features
+    if spec.reading == "window":
+        return _count_window(spec, layer, c_in, output_shape, taps)
+    tiling = make_tiling(
+        (input_shape[1], input_shape[2]),
+        core_size=spec.core_size,
+        region_size=spec.region_size,
+        padding=layer.padding,
+        low=spec.low,
+    )
+    n, num_tiles = tiling.tile_size, math.prod(tiling.tiles)
+    every = num_tiles * n**2 * taps
+    core = num_tiles * taps
+    ladder = every
+    if spec.capacities is not None:
+        steps = (0.0, *spec.capacities)
+        held = min(step for step in steps if step >= gate_rate)
+        # The last capacity computes every tile once, and low as the mean of those.
+        ladder = every if held == 1 else core + math.ceil(held * every)
+    box = 0
+    if spec.low == "mean":
+        spans = [count * n + spec.core_size - n for count in tiling.tiles]
+        box = math.prod(spans) * c_in * n**2
+    return {
+        "dense_macs": math.prod(output_shape[:2]) * taps,
+        "core_macs": core,
+        "macs": min(every, core + round(gate_rate * every)),
+        "ladder_macs": ladder,
+        "other_ops": _friction_ops(spec, num_tiles, c_in) + box,
+    }
+
+
+def _count_window(
+    spec: Inertial,
+    layer: InertialConv,
+    c_in: int,
+    output_shape: tuple[int, ...],
+    taps: int,
+) -> dict[str, Any]:
+    positions, strides = output_shape[:2], pair(layer.strides)
+    regions = math.prod(positions)
+    m, k = spec.core_size, spec.region_size - spec.core_size
+    # A product and a sum a term, or a sum alone where all weigh the same.
+    per_term = 2 if spec.combine.startswith("weighted") else 1
+    by_input = spec.combine not in ("max", "weighted_channel") and strides != (1, 1)
+    if by_input or spec.combine == "weighted_input":
+        macs = 2 * regions * taps
+        spans = [(size - 1) * s + m for size, s in zip(positions, strides, strict=True)]
+        join = math.prod(spans) * c_in * (k + 1) ** 2 * per_term
+    else:
+        spans = [
+            (size - 1) * s + 1 + k for size, s in zip(positions, strides, strict=True)
+        ]
+        macs = math.prod(spans) * taps
+        join = regions * layer.core_features * (k + 1) ** 2 * per_term
+    region_taps = spec.region_size**2 * c_in * output_shape[-1]
+    return {
+        "dense_macs": regions * region_taps,
+        "core_macs": macs,
+        "macs": macs,
+        "ladder_macs": macs,
+        "other_ops": _friction_ops(spec, regions, c_in) + join,
+    }
+
+
+def _friction_ops(spec: Inertial, num_regions: int, c_in: int) -> int:
+    """Counts a difference, a magnitude and a sum for each compared value."""
+    if spec.metric == "random":
+        return num_regions * c_in
+    offsets = periphery_offsets(core_size=spec.core_size, region_size=spec.region_size)
+    each = 3 * len(offsets)
+    if spec.reference == "core_mean":
+        each += 2 * spec.core_size**2 + len(offsets)
+    return num_regions * math.ceil(c_in / spec.channel_stride) * each

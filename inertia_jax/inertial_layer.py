@@ -1,0 +1,262 @@
+"""The inertial convolution as a Linen module: its variables, and when they move."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import Array, lax
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.ops.conv import Padding, pair
+from inertia_jax.ops.friction import friction as region_friction
+from inertia_jax.ops.gates import hard_gate
+from inertia_jax.ops.inertial import InertialOutput, inertial_conv, weights_shape
+from inertia_jax.ops.tiled import inertial_conv_tiled
+from inertia_jax.ops.tiling import make_tiling
+from inertia_jax.plan import Fixed, Inertial, Learned, Rate, Threshold
+
+# Of running means, counted as Flax does: the share of the past that stays.
+_MOMENTUM = 0.9
+
+
+class InertialConv(nn.Module):
+    """An inertial convolution, used like `nn.Conv` of two dimensions.
+
+    Parameters: `kernel` [m, m, c_in, features] (half the features for `stack`), `bias`,
+    `weights` of the weighted joins, `threshold` if learned. Other thresholds are in the
+    collection `thresholds`, so that they change without compiling anew; the running
+    mean of `relative` friction is `friction_mean` in `batch_stats`. Calls sow
+    `gate_rate` [n] into `intermediates`: the share of open gates of each image,
+    differentiable where `gate_gradient` is `ste`.
+
+    Before the first training batch, a `Rate` threshold is 0 and a `relative` friction
+    is divided by 1.
+
+    Attributes:
+        features: Output channels.
+        core_size: See `Inertial`, as all down to `capacities`.
+        region_size: See `Inertial`.
+        strides: Distance between outputs, in pixels; 1 for the tiled reading.
+        padding: Zeros around the image: of the region in the window reading, of the
+            m x m convolution in the tiled one.
+        use_bias: Whether a bias is added to the output.
+        dtype: Of the computation; None: of the input and parameters.
+        param_dtype: Of the parameters.
+        kernel_init: Of the core.
+        bias_init: Of the bias.
+        axis_name: Mesh axis over whose devices `Rate` and `relative` look.
+        reading: See `Inertial`.
+        metric: See `Inertial`.
+        reference: See `Inertial`.
+        relative: See `Inertial`.
+        combine: See `Inertial`.
+        zero_middle: See `Inertial`.
+        low: See `Inertial`.
+        threshold: See `Inertial`.
+        gate_gradient: See `Inertial`.
+        slope: See `Inertial`.
+        channel_stride: See `Inertial`.
+        capacities: See `Inertial`.
+
+    Raises:
+        ValueError: What `Inertial` refuses, tiles with strides, or `stack` of an odd
+            number of features.
+    """
+
+    features: int
+    core_size: int
+    region_size: int
+    strides: int | Sequence[int] = 1
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    axis_name: str | None = None
+    reading: str = Inertial.reading
+    metric: str = Inertial.metric
+    reference: str = Inertial.reference
+    relative: bool = Inertial.relative
+    combine: str = Inertial.combine
+    zero_middle: bool = Inertial.zero_middle
+    low: str = Inertial.low
+    threshold: Threshold = Inertial.threshold
+    gate_gradient: str = Inertial.gate_gradient
+    slope: float = Inertial.slope
+    channel_stride: int = Inertial.channel_stride
+    capacities: Sequence[float] | None = Inertial.capacities
+
+    @property
+    def spec(self) -> Inertial:
+        """What stands here, as a plan says it."""
+        names = Inertial.__dataclass_fields__
+        return Inertial(**{name: getattr(self, name) for name in names})
+
+    @property
+    def core_features(self) -> int:
+        """Filters of the core."""
+        return self.features // 2 if self.combine == "stack" else self.features
+
+    @nn.compact
+    def __call__(
+        self, x: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
+    ) -> Float[Array, "*batch h_out w_out features"]:
+        x = jnp.asarray(x)
+        spec = self.spec
+        if spec.reading == "tiled" and pair(self.strides) != (1, 1):
+            raise ValueError(
+                f"`strides` (={self.strides}) must be 1 for `reading` (='tiled')."
+            )
+        if spec.combine == "stack" and self.features % 2:
+            raise ValueError(
+                f"`features` (={self.features}) must be even for `combine` (='stack')."
+            )
+        batch = x.shape[:-3]
+        x = x.reshape(math.prod(batch), *x.shape[-3:])
+        m, c_in = self.core_size, x.shape[-1]
+        kernel = self.param(
+            "kernel",
+            self.kernel_init,
+            (m, m, c_in, self.core_features),
+            self.param_dtype,
+        )
+        bias = None
+        if self.use_bias:
+            bias = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
+        weights = self._weights(spec, c_in)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x = jnp.asarray(x)
+        friction = self._friction(spec, x, train=train)
+        threshold = self._threshold(spec.threshold, friction, train=train)
+        output = self._apply(spec, x, kernel, weights, friction, threshold, train=train)
+
+        opening = hard_gate(
+            friction[..., None], threshold.reshape(1, 1, 1, -1), slope=spec.slope
+        )
+        if spec.gate_gradient == "none":
+            opening = lax.stop_gradient(opening)
+        self.sow("intermediates", "gate_rate", opening.mean((1, 2, 3)))
+        y = output.y
+        if bias is not None:
+            y = y + bias.reshape(1, 1, 1, -1)
+        return y.reshape(*batch, *y.shape[1:])
+
+    def _weights(self, spec: Inertial, c_in: int) -> Array | None:
+        n = spec.region_size - spec.core_size + 1
+        shape = weights_shape(
+            spec.combine, steps=n, c_in=c_in, core_features=self.core_features
+        )
+        if shape is None:
+            return None
+        weighed = n * n - 1 if spec.zero_middle else n * n
+        init = nn.initializers.constant(1 / weighed)
+        weights = self.param("weights", init, shape, self.param_dtype)
+        if spec.zero_middle:
+            middle = (n - 1) // 2
+            weights = weights.at[middle, middle].set(0)
+        return weights
+
+    def _friction(self, spec: Inertial, x: Array, *, train: bool) -> Array:
+        strides, padding = self.strides, self.padding
+        if spec.reading == "tiled":
+            tiling = make_tiling(
+                (x.shape[1], x.shape[2]),
+                core_size=spec.core_size,
+                region_size=spec.region_size,
+                padding=self.padding,
+                low=spec.low,
+            )
+            strides, padding = tiling.tile_size, tiling.pads
+        friction = region_friction(
+            x,
+            region_size=spec.region_size,
+            core_size=spec.core_size,
+            strides=strides,
+            padding=padding,
+            metric=spec.metric,
+            reference=spec.reference,
+            channel_stride=spec.channel_stride,
+        )
+        if not spec.relative:
+            return friction
+        ones = lambda: jnp.ones((), friction.dtype)  # noqa: E731
+        running = self.variable("batch_stats", "friction_mean", ones)
+        if not train or self.is_initializing():
+            return friction / running.value
+        mean = lax.stop_gradient(friction).mean()
+        if self.axis_name is not None:
+            mean = lax.pmean(mean, self.axis_name)
+        self._move(running, "batch_stats", mean)
+        # Nothing to divide by where every region is flat.
+        return friction / jnp.where(mean > 0, mean, 1)
+
+    def _threshold(
+        self, threshold: Threshold, friction: Array, *, train: bool
+    ) -> Array:
+        dtype = self.param_dtype
+        if isinstance(threshold, Learned):
+            shape = (self.core_features,) if threshold.per_channel else ()
+            init = nn.initializers.constant(threshold.init)
+            return self.param("threshold", init, shape, dtype)
+        first = threshold.value if isinstance(threshold, Fixed) else 0.0
+        stored = self.variable(
+            "thresholds", "threshold", lambda: jnp.full((), first, dtype)
+        )
+        if isinstance(threshold, Fixed) or not train or self.is_initializing():
+            return stored.value
+        value = self._quantile(threshold, friction).astype(dtype)
+        self._move(stored, "thresholds", value)
+        return value
+
+    def _quantile(self, threshold: Rate, friction: Array) -> Array:
+        if threshold.target == 1:
+            return jnp.full((), -1.0)  # below every friction
+        friction = lax.stop_gradient(friction)
+        if self.axis_name is not None:
+            friction = lax.all_gather(friction, self.axis_name)
+        return jnp.quantile(friction.reshape(-1), 1 - threshold.target)
+
+    def _move(self, running: nn.Variable, collection: str, value: Array) -> None:
+        if self.is_mutable_collection(collection):
+            running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * value
+
+    def _apply(
+        self,
+        spec: Inertial,
+        x: Array,
+        kernel: Array,
+        weights: Array | None,
+        friction: Array,
+        threshold: Array,
+        *,
+        train: bool,
+    ) -> InertialOutput:
+        common: dict[str, Any] = {
+            "region_size": spec.region_size,
+            "threshold": threshold,
+            "padding": self.padding,
+            "gate_gradient": spec.gate_gradient,
+            "slope": spec.slope,
+            "friction": friction,
+        }
+        if spec.reading == "window":
+            return inertial_conv(
+                x,
+                kernel,
+                combine=spec.combine,
+                weights=weights,
+                strides=self.strides,
+                **common,
+            )
+        capacities = None if train else spec.capacities
+        return inertial_conv_tiled(
+            x, kernel, low=spec.low, capacities=capacities, **common
+        )
