@@ -123,28 +123,30 @@ class Layers:
             "parent": parent,
             "name": name,
         }
-        if isinstance(spec, Inertial):
+        if not isinstance(spec, (Conv, Inertial)):
+            raise ValueError(
+                f"the plan asks for {spec} at {path!r}; this version of inertia_jax "
+                f"builds only Conv and Inertial."
+            )
+        if isinstance(spec, Conv):
+            size = spec.kernel_size or kernel_size
+        else:
             size = spec.region_size if spec.reading == "window" else spec.core_size
-            before = padding + (size - kernel_size) // 2
-            after = 2 * padding + size - kernel_size - before
+        before = padding + (size - kernel_size) // 2
+        after = 2 * padding + size - kernel_size - before
+        common["padding"] = ((before, after), (before, after))
+        if isinstance(spec, Inertial):
             return InertialConv(
                 features,
-                padding=((before, after), (before, after)),
                 bias_init=torch_bias_init(spec.core_size**2 * x.shape[-1]),
                 axis_name=self.axis_name,
                 **{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)},
                 **common,
             )(x, train=train)
-        if not isinstance(spec, Conv):
-            raise ValueError(
-                f"the plan asks for {spec} at {path!r}; this version of inertia_jax "
-                f"builds only Conv and Inertial."
-            )
         return nn.Conv(
             features,
-            (kernel_size, kernel_size),
-            padding=((padding, padding), (padding, padding)),
-            bias_init=torch_bias_init(kernel_size**2 * x.shape[-1]),
+            (size, size),
+            bias_init=torch_bias_init(size**2 * x.shape[-1]),
             conv_general_dilated=_conv_general_dilated,
             **common,
         )(x)

@@ -82,7 +82,17 @@ Threshold = Fixed | Learned | Rate
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """The ordinary convolution."""
+    """The ordinary convolution.
+
+    Attributes:
+        kernel_size: Side of its filters, on the same output grid; None: the network's.
+    """
+
+    kernel_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kernel_size is not None:
+            _check_at_least("kernel_size", self.kernel_size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,15 +133,7 @@ class Inertial:
     gate_gradient: GateGradient = "none"
     slope: float = 10.0
     channel_stride: int = 1
-    capacities: tuple[float, ...] | None = (
-        1 / 16,
-        1 / 8,
-        3 / 16,
-        1 / 4,
-        3 / 8,
-        1 / 2,
-        1,
-    )
+    capacities: tuple[float, ...] | None = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 
     def __post_init__(self) -> None:
         _check_at_least("core_size", self.core_size, 1)
@@ -267,6 +269,14 @@ class Plan:
                 return spec
         return Conv()
 
+    def without_ladders(self) -> "Plan":
+        """Returns the plan with `capacities=None`: the same outputs, compiled sooner.
+
+        Where a network runs a few times only, ladders save less than compiling them
+        takes.
+        """
+        return Plan(tuple((glob, _without_ladder(spec)) for glob, spec in self.rules))
+
     def __str__(self) -> str:
         if not self.rules:
             return "Plan: every layer Conv()"
@@ -295,6 +305,15 @@ class Plan:
             if not isinstance(rule, list) or len(rule) != 2:
                 raise ValueError(f"a plan holds {rule!r}; must be pairs [glob, spec].")
         return cls(tuple((glob, _from_jsonable(spec)) for glob, spec in rules))
+
+
+def _without_ladder(spec: Spec) -> Spec:
+    if isinstance(spec, Tucker2) and isinstance(spec.core, Inertial):
+        core = dataclasses.replace(spec.core, capacities=None)
+        return dataclasses.replace(spec, core=core)
+    if isinstance(spec, Inertial):
+        return dataclasses.replace(spec, capacities=None)
+    return spec
 
 
 def _to_jsonable(value: Any) -> Any:

@@ -12,6 +12,7 @@ VERBS = {
     "fit": "train a network",
     "evaluate": "evaluate a checkpoint",
     "import": "make a checkpoint from PyTorch weights",
+    "sweep": "many runs, one record a run, to go on with another day",
     "report": "draw a run's learning curve and write its record",
     "benchmark": "measure training steps, beside PyTorch's if asked",
     "quickstart": "train and evaluate a small network on digits, in minutes",

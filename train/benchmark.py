@@ -204,7 +204,7 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
             nonlocal state, rounds_done
             step = 0
             with tqdm(total=steps * config.batch_size, unit="img", leave=False) as bar:
-                meter = Meter(directory, bar, config, step)
+                meter = Meter(directory, bar, config, step, has_gates=trainer.has_gates)
                 inputs = trainer.inputs(0, 0)
                 for batch in itertools.islice(inputs, calls):
                     state, totals = trainer.train_call(state, batch)

@@ -168,6 +168,10 @@ class Config:
     optimizer: Optimizer = Optimizer()
     steps_per_call: int | None = None
     """Steps a compiled call; None: 1 on CPU, 100 on GPU and TPU."""
+    gate_budget: float | None = None
+    """Mean rate of open gates that the loss holds inertial layers to; None: any."""
+    gate_penalty: float = 1.0
+    """Times (mean gate rate - gate_budget)^2, added to the loss."""
     parallel: Literal["pmap", "shard_map"] = "pmap"
     """What spreads the step over devices."""
     sync_batch_norm: bool = True
@@ -186,6 +190,9 @@ class Config:
         for name in ("steps_per_call", "checkpoint_steps"):
             _check_range(name, getattr(self, name), least=1)
         _check_range("checkpoint_minutes", self.checkpoint_minutes, above=0)
+        _check_range("gate_penalty", self.gate_penalty, above=0)
+        if self.gate_budget is not None and not 0 <= self.gate_budget <= 1:
+            raise UsageError(f"`gate_budget` (={self.gate_budget}) must be in [0, 1].")
         if self.optimizer.warmup_epochs >= self.epochs:
             raise UsageError(
                 f"`optimizer.warmup_epochs` (={self.optimizer.warmup_epochs}) must be "

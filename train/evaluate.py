@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 
@@ -25,6 +26,7 @@ class Evaluation:
         top5: Share whose class is among the five highest; 1 for five classes or fewer.
         confusion: [classes, classes] int; rows are true classes, columns predictions.
         class_names: One a class.
+        gate_rates: Share of open gates of each inertial layer, by path.
     """
 
     num_examples: int
@@ -33,6 +35,7 @@ class Evaluation:
     top5: float
     confusion: np.ndarray
     class_names: tuple[str, ...]
+    gate_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def per_class(self) -> np.ndarray:
@@ -43,7 +46,8 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """Returns the numbers that are logged."""
-        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+        rates = {f"gate_rate/{path}": rate for path, rate in self.gate_rates.items()}
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5, **rates}
 
     def to_json(self) -> str:
         """Returns everything as JSON; a class without examples has accuracy null."""
@@ -71,6 +75,10 @@ class Evaluation:
         ]
         if len(self.class_names) > 20:
             lines[-1] = "Accuracy by class"
+        if self.gate_rates:
+            width = max(map(len, self.gate_rates))
+            rates = [f"  {p:<{width}}  {r:6.3f}" for p, r in self.gate_rates.items()]
+            lines[3:3] = ["", "Open gates by layer", *rates]
         width = max(len(name) for name in self.class_names)
         cell = len(str(self.confusion.max())) + 1
         for name, share, row in zip(
@@ -107,6 +115,9 @@ def make_evaluator(
     """
     devices = parallel.num_devices
     batch_size = -(-min(batch_size, len(feed.split)) // devices) * devices
+    plan = getattr(model, "plan", None)
+    if plan is not None:
+        model = model.clone(plan=plan.without_ladders())
     evaluate = make_eval_call(model, augmentation)
 
     def per_device(variables: Any, images: Any, labels: Any, indices: Any) -> Any:
@@ -120,11 +131,10 @@ def make_evaluator(
             call(variables, *inputs)
             for inputs in feed.calls(in_order(num_examples, batch_size), 1)
         ]
-        results = {
-            name: np.concatenate([np.asarray(part[name]) for part in parts])
-            for name in parts[0]
-        }
-        results = {name: values[:num_examples] for name, values in results.items()}
+        results: Any = jax.tree.map(
+            lambda *values: np.concatenate(values)[:num_examples],
+            *jax.device_get(parts),
+        )
         num_classes = len(class_names)
         confusion = np.zeros((num_classes, num_classes), np.int64)
         np.add.at(confusion, (feed.split.labels, results["prediction"]), 1)
@@ -135,6 +145,10 @@ def make_evaluator(
             top5=float((results["rank"] < 5).mean()),
             confusion=confusion,
             class_names=class_names,
+            gate_rates={
+                path: float(rates.astype(np.float64).mean())
+                for path, rates in results["gate_rates"].items()
+            },
         )
 
     return run

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from inertia_jax import Inertial, count_cost
 from inertia_jax.checkpoint import Metadata, load_metadata
 from train.augment import Augmentation
 from train.checkpoints import Checkpoints
@@ -94,6 +95,10 @@ class Trainer:
         with user_input():
             self.preprocessing = make_preprocessing(config.data, data.image_shape)
             self.model = make_model(config.model, num_classes=data.num_classes)
+        specs = [spec for _, spec in self.model.plan.rules]
+        self.has_gates = any(isinstance(spec, Inertial) for spec in specs)
+        if config.gate_budget is not None:
+            _check_budget(specs)
         axis_name = AXIS if config.sync_batch_norm and num_devices > 1 else None
         self._trained_model = self.model.clone(axis_name=axis_name)
         self.steps_per_epoch = len(data.train) // config.batch_size
@@ -131,6 +136,8 @@ class Trainer:
             self.tx,
             augmentation,
             label_smoothing=config.optimizer.label_smoothing,
+            gate_budget=config.gate_budget,
+            gate_penalty=config.gate_penalty,
             steps_per_epoch=self.steps_per_epoch,
             seed=config.seed,
         )
@@ -183,6 +190,16 @@ class Trainer:
     def evaluate(self, state: TrainState) -> Evaluation:
         """Evaluates the test images."""
         return self._evaluate(state.variables)
+
+
+def _check_budget(specs: Sequence[Any]) -> None:
+    """Raises UsageError where the budget could not move a gate."""
+    inertial = [spec for spec in specs if isinstance(spec, Inertial)]
+    if not any(spec.gate_gradient == "ste" for spec in inertial):
+        raise UsageError(
+            "`gate_budget` needs inertial layers with `gate_gradient` (='ste') in "
+            "`model.plan`; nothing else moves gates."
+        )
 
 
 class _StopSignal:
@@ -295,6 +312,9 @@ def _run(
     stop: _StopSignal,
 ) -> FitResult:
     config, spe = trainer.config, trainer.steps_per_epoch
+    if trainer.has_gates and jax.process_index() == 0:
+        shape = trainer.preprocessing.image_shape
+        tqdm.write(f"{count_cost(trainer.model, shape)}\n")
     dropped = len(trainer.data.train or ()) - spe * config.batch_size
     if dropped and jax.process_index() == 0:
         tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")
@@ -320,7 +340,8 @@ def _run(
     with bar:
         for epoch in range(step // spe, config.epochs):
             bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
-            meter = Meter(directory, bar, config, step)
+            has_gates = trainer.has_gates
+            meter = Meter(directory, bar, config, step, has_gates=has_gates)
             for inputs in trainer.inputs(epoch, step - epoch * spe):
                 state, totals = trainer.train_call(state, inputs)
                 before, step = step, step + inputs[2].shape[1]
@@ -384,9 +405,16 @@ class Meter:
     """Reads an epoch's totals one call late, logs them, and stops on a bad loss."""
 
     def __init__(
-        self, directory: RunDirectory, bar: tqdm, config: Config, step: int
+        self,
+        directory: RunDirectory,
+        bar: tqdm,
+        config: Config,
+        step: int,
+        *,
+        has_gates: bool,
     ) -> None:
         """Begins an epoch, or what is left of it after `step`."""
+        self._has_gates = has_gates
         self._directory = directory
         self._bar = bar
         self._config = config
@@ -418,6 +446,8 @@ class Meter:
             "loss": float(totals.loss / totals.count),
             "accuracy": float(totals.correct / totals.count),
         }
+        if self._has_gates:
+            self._last["gate_rate"] = float(totals.gate_rate / totals.count)
         self._bar.set_postfix(
             loss=f"{self._last['loss']:.4f}",
             acc=f"{self._last['accuracy']:.2%}",
@@ -438,4 +468,7 @@ class Meter:
         metrics = {"epoch": epoch + 1, **self._last, "images_per_s": rate}
         self._directory.log(self._step, "epoch", metrics)
         loss, accuracy = self._last["loss"], self._last["accuracy"]
-        return f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:.0f} images/s"
+        words = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:.0f} images/s"
+        if self._has_gates:
+            words += f"  gates {self._last['gate_rate']:.3f}"
+        return words

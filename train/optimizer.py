@@ -1,5 +1,8 @@
 """The optimiser and its learning rate, in PyTorch's order of operations."""
 
+from typing import Any
+
+import jax
 import optax
 
 from train.config import Optimizer
@@ -46,4 +49,12 @@ def make_optimizer(
         update = optax.sgd(schedule, config.momentum or None, config.nesterov)
     else:
         update = optax.adadelta(schedule, rho=0.9, eps=1e-6)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), update)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_is_decayed)
+    return optax.chain(decay, update)
+
+
+def _is_decayed(params: Any) -> Any:
+    """Marks what weight decay pulls to zero: all but thresholds, which are levels."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key != "threshold", params
+    )

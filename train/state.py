@@ -19,6 +19,7 @@ class Totals(struct.PyTreeNode):
         loss: Sum of the loss.
         correct: Number of right answers, int32.
         count: Number of examples, int32.
+        gate_rate: Sum of their mean rates of open gates; 0 without inertial layers.
         bad_step: First step of the run whose loss or gradient was not finite, int32; -1
             for none.
     """
@@ -26,13 +27,14 @@ class Totals(struct.PyTreeNode):
     loss: Array
     correct: Array
     count: Array
+    gate_rate: Array
     bad_step: Array
 
     @classmethod
     def zeros(cls) -> "Totals":
         """Returns the totals before the first example."""
-        zero = jnp.zeros((), jnp.int32)
-        return cls(jnp.zeros((), jnp.float32), zero, zero, zero - 1)
+        zero, real = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return cls(real, zero, zero, real, zero - 1)
 
 
 class TrainState(struct.PyTreeNode):

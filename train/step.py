@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import traverse_util
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
@@ -28,12 +29,20 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits, targets)
 
 
+def gate_rates(intermediates: dict[str, Any]) -> dict[str, Float[Array, "n"]]:
+    """Returns each inertial layer's share of open gates of each example, by path."""
+    flat = traverse_util.flatten_dict(intermediates)
+    return {"/".join(p[:-1]): v[0] for p, v in flat.items() if p[-1] == "gate_rate"}
+
+
 def make_train_call(
     model: nn.Module,
     tx: optax.GradientTransformation,
     augmentation: Augmentation,
     *,
     label_smoothing: float,
+    gate_budget: float | None = None,
+    gate_penalty: float = 1.0,
     steps_per_epoch: int,
     seed: int,
 ) -> Callable[..., tuple[TrainState, Any]]:
@@ -42,6 +51,10 @@ def make_train_call(
     Its arguments are the state, the images [m, h, w, c] and labels [m] that lie on the
     device, the examples' places in them `indices` [steps, n], and their positions in
     the global batch [n]. It returns the new state and its totals.
+
+    With `gate_budget`, the loss that is followed has `gate_penalty * (mean gate rate -
+    gate_budget)^2` added, the mean over layers and the whole batch; the loss that is
+    reported has not.
 
     All randomness is a function of (seed, step, position): the step number holds the
     epoch, and positions are global, so the split over devices does not matter.
@@ -71,13 +84,22 @@ def make_train_call(
                 batch,
                 train=True,
                 rngs={"dropout": dropout_key},
-                mutable=list(state.collections),
+                mutable=[*state.collections, "intermediates"],
             )
+            collections = dict(collections)
+            rates = gate_rates(collections.pop("intermediates", {}))
             losses = cross_entropy(logits, targets, label_smoothing=label_smoothing)
-            return losses.mean(), (collections, losses, logits)
+            loss, gate_rate = losses.mean(), jnp.zeros(())
+            if rates:
+                gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
+            if gate_budget is not None:
+                excess = lax.pmean(gate_rate, AXIS) - gate_budget
+                loss = loss + (gate_penalty * excess**2).astype(loss.dtype)
+            return loss, (collections, losses, logits, gate_rate)
 
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, (collections, losses, logits)), grads = gradient_fn(state.params)
+        (_, aux), grads = gradient_fn(state.params)
+        collections, losses, logits, gate_rate = aux
         grads = lax.pmean(grads, AXIS)
         # The same on every device already where BatchNorm is synchronised.
         collections = lax.pmean(collections, AXIS)
@@ -95,6 +117,8 @@ def make_train_call(
             loss=totals.loss * kept + loss,
             correct=totals.correct * kept + lax.psum(correct, AXIS),
             count=totals.count * kept + lax.psum(jnp.int32(targets.shape[0]), AXIS),
+            gate_rate=totals.gate_rate * kept
+            + lax.psum(gate_rate.astype(jnp.float32) * targets.shape[0], AXIS),
             bad_step=jnp.where(is_bad, state.step, totals.bad_step),
         )
         return TrainState(
@@ -128,13 +152,13 @@ def make_train_call(
 
 def make_eval_call(
     model: nn.Module, augmentation: Augmentation
-) -> Callable[..., dict[str, Array]]:
+) -> Callable[..., dict[str, Any]]:
     """Returns the function of one device that evaluates a batch.
 
     Its arguments are the variables, the images [m, h, w, c] and labels [m] on the
     device, and `indices` [n] into them. It returns, of every example of all devices in
-    their order: `loss`, `prediction`, and `rank`, the number of classes that score
-    higher than the right one.
+    their order: `loss`, `prediction`, `rank`, the number of classes that score higher
+    than the right one, and `gate_rates`, by path of the inertial layers.
     """
 
     def call(
@@ -142,10 +166,12 @@ def make_eval_call(
         images: UInt8[Array, "m h w c"],
         labels: Int[Array, "m"],
         indices: Int[Array, "n"],
-    ) -> dict[str, Array]:
+    ) -> dict[str, Any]:
         batch = augmentation.for_evaluation(images[indices])
         targets = labels[indices]
-        logits: Any = model.apply(variables, batch, train=False)
+        logits, sown = model.apply(
+            variables, batch, train=False, mutable=["intermediates"]
+        )
         score = jnp.take_along_axis(logits, targets[:, None], axis=-1)
         # Ties go to the lower class, as in argmax. Written so that NaN counts as
         # higher: it must not pass for a right answer.
@@ -156,6 +182,7 @@ def make_eval_call(
             "loss": cross_entropy(logits, targets, label_smoothing=0.0),
             "prediction": jnp.argmax(logits, axis=-1),
             "rank": higher.sum(axis=-1),
+            "gate_rates": gate_rates(sown.get("intermediates", {})),
         }
         return lax.all_gather(results, AXIS, tiled=True)
 

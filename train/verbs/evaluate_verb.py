@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-from inertia_jax import load_checkpoint
+from inertia_jax import CostTable, count_cost, load_checkpoint
 from inertia_jax.checkpoint import Metadata, load_metadata
 from train.augment import Augmentation
 from train.checkpoints import find_checkpoint
@@ -55,10 +55,21 @@ def run(argv: Sequence[str]) -> int:
         resize=args.resize,
     )
     print(evaluation)
+    if evaluation.gate_rates:
+        print(f"\n{cost_at_rates(path, evaluation.gate_rates)}")
     if args.out is not None:
         with user_input():
             pathlib.Path(args.out).write_text(evaluation.to_json() + "\n")
     return 0
+
+
+def cost_at_rates(path: pathlib.Path, gate_rates: Mapping[str, float]) -> CostTable:
+    """Returns what a checkpoint's network costs at measured gate rates."""
+    model, _ = load_checkpoint(path)
+    preprocessing = load_metadata(path).preprocessing
+    if preprocessing is None:
+        raise ValueError(f"{path} has no preprocessing.")
+    return count_cost(model, preprocessing.image_shape, gate_rates=gate_rates)
 
 
 def evaluate_checkpoint(

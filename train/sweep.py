@@ -1,0 +1,150 @@
+"""Many runs, one record a run, appended as they end: stopped and gone on with."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from inertia_jax import count_cost, load_checkpoint
+from inertia_jax.checkpoint import load_metadata
+from train.checkpoints import latest_steps
+from train.config import Config, config_to_json
+from train.errors import UsageError, user_input
+from train.loop import fit
+from train.report import make_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Configurations by name, each run with every seed.
+
+    Attributes:
+        configs: Each `name` is the run's name in the records.
+        seeds: Of every configuration; all take the first before any takes the second.
+    """
+
+    configs: tuple[Config, ...]
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        names = [config.name for config in self.configs]
+        if len(set(names)) != len(names):
+            raise UsageError(f"`configs` have names {names}; must differ.")
+
+    def runs(self) -> Iterator[Config]:
+        """Yields every run's configuration."""
+        for seed in self.seeds:
+            for config in self.configs:
+                yield dataclasses.replace(config, seed=seed)
+
+
+def load_sweep(path: pathlib.Path) -> Sweep:
+    """Reads the `sweep` of a Python file.
+
+    Raises:
+        UsageError: There is no such file, it fails, or it holds no Sweep.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no sweep file at {path}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} must be a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    with user_input():
+        spec.loader.exec_module(module)
+    sweep = getattr(module, "sweep", None)
+    if not isinstance(sweep, Sweep):
+        raise UsageError(f"{path} must define `sweep`, a train.sweep.Sweep.")
+    return sweep
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the records so far; a line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def find_record(
+    records: list[dict[str, Any]], config: Config
+) -> Mapping[str, Any] | None:
+    """Returns the record of a run.
+
+    Raises:
+        UsageError: There is one of that name and seed with another configuration.
+    """
+    for record in records:
+        if (record["name"], record["seed"]) == (config.name, config.seed):
+            # Where data lie is no part of what was run.
+            if _comparable(record["config"]) != _comparable(config_to_json(config)):
+                raise UsageError(
+                    f"the record of {config.name}, seed {config.seed}, has another "
+                    f"configuration; take it out, or name the run anew."
+                )
+            return record
+    return None
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    defaults = config_to_json(Config())
+    data = {**defaults["data"], **config["data"], "source": "", "cache_dir": ""}
+    return {**defaults, **config, "data": data}
+
+
+def run_one(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Trains, or goes on, and returns the record; None if it was stopped."""
+    result = fit(config, workdir=workdir, resume=True)
+    if result.evaluation is None:
+        return None
+    record = make_record(workdir)
+    step = latest_steps(workdir / "checkpoints")[-1]
+    path = workdir / "checkpoints" / f"step_{step:08d}"
+    model, _ = load_checkpoint(path)
+    preprocessing = load_metadata(path).preprocessing
+    if preprocessing is None:
+        raise ValueError("a run's checkpoints have a preprocessing.")
+    evaluation = result.evaluation
+    cost = count_cost(
+        model, preprocessing.image_shape, gate_rates=evaluation.gate_rates
+    )
+    rates = [row["images_per_s"] for row in record["curve"][1:]]
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "top1": evaluation.top1,
+        "loss": evaluation.loss,
+        "num_examples": evaluation.num_examples,
+        "gate_rates": dict(evaluation.gate_rates),
+        "cost": {
+            "params": cost.params,
+            "dense_macs": cost.dense_macs,
+            "macs": cost.macs,
+            "ladder_macs": cost.ladder_macs,
+            "other_ops": cost.other_ops,
+            "total_macs": cost.total_macs,
+        },
+        "train_images_per_s": statistics.median(rates) if rates else None,
+        "test_top1_by_epoch": [row["test_top1"] for row in record["curve"]],
+        "config": config_to_json(config),
+        "started": record["starts"],
+    }
+
+
+def summarise(records: list[dict[str, Any]]) -> str:
+    """Returns a table, a row a name: mean and spread over seeds."""
+    header = f"{'run':<28} seeds  top-1 mean  std     MACs in all  params"
+    lines = [header]
+    for name in dict.fromkeys(record["name"] for record in records):
+        mine = [record for record in records if record["name"] == name]
+        top1 = [100 * record["top1"] for record in mine]
+        spread = statistics.stdev(top1) if len(top1) > 1 else float("nan")
+        macs = statistics.mean(record["cost"]["total_macs"] for record in mine)
+        lines.append(
+            f"{name:<28} {len(mine):5d}  {statistics.mean(top1):9.2f}%  {spread:4.2f}  "
+            f"{macs:14,.0f}  {mine[0]['cost']['params']:,}"
+        )
+    return "\n".join(lines)
