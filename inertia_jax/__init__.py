@@ -20,6 +20,8 @@ from inertia_jax.plan import (
     Rate,
     Tucker2,
 )
+from inertia_jax.post_training import make_inertial
+from inertia_jax.recalibrate import recalibrate_batch_norm
 
 __version__ = "0.1.0"
 
@@ -42,7 +44,9 @@ __all__ = [
     "init_variables",
     "load_checkpoint",
     "load_torch",
+    "make_inertial",
     "ops",
+    "recalibrate_batch_norm",
     "save_checkpoint",
     "to_torch",
 ]

@@ -19,8 +19,8 @@ def count_inertial(
     """Returns the fields of `LayerCost` that are an inertial layer's own.
 
     The window reading computes everything whatever the gates do, so its MACs do not
-    depend on the rate. In the tiled reading one core evaluation a tile is computed for
-    every tile, and n^2 more for each open one.
+    depend on the rate. In the tiled reading one core evaluation is computed for every
+    tile, and n^2 - 1 more for each open one.
 
     Args:
         layer: The layer.
@@ -40,14 +40,13 @@ def count_inertial(
         low=spec.low,
     )
     n, num_tiles = tiling.tile_size, math.prod(tiling.tiles)
-    every = num_tiles * n**2 * taps
-    core = num_tiles * taps
+    every, core = num_tiles * n**2 * taps, num_tiles * taps
     ladder = every
     if spec.capacities is not None:
         steps = (0.0, *spec.capacities)
         held = min(step for step in steps if step >= gate_rate)
         # The last capacity computes every tile once, and low as the mean of those.
-        ladder = every if held == 1 else core + math.ceil(held * every)
+        ladder = every if held == 1 else core + math.ceil(held * (every - core))
     box = 0
     if spec.low == "mean":
         spans = [count * n + spec.core_size - n for count in tiling.tiles]
@@ -55,7 +54,7 @@ def count_inertial(
     return {
         "dense_macs": math.prod(output_shape[:2]) * taps,
         "core_macs": core,
-        "macs": min(every, core + round(gate_rate * every)),
+        "macs": core + round(gate_rate * (every - core)),
         "ladder_macs": ladder,
         "other_ops": _friction_ops(spec, num_tiles, c_in) + box,
     }

@@ -12,13 +12,14 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, pair
+from inertia_jax.ops.conv import Padding
 from inertia_jax.ops.friction import friction as region_friction
-from inertia_jax.ops.gates import hard_gate
+from inertia_jax.ops.gates import hard_gate, rate_threshold
 from inertia_jax.ops.inertial import InertialOutput, inertial_conv, weights_shape
 from inertia_jax.ops.tiled import inertial_conv_tiled
 from inertia_jax.ops.tiling import make_tiling
-from inertia_jax.plan import Fixed, Inertial, Learned, Rate, Threshold
+from inertia_jax.ops.views import stride_pair
+from inertia_jax.plan import Fixed, Inertial, Learned, Threshold
 
 # Of running means, counted as Flax does: the share of the past that stays.
 _MOMENTUM = 0.9
@@ -32,7 +33,7 @@ class InertialConv(nn.Module):
     collection `thresholds`, so that they change without compiling anew; the running
     mean of `relative` friction is `friction_mean` in `batch_stats`. Calls sow
     `gate_rate` [n] into `intermediates`: the share of open gates of each image,
-    differentiable where `gate_gradient` is `ste`.
+    differentiable where `gate_gradient` is `ste`; and `friction`.
 
     Before the first training batch, a `Rate` threshold is 0 and a `relative` friction
     is divided by 1.
@@ -109,7 +110,7 @@ class InertialConv(nn.Module):
     ) -> Float[Array, "*batch h_out w_out features"]:
         x = jnp.asarray(x)
         spec = self.spec
-        if spec.reading == "tiled" and pair(self.strides) != (1, 1):
+        if spec.reading == "tiled" and stride_pair(self.strides) != (1, 1):
             raise ValueError(
                 f"`strides` (={self.strides}) must be 1 for `reading` (='tiled')."
             )
@@ -144,6 +145,7 @@ class InertialConv(nn.Module):
         if spec.gate_gradient == "none":
             opening = lax.stop_gradient(opening)
         self.sow("intermediates", "gate_rate", opening.mean((1, 2, 3)))
+        self.sow("intermediates", "friction", friction)
         y = output.y
         if bias is not None:
             y = y + bias.reshape(1, 1, 1, -1)
@@ -212,17 +214,11 @@ class InertialConv(nn.Module):
         )
         if isinstance(threshold, Fixed) or not train or self.is_initializing():
             return stored.value
-        value = self._quantile(threshold, friction).astype(dtype)
+        value = rate_threshold(
+            friction, threshold.target, axis_name=self.axis_name
+        ).astype(dtype)
         self._move(stored, "thresholds", value)
         return value
-
-    def _quantile(self, threshold: Rate, friction: Array) -> Array:
-        if threshold.target == 1:
-            return jnp.full((), -1.0)  # below every friction
-        friction = lax.stop_gradient(friction)
-        if self.axis_name is not None:
-            friction = lax.all_gather(friction, self.axis_name)
-        return jnp.quantile(friction.reshape(-1), 1 - threshold.target)
 
     def _move(self, running: nn.Variable, collection: str, value: Array) -> None:
         if self.is_mutable_collection(collection):

@@ -1,8 +1,8 @@
 """Friction, gates and both readings of inertial convolution, beside plain loops."""
 
-import itertools
 import math
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from jax.test_util import check_grads
 
 from inertia_jax import ops
 
-PLAIN = ("mean", "sum", "max", "stack")
-COMBINES = (*PLAIN, "weighted", "weighted_channel", "weighted_input")
+WEIGHTED = ("weighted", "weighted_channel", "weighted_input")
+COMBINES = ("mean", "sum", "max", "stack", *WEIGHTED)
 METRICS = ("l1", "l2", "max")
 LADDERS = [(1 / 8, 1 / 4, 1 / 2, 1), (0.4, 1), (1,)]
 
@@ -133,34 +133,29 @@ def between(values, share):
     return (values[i] + values[i + 1]) / 2 if len(values) > 1 else values[0] / 2
 
 
-def draw(seed):
-    """Draws images, a core and what both readings' settings share."""
+def draw(seed, tiled=False):
+    """Draws images, a core, the side of the regions and settings of both readings."""
     rng = np.random.default_rng(seed)
     m = int(rng.integers(1, 4))
     d = m + int(rng.integers(1, 4))
     n, h, w, c, o = rng.integers((1, 4, 4, 1, 1), (3, 10, 10, 5, 5))
+    x, core = rng.normal(size=(n, h, w, c)), rng.normal(size=(m, m, c, o))
+    paddings = ["SAME", "VALID", 1, ((2, 0), (1, 3)), ((0, 1), (-1, 2))]
+    side = m if tiled else d
+    fits = lambda p: min(zero_pad(x, p, side, (1, 1)).shape[1:3]) >= side  # noqa: E731
+    paddings = list(filter(fits, paddings))
     settings = dict(
         metric=METRICS[seed % 3],
         reference=("center", "core_mean")[rng.integers(2)],
         channel_stride=int(rng.integers(1, 3)),
     )
-    x, core = rng.normal(size=(n, h, w, c)), rng.normal(size=(m, m, c, o))
-    return rng, x, core, d, settings
-
-
-def padding_that_holds(rng, x, side):
-    paddings = ["SAME", "VALID", 1, ((2, 0), (1, 3)), ((0, 1), (-1, 2))]
-    while True:
-        padding = paddings[rng.integers(len(paddings))]
-        padded = zero_pad(x, padding, side, (1, 1))
-        if min(padded.shape[1:3]) >= side:
-            return padding
+    return rng, x, core, d, paddings[rng.integers(len(paddings))], settings
 
 
 def random_weights(rng, combine, n, core):
     last = {"weighted": (), "weighted_channel": core.shape[3:]}
     shape = (n, n, *last.get(combine, core.shape[2:3]))
-    return None if combine in PLAIN else rng.normal(size=shape)
+    return rng.normal(size=shape) if combine in WEIGHTED else None
 
 
 # Values
@@ -168,13 +163,11 @@ def random_weights(rng, combine, n, core):
 
 @pytest.mark.parametrize("seed", range(26))
 def test_window_reading_equals_its_definition(seed, x64):
-    rng, x, core, d, settings = draw(seed)
+    rng, x, core, d, padding, settings = draw(seed)
     combine, m = COMBINES[seed % 7], len(core)
-    several = [2, 3, (1, 2), (3, 1), (2, 3)]
     # 26 seeds: each combine at stride 1 and at more.
-    strides = several[rng.integers(5)] if seed // 7 % 2 else 1
+    strides = [2, 3, (1, 2), (3, 1), (2, 3)][rng.integers(5)] if seed // 7 % 2 else 1
     pair = (strides, strides) if isinstance(strides, int) else strides
-    padding = padding_that_holds(rng, x, d)
     weights = random_weights(rng, combine, d - m + 1, core)
     padded = zero_pad(x, padding, d, pair)
     friction = friction_of(padded, d, m, pair, **settings)
@@ -184,24 +177,18 @@ def test_window_reading_equals_its_definition(seed, x64):
     y = window_reading(padded, core, gate, d, pair, combine, weights)
 
     settings.update(region_size=d, strides=strides, padding=padding)
-
-    def op(x, core, threshold, weights):
-        inputs = dict(threshold=threshold, combine=combine, weights=weights)
-        return ops.inertial_conv(x, core, **inputs, **settings)
-
-    output = jax.jit(op)(x, core, threshold, weights)
-    close(output.friction, friction)
-    close(output.y, y)
+    f = jax.jit(partial(ops.inertial_conv, combine=combine, **settings))
+    output = f(x, core, threshold=threshold, weights=weights)
+    close((output.y, output.friction), (y, friction))
     np.testing.assert_array_equal(output.gate, gate if shape else gate[..., 0])
-    if seed < 5:  # not everything twice: op by op compiles more
+    if seed < 3:  # and op by op, which takes longer
         close(ops.friction(x, core_size=m, **settings), friction)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_tiled_reading_equals_its_definition(seed, x64):
-    rng, x, core, d, settings = draw(seed)
+    rng, x, core, d, padding, settings = draw(seed, tiled=True)
     m, n, low = len(core), d - len(core) + 1, ("mean", "sample")[seed % 2]
-    padding = padding_that_holds(rng, x, m)
     padded, (rows, columns) = tile_pad(x, padding, m, n)
     friction = friction_of(padded, d, m, (n, n), **settings)
     threshold = between(friction, rng.random())
@@ -210,26 +197,16 @@ def test_tiled_reading_equals_its_definition(seed, x64):
 
     settings.update(region_size=d, padding=padding, low=low)
     settings.update(capacities=[None, *LADDERS][rng.integers(4)])
-
-    def op(x, core, threshold):
-        return ops.inertial_conv_tiled(x, core, threshold=threshold, **settings)
-
-    output = jax.jit(op)(x, core, threshold)
-    close(output.friction, friction)
-    close(output.y, y)
+    f = jax.jit(partial(ops.inertial_conv_tiled, **settings))
+    output = f(x, core, threshold=threshold)
+    close((output.y, output.friction), (y, friction))
     np.testing.assert_array_equal(output.gate, gate)
 
 
-def test_friction_takes_every_channel_alike():
-    x = np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
-    options = dict(region_size=5, core_size=3)
-    # A mean over channels does not grow with them; float32 sums of 48 numbers.
-    repeated = ops.friction(np.tile(x, 4), **options)
-    close(repeated, ops.friction(x, **options), rtol=1e-5)
-
-
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (1, 3))])
-@pytest.mark.parametrize(("m", "d"), [(1, 3), (2, 4), (3, 4), (3, 5)])
+@pytest.mark.parametrize(
+    ("m", "d", "padding"),
+    [(1, 3, "SAME"), (2, 4, "VALID"), (3, 4, ((2, 0), (1, 3))), (3, 5, "SAME")],
+)
 def test_open_tiles_are_the_ordinary_convolution(m, d, padding):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 7, 8, 4)).astype(np.float32)
@@ -237,9 +214,8 @@ def test_open_tiles_are_the_ordinary_convolution(m, d, padding):
     expected = lax.conv_general_dilated(
         x, core, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    y = ops.inertial_conv_tiled(
-        x, core, region_size=d, threshold=-1.0, padding=padding
-    ).y
+    settings = dict(region_size=d, threshold=-1.0, padding=padding)
+    y = jax.jit(lambda x: ops.inertial_conv_tiled(x, core, **settings).y)(x)
     # float32, sums of 36 products near 1.
     close(y, expected, rtol=1e-5, atol=1e-5)
 
@@ -266,23 +242,40 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(sys.modules["inertia_jax.ops.tiled"], "_CHUNK_BYTES", size)
 
 
-@pytest.mark.parametrize("low", ["mean", "sample"])
-@pytest.mark.parametrize("capacities", LADDERS, ids=str)
-@pytest.mark.parametrize("chunks", ["one chunk", "chunks of two"])
-def test_capacities_change_no_result(chunks, capacities, low, request, x64):
-    if chunks == "chunks of two":
+@pytest.mark.parametrize(
+    ("capacities", "chunks", "low"),
+    [
+        (LADDERS[0], "one", "mean"),
+        (LADDERS[0], "several", "mean"),
+        (LADDERS[0], "several", "sample"),
+        (LADDERS[1], "several", "mean"),
+        (LADDERS[2], "one", "sample"),
+    ],
+)
+def test_capacities_change_no_result(capacities, chunks, low, request, x64):
+    if chunks == "several":
         request.getfixturevalue("small_chunks")
     frictions = friction_of(tile_pad(IMAGES, "SAME", 3, 2)[0], 4, 3, (2, 2))
     dense = jax.jit(lambda t: tiled(IMAGES, CORE, t, low=low))
     ladder = jax.jit(lambda t: tiled(IMAGES, CORE, t, capacities, low=low))
-    shares = []
-    for share in (0.05, 0.2, 0.4, 0.7, 0.95):
-        threshold = between(frictions, share)
-        shares.append(np.mean(frictions > threshold))
+    thresholds = [between(frictions, share) for share in (0.05, 0.2, 0.4, 0.7, 0.95)]
+    gate_rates = [np.mean(frictions > threshold) for threshold in thresholds]
+    assert 0 < min(gate_rates) < 1 / 8 and 1 / 2 < max(gate_rates) < 1
+    for threshold in (-1.0, *thresholds, np.inf):
         close(ladder(threshold), dense(threshold))
-    assert shares == sorted(shares, reverse=True) and 0 < shares[-1] < shares[0] < 1
-    for threshold in (-1.0, np.inf):
-        close(ladder(threshold), dense(threshold))
+
+
+def test_beside_a_bright_pixel_a_tile_has_float32_digits_of_its_largest_output():
+    """One output of an open tile is the mean's share less the others."""
+    x, friction = IMAGES.astype(np.float32), np.zeros((5, 4, 3), np.float32)
+    x[1, 2, 2], friction[1, 1, 1] = 1e6, 1  # seen by the tile's outputs but the last
+    core = CORE.astype(np.float32)
+    settings = dict(padding=((0, 2), (0, 2)), friction=friction)
+    f = jax.jit(lambda c: tiled(x, core, 0.5, c, **settings), static_argnums=0)
+    tile = np.s_[1, 2:4, 2:4]
+    dense = f(None)[tile]
+    largest = np.abs(dense).max()
+    close(f(LADDERS[0])[tile], dense, rtol=0, atol=8 * 2**-24 * largest)
 
 
 TRANSFORMED = {
@@ -337,78 +330,260 @@ def test_friction_has_the_derivatives_of_its_definition(metric, reference, x64):
     check_grads(f, (x,), 1, ("fwd", "rev"), atol=1e-7, rtol=1e-7, eps=1e-6)
 
 
-@pytest.mark.parametrize("strides", [1, 2])
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(
+    ("combine", "strides"), [*((c, 1) for c in COMBINES), ("mean", 2), ("weighted", 2)]
+)
 def test_window_reading_has_the_derivatives_of_its_definition(combine, strides, x64):
     rng = np.random.default_rng(2)
     x, core = rng.normal(size=(2, 6, 6, 2)), rng.normal(size=(2, 2, 2, 3))
     weights = random_weights(rng, combine, 3, core)
-    options = dict(region_size=4, combine=combine, strides=strides)
-    friction = ops.friction(x, region_size=4, core_size=2, strides=strides)
-    threshold = between(friction, 0.5)
+    settings = dict(region_size=4, strides=strides)
+    threshold = between(ops.friction(x, core_size=2, **settings), 0.5)
 
     @jax.jit
     def f(x, core, weights):
-        inputs = dict(threshold=threshold, weights=weights)
-        return ops.inertial_conv(x, core, **inputs, **options).y
+        inputs = dict(threshold=threshold, combine=combine, weights=weights)
+        return ops.inertial_conv(x, core, **inputs, **settings).y
 
-    check_grads(
-        f, (x, core, weights), 1, ("fwd", "rev"), atol=1e-6, rtol=1e-6, eps=1e-6
-    )
+    check_grads(f, (x, core, weights), 1, ("fwd", "rev"), 1e-6, 1e-6, eps=1e-6)
 
 
-READINGS = {
-    "window": ops.inertial_conv,
-    "tiled": ops.inertial_conv_tiled,
-}
+@pytest.mark.parametrize(
+    ("op", "threshold"),
+    [
+        (ops.inertial_conv, 1.1),
+        (ops.inertial_conv, [0.7, 1.1, 1.6]),
+        (partial(ops.inertial_conv_tiled, capacities=None), 1.1),
+    ],
+)
+def test_ste_adds_the_tangent_of_a_sigmoid(op, threshold, x64):
+    slope = 3.0
+    args = tuple(jnp.asarray(a) for a in (IMAGES, CORE, threshold))
 
+    def f(x, core, t, gate_gradient="ste"):
+        settings = dict(gate_gradient=gate_gradient, slope=slope)
+        return op(x, core, region_size=4, threshold=t, **settings).y
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("reading", READINGS)
-def test_ste_adds_the_tangent_of_a_sigmoid(reading, per_channel, x64):
-    if reading == "tiled" and per_channel:
-        pytest.skip("the tiled reading takes one threshold")
-    slope, x, core = 3.0, jnp.asarray(IMAGES), jnp.asarray(CORE)
-    threshold = jnp.asarray([0.7, 1.1, 1.6]) if per_channel else jnp.asarray(1.1)
-
-    def op(x, core, threshold, **settings):
-        return READINGS[reading](
-            x, core, region_size=4, threshold=threshold, **settings
-        )
-
-    def ste(*args):
-        return op(*args, gate_gradient="ste", slope=slope).y
-
-    def expected(x, core, threshold):
-        """The select, and a sigmoid that only the gate moves."""
-        high, low = op(x, core, -jnp.ones(())).y, op(x, core, jnp.asarray(jnp.inf)).y
-        y, _, friction = op(x, core, threshold)
-        if reading == "tiled":
+    def definition(x, core, t):
+        """The select, and a sigmoid that is taken away again; the gradient by hand."""
+        high = op(x, core, region_size=4, threshold=-jnp.ones(())).y
+        low, _, friction = op(x, core, region_size=4, threshold=jnp.asarray(jnp.inf))
+        if op is not ops.inertial_conv:
             friction = friction.repeat(2, 1)[:, :7].repeat(2, 2)[:, :, :6]
-        s = jax.nn.sigmoid(
-            slope * (friction[..., None] - threshold.reshape(1, 1, 1, -1))
-        )
-        return y, s, (s - lax.stop_gradient(s)) * lax.stop_gradient(high - low)
+        friction, t = friction[..., None], t.reshape(1, 1, 1, -1)
+        soft = jax.nn.sigmoid(slope * (friction - t))
+        moved = (soft - lax.stop_gradient(soft)) * lax.stop_gradient(high - low)
+        by_hand = -slope * soft * (1 - soft) * (high - low)
+        return jnp.where(friction > t, high, low) + moved, by_hand
 
-    args = (x, core, threshold)
-    y, s, _ = expected(*args)
-    np.testing.assert_array_equal(ste(*args), op(*args).y)
     rng = np.random.default_rng(3)
-    cotangent = rng.normal(size=y.shape)
-    tangents = jax.tree.map(lambda a: rng.normal(size=a.shape), args)
-    gradient = jax.jit(lambda *args: jax.vjp(ste, *args)[1](cotangent))(*args)
+    cotangent = rng.normal(size=jax.eval_shape(f, *args).shape)
+    tangents = tuple(rng.normal(size=a.shape) for a in args)
+    pull = lambda f: jax.jit(lambda *a: jax.vjp(f, *a)[1](cotangent))(*args)  # noqa: E731
+    y, by_hand = jax.jit(definition)(*args)
+    hard = partial(f, gate_gradient="none")
+    np.testing.assert_array_equal(jax.jit(f)(*args), jax.jit(hard)(*args))
+    np.testing.assert_array_equal(pull(hard)[2], np.zeros(np.shape(threshold)))
+    close(jax.jit(f)(*args), y)
+    gradients = pull(f)
+    axes = (0, 1, 2) if np.ndim(threshold) else None
+    close(gradients[2], (cotangent * by_hand).sum(axes))
+    close(gradients, pull(lambda *a: definition(*a)[0]))
+    # <cotangent, J tangent> = <J^T cotangent, tangent>
+    tangent = jax.jit(lambda *t: jax.jvp(f, args, t)[1])(*tangents)
+    products = sum((a * b).sum() for a, b in zip(gradients, tangents, strict=True))
+    close((cotangent * tangent).sum(), products)
 
-    high, low = op(x, core, -jnp.ones(())).y, op(x, core, jnp.asarray(jnp.inf)).y
-    by_hand = -cotangent * slope * s * (1 - s) * (high - low)
-    by_hand = by_hand.sum((0, 1, 2)) if per_channel else by_hand.sum()
-    close(gradient[2], by_hand)
-    surrogate = jax.jit(
-        jax.grad(lambda *a: ((sum(expected(*a)[::2])) * cotangent).sum(), (0, 1, 2))
-    )
-    close(gradient, surrogate(*args))
-    # <cotangent, J t> = <J^T cotangent, t>
-    tangent = jax.jvp(ste, args, tangents)[1]
-    products = jax.tree.map(lambda a, b: (a * b).sum(), gradient, tangents)
-    close((cotangent * tangent).sum(), sum(products))
-    none = jax.grad(lambda t: (op(x, core, t).y * cotangent).sum())(threshold)
-    np.testing.assert_array_equal(none, jnp.zeros_like(threshold))
+
+def test_hard_gate_is_exactly_0_or_1_with_the_gradient_of_a_sigmoid(x64):
+    friction = np.random.default_rng(0).uniform(size=999)
+    f = partial(ops.hard_gate, slope=10.0)
+    rounded = jnp.asarray(friction, jnp.bfloat16)
+    gate = f(rounded, jnp.bfloat16(0.5))
+    assert gate.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gate, rounded > 0.5)
+    soft = 1 / (1 + np.exp(-10 * (friction - 0.5)))
+    gradient = jax.grad(lambda *args: f(*args).sum(), (0, 1))(friction, 0.5)
+    slope = 10 * soft * (1 - soft)
+    close(gradient, (slope, -slope.sum()))
+
+
+def test_hard_gate_opens_for_nan():
+    gate = ops.hard_gate(np.array([np.nan]), np.array(0.5), slope=10.0)
+    np.testing.assert_array_equal(gate, [1.0])
+
+
+# Devices and types
+
+OPS = (ops.inertial_conv, ops.inertial_conv_tiled)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_jit_and_pmap_change_no_result(op, x64):
+    x = np.random.default_rng(4).normal(size=(16, 7, 6, 2))
+    f = partial(op, core=CORE, region_size=4, threshold=1.1)
+    plain = f(x)
+    assert 0.1 < plain.gate.mean() < 0.9
+    close(jax.jit(f)(x), plain)
+    split = jax.pmap(f)(x.reshape(8, 2, 7, 6, 2))
+    close(jax.tree.map(lambda a: a.reshape(16, *a.shape[2:]), split), plain)
+
+
+@pytest.mark.parametrize("reference", ["center", "core_mean"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_friction_keeps_its_digits(metric, reference):
+    settings = dict(metric=metric, reference=reference)
+    f = jax.jit(partial(ops.friction, region_size=5, core_size=3, **settings))
+    x = np.random.default_rng(5).normal(size=(2, 8, 8, 8))
+    x[0] = 100  # flat inside: expanded squares would go below 0 there
+    rounded = x.astype(jnp.bfloat16)
+    actual = f(rounded)
+    assert actual.dtype == jnp.float32 and actual.min() >= 0
+    padded = zero_pad(rounded.astype(np.float64), "SAME", 5, (1, 1))
+    # Of the same rounded pixels, so no more than float32's rounding of 128 terms.
+    close(actual, friction_of(padded, 5, 3, **settings), rtol=1e-5)
+    x = 100 + 0.1 * x[1:]
+    inside = f(x.astype(np.float32))[:, 2:-2, 2:-2]
+    # float32 rounds pixels near 100 by up to 4e-6, and they differ by 0.1.
+    close(inside, friction_of(x, 5, 3, **settings), rtol=1e-3)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16_outputs_keep_their_type(op):
+    x, core = IMAGES.astype(jnp.bfloat16), CORE.astype(jnp.bfloat16)
+    f = jax.jit(partial(op, region_size=4, threshold=1.1))
+    y, gate, friction = f(x, core)
+    assert (y.dtype, friction.dtype) == (jnp.bfloat16, jnp.float32)
+    wide = f(x.astype(np.float32), core.astype(np.float32))
+    np.testing.assert_array_equal(gate, wide.gate)
+    # Outputs of up to 40 are rounded to 8 bits, some before they are averaged.
+    close(y, wide.y, rtol=2**-7, atol=0.1)
+
+
+# NaN, the control, what is refused, what is compiled
+
+
+@pytest.mark.parametrize(
+    ("op", "reference", "metric"),
+    [
+        (ops.inertial_conv, "center", "max"),
+        (ops.inertial_conv, "core_mean", "l1"),
+        (ops.inertial_conv_tiled, "core_mean", "l2"),
+    ],
+)
+def test_nan_opens_the_gates_that_compare_it_and_shows(op, reference, metric, x64):
+    clean = np.random.default_rng(7).normal(size=(2, 8, 8, 2))
+    x = clean.copy()
+    x[1, 3, 4, 1] = np.nan
+    settings = dict(region_size=5, metric=metric, reference=reference)
+    f = jax.jit(partial(op, core=CORE, **settings))
+    threshold = {"l1": 1.1, "l2": 2.0, "max": 2.5}[metric]
+    output = f(x, threshold=threshold)
+    assert 0.1 < output.gate.mean() < 0.9
+    compared, seen = np.zeros(output.friction.shape, bool), np.zeros((2, 8, 8), bool)
+    if op is ops.inertial_conv:
+        compared[1, 1:6, 2:7] = seen[1, 1:6, 2:7] = True
+        if reference == "center":  # the core's patch is not compared, but its middle
+            compared[1, 2:5, 3:6] = False
+            compared[1, 3, 4] = True
+    else:
+        compared[1, :2, 1] = seen[1, 2:5, 3:6] = True
+        seen[1, 5, 5] = True  # its tile's last output, had from the mean of all nine
+    np.testing.assert_array_equal(np.isnan(output.friction), compared)
+    assert np.asarray(output.gate)[compared].all()
+    np.testing.assert_array_equal(np.isnan(output.y), seen[..., None].repeat(3, -1))
+    # Elsewhere: the clean image under the same gates.
+    same = f(clean, threshold=threshold, friction=output.friction)
+    close(np.asarray(output.y)[~seen], np.asarray(same.y)[~seen])
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_random_friction_is_uniform_and_of_each_image_alone(channels):
+    x = np.random.default_rng(8).normal(size=(64, 8, 8, channels)).astype(np.float32)
+    x[3] = 0  # flat: its regions differ by their places alone
+    f = partial(ops.friction, region_size=5, core_size=3, metric="random")
+    noise, alone = f(x), jax.jit(f)
+    assert noise.min() >= 0 and noise.max() < 1
+    # The means of 64 and of 4096 uniform numbers deviate by 0.036 and 0.0045.
+    close(noise[3].mean(), 0.5, atol=0.15)
+    close(noise.mean(), 0.5, atol=0.02)
+    assert len(np.unique(noise)) > 0.99 * noise.size
+    np.testing.assert_array_equal(noise[:4], [alone(a[None])[0] for a in x[:4]])
+
+
+@pytest.fixture
+def no_shape_checks():
+    """What a user meets: run-time checks of types and shapes are for tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+WINDOW, TILED = OPS
+REFUSED = [
+    (WINDOW, dict(region_size=3), "`region_size` .*`core_size`"),
+    (TILED, dict(region_size=2), "`region_size` .*`core_size`"),
+    (WINDOW, dict(core=np.zeros((3, 2, 2, 4))), "`core`"),
+    (TILED, dict(core=np.zeros((3, 2, 2, 4))), "`core`"),
+    (WINDOW, dict(core=np.zeros((3, 3, 5, 4))), "`core`"),
+    (WINDOW, dict(combine="weighted"), "`weights`"),
+    (WINDOW, dict(weights=np.ones((3, 3))), "`weights`"),
+    (WINDOW, dict(combine="weighted", weights=np.ones((3, 3, 2))), "`weights`"),
+    (WINDOW, dict(combine="weighted_input", weights=np.ones((3, 3, 4))), "`weights`"),
+    (WINDOW, dict(threshold=np.ones(2)), "`threshold`"),
+    (TILED, dict(threshold=np.ones(4)), "`threshold`"),
+    (TILED, dict(capacities=(0.5, 0.25, 1)), "`capacities`"),
+    (TILED, dict(capacities=(0.5, 0.5, 1)), "`capacities`"),
+    (TILED, dict(capacities=(0.25, 0.5)), "`capacities`"),
+    (TILED, dict(capacities=(0, 1)), "`capacities`"),
+    (TILED, dict(capacities=()), "`capacities`"),
+    *((op, dict(metric="l3"), "`metric`") for op in OPS),
+    *((op, dict(reference="mean"), "`reference`") for op in OPS),
+    *((op, dict(gate_gradient="soft"), "`gate_gradient`") for op in OPS),
+    *((op, dict(channel_stride=0), "`channel_stride`") for op in OPS),
+    *((op, dict(friction=np.ones((1, 9, 9))), "`friction`") for op in OPS),
+    *((op, dict(padding="CIRCULAR"), "`padding`") for op in OPS),
+    *((op, dict(padding=(1, 1, 1)), "`padding`") for op in OPS),
+    (WINDOW, dict(combine="median"), "`combine`"),
+    (TILED, dict(low="median"), "`low`"),
+    (WINDOW, dict(x=np.ones((1, 8, 4, 2)), padding="VALID"), "`region_size`"),
+    (TILED, dict(x=np.ones((1, 8, 2, 2)), padding="VALID"), "`core`"),
+]
+
+
+@pytest.mark.parametrize(("op", "change", "message"), REFUSED)
+def test_what_does_not_fit_is_refused_by_name(op, change, message, no_shape_checks):
+    good = dict(x=np.ones((1, 8, 8, 2)), core=np.ones((3, 3, 2, 4)), region_size=5)
+    with pytest.raises(ValueError, match=message):
+        op(**(good | dict(threshold=0.1) | change))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_values_and_gradients_lower_for_tpu(op):
+    settings = dict(region_size=4, gate_gradient="ste")
+
+    def f(x, core, threshold):
+        return op(x, core, threshold=threshold, **settings).y
+
+    args = jnp.zeros((2, 7, 6, 2)), jnp.zeros((3, 3, 2, 4)), jnp.zeros(())
+    gradient = jax.grad(lambda *args: f(*args).sum(), (0, 1, 2))
+    for function in (f, gradient):
+        exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*args)
+        assert "convolution" in exported.mlir_module()
+
+
+def sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        is_jaxpr = lambda leaf: hasattr(leaf, "eqns")  # noqa: E731
+        for leaf in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+            yield from sizes(leaf) if is_jaxpr(leaf) else ()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_friction_holds_no_patches(metric):
+    settings = dict(region_size=5, core_size=3, metric=metric, reference="core_mean")
+    f = partial(ops.friction, **settings)
+    jaxpr = jax.make_jaxpr(f)(jnp.zeros((2, 16, 16, 32)))
+    # The padded images are the largest; patches would be 25 times as large.
+    assert max(sizes(jaxpr)) == 2 * 20 * 20 * 32

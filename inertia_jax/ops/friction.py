@@ -1,7 +1,7 @@
 """Friction: how much a region's periphery differs from its middle."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -9,11 +9,18 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, explicit_padding, pair
+from inertia_jax.ops.conv import Padding
+from inertia_jax.ops.views import (
+    pad_image,
+    region_pads,
+    shifted_views,
+    square_offsets,
+    stride_pair,
+    total,
+)
 
 Metric = Literal["l1", "l2", "max", "random"]
 Reference = Literal["center", "core_mean"]
-Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -34,16 +41,6 @@ def check_sizes(*, core_size: int, region_size: int) -> None:
         )
 
 
-def square_offsets(side: int) -> list[tuple[int, int]]:
-    """Returns the (row, column) of each pixel of a square, row by row."""
-    return [(i, j) for i in range(side) for j in range(side)]
-
-
-def total(terms: Iterable[Array]) -> Array:
-    """Returns the sum of at least one array."""
-    return functools.reduce(jnp.add, terms)
-
-
 def periphery_offsets(*, core_size: int, region_size: int) -> list[tuple[int, int]]:
     """Returns the (row, column) of each pixel of P, the region less its middle patch.
 
@@ -55,54 +52,6 @@ def periphery_offsets(*, core_size: int, region_size: int) -> list[tuple[int, in
     patch = range(start, start + core_size)
     square = square_offsets(region_size)
     return [(i, j) for i, j in square if not (i in patch and j in patch)]
-
-
-def region_pads(
-    image_size: Sequence[int],
-    region_size: int,
-    strides: tuple[int, int],
-    padding: Padding,
-) -> Pads:
-    """Returns `padding` as pairs, after checking that a region fits.
-
-    Raises:
-        ValueError: The padded image is smaller than one region.
-    """
-    size = (region_size, region_size)
-    pads = explicit_padding(image_size, size, strides, padding, (1, 1))
-    for side, (before, after) in zip(image_size, pads, strict=True):
-        if side + before + after < region_size:
-            raise ValueError(
-                f"`region_size` (={region_size}) must be at most the padded image's "
-                f"sides; the image is {tuple(image_size)}, the padding {pads}."
-            )
-    return pads
-
-
-def pad_image(x: Float[Array, "n h w c"], pads: Pads) -> Float[Array, "n hp wp c"]:
-    """Pads with zeros; negative padding crops."""
-    zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, ((0, 0, 0), *((a, b, 0) for a, b in pads), (0, 0, 0)))
-
-
-def shifted_views(
-    x: Float[Array, "n hp wp c"],
-    offsets: Sequence[tuple[int, int]],
-    *,
-    output_size: tuple[int, int],
-    strides: tuple[int, int],
-    channel_stride: int = 1,
-) -> Iterator[Float[Array, "n h_out w_out c_out"]]:
-    """Yields, for each offset, the pixels that lie there in every region."""
-    n, _, _, c = x.shape
-    spans = [(size - 1) * s + 1 for size, s in zip(output_size, strides, strict=True)]
-    for i, j in offsets:
-        yield lax.slice(
-            x,
-            (0, i, j, 0),
-            (n, i + spans[0], j + spans[1], c),
-            (1, *strides, channel_stride),
-        )
 
 
 def friction(
@@ -152,7 +101,7 @@ def friction(
     check_choice("reference", reference, Reference)
     if channel_stride < 1:
         raise ValueError(f"`channel_stride` (={channel_stride}) must be >= 1.")
-    x, (vertical, horizontal) = jnp.asarray(x), pair(strides)
+    x, (vertical, horizontal) = jnp.asarray(x), stride_pair(strides)
     pads = region_pads(x.shape[1:3], region_size, (vertical, horizontal), padding)
     x = pad_image(x, pads)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -185,8 +134,8 @@ def friction(
     offsets = periphery_offsets(core_size=core_size, region_size=region_size)
     differences = ((view - center) - level for view in views(offsets))
     if metric == "max":
-        largest = [_channel_mean(jnp.abs(difference)) for difference in differences]
-        return jnp.stack(largest).max(0)
+        means = (_channel_mean(jnp.abs(difference)) for difference in differences)
+        return functools.reduce(jnp.maximum, means)
     power = jnp.abs if metric == "l1" else jnp.square
     return _channel_mean(total(map(power, differences)) / len(offsets))
 
@@ -203,8 +152,11 @@ def _channel_mean(x: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:
 
 def _noise(center: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:
     """Hashes pixels and places to [0, 1): the same however a batch is split."""
-    n, h, w, _ = center.shape
-    content = lax.bitcast_convert_type(center.sum(-1).astype(jnp.float32), jnp.uint32)
+    n, h, w, c = center.shape
+    # Integers, whose sum over channels does not depend on the order it is taken in.
+    pixels = lax.bitcast_convert_type(center.astype(jnp.float32), jnp.uint32)
+    factors = jnp.arange(c, dtype=jnp.uint32) * 2 + jnp.uint32(0x9E3779B1)
+    content = (pixels * factors.reshape(1, 1, 1, c)).sum(-1, dtype=jnp.uint32)
     place = jnp.arange(h * w, dtype=jnp.uint32).reshape(1, h, w)
     bits = content ^ jnp.broadcast_to(place * jnp.uint32(0x9E3779B9), (n, h, w))
     # MurmurHash3's finaliser, public domain: every bit of the input moves every other.

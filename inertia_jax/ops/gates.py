@@ -13,8 +13,8 @@ GateGradient = Literal["none", "ste"]
 
 
 def is_open(
-    friction: Float[ArrayLike, "*shape"], threshold: Float[ArrayLike, "*shape"]
-) -> Bool[Array, "*shape"]:
+    friction: Float[ArrayLike, "..."], threshold: Float[ArrayLike, "..."]
+) -> Bool[Array, "..."]:
     """Returns where friction is not at or below the threshold, so also where it is NaN.
 
     NaN opens: detail then reads the whole region, and the NaN shows in the output
@@ -24,14 +24,14 @@ def is_open(
 
 
 def hard_gate(
-    friction: Float[ArrayLike, "*shape"],
-    threshold: Float[ArrayLike, "*shape"],
+    friction: Float[ArrayLike, "..."],
+    threshold: Float[ArrayLike, "..."],
     *,
     slope: float,
-) -> Float[Array, "*shape"]:
+) -> Float[Array, "..."]:
     """Returns 1 where the gate is open, else 0, with a straight-through gradient.
 
-    Forward: `is_open`, exactly. Backward: that of
+    Forward: `is_open`, exactly. Tangents: those of
     `sigmoid(slope * (friction - threshold))`.
 
     Args:
@@ -42,12 +42,68 @@ def hard_gate(
     References:
         Bengio et al., 2013, https://arxiv.org/abs/1308.3432
     """
-    friction, threshold = jnp.asarray(friction), jnp.asarray(threshold)
+    return _hard_gate(slope, jnp.asarray(friction), jnp.asarray(threshold))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _hard_gate(slope: float, friction: Array, threshold: Array) -> Array:
+    dtype = jnp.result_type(friction, threshold)
+    return is_open(friction, threshold).astype(dtype)
+
+
+@_hard_gate.defjvp
+def _hard_gate_jvp(
+    slope: float, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    opening = _opening(slope, primals, tangents)
+    gate = _hard_gate(slope, *primals)
+    return gate, opening.astype(gate.dtype)
+
+
+def _opening(
+    slope: float, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> Array:
+    """Returns the tangent of `sigmoid(slope * (friction - threshold))`."""
+    (friction, threshold), (friction_dot, threshold_dot) = primals, tangents
     soft = jax.nn.sigmoid(slope * (friction - threshold))
-    hard = is_open(friction, threshold).astype(soft.dtype)
-    # Not `soft + stop_gradient(hard - soft)`: in bfloat16 that rounds, and the forward
-    # is no longer 0 or 1.
-    return lax.stop_gradient(hard) + (soft - lax.stop_gradient(soft))
+    return slope * soft * (1 - soft) * (friction_dot - threshold_dot)
+
+
+def rate_threshold(
+    friction: Float[Array, "..."], rate: float, *, axis_name: str | None = None
+) -> Float[Array, ""]:
+    """Returns the lowest threshold that at most a share of the friction exceeds.
+
+    Found by bisection, to 2^-32 of the friction's range: sorting takes 25 times as long
+    on CPU (25 ms against 1 at [128,32,32]). Without gradient.
+
+    Args:
+        friction: Of every region.
+        rate: The share, in (0, 1]; 1 opens every gate.
+        axis_name: Mesh axis over whose devices friction is taken together.
+    """
+    friction = lax.stop_gradient(friction)
+    if rate == 1:
+        return jnp.full((), -1, friction.dtype)  # below every friction
+
+    def over_devices(value: Array, reduce: Any) -> Array:
+        return value if axis_name is None else reduce(value, axis_name)
+
+    low = over_devices(friction.min(), lax.pmin)
+    high = over_devices(friction.max(), lax.pmax)
+    size = jnp.asarray(friction.size, friction.dtype)
+    most = rate * over_devices(size, lax.psum)
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = low + (high - low) / 2
+        open_here = (friction > middle).sum(dtype=friction.dtype)
+        too_many = over_devices(open_here, lax.psum) > most
+        return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
+
+    # Where fewer than the share exceed even the least, that is the threshold.
+    below = low - (high - low) * 2**-20
+    return lax.fori_loop(0, 32, halve, (below, high))[1]
 
 
 def select(
@@ -92,7 +148,6 @@ def _ste_select_jvp(
     high, low, friction, threshold = primals
     high_dot, low_dot, friction_dot, threshold_dot = tangents
     gate = is_open(friction, threshold)
-    soft = jax.nn.sigmoid(slope * (friction - threshold))
-    opening = slope * soft * (1 - soft) * (friction_dot - threshold_dot)
+    opening = _opening(slope, (friction, threshold), (friction_dot, threshold_dot))
     moved = opening.astype(high.dtype) * (high - low)
     return jnp.where(gate, high, low), jnp.where(gate, high_dot, low_dot) + moved

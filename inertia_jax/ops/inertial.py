@@ -9,20 +9,18 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from inertia_jax.ops.conv import Padding, conv2d, pair
-from inertia_jax.ops.friction import (
-    Metric,
-    Reference,
-    check_choice,
-    check_sizes,
+from inertia_jax.ops.conv import Padding, conv2d
+from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
+from inertia_jax.ops.friction import friction as region_friction
+from inertia_jax.ops.gates import GateGradient, is_open, select
+from inertia_jax.ops.views import (
     pad_image,
     region_pads,
     shifted_views,
     square_offsets,
-    total,
+    stride_pair,
+    sum_views,
 )
-from inertia_jax.ops.friction import friction as region_friction
-from inertia_jax.ops.gates import GateGradient, is_open, select
 
 Combine = Literal[
     "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
@@ -128,7 +126,7 @@ def inertial_conv(
     weights = _check_weights(weights, combine, core, steps=d - m + 1)
     dtype = jnp.result_type(x, core)
     x, core = x.astype(dtype), core.astype(dtype)
-    steps = pair(strides)
+    steps = stride_pair(strides)
     pads = region_pads(x.shape[1:3], d, steps, padding)
     if friction is None:
         friction = region_friction(
@@ -238,20 +236,10 @@ def _responses(
     """Returns u_delta0 and S u_delta of every region of the padded image `x`."""
     m = core.shape[0]
     k = region_size - m
-    offsets = square_offsets(k + 1)
-    # Sums are taken in float32 at least, and rounded once.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-
-    def summed(source: Array, size: tuple[int, int], steps: tuple[int, int]) -> Array:
-        views = shifted_views(source, offsets, output_size=size, strides=steps)
-        if weights is None:
-            result = total(view.astype(wide) for view in views)
-            result = result if combine == "sum" else result / len(offsets)
-        else:
-            shares = weights.astype(wide).reshape(len(offsets), 1, 1, 1, -1)
-            pairs = zip(views, shares, strict=True)
-            result = total(view.astype(wide) * share for view, share in pairs)
-        return result.astype(x.dtype)
+    if weights is not None:
+        weights = weights.reshape(k + 1, k + 1, -1)
+    elif combine != "sum":
+        weights = jnp.full((k + 1, k + 1, 1), 1 / (k + 1) ** 2)
 
     # At strides > 1 a core map holds positions that no region starts at; a join that is
     # linear may sum the input instead, and evaluate the core where it is needed.
@@ -259,19 +247,21 @@ def _responses(
     if by_input or combine == "weighted_input":
         (rows, columns), (vertical, horizontal) = output_size, strides
         span = ((rows - 1) * vertical + m, (columns - 1) * horizontal + m)
+        x = x[:, : span[0] + k, : span[1] + k]
         start = k // 2
         middle = x[:, start : start + span[0], start : start + span[1]]
         evaluate = lambda image: conv2d(  # noqa: E731
             image, core, strides=strides, padding="VALID"
         )
-        return evaluate(middle), evaluate(summed(x, span, (1, 1)))
+        return evaluate(middle), evaluate(sum_views(x, weights, side=k + 1))
     core_map = conv2d(x, core, padding="VALID")
     (low,) = shifted_views(
         core_map, [(k // 2, k // 2)], output_size=output_size, strides=strides
     )
     if combine == "max":
         views = shifted_views(
-            core_map, offsets, output_size=output_size, strides=strides
+            core_map, square_offsets(k + 1), output_size=output_size, strides=strides
         )
         return low, functools.reduce(jnp.maximum, views)
-    return low, summed(core_map, output_size, strides)
+    high = sum_views(core_map, weights, side=k + 1)
+    return low, high[:, :: strides[0], :: strides[1]]

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from inertia_jax.ops.conv import Padding, conv2d
-from inertia_jax.ops.friction import Metric, Reference, check_choice, pad_image
+from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, is_open, select
 from inertia_jax.ops.inertial import InertialOutput, check_core
@@ -25,6 +25,7 @@ from inertia_jax.ops.tiling import (
     spread,
     tile_means,
 )
+from inertia_jax.ops.views import pad_image
 
 # Images are worked on in chunks of about this many bytes on CPU: intermediate results
 # then stay in the cache, and in memory that the kernel has handed out already.
@@ -42,7 +43,7 @@ def inertial_conv_tiled(
     reference: Reference = "center",
     low: Low = "mean",
     padding: Padding = "SAME",
-    capacities: Sequence[float] | None = (1 / 8, 1 / 4, 1 / 2, 1),
+    capacities: Sequence[float | int] | None = (1 / 8, 1 / 4, 1 / 2, 1),
     gate_gradient: GateGradient = "none",
     slope: float = 10.0,
     channel_stride: int = 1,
@@ -133,14 +134,14 @@ def inertial_conv_tiled(
         )
 
     compute = dense
-    if capacities is not None:
+    if capacities is not None and x.size:
         compute = _with_ladder(dense, tiling, tuple(capacities))
     rows, columns = tiling.output_size
     y = compute(x, core, friction, threshold)[:, :rows, :columns]
     return InertialOutput(y, is_open(friction, threshold), friction)
 
 
-def check_capacities(capacities: Sequence[float] | None) -> None:
+def check_capacities(capacities: Sequence[float | int] | None) -> None:
     """Raises ValueError unless `capacities` is None or rises within (0, 1] to 1."""
     if capacities is None:
         return
@@ -152,7 +153,7 @@ def check_capacities(capacities: Sequence[float] | None) -> None:
 
 
 def _with_ladder(
-    dense: Callable[..., Array], tiling: Tiling, capacities: tuple[float, ...]
+    dense: Callable[..., Array], tiling: Tiling, capacities: tuple[float | int, ...]
 ) -> Callable[..., Array]:
     """Returns `dense` as it is under derivatives and vmap, and sparse elsewhere."""
 
@@ -166,7 +167,7 @@ def _with_ladder(
         def some(args: tuple[Array, Array]) -> Array:
             return _sparse(args[0], core, args[1], tiling, capacities, by_products=True)
 
-        size = max(1, min(images, _CHUNK_BYTES * images // max(1, x.nbytes)))
+        size = max(1, min(images, _CHUNK_BYTES * images // x.nbytes))
         count = images // size
         cut = lambda a: a[: count * size].reshape(count, size, *a.shape[1:])  # noqa: E731
         y = lax.map(some, (cut(x), cut(gate)))
@@ -200,7 +201,7 @@ def _sparse(
     core: Float[Array, "m m c_in c_out"],
     gate: Bool[Array, "n rows columns"],
     tiling: Tiling,
-    capacities: tuple[float, ...],
+    capacities: tuple[float | int, ...],
     *,
     by_products: bool,
 ) -> Float[Array, "n hp wp c_out"]:
@@ -226,7 +227,7 @@ def _sparse(
     rung = sum((num_open > size).astype(jnp.int32) for size in sizes)
     rung = jnp.where(num_open == num_tiles, len(sizes) + 1, rung)
     steps: list[Callable[[], Array]] = [
-        lambda: spread(low(), n),
+        lambda: spread(low(), n).astype(x.dtype),
         *(functools.partial(up_to, size) for size in sizes[1:]),
         selected,
         opened,

@@ -6,10 +6,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from inertia_jax.ops.conv import Padding, conv2d, explicit_padding
-from inertia_jax.ops.friction import Pads, shifted_views, square_offsets, total
+from inertia_jax.ops.views import Pads, square_offsets, sum_views, total
 
 Low = Literal["mean", "sample"]
 
@@ -73,8 +73,8 @@ def make_tiling(
 
 
 def spread(
-    tiles: Float[Array, "n rows columns c"], tile_size: int
-) -> Float[Array, "n h w c"]:
+    tiles: Shaped[Array, "n rows columns c"], tile_size: int
+) -> Shaped[Array, "n h w c"]:
     """Returns the map in which each tile's value stands at all its positions."""
     n, rows, columns, c = tiles.shape
     shape = (n, rows, tile_size, columns, tile_size, c)
@@ -101,7 +101,7 @@ def fill_low(
     *,
     by_products: bool,
 ) -> Float[Array, "n rows columns c_out"]:
-    """Returns what fills a closed tile, from one core evaluation a tile.
+    """Returns what fills a closed tile, from one core evaluation a tile, in float32.
 
     Args:
         padded: Images with the tiling's padding.
@@ -117,16 +117,9 @@ def fill_low(
         start = (n - 1) // 2
         image = padded[:, start : start + spans[0], start : start + spans[1]]
     else:
-        views = shifted_views(
-            padded,
-            square_offsets(n),
-            output_size=(spans[0], spans[1]),
-            strides=(1, 1),
-        )
-        mean = total(view.astype(wide) for view in views) / n**2
-        image = mean.astype(padded.dtype)
+        image = sum_views(padded, None, side=n) / n**2
     if not by_products:
-        return conv2d(image, core, strides=n, padding="VALID")
+        return conv2d(image, core, strides=n, padding="VALID").astype(wide)
 
     # Rows and columns are split by n; then the taps b..b+n-1 of a row of the core see
     # n neighbouring pixels, which lie side by side in memory: one product for them all.
@@ -142,7 +135,7 @@ def fill_low(
         pixels = row[..., : taps * c_in].reshape(-1, taps * c_in)
         taps_of_row = core[a, b : b + taps].reshape(-1, c_out)
         products.append(jnp.dot(pixels, taps_of_row, preferred_element_type=wide))
-    return total(products).reshape(images, rows, columns, c_out).astype(core.dtype)
+    return total(products).reshape(images, rows, columns, c_out)
 
 
 def fill_open(
@@ -156,10 +149,14 @@ def fill_open(
 ) -> Float[Array, "n h w c_out"]:
     """Returns the map: open tiles in detail, the others filled by `low`.
 
+    Of an open tile's n^2 outputs, n^2 - 1 are computed: `low` is the one left out, or
+    with the others gives it, as their mean. (Where that mean is not finite, neither is
+    the output that it gives.)
+
     Args:
         padded: Images with the tiling's padding.
         core: Filters.
-        low: Of every tile.
+        low: Of every tile; in float32 at least, since n^2 times its rounding is seen.
         gate: Which tiles are open; at most `capacity` are.
         tiling: The tiles.
         capacity: Number of tiles that are gathered and computed.
@@ -173,16 +170,25 @@ def fill_open(
     corner = (image * height + row * n) * width + column * n
     pixels = padded.reshape(-1, c_in)
 
-    taps = [
-        (p + a) * width + q + b
-        for p, q, a, b in itertools.product(range(n), range(n), range(m), range(m))
-    ]
+    outputs = square_offsets(n)
+    spared = (n - 1) // 2 * (n + 1) if tiling.low == "sample" else n * n - 1
+    computed = [output for i, output in enumerate(outputs) if i != spared]
+    taps = [(p + a) * width + q + b for p, q in computed for a, b in square_offsets(m)]
     index = corner[:, None] + jnp.asarray(taps)[None]
     patches = jnp.take(pixels, index.reshape(-1), axis=0, mode="clip")
-    high = patches.reshape(-1, m * m * c_in) @ core.reshape(m * m * c_in, -1)
-    high = high.reshape(capacity, n, n, -1)
+    high = jnp.dot(
+        patches.reshape(-1, m * m * c_in),
+        core.reshape(m * m * c_in, -1),
+        preferred_element_type=low.dtype,
+    ).reshape(capacity, n * n - 1, -1)
+    known = jnp.take(low.reshape(-1, low.shape[-1]), tile, axis=0, mode="clip")
+    if tiling.low == "mean":
+        known = n * n * known - high.sum(1)
+    high = jnp.concatenate(
+        [high[:, :spared], known[:, None], high[:, spared:]], axis=1
+    ).reshape(capacity, n, n, -1)
     shape = (images, rows, n, columns, n, core.shape[-1])
     y = jnp.broadcast_to(low[:, :, None, :, None], shape)
     # Places beyond the last open tile have an image that does not exist.
     y = y.at[image, row, :, column].set(high, mode="drop")
-    return y.reshape(images, rows * n, columns * n, -1)
+    return y.reshape(images, rows * n, columns * n, -1).astype(core.dtype)

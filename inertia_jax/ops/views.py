@@ -1,0 +1,134 @@
+"""Views of an image at shifted places, and their sums."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from inertia_jax.ops.conv import Padding, explicit_padding, pair
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def square_offsets(side: int) -> list[tuple[int, int]]:
+    """Returns the (row, column) of each pixel of a square, row by row."""
+    return [(i, j) for i in range(side) for j in range(side)]
+
+
+def total(terms: Iterable[Array]) -> Array:
+    """Returns the sum of at least one array."""
+    return functools.reduce(jnp.add, terms)
+
+
+def stride_pair(strides: int | Sequence[int]) -> tuple[int, int]:
+    """Returns `strides` as (vertical, horizontal).
+
+    Raises:
+        ValueError: They are not one or two integers >= 1.
+    """
+    given = (strides,) * 2 if isinstance(strides, int) else tuple(strides)
+    if len(given) != 2 or min(given) < 1:
+        raise ValueError(f"`strides` (={strides}) must be one or two integers >= 1.")
+    return pair(given)
+
+
+def region_pads(
+    image_size: Sequence[int],
+    region_size: int,
+    strides: tuple[int, int],
+    padding: Padding,
+) -> Pads:
+    """Returns `padding` as pairs, after checking that a region fits.
+
+    Raises:
+        ValueError: The padded image is smaller than one region.
+    """
+    size = (region_size, region_size)
+    pads = explicit_padding(image_size, size, strides, padding, (1, 1))
+    for side, (before, after) in zip(image_size, pads, strict=True):
+        if side + before + after < region_size:
+            raise ValueError(
+                f"`region_size` (={region_size}) must be at most the padded image's "
+                f"sides; the image is {tuple(image_size)}, the padding {pads}."
+            )
+    return pads
+
+
+def pad_image(x: Float[Array, "n h w c"], pads: Pads) -> Float[Array, "n hp wp c"]:
+    """Pads with zeros; negative padding crops."""
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, ((0, 0, 0), *((a, b, 0) for a, b in pads), (0, 0, 0)))
+
+
+def shifted_views(
+    x: Float[Array, "n hp wp c"],
+    offsets: Sequence[tuple[int, int]],
+    *,
+    output_size: tuple[int, int],
+    strides: tuple[int, int],
+    channel_stride: int = 1,
+) -> Iterator[Float[Array, "n h_out w_out c_out"]]:
+    """Yields, for each offset, the pixels that lie there in every region."""
+    n, _, _, c = x.shape
+    spans = [(size - 1) * s + 1 for size, s in zip(output_size, strides, strict=True)]
+    for i, j in offsets:
+        yield lax.slice(
+            x,
+            (0, i, j, 0),
+            (n, i + spans[0], j + spans[1], c),
+            (1, *strides, channel_stride),
+        )
+
+
+def sum_views(
+    x: Float[Array, "n hp wp c"],
+    weights: Float[Array, "side side #c"] | None,
+    *,
+    side: int,
+) -> Float[Array, "n h w c"]:
+    """Returns sum_delta weights[delta] x[p + delta], delta in a square; None weighs 1.
+
+    In float32 at least, rounded once to the type of `x`.
+
+    Args:
+        x: Images, `side` - 1 larger than the result.
+        weights: One a place, or one a place and channel.
+        side: Of the square.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if weights is None:
+        weights = jnp.ones((side, side, 1), wide)
+    return _sum_views(side, x.astype(wide), weights.astype(wide)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_views(side: int, x: Array, weights: Array) -> Array:
+    size = (x.shape[1] - side + 1, x.shape[2] - side + 1)
+    offsets = square_offsets(side)
+    views = shifted_views(x, offsets, output_size=size, strides=(1, 1))
+    pairs = zip(views, offsets, strict=True)
+    return total(view * weights[i, j].reshape(1, 1, 1, -1) for view, (i, j) in pairs)
+
+
+@_sum_views.defjvp
+def _sum_views_jvp(
+    side: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, weights), (x_dot, weights_dot) = primals, tangents
+    # The same sum, of padded images and then cut: its transpose is one padding and a
+    # sum of views, where the transpose of views is a sum of paddings, which takes XLA
+    # four times as long on CPU.
+    k, zero = side - 1, jnp.zeros((), x.dtype)
+    shifted = total(
+        lax.pad(
+            x_dot * weights[i, j].reshape(1, 1, 1, -1),
+            zero,
+            ((0, 0, 0), (k - i, i, 0), (k - j, j, 0), (0, 0, 0)),
+        )
+        for i, j in square_offsets(side)
+    )
+    by_x = shifted[:, k : x.shape[1], k : x.shape[2]]
+    return _sum_views(side, x, weights), by_x + _sum_views(side, x, weights_dot)

@@ -1,0 +1,82 @@
+"""BatchNorm recalibration: running statistics of a network that has changed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+
+def recalibrate_batch_norm(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Float[ArrayLike, "n h w c"],
+    *,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Returns variables whose `batch_stats` are those of `images`, measured anew.
+
+    Every layer normalises with its batch's own statistics meanwhile, as in training.
+    Means are averaged over the batches; variances are those of all images together:
+    the mean variance inside batches plus the variance of their means.
+
+    Args:
+        model: Called as `model(images, train=True)`.
+        variables: As `model.init` gives them; what is not in `batch_stats` is kept.
+        images: The network's inputs, normalised as in training; what fills no whole
+            batch is left out.
+        batch_size: Images a batch, >= 2.
+
+    Raises:
+        ValueError: No `batch_stats`, or fewer than two images.
+
+    References:
+        Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167, algorithm 2
+    """
+    if not variables.get("batch_stats"):
+        raise ValueError("`variables` has no `batch_stats`; nothing to recalibrate.")
+    images = np.asarray(images)
+    if batch_size < 2 or len(images) < 2:
+        raise ValueError(
+            f"`batch_size` (={batch_size}) and the number of `images` "
+            f"(={len(images)}) must be >= 2."
+        )
+    size = min(batch_size, len(images))
+
+    @jax.jit
+    def after_a_step(start: Any, batch: Any) -> Any:
+        _, updated = model.apply(
+            {**variables, "batch_stats": start},
+            batch,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        return updated["batch_stats"]
+
+    # A step moves statistics s to a s + (1 - a) b, b the batch's: from 0 and from 1 it
+    # shows a, so that no layer need say its momentum.
+    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    ones = jax.tree.map(jnp.ones_like, zeros)
+    from_zeros = [
+        after_a_step(zeros, images[i : i + size])
+        for i in range(0, len(images) - size + 1, size)
+    ]
+    from_ones = after_a_step(ones, images[:size])
+    share = jax.tree.map(lambda one, zero: 1 - (one - zero), from_ones, from_zeros[0])
+    batches = [
+        traverse_util.flatten_dict(jax.tree.map(jnp.divide, moved, share))
+        for moved in from_zeros
+    ]
+    stacked = {path: jnp.stack([b[path] for b in batches]) for path in batches[0]}
+    stats = {path: values.mean(0) for path, values in stacked.items()}
+    for path in stats:
+        mean_path = (*path[:-1], "mean")
+        if path[-1] == "var" and mean_path in stacked:
+            stats[path] = stats[path] + stacked[mean_path].var(0)
+    return {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
