@@ -18,6 +18,7 @@ from inertia_jax.cost import CostTable, count_cost
 from inertia_jax.ops.friction import Metric, Reference
 from inertia_jax.ops.tiling import Low
 from inertia_jax.plan import Fixed, Inertial, Plan, Rate
+from inertia_jax.recalibrate import recalibrate_batch_norm
 
 # Shares of open tiles that a layer is tried at, one after the other.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
@@ -32,6 +33,7 @@ def make_inertial(
     *,
     macs: float,
     calibration: Float[ArrayLike, "n h w c"],
+    num_search: int = 256,
     layers: str = "*",
     tile_size: int = 2,
     metric: Metric = "l1",
@@ -48,23 +50,30 @@ def make_inertial(
     mean Kullback-Leibler divergence from the softmax of the network as it was. Labels
     are not needed. A layer of rate 1 stays an ordinary convolution.
 
+    Filled tiles vary less, which BatchNorm's old statistics take for a change of scale:
+    most of the damage. So thresholds are chosen under the statistics of the images at
+    hand, and the statistics are recalibrated in the end (`recalibrate_batch_norm`).
+
     Returns thresholds as variables, which evaluation uses as they are; the plan has
-    each layer's rate as `Rate`, so that fine-tuning holds it. Recalibrating BatchNorm
-    afterwards is worth it: see `recalibrate_batch_norm`.
+    each layer's rate as `Rate`, so that fine-tuning holds it.
 
     Args:
         model: A network of this library.
         variables: Its trained variables.
         macs: Share of the MACs that the inertial layers' network may take, in (0, 1]:
             everything counted, friction and box means at two operations for one MAC.
-        calibration: Some hundred of the network's inputs, normalised as in training.
+        calibration: Inputs as the network saw them in training, normalised and with
+            the same crops and flips, at best some thousand: recalibration on plain
+            images alone costs a CIFAR-10 ResNet20 four points.
+        num_search: So many of them, the first, choose the thresholds; all of them
+            recalibrate BatchNorm.
         layers: Glob over the paths of the convolutions that may become inertial.
         tile_size: Side n of a tile, >= 2.
         metric: See `Inertial`.
         reference: See `Inertial`.
         low: See `Inertial`.
         channel_stride: See `Inertial`.
-        batch_size: Images of `calibration` a call.
+        batch_size: Images a call.
 
     Returns:
         (model, variables) of the inertial network.
@@ -98,7 +107,7 @@ def make_inertial(
         "channel_stride": channel_stride,
     }
     specs = _tileable(model, variables, images.shape[1:], layers, tile_size, options)
-    search = _Search(model, variables, specs, images, batch_size)
+    search = _Search(model, variables, specs, images[:num_search], batch_size)
     state = search.run(macs)
 
     rules: list[tuple[str, Inertial]] = []
@@ -114,7 +123,17 @@ def make_inertial(
     if not rules:
         return model, dict(variables)
     nested = traverse_util.unflatten_dict(thresholds)
-    return inertial, {**variables, "thresholds": nested}
+    changed = {**variables, "thresholds": nested}
+    if "batch_stats" in variables:
+        # The measured thresholds, not the quantiles of each batch of the recalibration.
+        fixed = inertial.clone(plan=Plan((*specs.items(), *plan.rules)))
+        opened = {(*path.split("/"), "threshold"): jnp.float32(_OPEN) for path in specs}
+        kept = traverse_util.unflatten_dict({**opened, **thresholds})
+        stats = recalibrate_batch_norm(
+            fixed, {**variables, "thresholds": kept}, images, batch_size=batch_size
+        )["batch_stats"]
+        changed["batch_stats"] = stats
+    return inertial, changed
 
 
 def _tileable(
@@ -184,8 +203,8 @@ class _Search:
             jnp.asarray(images[i : i + batch_size])
             for i in range(0, len(images), batch_size)
         ]
-        dense_apply = jax.jit(lambda batch: model.apply(variables, batch))
-        self._dense = [dense_apply(batch) for batch in self._batches]
+        dense = jax.jit(lambda batch: self._logits(model, variables, batch)[0])
+        self._dense = [dense(batch) for batch in self._batches]
         if not all(bool(jnp.isfinite(logits).all()) for logits in self._dense):
             raise ValueError(
                 "the outputs on `calibration` must be finite; some are not."
@@ -198,18 +217,30 @@ class _Search:
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
 
+    @staticmethod
+    def _logits(model: nn.Module, variables: Mapping[str, Any], batch: Any) -> Any:
+        """Returns logits under the batch's own statistics, and what was sown."""
+        has_statistics = "batch_stats" in variables
+        return model.apply(
+            variables,
+            batch,
+            train=has_statistics,
+            mutable=["intermediates", "batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+
     def _forward(self, thresholds: dict[str, Any], batch: Any, dense: Any) -> Any:
         nested = traverse_util.unflatten_dict(
             {(*path.split("/"), "threshold"): t for path, t in thresholds.items()}
         )
-        logits, sown = self._model.apply(
-            {**self._variables, "thresholds": nested}, batch, mutable=["intermediates"]
+        logits, sown = self._logits(
+            self._model, {**self._variables, "thresholds": nested}, batch
         )
         wide = jnp.promote_types(logits.dtype, jnp.float32)
         p = jax.nn.log_softmax(dense.astype(wide))
         q = jax.nn.log_softmax(logits.astype(wide))
         divergence = (jnp.exp(p) * (p - q)).sum(-1)
-        flat = traverse_util.flatten_dict(sown["intermediates"])
+        flat = traverse_util.flatten_dict(sown.get("intermediates", {}))
         named: dict[str, dict[str, Any]] = {"gate_rate": {}, "friction": {}}
         for (*path, name), value in flat.items():
             named[name]["/".join(path)] = value[0]
