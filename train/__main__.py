@@ -11,6 +11,8 @@ from train.errors import UsageError
 VERBS = {
     "fit": "train a network",
     "evaluate": "evaluate a checkpoint",
+    "compress": "make a trained checkpoint smaller, without training it",
+    "finetune": "train a checkpoint further",
     "import": "make a checkpoint from PyTorch weights",
     "sweep": "many runs, one record a run, to go on with another day",
     "report": "draw a run's learning curve and write its record",

@@ -166,6 +166,8 @@ class Config:
     data: Data = Data()
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
+    init: str | None = None
+    """Checkpoint of the same network that training starts from; None: drawn anew."""
     steps_per_call: int | None = None
     """Steps a compiled call; None: 1 on CPU, 100 on GPU and TPU."""
     gate_budget: float | None = None

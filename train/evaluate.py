@@ -27,6 +27,7 @@ class Evaluation:
         confusion: [classes, classes] int; rows are true classes, columns predictions.
         class_names: One a class.
         gate_rates: Share of open gates of each inertial layer, by path.
+        right: Whether each example's class scores highest [num_examples], bool.
     """
 
     num_examples: int
@@ -35,7 +36,8 @@ class Evaluation:
     top5: float
     confusion: np.ndarray
     class_names: tuple[str, ...]
-    gate_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    gate_rates: Mapping[str, float]
+    right: np.ndarray
 
     @property
     def per_class(self) -> np.ndarray:
@@ -89,6 +91,25 @@ class Evaluation:
                 line += "  " + "".join(f"{count:>{cell}}" for count in row)
             lines.append(line)
         return "\n".join(lines)
+
+
+def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, float]:
+    """Returns the difference in top-1 and half its 95% interval, example by example.
+
+    Networks mostly err on the same examples, so that the difference is known better
+    than either accuracy.
+
+    Args:
+        before: Of one network.
+        after: Of another, on the same examples.
+    """
+    if before.num_examples != after.num_examples:
+        raise ValueError(
+            f"`after` has {after.num_examples} examples; must have those of `before`, "
+            f"{before.num_examples}."
+        )
+    changes = after.right.astype(np.float64) - before.right
+    return float(changes.mean()), float(1.96 * changes.std() / len(changes) ** 0.5)
 
 
 def make_evaluator(
@@ -149,6 +170,7 @@ def make_evaluator(
                 path: float(rates.astype(np.float64).mean())
                 for path, rates in results["gate_rates"].items()
             },
+            right=results["rank"] < 1,
         )
 
     return run

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from inertia_jax import Inertial, count_cost
+from inertia_jax import Inertial, count_cost, load_checkpoint
 from inertia_jax.checkpoint import Metadata, load_metadata
 from train.augment import Augmentation
 from train.checkpoints import Checkpoints
@@ -162,9 +162,23 @@ class Trainer:
         with user_input():
             shape = self.preprocessing.image_shape
             key = run_keys(self.config.seed).init
-            state = init_state(self.model, self.tx, shape, key)
+            variables = self._read_init()
+            state = init_state(self.model, self.tx, shape, key, variables)
         # In its final place before the first step, or the step compiles twice.
         return self.parallel.replicate(jax.device_get(state))
+
+    def _read_init(self) -> Any:
+        """Returns the variables that training starts from, or None to draw them."""
+        if self.config.init is None:
+            return None
+        model, variables = load_checkpoint(self.config.init)
+        if model != self.model:
+            raise UsageError(
+                f"`init` (={self.config.init}) has another network than `model` and "
+                f"the data's {self.data.num_classes} classes say: {model} there, "
+                f"{self.model} here."
+            )
+        return variables
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""

@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,9 +66,10 @@ def init_state(
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     key: Array,
+    variables: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Draws the first parameters; everything else starts at zero."""
-    variables = dict(init_variables(model, key, image_shape))
+    """Draws the first variables, unless they are given; all else starts at zero."""
+    variables = dict(variables or init_variables(model, key, image_shape))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),

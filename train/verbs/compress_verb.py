@@ -1,0 +1,173 @@
+"""`python -m train compress`: make a trained checkpoint smaller, without training."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from inertia_jax import load_checkpoint, make_inertial, save_checkpoint
+from inertia_jax.checkpoint import Metadata, Preprocessing, load_metadata
+from inertia_jax.plan import Inertial
+from train.augment import Augmentation, example_keys
+from train.checkpoints import find_checkpoint
+from train.config import Data
+from train.data import Split, load_data
+from train.errors import UsageError, user_input
+from train.evaluate import paired_difference
+from train.verbs.evaluate_verb import cost_at_rates, evaluate_checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress:
+    """Makes a trained network's convolutions inertial, in tiles, without training it.
+
+    Thresholds are chosen layer by layer on training images for a budget of MACs, and
+    BatchNorm is recalibrated on them; the test images are evaluated before and after.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A checkpoint, or a run, whose best is taken."""
+    out: str
+    """Directory of the new checkpoint; must not exist."""
+    macs: float
+    """Share of the network's MACs to keep, friction counted, in (0, 1]."""
+    method: Literal["inertial"] = "inertial"
+    """What the convolutions become."""
+    layers: str = "*"
+    """Glob over the paths of the convolutions that may change."""
+    tile_size: int = 2
+    """Side of a tile of outputs."""
+    metric: Literal["l1", "l2", "max"] = Inertial.metric  # type: ignore[assignment]
+    """Of friction."""
+    reference: Literal["center", "core_mean"] = Inertial.reference
+    """Of friction."""
+    low: Literal["mean", "sample"] = Inertial.low
+    """What fills a tile of low friction."""
+    channel_stride: int = Inertial.channel_stride
+    """Take friction on every so many channels."""
+    data: str | None = None
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
+    cache_dir: str = Data.cache_dir
+    """Where decoded sets are kept."""
+    calibration_images: int = 2048
+    """Training images, cropped and flipped as in training."""
+    search_images: int = 256
+    """So many of them choose the thresholds."""
+    crop_padding: int | None = None
+    """Of the training that made the checkpoint; None: as it says, 0 if imported."""
+    flip: bool | None = None
+    """Likewise."""
+    seed: int = 1
+    """Of the choice of images and their crops."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Compresses as the arguments say, and prints cost and accuracy."""
+    args = tyro.cli(Compress, args=argv, prog="python -m train compress")
+    path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
+    if out.exists():
+        raise UsageError(f"`out` (={out}) must not exist; nothing was changed.")
+    with user_input():
+        model, variables = load_checkpoint(path)
+        metadata = load_metadata(path)
+    trained = metadata.info.get("config", {}).get("data", {})
+    source = args.data or trained.get("source")
+    preprocessing = metadata.preprocessing
+    if source is None or preprocessing is None:
+        raise UsageError(f"{path} names no data; say which with --data.")
+    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
+    data = load_data(source, cache_dir=args.cache_dir, image_size=size)
+    if data.train is None:
+        raise UsageError(f"{data.name} has no training images to calibrate on.")
+    before = evaluate_checkpoint(path, source=source, cache_dir=args.cache_dir)
+    print(f"before: top-1 {before.top1:.2%} of {before.num_examples:,}", flush=True)
+    images = training_inputs(
+        data.train,
+        preprocessing,
+        count=args.calibration_images,
+        crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
+        flip=_or(args.flip, trained.get("flip", False)),
+        seed=args.seed,
+        dtype=model.dtype,
+    )
+    start = time.perf_counter()
+    with user_input():
+        model, variables = make_inertial(
+            model,
+            variables,
+            macs=args.macs,
+            calibration=images,
+            num_search=args.search_images,
+            layers=args.layers,
+            tile_size=args.tile_size,
+            metric=args.metric,
+            reference=args.reference,
+            low=args.low,
+            channel_stride=args.channel_stride,
+        )
+    seconds = time.perf_counter() - start
+    info = {**metadata.info, "compressed": dataclasses.asdict(args)}
+    metadata = Metadata(preprocessing, metadata.class_names, info)
+    with user_input():
+        save_checkpoint(out, model, variables, metadata=metadata)
+    after = evaluate_checkpoint(out, source=source, cache_dir=args.cache_dir)
+    print(cost_at_rates(out, after.gate_rates))
+    difference, margin = paired_difference(before, after)
+    print(
+        f"after:  top-1 {after.top1:.2%}, {100 * difference:+.2f} points "
+        f"(95% interval +-{100 * margin:.2f}, paired)\n"
+        f"took {seconds:.0f} s; checkpoint {out}"
+    )
+    return 0
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def training_inputs(
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    count: int,
+    crop_padding: int,
+    flip: bool,
+    seed: int,
+    dtype: Any,
+) -> np.ndarray:
+    """Returns some training images as the network sees them in training.
+
+    Args:
+        split: The training images.
+        preprocessing: Of the network.
+        count: So many, drawn without repetition; all, if there are fewer.
+        crop_padding: See `train.config.Data`.
+        flip: See `train.config.Data`.
+        seed: Of the draw and of the augmentation.
+        dtype: Of the network's computation.
+    """
+    if count < 2:
+        raise UsageError(f"`calibration_images` (={count}) must be >= 2.")
+    chosen = np.random.default_rng(seed).permutation(len(split))[:count]
+    augmentation = Augmentation(
+        preprocessing,
+        crop_padding=crop_padding,
+        flip=flip,
+        resized_crop=False,
+        dtype=jnp.dtype(dtype),
+    )
+    draw = jax.jit(augmentation.for_training)
+    keys = example_keys(jax.random.key(seed), jnp.arange(len(chosen)))
+    images = np.asarray(split.images[np.sort(chosen)])
+    return np.concatenate(
+        [
+            np.asarray(draw(images[i : i + 256], keys[i : i + 256]))
+            for i in range(0, len(images), 256)
+        ]
+    )
