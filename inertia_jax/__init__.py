@@ -22,6 +22,7 @@ from inertia_jax.plan import (
 )
 from inertia_jax.post_training import make_inertial
 from inertia_jax.recalibrate import recalibrate_batch_norm
+from inertia_jax.variants import published_variant
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "load_torch",
     "make_inertial",
     "ops",
+    "published_variant",
     "recalibrate_batch_norm",
     "save_checkpoint",
     "to_torch",
