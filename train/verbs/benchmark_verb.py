@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import tyro
 
+from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
 from train.benchmark import bench_loop, bench_model
 from train.config import load_config
 from train.data import load_data
@@ -19,8 +20,9 @@ from train.rundir import describe_machine
 class Benchmark:
     """Measures, in one run and in turn: medians of repeated calls."""
 
-    suite: Literal["train", "loop"] = "train"
-    """train: steps and evaluations of networks; loop: what a run adds to its steps."""
+    suite: Literal["train", "loop", "inertial"] = "train"
+    """train: steps and evaluations of networks; loop: what a run adds to its steps;
+    inertial: tiled convolutions and networks beside dense ones."""
     models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
         "resnet18",
         "vgg16",
@@ -28,7 +30,7 @@ class Benchmark:
     )
     """Of the suite train."""
     batch_size: int = 64
-    """Of the suite train."""
+    """Of the suites train and inertial."""
     width: float | None = None
     """Of the networks; None: 1 in the suite train, the config's in the suite loop."""
     against: Literal["none", "torch"] = "none"
@@ -43,6 +45,24 @@ class Benchmark:
     """Of the suite loop, a round; at most an epoch."""
     out: str | None = None
     """Write the record to this file, as JSON."""
+
+
+def _bench_inertial(args: Benchmark) -> Iterator[Any]:
+    rates = (0.1, 0.25, 0.5, 1.0)
+    for shape in OP_SHAPES:
+        row = bench_op(*shape, rates=rates, repeats=args.repeats)
+        print(format_times(row), flush=True)
+        yield row
+    for name in ("resnet20", "resnet18"):
+        row = bench_network(
+            name,
+            batch_size=args.batch_size,
+            width=args.width or 1.0,
+            rates=rates,
+            repeats=args.repeats,
+        )
+        print(format_times(row), flush=True)
+        yield row
 
 
 def run(argv: Sequence[str]) -> int:
@@ -70,6 +90,8 @@ def run(argv: Sequence[str]) -> int:
                     theirs = row[what]["torch"]["median_ms"]
                     line += f"  {theirs:11.1f}  {ours / theirs:13.2f}"
                 print(line)
+    elif args.suite == "inertial":
+        rows += _bench_inertial(args)
     else:
         config = load_config(args.config)
         if args.width is not None:

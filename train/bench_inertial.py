@@ -1,0 +1,149 @@
+"""Timing of tiled inertial convolutions beside dense ones: whole, and in parts."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
+from inertia_jax.models import input_shape
+from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
+from inertia_jax.ops.views import pad_image
+from train.benchmark import interleaved
+
+# Images, side, channels.
+OP_SHAPES = ((64, 32, 64), (64, 16, 128))
+_SPEC = Inertial(3, 4, reading="tiled")
+
+
+def bench_op(
+    images: int, side: int, channels: int, *, rates: tuple[float, ...], repeats: int
+) -> dict[str, Any]:
+    """Times a 3x3 convolution dense, and inertial in 2x2 tiles at given open shares.
+
+    Parts are jitted alone, so that their sum is more than the whole: friction; `low`,
+    the core once a tile; `open`, gathering, computing and scattering a quarter.
+    """
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (images, side, side, channels))
+    core = jax.random.normal(keys[1], (3, 3, channels, channels))
+    settings: dict[str, Any] = {"region_size": _SPEC.region_size, "padding": 1}
+    tiling = make_tiling(
+        (side, side), core_size=3, region_size=4, padding=1, low=_SPEC.low
+    )
+    friction = jax.jit(
+        lambda x: ops.friction(
+            x, region_size=4, core_size=3, strides=2, padding=tiling.pads
+        )
+    )
+    levels = np.asarray(friction(x))
+
+    @jax.jit
+    def tiled(x: Any, core: Any, threshold: Any) -> Any:
+        capacities = _SPEC.capacities
+        return ops.inertial_conv_tiled(
+            x, core, threshold=threshold, capacities=capacities, **settings
+        ).y
+
+    on_cpu = jax.default_backend() == "cpu"
+    padded = pad_image(x, tiling.pads)
+    low = jax.jit(functools.partial(fill_low, tiling=tiling, by_products=on_cpu))
+    filled = low(padded, core)
+    gate = jnp.asarray(levels > np.quantile(levels, 0.75))
+    open_quarter = jax.jit(
+        functools.partial(fill_open, tiling=tiling, capacity=levels.size // 4)
+    )
+    dense = jax.jit(functools.partial(ops.conv2d, padding=1))
+    calls: dict[str, Callable[[], Any]] = {
+        "dense": lambda: dense(x, core),
+        **{
+            f"tiled {rate:g}": functools.partial(
+                tiled, x, core, _threshold_for(levels, rate)
+            )
+            for rate in rates
+        },
+        "part friction": lambda: friction(x),
+        "part low": lambda: low(padded, core),
+        "part open 0.25": lambda: open_quarter(padded, core, filled, gate),
+    }
+    times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
+    return {"shape": [images, side, side, channels], "times": times}
+
+
+def bench_network(
+    name: str, *, batch_size: int, width: float, rates: tuple[float, ...], repeats: int
+) -> dict[str, Any]:
+    """Times a network's evaluation dense, and with every tileable 3x3 inertial.
+
+    Weights and images are random; every layer's threshold opens the given share.
+    """
+    model = create_model(name, width=width)
+    variables = init_variables(model, jax.random.key(0))
+    shape = (batch_size, *input_shape(model))
+    x = jax.random.normal(jax.random.key(1), shape)
+    apply = jax.jit(lambda variables, x: model.apply(variables, x))
+    calls: dict[str, Callable[[], Any]] = {"dense": lambda: apply(variables, x)}
+    # One compiled network: thresholds are variables.
+    inertial = _tiled_model(name, width, 0.5)
+    tiled = jax.jit(lambda variables, x: inertial.apply(variables, x))
+    for rate in rates:
+        thresholds = _thresholds(name, width, variables, x, rate)
+        changed = {**variables, "thresholds": thresholds}
+        calls[f"tiled {rate:g}"] = functools.partial(tiled, changed, x)
+    times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
+    return {"model": name, "batch_size": batch_size, "width": width, "times": times}
+
+
+def format_times(row: dict[str, Any]) -> str:
+    """Returns a row's medians, beside the dense one's, as lines."""
+    dense = row["times"]["dense"]["median_ms"]
+    title = row.get("model") or "x".join(map(str, row["shape"]))
+    lines = [f"{title}: dense {dense:.1f} ms"]
+    for name, times in row["times"].items():
+        if name != "dense":
+            median = times["median_ms"]
+            lines.append(f"  {name:<16} {median:7.1f} ms  {dense / median:5.2f}x")
+    return "\n".join(lines)
+
+
+def _blocking(call: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(call())
+
+
+def _threshold_for(levels: np.ndarray, rate: float) -> Any:
+    return jnp.float32(-1 if rate == 1 else np.quantile(levels, 1 - rate))
+
+
+def _tiled_model(name: str, width: float, rate: float) -> Any:
+    return create_model(
+        name,
+        width=width,
+        plan=Plan((("*", Inertial(3, 4, reading="tiled", threshold=Rate(rate))),)),
+    )
+
+
+def _thresholds(name: str, width: float, variables: Any, x: Any, rate: float) -> Any:
+    """Returns each layer's threshold for a rate, under the gates of those before it."""
+    model = _tiled_model(name, width, rate)
+    model = model.clone(plan=model.plan.without_ladders())
+    start = init_variables(model, jax.random.key(0))["thresholds"]
+    thresholds = start
+    # Evaluation mode leaves thresholds alone, training mode changes BatchNorm: so the
+    # friction that evaluation sows is taken, until later layers have settled.
+    apply = jax.jit(
+        lambda thresholds, x: model.apply(
+            {**variables, "thresholds": thresholds}, x, mutable=["intermediates"]
+        )[1]["intermediates"]
+    )
+
+    def level(sown: Any) -> Any:
+        if "friction" in sown:
+            return {"threshold": _threshold_for(np.asarray(sown["friction"][0]), rate)}
+        return {name: level(inner) for name, inner in sown.items()}
+
+    for _ in range(1 if rate == 1 else 4):
+        thresholds = level(apply(thresholds, x))
+    return thresholds
