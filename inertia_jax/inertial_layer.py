@@ -135,9 +135,13 @@ class InertialConv(nn.Module):
         weights = self._weights(spec, c_in)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = jnp.asarray(x)
-        friction = self._friction(spec, x, train=train)
+        friction = None
+        if train or spec.relative or spec.reading == "window":
+            friction = self._friction(spec, x, train=train)
+        # Else the operation takes friction itself, chunk by chunk, in the cache.
         threshold = self._threshold(spec.threshold, friction, train=train)
         output = self._apply(spec, x, kernel, weights, friction, threshold, train=train)
+        friction = output.friction
 
         opening = hard_gate(
             friction[..., None], threshold.reshape(1, 1, 1, -1), slope=spec.slope
@@ -201,7 +205,7 @@ class InertialConv(nn.Module):
         return friction / jnp.where(mean > 0, mean, 1)
 
     def _threshold(
-        self, threshold: Threshold, friction: Array, *, train: bool
+        self, threshold: Threshold, friction: Array | None, *, train: bool
     ) -> Array:
         dtype = self.param_dtype
         if isinstance(threshold, Learned):
@@ -212,7 +216,8 @@ class InertialConv(nn.Module):
         stored = self.variable(
             "thresholds", "threshold", lambda: jnp.full((), first, dtype)
         )
-        if isinstance(threshold, Fixed) or not train or self.is_initializing():
+        moves = train and not self.is_initializing()
+        if isinstance(threshold, Fixed) or friction is None or not moves:
             return stored.value
         value = rate_threshold(
             friction, threshold.target, axis_name=self.axis_name
@@ -230,13 +235,16 @@ class InertialConv(nn.Module):
         x: Array,
         kernel: Array,
         weights: Array | None,
-        friction: Array,
+        friction: Array | None,
         threshold: Array,
         *,
         train: bool,
     ) -> InertialOutput:
         common: dict[str, Any] = {
             "region_size": spec.region_size,
+            "metric": spec.metric,
+            "reference": spec.reference,
+            "channel_stride": spec.channel_stride,
             "threshold": threshold,
             "padding": self.padding,
             "gate_gradient": spec.gate_gradient,

@@ -133,7 +133,7 @@ class Inertial:
     gate_gradient: GateGradient = "none"
     slope: float = 10.0
     channel_stride: int = 1
-    capacities: tuple[float, ...] | None = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+    capacities: tuple[float, ...] | None = (1 / 16, 1 / 8, 3 / 16, 5 / 16, 1 / 2, 1)
 
     def __post_init__(self) -> None:
         _check_at_least("core_size", self.core_size, 1)

@@ -10,6 +10,7 @@ import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
 from inertia_jax.models import input_shape
+from inertia_jax.ops.tiled import CHUNK_BYTES
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
 from inertia_jax.ops.views import pad_image
 from train.benchmark import interleaved
@@ -24,8 +25,9 @@ def bench_op(
 ) -> dict[str, Any]:
     """Times a 3x3 convolution dense, and inertial in 2x2 tiles at given open shares.
 
-    Parts are jitted alone, so that their sum is more than the whole: friction; `low`,
-    the core once a tile; `open`, gathering, computing and scattering a quarter.
+    Parts are jitted alone and timed on one chunk of images, as the whole takes them on
+    CPU: friction; `low`, the core once a tile; `open`, which gathers, computes and
+    scatters a quarter of the tiles; and of that `gather` and `compute` alone.
     """
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (images, side, side, channels))
@@ -49,13 +51,19 @@ def bench_op(
         ).y
 
     on_cpu = jax.default_backend() == "cpu"
-    padded = pad_image(x, tiling.pads)
+    chunk = x[: max(1, CHUNK_BYTES * images // x.nbytes)] if on_cpu else x
+    padded = pad_image(chunk, tiling.pads)
     low = jax.jit(functools.partial(fill_low, tiling=tiling, by_products=on_cpu))
     filled = low(padded, core)
-    gate = jnp.asarray(levels > np.quantile(levels, 0.75))
+    gate = jnp.asarray(levels > np.quantile(levels, 0.75))[: len(chunk)]
+    capacity = gate.size // 4
     open_quarter = jax.jit(
-        functools.partial(fill_open, tiling=tiling, capacity=levels.size // 4)
+        functools.partial(fill_open, tiling=tiling, capacity=capacity)
     )
+    patches = jnp.ones((capacity * 3, 9 * channels))
+    rows = jnp.arange(capacity * 27) % (padded.size // channels)
+    gather = jax.jit(lambda a, i: jnp.take(a.reshape(-1, channels), i, axis=0))
+    compute = jax.jit(lambda a, core: a @ core.reshape(-1, channels))
     dense = jax.jit(functools.partial(ops.conv2d, padding=1))
     calls: dict[str, Callable[[], Any]] = {
         "dense": lambda: dense(x, core),
@@ -65,12 +73,18 @@ def bench_op(
             )
             for rate in rates
         },
-        "part friction": lambda: friction(x),
+        "part friction": lambda: friction(chunk),
         "part low": lambda: low(padded, core),
-        "part open 0.25": lambda: open_quarter(padded, core, filled, gate),
+        "part open": lambda: open_quarter(padded, core, filled, gate),
+        "part gather": lambda: gather(padded, rows),
+        "part compute": lambda: compute(patches, core),
     }
     times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
-    return {"shape": [images, side, side, channels], "times": times}
+    return {
+        "shape": [images, side, side, channels],
+        "images_of_parts": len(chunk),
+        "times": times,
+    }
 
 
 def bench_network(
@@ -103,7 +117,11 @@ def format_times(row: dict[str, Any]) -> str:
     title = row.get("model") or "x".join(map(str, row["shape"]))
     lines = [f"{title}: dense {dense:.1f} ms"]
     for name, times in row["times"].items():
-        if name != "dense":
+        if name.startswith("part "):
+            share = row["shape"][0] / row["images_of_parts"]
+            median = times["median_ms"]
+            lines.append(f"  {name:<16} {share:4.0f} x {median:6.2f} ms")
+        elif name != "dense":
             median = times["median_ms"]
             lines.append(f"  {name:<16} {median:7.1f} ms  {dense / median:5.2f}x")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,10 @@ from inertia_jax.ops.views import pad_image
 # Images are worked on in chunks of about this many bytes on CPU: intermediate results
 # then stay in the cache, and in memory that the kernel has handed out already.
 # 12.8 ms against 26 for the whole of [64,32,32,64] at 10% open, two cores.
-_CHUNK_BYTES = 2**21
+CHUNK_BYTES = 2**21
+
+# y, and the friction of its tiles.
+_Result = tuple[Array, Array]
 
 
 def inertial_conv_tiled(
@@ -104,27 +108,35 @@ def inertial_conv_tiled(
         padding=padding,
         low=low,
     )
-    if friction is None:
-        friction = region_friction(
-            x,
-            region_size=region_size,
-            core_size=core.shape[0],
-            strides=tiling.tile_size,
-            padding=tiling.pads,
-            metric=metric,
-            reference=reference,
-            channel_stride=channel_stride,
-        )
-    friction = jnp.asarray(friction)
-    if friction.shape != (x.shape[0], *tiling.tiles):
-        raise ValueError(
-            f"`friction` (shape {friction.shape}) must have shape "
-            f"{(x.shape[0], *tiling.tiles)}, one entry a tile."
-        )
+    measure = functools.partial(
+        region_friction,
+        region_size=region_size,
+        core_size=core.shape[0],
+        strides=tiling.tile_size,
+        padding=tiling.pads,
+        metric=metric,
+        reference=reference,
+        channel_stride=channel_stride,
+    )
+    if friction is not None:
+        known = jnp.asarray(friction)
+        if known.shape != (x.shape[0], *tiling.tiles):
+            raise ValueError(
+                f"`friction` (shape {known.shape}) must have shape "
+                f"{(x.shape[0], *tiling.tiles)}, one entry a tile."
+            )
+        # Of images and friction, so that both are cut into chunks alike.
+        per_image: tuple[Array, ...] = (x, known)
+    else:
+        per_image = (x,)
 
-    def dense(x: Array, core: Array, friction: Array, threshold: Array) -> Array:
-        high = conv2d(x, core, padding=tiling.pads)
-        return select(
+    def friction_of(per_image: tuple[Array, ...]) -> Array:
+        return per_image[1] if len(per_image) == 2 else measure(per_image[0])
+
+    def dense(per_image: tuple[Array, ...], core: Array, threshold: Array) -> _Result:
+        high = conv2d(per_image[0], core, padding=tiling.pads)
+        friction = friction_of(per_image)
+        y = select(
             high,
             spread(tile_means(high, tiling), tiling.tile_size),
             spread(friction[..., None], tiling.tile_size),
@@ -132,13 +144,24 @@ def inertial_conv_tiled(
             gate_gradient=gate_gradient,
             slope=slope,
         )
+        return y, friction
+
+    def sparse(
+        per_image: tuple[Array, ...], core: Array, threshold: Array, on_cpu: bool
+    ) -> _Result:
+        friction = friction_of(per_image)
+        gate = is_open(friction, threshold)
+        y = _fill(
+            per_image[0], core, gate, tiling, tuple(capacities or ()), on_cpu=on_cpu
+        )
+        return y, friction
 
     compute = dense
     if capacities is not None and x.size:
-        compute = _with_ladder(dense, tiling, tuple(capacities))
+        compute = _with_ladder(dense, sparse)
+    y, friction = compute(per_image, core, threshold)
     rows, columns = tiling.output_size
-    y = compute(x, core, friction, threshold)[:, :rows, :columns]
-    return InertialOutput(y, is_open(friction, threshold), friction)
+    return InertialOutput(y[:, :rows, :columns], is_open(friction, threshold), friction)
 
 
 def check_capacities(capacities: Sequence[float | int] | None) -> None:
@@ -153,67 +176,72 @@ def check_capacities(capacities: Sequence[float | int] | None) -> None:
 
 
 def _with_ladder(
-    dense: Callable[..., Array], tiling: Tiling, capacities: tuple[float | int, ...]
-) -> Callable[..., Array]:
-    """Returns `dense` as it is under derivatives and vmap, and sparse elsewhere."""
+    dense: Callable[..., _Result], sparse: Callable[..., _Result]
+) -> Callable[..., _Result]:
+    """Returns `dense` as it is under derivatives and vmap, and `sparse` elsewhere."""
 
-    def whole(x: Array, core: Array, friction: Array, threshold: Array) -> Array:
-        gate = is_open(friction, threshold)
-        return _sparse(x, core, gate, tiling, capacities, by_products=False)
+    def chunked(per_image: Any, core: Array, threshold: Array) -> _Result:
+        def some(chunk: Any) -> _Result:
+            return sparse(chunk, core, threshold, on_cpu=True)
 
-    def chunked(x: Array, core: Array, friction: Array, threshold: Array) -> Array:
-        gate, images = is_open(friction, threshold), x.shape[0]
-
-        def some(args: tuple[Array, Array]) -> Array:
-            return _sparse(args[0], core, args[1], tiling, capacities, by_products=True)
-
-        size = max(1, min(images, _CHUNK_BYTES * images // x.nbytes))
+        x = per_image[0]
+        images = x.shape[0]
+        size = max(1, min(images, CHUNK_BYTES * images // x.nbytes))
         count = images // size
-        cut = lambda a: a[: count * size].reshape(count, size, *a.shape[1:])  # noqa: E731
-        y = lax.map(some, (cut(x), cut(gate)))
-        y = y.reshape(count * size, *y.shape[2:])
+        chunks = jax.tree.map(
+            lambda a: a[: count * size].reshape(count, size, *a.shape[1:]), per_image
+        )
+        whole = jax.tree.map(
+            lambda a: a.reshape(count * size, *a.shape[2:]), lax.map(some, chunks)
+        )
         if count * size == images:
-            return y
-        rest = some((x[count * size :], gate[count * size :]))
-        return jnp.concatenate([y, rest])
+            return whole
+        rest = some(jax.tree.map(lambda a: a[count * size :], per_image))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), whole, rest)
 
     @jax.custom_batching.custom_vmap
-    def ladder(x: Array, core: Array, friction: Array, threshold: Array) -> Array:
-        args = (x, core, friction, threshold)
-        return lax.platform_dependent(*args, cpu=chunked, default=whole)
+    def ladder(per_image: Any, core: Array, threshold: Array) -> _Result:
+        whole = functools.partial(sparse, on_cpu=False)
+        return lax.platform_dependent(
+            per_image, core, threshold, cpu=chunked, default=whole
+        )
 
     @ladder.def_vmap
-    def _batched(axis_size: int, in_batched: list[bool], *args: Array):
-        axes = tuple(0 if batched else None for batched in in_batched)
-        return jax.vmap(dense, axes, axis_size=axis_size)(*args), True
+    def _batched(axis_size: int, in_batched: Any, *args: Any):
+        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+        y = jax.vmap(dense, tuple(axes), axis_size=axis_size)(*args)
+        return y, (True, True)
 
     differentiable = jax.custom_jvp(ladder)
 
     @differentiable.defjvp
-    def _jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]):
+    def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
         return jax.jvp(dense, primals, tangents)
 
     return differentiable
 
 
-def _sparse(
+def _fill(
     x: Float[Array, "n h w c_in"],
     core: Float[Array, "m m c_in c_out"],
     gate: Bool[Array, "n rows columns"],
     tiling: Tiling,
     capacities: tuple[float | int, ...],
     *,
-    by_products: bool,
+    on_cpu: bool,
 ) -> Float[Array, "n hp wp c_out"]:
     """Computes open tiles alone, up to the smallest capacity that holds them."""
     num_open, num_tiles, n = gate.sum(), gate.size, tiling.tile_size
-    padded = pad_image(x, tiling.pads)
 
-    def low() -> Array:
-        return fill_low(padded, core, tiling, by_products=by_products)
+    def closed() -> Array:
+        padded = pad_image(x, tiling.pads)
+        low = fill_low(padded, core, tiling, by_products=on_cpu)
+        return spread(low, n).astype(x.dtype)
 
     def up_to(capacity: int) -> Array:
-        return fill_open(padded, core, low(), gate, tiling, capacity=capacity)
+        padded = pad_image(x, tiling.pads)
+        low = fill_low(padded, core, tiling, by_products=on_cpu)
+        return fill_open(padded, core, low, gate, tiling, capacity=capacity)
 
     def opened() -> Array:
         return conv2d(x, core, padding=tiling.pads)
@@ -227,7 +255,7 @@ def _sparse(
     rung = sum((num_open > size).astype(jnp.int32) for size in sizes)
     rung = jnp.where(num_open == num_tiles, len(sizes) + 1, rung)
     steps: list[Callable[[], Array]] = [
-        lambda: spread(low(), n).astype(x.dtype),
+        closed,
         *(functools.partial(up_to, size) for size in sizes[1:]),
         selected,
         opened,

@@ -13,6 +13,9 @@ from inertia_jax.ops.views import Pads, square_offsets, sum_views, total
 
 Low = Literal["mean", "sample"]
 
+# Terms of a sum below which a matrix product is slower than a convolution on CPU.
+_LEAST_PRODUCT = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -107,8 +110,9 @@ def fill_low(
         padded: Images with the tiling's padding.
         core: Filters.
         tiling: The tiles.
-        by_products: Convolve by matrix products over the rows of the core: on CPU
-            XLA's convolution at strides > 1 takes twice as long.
+        by_products: Convolve by matrix products over the rows of the core where those
+            are large enough: on CPU XLA's convolution at strides > 1 then takes twice
+            as long (64 channels; with 16, half as long).
     """
     m, n = tiling.core_size, tiling.tile_size
     spans = [(count - 1) * n + m for count in tiling.tiles]
@@ -118,7 +122,7 @@ def fill_low(
         image = padded[:, start : start + spans[0], start : start + spans[1]]
     else:
         image = sum_views(padded, None, side=n) / n**2
-    if not by_products:
+    if not by_products or n * padded.shape[-1] < _LEAST_PRODUCT:
         return conv2d(image, core, strides=n, padding="VALID").astype(wide)
 
     # Rows and columns are split by n; then the taps b..b+n-1 of a row of the core see
