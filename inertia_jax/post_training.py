@@ -33,7 +33,7 @@ def make_inertial(
     *,
     macs: float,
     calibration: Float[ArrayLike, "n h w c"],
-    num_search: int = 256,
+    recalibration: Float[ArrayLike, "n_recalibration h w c"] | None = None,
     layers: str = "*",
     tile_size: int = 2,
     metric: Metric = "l1",
@@ -62,11 +62,11 @@ def make_inertial(
         variables: Its trained variables.
         macs: Share of the MACs that the inertial layers' network may take, in (0, 1]:
             everything counted, friction and box means at two operations for one MAC.
-        calibration: Inputs as the network saw them in training, normalised and with
-            the same crops and flips, at best some thousand: recalibration on plain
-            images alone costs a CIFAR-10 ResNet20 four points.
-        num_search: So many of them, the first, choose the thresholds; all of them
-            recalibrate BatchNorm.
+        calibration: Some hundred of the network's inputs, normalised, as evaluation
+            will see them: they choose the thresholds.
+        recalibration: Some thousand inputs as training saw them, with its crops and
+            flips, for BatchNorm: plain images alone cost a CIFAR-10 ResNet20 four
+            points, even left dense. None takes `calibration`.
         layers: Glob over the paths of the convolutions that may become inertial.
         tile_size: Side n of a tile, >= 2.
         metric: See `Inertial`.
@@ -107,7 +107,7 @@ def make_inertial(
         "channel_stride": channel_stride,
     }
     specs = _tileable(model, variables, images.shape[1:], layers, tile_size, options)
-    search = _Search(model, variables, specs, images[:num_search], batch_size)
+    search = _Search(model, variables, specs, images, batch_size)
     state = search.run(macs)
 
     rules: list[tuple[str, Inertial]] = []
@@ -129,8 +129,9 @@ def make_inertial(
         fixed = inertial.clone(plan=Plan((*specs.items(), *plan.rules)))
         opened = {(*path.split("/"), "threshold"): jnp.float32(_OPEN) for path in specs}
         kept = traverse_util.unflatten_dict({**opened, **thresholds})
+        seen = images if recalibration is None else recalibration
         stats = recalibrate_batch_norm(
-            fixed, {**variables, "thresholds": kept}, images, batch_size=batch_size
+            fixed, {**variables, "thresholds": kept}, seen, batch_size=batch_size
         )["batch_stats"]
         changed["batch_stats"] = stats
     return inertial, changed

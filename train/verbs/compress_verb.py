@@ -1,6 +1,8 @@
 """`python -m train compress`: make a trained checkpoint smaller, without training."""
 
 import dataclasses
+import functools
+import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from train.config import Data
 from train.data import Split, load_data
 from train.errors import UsageError, user_input
 from train.evaluate import paired_difference
+from train.rundir import describe_machine
 from train.verbs.evaluate_verb import cost_at_rates, evaluate_checkpoint
 
 
@@ -55,14 +58,18 @@ class Compress:
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
     cache_dir: str = Data.cache_dir
     """Where decoded sets are kept."""
-    calibration_images: int = 2048
-    """Training images, cropped and flipped as in training."""
-    search_images: int = 256
-    """So many of them choose the thresholds."""
+    calibration_images: int = 512
+    """Training images that choose the thresholds, as evaluation would see them."""
+    recalibration_images: int = 4096
+    """Training images that recalibrate BatchNorm, cropped and flipped as they were."""
     crop_padding: int | None = None
     """Of the training that made the checkpoint; None: as it says, 0 if imported."""
     flip: bool | None = None
     """Likewise."""
+    also_test: tuple[str, ...] = ()
+    """Further data whose test images are evaluated before and after."""
+    record: str | None = None
+    """Write what was found to this file, as JSON."""
     seed: int = 1
     """Of the choice of images and their crops."""
 
@@ -85,16 +92,18 @@ def run(argv: Sequence[str]) -> int:
     data = load_data(source, cache_dir=args.cache_dir, image_size=size)
     if data.train is None:
         raise UsageError(f"{data.name} has no training images to calibrate on.")
-    before = evaluate_checkpoint(path, source=source, cache_dir=args.cache_dir)
-    print(f"before: top-1 {before.top1:.2%} of {before.num_examples:,}", flush=True)
-    images = training_inputs(
-        data.train,
-        preprocessing,
-        count=args.calibration_images,
+    sources = (source, *args.also_test)
+    before = [
+        evaluate_checkpoint(path, source=test, cache_dir=args.cache_dir)
+        for test in sources
+    ]
+    draw = functools.partial(
+        training_inputs, data.train, preprocessing, seed=args.seed, dtype=model.dtype
+    )
+    seen_in_training = draw(
+        args.recalibration_images,
         crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
         flip=_or(args.flip, trained.get("flip", False)),
-        seed=args.seed,
-        dtype=model.dtype,
     )
     start = time.perf_counter()
     with user_input():
@@ -102,8 +111,8 @@ def run(argv: Sequence[str]) -> int:
             model,
             variables,
             macs=args.macs,
-            calibration=images,
-            num_search=args.search_images,
+            calibration=draw(args.calibration_images, crop_padding=0, flip=False),
+            recalibration=seen_in_training,
             layers=args.layers,
             tile_size=args.tile_size,
             metric=args.metric,
@@ -116,14 +125,46 @@ def run(argv: Sequence[str]) -> int:
     metadata = Metadata(preprocessing, metadata.class_names, info)
     with user_input():
         save_checkpoint(out, model, variables, metadata=metadata)
-    after = evaluate_checkpoint(out, source=source, cache_dir=args.cache_dir)
-    print(cost_at_rates(out, after.gate_rates))
-    difference, margin = paired_difference(before, after)
-    print(
-        f"after:  top-1 {after.top1:.2%}, {100 * difference:+.2f} points "
-        f"(95% interval +-{100 * margin:.2f}, paired)\n"
-        f"took {seconds:.0f} s; checkpoint {out}"
-    )
+    after = [
+        evaluate_checkpoint(out, source=test, cache_dir=args.cache_dir)
+        for test in sources
+    ]
+    cost = cost_at_rates(out, after[0].gate_rates)
+    print(cost)
+    tests: list[dict[str, Any]] = []
+    for test, old, new in zip(sources, before, after, strict=True):
+        difference, margin = paired_difference(old, new)
+        print(
+            f"{test}: top-1 {old.top1:.2%} before, {new.top1:.2%} after, "
+            f"{100 * difference:+.2f} points (95% interval +-{100 * margin:.2f}, "
+            f"paired, {old.num_examples:,} images)"
+        )
+        tests.append(
+            {
+                "data": pathlib.PurePath(test).name,
+                "num_examples": old.num_examples,
+                "top1_before": old.top1,
+                "top1_after": new.top1,
+                "difference": difference,
+                "margin_95": margin,
+                "gate_rates": dict(new.gate_rates),
+            }
+        )
+    print(f"took {seconds:.0f} s; checkpoint {out}")
+    if args.record is not None:
+        record = {
+            "machine": describe_machine(),
+            "seconds": seconds,
+            "dense_macs": cost.dense_macs,
+            "macs": cost.macs,
+            "ladder_macs": cost.ladder_macs,
+            "other_ops": cost.other_ops,
+            "total_macs": cost.total_macs,
+            "tests": tests,
+            "plan": json.loads(model.plan.to_json()),
+        }
+        with user_input():
+            pathlib.Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
@@ -134,8 +175,8 @@ def _or(value: Any, default: Any) -> Any:
 def training_inputs(
     split: Split,
     preprocessing: Preprocessing,
-    *,
     count: int,
+    *,
     crop_padding: int,
     flip: bool,
     seed: int,
@@ -153,7 +194,9 @@ def training_inputs(
         dtype: Of the network's computation.
     """
     if count < 2:
-        raise UsageError(f"`calibration_images` (={count}) must be >= 2.")
+        raise UsageError(
+            f"`calibration_images` and `recalibration_images` (={count}) must be >= 2."
+        )
     chosen = np.random.default_rng(seed).permutation(len(split))[:count]
     augmentation = Augmentation(
         preprocessing,
