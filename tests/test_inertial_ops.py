@@ -239,7 +239,7 @@ def tiled(x, core, threshold, capacities=None, **settings):
 def small_chunks(monkeypatch):
     """Two images a chunk: five are two chunks and one image."""
     size = 2 * IMAGES.nbytes // len(IMAGES)
-    monkeypatch.setattr(sys.modules["inertia_jax.ops.tiled"], "_CHUNK_BYTES", size)
+    monkeypatch.setattr(sys.modules["inertia_jax.ops.tiled"], "CHUNK_BYTES", size)
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,13 @@ def their_optimizer(torch, config, parameters):
     ],
     ids=lambda c: f"{c.name}-{c.momentum}-{c.nesterov}",
 )
-def test_steps_equal_pytorchs(config, x64):
+def test_steps_equal_pytorchs_and_thresholds_do_not_decay(config, x64):
     torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
     rng = np.random.default_rng(0)
-    start, gradients = rng.normal(size=5), rng.normal(size=(18, 5))
-    theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    optimizer = their_optimizer(torch, config, [theirs])
+    start, gradients = rng.normal(size=(2, 5)), rng.normal(size=(18, 2, 5))
+    theirs = [torch.nn.Parameter(torch.from_numpy(a.copy())) for a in start]
+    groups = [{"params": theirs[0]}, {"params": theirs[1], "weight_decay": 0.0}]
+    optimizer = their_optimizer(torch, config, groups)
     if config.schedule == "multistep":
         scheduler = torch.optim.lr_scheduler.MultiStepLR(
             optimizer, list(config.milestones), config.decay
@@ -52,15 +53,23 @@ def test_steps_equal_pytorchs(config, x64):
     else:
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, config.decay)
     tx = make_optimizer(config, steps_per_epoch=3, epochs=6)
-    ours, state = jax.numpy.asarray(start), tx.init(jax.numpy.asarray(start))
+
+    def tree(kernel, threshold):
+        return jax.tree.map(
+            jax.numpy.asarray, {"kernel": kernel, "threshold": threshold}
+        )
+
+    ours, state = tree(*start), tx.init(tree(*start))
     for step, gradient in enumerate(gradients):
-        theirs.grad = torch.from_numpy(gradient)
+        for parameter, values in zip(theirs, gradient, strict=True):
+            parameter.grad = torch.from_numpy(values)
         optimizer.step()
         if step % 3 == 2:
             scheduler.step()
-        updates, state = tx.update(jax.numpy.asarray(gradient), state, ours)
+        updates, state = tx.update(tree(*gradient), state, ours)
         ours = optax.apply_updates(ours, updates)
-        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-6)
+        for value, parameter in zip(ours.values(), theirs, strict=True):
+            np.testing.assert_allclose(value, parameter.detach().numpy(), rtol=1e-6)
 
 
 def test_cosine_ends_at_zero_and_warmup_rises():

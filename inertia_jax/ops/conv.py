@@ -125,7 +125,9 @@ def _conv2d_as_product(
 ) -> Array:
     """Convolves by one matrix product over all taps side by side."""
     kh, kw, c_in, c_out = kernel.shape
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    # Not jnp.pad, which refuses negative padding, a crop.
+    around = ((0, 0, 0), *((before, after, 0) for before, after in pads), (0, 0, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), around)
     n, h, w, _ = x.shape
     last_row, last_column = h - (kh - 1) * dilation[0], w - (kw - 1) * dilation[1]
     views = [
