@@ -33,7 +33,7 @@ class LayerCost:
         dense_macs: Of the dense convolution that an inertial layer replaces.
         core_macs: Of an inertial layer with every gate closed.
         ladder_macs: Of the capacity that holds the gate rate: what a compiled tiled
-            layer multiplies in evaluation.
+            layer multiplies in evaluation, or more where a batch has more open tiles.
         other_ops: Additions, differences, magnitudes and products of friction, box
             means and joins, which are no MACs of a core; two of them count as one MAC.
         gate_rate: Share of open gates that `macs` is counted at.
@@ -153,9 +153,10 @@ def _inertial_table(table: CostTable) -> str:
         )
     )
     share = table.total_macs / max(1, table.dense_macs)
+    compiled = (table.ladder_macs + table.other_ops / 2) / max(1, table.dense_macs)
     return (
         f"{_aligned(lines)}\n{table.total_macs:,} MACs with two other ops counted as "
-        f"one, {share:.3f} of the dense network's"
+        f"one, {share:.3f} of the dense network's; as compiled {compiled:.3f}"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.conv import pair
 from inertia_jax.ops.friction import periphery_offsets
-from inertia_jax.ops.tiling import make_tiling
+from inertia_jax.ops.tiling import make_tiling, spared_output
 from inertia_jax.plan import Inertial
 
 
@@ -20,7 +20,9 @@ def count_inertial(
 
     The window reading computes everything whatever the gates do, so its MACs do not
     depend on the rate. In the tiled reading one core evaluation is computed for every
-    tile, and n^2 - 1 more for each open one.
+    tile, and n^2 - 1 more for each open one (n^2 in bfloat16). A compiled ladder takes
+    a whole capacity: the one that holds the mean rate is counted, though a batch, or on
+    CPU a chunk of one, may need the next.
 
     Args:
         layer: The layer.
@@ -41,12 +43,15 @@ def count_inertial(
     )
     n, num_tiles = tiling.tile_size, math.prod(tiling.tiles)
     every, core = num_tiles * n**2 * taps, num_tiles * taps
+    # What open tiles add to the evaluation that every tile has.
+    spared = spared_output(tiling, layer.dtype or layer.param_dtype) is not None
+    opening = every - core if spared else every
     ladder = every
     if spec.capacities is not None:
         steps = (0.0, *spec.capacities)
         held = min(step for step in steps if step >= gate_rate)
         # The last capacity computes every tile once, and low as the mean of those.
-        ladder = every if held == 1 else core + math.ceil(held * (every - core))
+        ladder = every if held == 1 else core + math.ceil(held * opening)
     box = 0
     if spec.low == "mean":
         spans = [count * n + spec.core_size - n for count in tiling.tiles]
@@ -54,7 +59,7 @@ def count_inertial(
     return {
         "dense_macs": math.prod(output_shape[:2]) * taps,
         "core_macs": core,
-        "macs": core + round(gate_rate * (every - core)),
+        "macs": min(every, core + round(gate_rate * opening)),
         "ladder_macs": ladder,
         "other_ops": _friction_ops(spec, num_tiles, c_in) + box,
     }
@@ -82,7 +87,8 @@ def _count_window(
             (size - 1) * s + 1 + k for size, s in zip(positions, strides, strict=True)
         ]
         macs = math.prod(spans) * taps
-        join = regions * layer.core_features * (k + 1) ** 2 * per_term
+        sums = [(size - 1) * s + 1 for size, s in zip(positions, strides, strict=True)]
+        join = math.prod(sums) * layer.core_features * (k + 1) ** 2 * per_term
     region_taps = spec.region_size**2 * c_in * output_shape[-1]
     return {
         "dense_macs": regions * region_taps,

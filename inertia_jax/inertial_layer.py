@@ -35,8 +35,9 @@ class InertialConv(nn.Module):
     `gate_rate` [n] into `intermediates`: the share of open gates of each image,
     differentiable where `gate_gradient` is `ste`; and `friction`.
 
-    Before the first training batch, a `Rate` threshold is 0 and a `relative` friction
-    is divided by 1.
+    In training, `thresholds` and `batch_stats` must be mutable where `Rate` and
+    `relative` move them. Before the first training batch, a `Rate` threshold is 0 and
+    a `relative` friction is divided by 1.
 
     Attributes:
         features: Output channels.
@@ -200,7 +201,7 @@ class InertialConv(nn.Module):
         mean = lax.stop_gradient(friction).mean()
         if self.axis_name is not None:
             mean = lax.pmean(mean, self.axis_name)
-        self._move(running, "batch_stats", mean)
+        running.value = _moved(running.value, mean)
         # Nothing to divide by where every region is flat.
         return friction / jnp.where(mean > 0, mean, 1)
 
@@ -222,12 +223,8 @@ class InertialConv(nn.Module):
         value = rate_threshold(
             friction, threshold.target, axis_name=self.axis_name
         ).astype(dtype)
-        self._move(stored, "thresholds", value)
+        stored.value = _moved(stored.value, value)
         return value
-
-    def _move(self, running: nn.Variable, collection: str, value: Array) -> None:
-        if self.is_mutable_collection(collection):
-            running.value = _MOMENTUM * running.value + (1 - _MOMENTUM) * value
 
     def _apply(
         self,
@@ -264,3 +261,7 @@ class InertialConv(nn.Module):
         return inertial_conv_tiled(
             x, kernel, low=spec.low, capacities=capacities, **common
         )
+
+
+def _moved(running: Array, value: Array) -> Array:
+    return _MOMENTUM * running + (1 - _MOMENTUM) * value

@@ -6,7 +6,7 @@ import json
 from typing import Any, Literal, get_args
 
 from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
-from inertia_jax.ops.gates import GateGradient
+from inertia_jax.ops.gates import GateGradient, check_slope
 from inertia_jax.ops.inertial import Combine
 from inertia_jax.ops.tiled import check_capacities
 from inertia_jax.ops.tiling import Low
@@ -23,11 +23,6 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # type: ignore[operator]
         raise ValueError(f"`{name}` (={value!r}) must be a number in [{low}, {high}].")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"`{name}` (={value!r}) must be > 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +144,7 @@ class Inertial:
             raise ValueError(
                 f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
             )
-        _check_positive("slope", self.slope)
+        check_slope(self.slope)
         _check_at_least("channel_stride", self.channel_stride, 1)
         check_capacities(self.capacities)
         if self.capacities is not None:

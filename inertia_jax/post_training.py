@@ -24,7 +24,7 @@ from inertia_jax.recalibrate import recalibrate_batch_norm
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
 _BISECTIONS = 6
 # Below every friction, and above: all tiles open, all closed.
-_OPEN, _CLOSED = -1.0, float("inf")
+_OPEN, _CLOSED = -1.0, 1e30
 
 
 def make_inertial(
@@ -60,8 +60,9 @@ def make_inertial(
     Args:
         model: A network of this library.
         variables: Its trained variables.
-        macs: Share of the MACs that the inertial layers' network may take, in (0, 1]:
-            everything counted, friction and box means at two operations for one MAC.
+        macs: Share of the network's MACs to take, in (0, 1], on the calibration
+            images: `CostTable.total_macs`, so friction and box means at two operations
+            for one MAC. A compiled ladder rounds open tiles up, see `ladder_macs`.
         calibration: Some hundred of the network's inputs, normalised, as evaluation
             will see them: they choose the thresholds.
         recalibration: Some thousand inputs as training saw them, with its crops and
@@ -73,7 +74,7 @@ def make_inertial(
         reference: See `Inertial`.
         low: See `Inertial`.
         channel_stride: See `Inertial`.
-        batch_size: Images a call.
+        batch_size: Images a call; what fills no whole batch is left out.
 
     Returns:
         (model, variables) of the inertial network.
@@ -112,13 +113,14 @@ def make_inertial(
 
     rules: list[tuple[str, Inertial]] = []
     thresholds: dict[tuple[str, ...], Any] = {}
+    wide = jnp.promote_types(model.dtype, jnp.float32)
     for path, spec in specs.items():
         rate, threshold = state.rates[path], state.thresholds[path]
         if rate == 1:
             continue
         target = Rate(rate) if rate else Fixed(_CLOSED)
         rules.append((path, dataclasses.replace(spec, threshold=target)))
-        thresholds[(*path.split("/"), "threshold")] = jnp.float32(threshold)
+        thresholds[(*path.split("/"), "threshold")] = jnp.asarray(threshold, wide)
     inertial = model.clone(plan=Plan((*rules, *plan.rules)))
     if not rules:
         return model, dict(variables)
@@ -202,10 +204,10 @@ class _Search:
         self._variables = variables
         self._batches = [
             jnp.asarray(images[i : i + batch_size])
-            for i in range(0, len(images), batch_size)
+            for i in range(0, max(1, len(images) - batch_size + 1), batch_size)
         ]
-        dense = jax.jit(lambda batch: self._logits(model, variables, batch)[0])
-        self._dense = [dense(batch) for batch in self._batches]
+        dense = jax.jit(lambda v, batch: self._logits(model, v, batch)[0])
+        self._dense = [dense(variables, batch) for batch in self._batches]
         if not all(bool(jnp.isfinite(logits).all()) for logits in self._dense):
             raise ValueError(
                 "the outputs on `calibration` must be finite; some are not."
@@ -230,12 +232,14 @@ class _Search:
             rngs={"dropout": jax.random.key(0)},
         )
 
-    def _forward(self, thresholds: dict[str, Any], batch: Any, dense: Any) -> Any:
+    def _forward(
+        self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
+    ) -> Any:
         nested = traverse_util.unflatten_dict(
             {(*path.split("/"), "threshold"): t for path, t in thresholds.items()}
         )
         logits, sown = self._logits(
-            self._model, {**self._variables, "thresholds": nested}, batch
+            self._model, {**variables, "thresholds": nested}, batch
         )
         wide = jnp.promote_types(logits.dtype, jnp.float32)
         p = jax.nn.log_softmax(dense.astype(wide))
@@ -251,7 +255,7 @@ class _Search:
         """Runs the calibration images with these thresholds."""
         arrays = {path: jnp.float32(t) for path, t in thresholds.items()}
         parts = [
-            jax.device_get(self._apply(arrays, batch, dense))
+            jax.device_get(self._apply(self._variables, arrays, batch, dense))
             for batch, dense in zip(self._batches, self._dense, strict=True)
         ]
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -303,6 +307,9 @@ class _Search:
         while True:
             _, path = heapq.heappop(queue)
             tried = self.with_rate(state, path, _RATES[levels[path] + 1])
+            while tried.cost >= state.cost and levels[path] + 2 < len(_RATES):
+                levels[path] += 1  # friction takes what this rate saves
+                tried = self.with_rate(state, path, _RATES[levels[path] + 1])
             saved = max(state.cost - tried.cost, 1e-9)
             score = (tried.divergence - state.divergence) / saved
             if queue and score > queue[0][0]:

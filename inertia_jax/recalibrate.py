@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -33,7 +34,8 @@ def recalibrate_batch_norm(
         batch_size: Images a batch, >= 2.
 
     Raises:
-        ValueError: No `batch_stats`, or fewer than two images.
+        ValueError: No `batch_stats`, fewer than two images, or statistics that are not
+            finite.
 
     References:
         Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167, algorithm 2
@@ -54,23 +56,33 @@ def recalibrate_batch_norm(
             {**variables, "batch_stats": start},
             batch,
             train=True,
-            mutable=["batch_stats"],
+            mutable=["batch_stats", "thresholds"],
             rngs={"dropout": jax.random.key(0)},
         )
         return updated["batch_stats"]
 
     # A step moves statistics s to a s + (1 - a) b, b the batch's: from 0 and from 1 it
-    # shows a, so that no layer need say its momentum.
+    # shows a, so that no layer need say its momentum. On blank images b is small, and
+    # the difference exact.
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     ones = jax.tree.map(jnp.ones_like, zeros)
     from_zeros = [
         after_a_step(zeros, images[i : i + size])
         for i in range(0, len(images) - size + 1, size)
     ]
-    from_ones = after_a_step(ones, images[:size])
-    share = jax.tree.map(lambda one, zero: 1 - (one - zero), from_ones, from_zeros[0])
+    blank = np.zeros_like(images[:size])
+    kept = jax.tree.map(
+        jnp.subtract, after_a_step(ones, blank), after_a_step(zeros, blank)
+    )
+
+    def batch_statistics(moved: Array, kept: Array, old: Array) -> Array:
+        # What training does not move, stays.
+        return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)
+
     batches = [
-        traverse_util.flatten_dict(jax.tree.map(jnp.divide, moved, share))
+        traverse_util.flatten_dict(
+            jax.tree.map(batch_statistics, moved, kept, variables["batch_stats"])
+        )
         for moved in from_zeros
     ]
     stacked = {path: jnp.stack([b[path] for b in batches]) for path in batches[0]}
@@ -79,4 +91,6 @@ def recalibrate_batch_norm(
         mean_path = (*path[:-1], "mean")
         if path[-1] == "var" and mean_path in stacked:
             stats[path] = stats[path] + stacked[mean_path].var(0)
+    if not all(bool(jnp.isfinite(value).all()) for value in stats.values()):
+        raise ValueError("the statistics of `images` must be finite; some are not.")
     return {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}

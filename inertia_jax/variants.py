@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from inertia_jax.ops.friction import check_choice, periphery_offsets
+from inertia_jax.ops.friction import check_choice, check_sizes, periphery_offsets
 from inertia_jax.plan import Fixed, Inertial, Learned, Threshold
 
 Variant = Literal[
@@ -34,6 +34,8 @@ def published_variant(
 
     Where the gate is straight-through, the threshold is learned; behind a hard gate it
     has no gradient, as published (`gate_gradient="ste"` among the changes gives one).
+    A gradient step on the threshold of the mean is one (|P| `in_channels`)^2 times as
+    large on the threshold of the sum: learning rates differ from the published ones.
 
     Args:
         name: Of the variant.
@@ -50,6 +52,7 @@ def published_variant(
     check_choice("name", name, Variant)
     if in_channels < 1:
         raise ValueError(f"`in_channels` (={in_channels}) must be >= 1.")
+    check_sizes(core_size=core_size, region_size=region_size)
     offsets = periphery_offsets(core_size=core_size, region_size=region_size)
     terms = len(offsets) * in_channels
     is_learned = name not in ("original", "mod1", "mod6", "spconv2d")

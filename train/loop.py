@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from inertia_jax import Inertial, count_cost, load_checkpoint
+from inertia_jax import Inertial, Rate, count_cost, load_checkpoint
 from inertia_jax.checkpoint import Metadata, load_metadata
 from train.augment import Augmentation
 from train.checkpoints import Checkpoints
@@ -97,8 +97,15 @@ class Trainer:
             self.model = make_model(config.model, num_classes=data.num_classes)
         specs = [spec for _, spec in self.model.plan.rules]
         self.has_gates = any(isinstance(spec, Inertial) for spec in specs)
+        inertial = [spec for spec in specs if isinstance(spec, Inertial)]
         if config.gate_budget is not None:
-            _check_budget(specs)
+            _check_budget(inertial)
+        measured = [s for s in inertial if s.relative or isinstance(s.threshold, Rate)]
+        if measured and num_devices > 1 and not config.sync_batch_norm:
+            raise UsageError(
+                f"`sync_batch_norm` (=False) must be on for {measured[0]}, whose gates "
+                f"depend on the whole batch."
+            )
         axis_name = AXIS if config.sync_batch_norm and num_devices > 1 else None
         self._trained_model = self.model.clone(axis_name=axis_name)
         self.steps_per_epoch = len(data.train) // config.batch_size
@@ -162,23 +169,29 @@ class Trainer:
         with user_input():
             shape = self.preprocessing.image_shape
             key = run_keys(self.config.seed).init
-            variables = self._read_init()
-            state = init_state(self.model, self.tx, shape, key, variables)
+            state = init_state(self.model, self.tx, shape, key)
         # In its final place before the first step, or the step compiles twice.
         return self.parallel.replicate(jax.device_get(state))
 
-    def _read_init(self) -> Any:
-        """Returns the variables that training starts from, or None to draw them."""
+    def read_init(self, state: TrainState) -> TrainState:
+        """Returns the first state with the variables of `config.init`, if that is set.
+
+        Raises:
+            UsageError: No checkpoint is there, or one of another network.
+        """
         if self.config.init is None:
-            return None
-        model, variables = load_checkpoint(self.config.init)
+            return state
+        with user_input():
+            model, variables = load_checkpoint(self.config.init)
         if model != self.model:
             raise UsageError(
                 f"`init` (={self.config.init}) has another network than `model` and "
                 f"the data's {self.data.num_classes} classes say: {model} there, "
                 f"{self.model} here."
             )
-        return variables
+        params = variables.pop("params")
+        given = self.parallel.replicate((params, variables))
+        return state.replace(params=given[0], collections=given[1])
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""
@@ -208,11 +221,11 @@ class Trainer:
 
 def _check_budget(specs: Sequence[Any]) -> None:
     """Raises UsageError where the budget could not move a gate."""
-    inertial = [spec for spec in specs if isinstance(spec, Inertial)]
-    if not any(spec.gate_gradient == "ste" for spec in inertial):
+    free = [spec for spec in specs if not isinstance(spec.threshold, Rate)]
+    if not any(spec.gate_gradient == "ste" for spec in free):
         raise UsageError(
             "`gate_budget` needs inertial layers with `gate_gradient` (='ste') in "
-            "`model.plan`; nothing else moves gates."
+            "`model.plan`, their threshold no Rate; nothing else moves gates."
         )
 
 
@@ -295,6 +308,8 @@ def _restore(
         _check_same_data(path, trainer.data)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
+    else:
+        state = trainer.read_init(state)
     if jax.process_count() > 1:
         first = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if first != step:

@@ -1,6 +1,5 @@
 """What training carries from step to step."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,10 +65,9 @@ def init_state(
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     key: Array,
-    variables: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Draws the first variables, unless they are given; all else starts at zero."""
-    variables = dict(variables or init_variables(model, key, image_shape))
+    """Draws the first variables; all else starts at zero."""
+    variables = dict(init_variables(model, key, image_shape))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -93,6 +91,9 @@ def restore_state(template: TrainState, arrays: dict[str, Any]) -> TrainState:
     """Puts a checkpoint's arrays into a state of the same structure."""
     variables = dict(arrays["variables"])
     training = arrays["training"]
+    # Those of an older run may lack a sum, which then starts at zero.
+    zeros = serialization.to_state_dict(Totals.zeros())
+    totals = {**zeros, **training["totals"]}
     return TrainState(
         step=training["step"],
         params=variables.pop("params"),
@@ -100,5 +101,5 @@ def restore_state(template: TrainState, arrays: dict[str, Any]) -> TrainState:
         opt_state=serialization.from_state_dict(
             template.opt_state, training["opt_state"]
         ),
-        totals=serialization.from_state_dict(template.totals, training["totals"]),
+        totals=serialization.from_state_dict(template.totals, totals),
     )

@@ -11,6 +11,7 @@ from flax import traverse_util
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
+from inertia_jax import Rate
 from train.augment import Augmentation, example_keys
 from train.keys import run_keys
 from train.parallel import AXIS
@@ -35,6 +36,13 @@ def gate_rates(intermediates: dict[str, Any]) -> dict[str, Float[Array, "n"]]:
     return {"/".join(p[:-1]): v[0] for p, v in flat.items() if p[-1] == "gate_rate"}
 
 
+def is_held(model: Any, path: str) -> bool:
+    """Returns whether a gate budget moves the layer's gates: by straight-through."""
+    spec = model.plan.spec(path)
+    free = not isinstance(spec.threshold, Rate)
+    return spec.gate_gradient == "ste" and free
+
+
 def make_train_call(
     model: nn.Module,
     tx: optax.GradientTransformation,
@@ -53,8 +61,8 @@ def make_train_call(
     the global batch [n]. It returns the new state and its totals.
 
     With `gate_budget`, the loss that is followed has `gate_penalty * (mean gate rate -
-    gate_budget)^2` added, the mean over layers and the whole batch; the loss that is
-    reported has not.
+    gate_budget)^2` added, the mean over the whole batch and the layers whose gates it
+    can move (`is_held`); the loss that is reported has not.
 
     All randomness is a function of (seed, step, position): the step number holds the
     epoch, and positions are global, so the split over devices does not matter.
@@ -93,7 +101,8 @@ def make_train_call(
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
             if gate_budget is not None:
-                excess = lax.pmean(gate_rate, AXIS) - gate_budget
+                held = [r.mean() for path, r in rates.items() if is_held(model, path)]
+                excess = lax.pmean(jnp.stack(held).mean(), AXIS) - gate_budget
                 loss = loss + (gate_penalty * excess**2).astype(loss.dtype)
             return loss, (collections, losses, logits, gate_rate)
 

@@ -11,9 +11,9 @@ from typing import Any
 from inertia_jax import count_cost, load_checkpoint
 from inertia_jax.checkpoint import load_metadata
 from train.checkpoints import latest_steps
-from train.config import Config, config_to_json
+from train.config import Config, config_to_json, fill_defaults
 from train.errors import UsageError, user_input
-from train.loop import fit
+from train.evaluate import Evaluation
 from train.report import make_record
 
 
@@ -69,6 +69,14 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Adds a record, after cutting off a line that a kill left unfinished."""
+    text = path.read_bytes()
+    with path.open("ab") as file:
+        file.truncate(text.rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
+
+
 def find_record(
     records: list[dict[str, Any]], config: Config
 ) -> Mapping[str, Any] | None:
@@ -79,7 +87,6 @@ def find_record(
     """
     for record in records:
         if (record["name"], record["seed"]) == (config.name, config.seed):
-            # Where data lie is no part of what was run.
             if _comparable(record["config"]) != _comparable(config_to_json(config)):
                 raise UsageError(
                     f"the record of {config.name}, seed {config.seed}, has another "
@@ -90,16 +97,22 @@ def find_record(
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    defaults = config_to_json(Config())
-    data = {**defaults["data"], **config["data"], "source": "", "cache_dir": ""}
-    return {**defaults, **config, "data": data}
+    filled = fill_defaults(config, config_to_json(Config()))
+    # In which directory data lie is no part of what was run.
+    name = pathlib.PurePath(filled["data"]["source"]).name
+    return {**filled, "data": {**filled["data"], "source": name, "cache_dir": ""}}
 
 
-def run_one(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Trains, or goes on, and returns the record; None if it was stopped."""
-    result = fit(config, workdir=workdir, resume=True)
-    if result.evaluation is None:
-        return None
+def make_sweep_record(
+    config: Config, workdir: pathlib.Path, evaluation: Evaluation
+) -> dict[str, Any]:
+    """Returns the record of a run that has ended.
+
+    Args:
+        config: Of the run.
+        workdir: Its directory.
+        evaluation: Of its last epoch.
+    """
     record = make_record(workdir)
     step = latest_steps(workdir / "checkpoints")[-1]
     path = workdir / "checkpoints" / f"step_{step:08d}"
@@ -107,7 +120,6 @@ def run_one(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     preprocessing = load_metadata(path).preprocessing
     if preprocessing is None:
         raise ValueError("a run's checkpoints have a preprocessing.")
-    evaluation = result.evaluation
     cost = count_cost(
         model, preprocessing.image_shape, gate_rates=evaluation.gate_rates
     )

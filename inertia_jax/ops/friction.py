@@ -101,6 +101,8 @@ def friction(
     check_choice("reference", reference, Reference)
     if channel_stride < 1:
         raise ValueError(f"`channel_stride` (={channel_stride}) must be >= 1.")
+    if jnp.ndim(x) != 4:
+        raise ValueError(f"`x` (shape {jnp.shape(x)}) must be [n, h, w, c].")
     x, (vertical, horizontal) = jnp.asarray(x), stride_pair(strides)
     pads = region_pads(x.shape[1:3], region_size, (vertical, horizontal), padding)
     x = pad_image(x, pads)

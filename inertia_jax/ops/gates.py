@@ -23,6 +23,12 @@ def is_open(
     return ~(jnp.asarray(friction) <= jnp.asarray(threshold))
 
 
+def check_slope(slope: float) -> None:
+    """Raises ValueError unless `slope` > 0."""
+    if not slope > 0:
+        raise ValueError(f"`slope` (={slope}) must be > 0.")
+
+
 def hard_gate(
     friction: Float[ArrayLike, "..."],
     threshold: Float[ArrayLike, "..."],

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from inertia_jax.ops.conv import Padding, conv2d
 from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
 from inertia_jax.ops.friction import friction as region_friction
-from inertia_jax.ops.gates import GateGradient, is_open, select
+from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
 from inertia_jax.ops.views import (
     pad_image,
     region_pads,
@@ -122,6 +122,7 @@ def inertial_conv(
     check_choice("combine", combine, Combine)
     check_choice("gate_gradient", gate_gradient, GateGradient)
     check_threshold(threshold, core_features=core.shape[-1])
+    check_slope(slope)
     m, d = core.shape[0], region_size
     weights = _check_weights(weights, combine, core, steps=d - m + 1)
     dtype = jnp.result_type(x, core)
@@ -140,6 +141,7 @@ def inertial_conv(
             channel_stride=channel_stride,
         )
     friction = jnp.asarray(friction)
+    threshold = threshold.astype(friction.dtype)
     x = pad_image(x, pads)
     size = ((x.shape[1] - d) // steps[0] + 1, (x.shape[2] - d) // steps[1] + 1)
     if friction.shape != (x.shape[0], *size):
@@ -254,7 +256,11 @@ def _responses(
             image, core, strides=strides, padding="VALID"
         )
         return evaluate(middle), evaluate(sum_views(x, weights, side=k + 1))
-    core_map = conv2d(x, core, padding="VALID")
+    spans = [
+        (size - 1) * s + region_size
+        for size, s in zip(output_size, strides, strict=True)
+    ]
+    core_map = conv2d(x[:, : spans[0], : spans[1]], core, padding="VALID")
     (low,) = shifted_views(
         core_map, [(k // 2, k // 2)], output_size=output_size, strides=strides
     )

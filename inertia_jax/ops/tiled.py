@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from inertia_jax.ops.conv import Padding, conv2d
 from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
-from inertia_jax.ops.gates import GateGradient, is_open, select
+from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
 from inertia_jax.ops.inertial import InertialOutput, check_core
 from inertia_jax.ops.tiling import (
     Low,
@@ -77,9 +77,10 @@ def inertial_conv_tiled(
         low: What fills a closed tile.
         padding: Of the m x m convolution.
         capacities: Shares of tiles, rising to 1, that detail is compiled for; the
-            smallest that holds a batch's open tiles is run, so that the result does not
-            depend on them. None computes every tile and then selects. Derivatives and
-            `vmap` always do that.
+            smallest that holds a batch's open tiles is run (on CPU, a chunk's), so that
+            the result does not depend on them. (But for one output of an open tile that
+            is not finite if the tile's mean is not.) None computes every tile and then
+            selects. Derivatives and `vmap` always do that.
         gate_gradient: `none`, or `ste`: see `select`.
         slope: Of `ste`, per unit of friction.
         channel_stride: Friction reads every so many channels.
@@ -97,6 +98,7 @@ def inertial_conv_tiled(
     check_choice("low", low, Low)
     check_choice("gate_gradient", gate_gradient, GateGradient)
     check_capacities(capacities)
+    check_slope(slope)
     if threshold.shape != ():
         raise ValueError(f"`threshold` (shape {threshold.shape}) must be one number.")
     dtype = jnp.result_type(x, core)
@@ -136,6 +138,7 @@ def inertial_conv_tiled(
     def dense(per_image: tuple[Array, ...], core: Array, threshold: Array) -> _Result:
         high = conv2d(per_image[0], core, padding=tiling.pads)
         friction = friction_of(per_image)
+        threshold = threshold.astype(friction.dtype)
         y = select(
             high,
             spread(tile_means(high, tiling), tiling.tile_size),
@@ -168,6 +171,7 @@ def check_capacities(capacities: Sequence[float | int] | None) -> None:
     """Raises ValueError unless `capacities` is None or rises within (0, 1] to 1."""
     if capacities is None:
         return
+    capacities = tuple(capacities)
     rising = all(a < b for a, b in itertools.pairwise(capacities))
     if not capacities or not rising or capacities[0] <= 0 or capacities[-1] != 1:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -142,6 +142,13 @@ def fill_low(
     return total(products).reshape(images, rows, columns, c_out)
 
 
+def spared_output(tiling: Tiling, dtype: Any) -> int | None:
+    """Returns which output of an open tile `low` gives, row by row, or None."""
+    if tiling.low == "sample":
+        return (tiling.tile_size - 1) // 2 * (tiling.tile_size + 1)
+    return tiling.tile_size**2 - 1 if jnp.dtype(dtype).itemsize >= 4 else None
+
+
 def fill_open(
     padded: Float[Array, "n hp wp c_in"],
     core: Float[Array, "m m c_in c_out"],
@@ -155,12 +162,13 @@ def fill_open(
 
     Of an open tile's n^2 outputs, n^2 - 1 are computed: `low` is the one left out, or
     with the others gives it, as their mean. (Where that mean is not finite, neither is
-    the output that it gives.)
+    the output that it gives.) In bfloat16 the mean's rounding, times n^2, would show:
+    there all n^2 are computed.
 
     Args:
         padded: Images with the tiling's padding.
         core: Filters.
-        low: Of every tile; in float32 at least, since n^2 times its rounding is seen.
+        low: Of every tile.
         gate: Which tiles are open; at most `capacity` are.
         tiling: The tiles.
         capacity: Number of tiles that are gathered and computed.
@@ -175,7 +183,7 @@ def fill_open(
     pixels = padded.reshape(-1, c_in)
 
     outputs = square_offsets(n)
-    spared = (n - 1) // 2 * (n + 1) if tiling.low == "sample" else n * n - 1
+    spared = spared_output(tiling, core.dtype)
     computed = [output for i, output in enumerate(outputs) if i != spared]
     taps = [(p + a) * width + q + b for p, q in computed for a, b in square_offsets(m)]
     index = corner[:, None] + jnp.asarray(taps)[None]
@@ -184,13 +192,14 @@ def fill_open(
         patches.reshape(-1, m * m * c_in),
         core.reshape(m * m * c_in, -1),
         preferred_element_type=low.dtype,
-    ).reshape(capacity, n * n - 1, -1)
-    known = jnp.take(low.reshape(-1, low.shape[-1]), tile, axis=0, mode="clip")
-    if tiling.low == "mean":
-        known = n * n * known - high.sum(1)
-    high = jnp.concatenate(
-        [high[:, :spared], known[:, None], high[:, spared:]], axis=1
-    ).reshape(capacity, n, n, -1)
+    ).reshape(capacity, len(computed), -1)
+    if spared is not None:
+        known = jnp.take(low.reshape(-1, low.shape[-1]), tile, axis=0, mode="clip")
+        if tiling.low == "mean":
+            known = n * n * known - high.sum(1)
+        parts = [high[:, :spared], known[:, None], high[:, spared:]]
+        high = jnp.concatenate(parts, axis=1)
+    high = high.reshape(capacity, n, n, -1)
     shape = (images, rows, n, columns, n, core.shape[-1])
     y = jnp.broadcast_to(low[:, :, None, :, None], shape)
     # Places beyond the last open tile have an image that does not exist.

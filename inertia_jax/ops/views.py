@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, explicit_padding, pair
+from inertia_jax.ops.conv import Padding, explicit_padding
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -23,16 +24,17 @@ def total(terms: Iterable[Array]) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
-def stride_pair(strides: int | Sequence[int]) -> tuple[int, int]:
-    """Returns `strides` as (vertical, horizontal).
+def stride_pair(strides: int | Sequence[int] | None) -> tuple[int, int]:
+    """Returns `strides` as (vertical, horizontal); None, as Flax has it, means 1.
 
     Raises:
         ValueError: They are not one or two integers >= 1.
     """
-    given = (strides,) * 2 if isinstance(strides, int) else tuple(strides)
+    sizes = np.atleast_1d(1 if strides is None else strides)
+    given = tuple(int(size) for size in (*sizes, *sizes)[: max(2, len(sizes))])
     if len(given) != 2 or min(given) < 1:
         raise ValueError(f"`strides` (={strides}) must be one or two integers >= 1.")
-    return pair(given)
+    return (given[0], given[1])
 
 
 def region_pads(

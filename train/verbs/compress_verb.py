@@ -104,6 +104,7 @@ def run(argv: Sequence[str]) -> int:
         args.recalibration_images,
         crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
         flip=_or(args.flip, trained.get("flip", False)),
+        resized_crop=trained.get("resized_crop", False),
     )
     start = time.perf_counter()
     with user_input():
@@ -111,7 +112,7 @@ def run(argv: Sequence[str]) -> int:
             model,
             variables,
             macs=args.macs,
-            calibration=draw(args.calibration_images, crop_padding=0, flip=False),
+            calibration=draw(args.calibration_images),
             recalibration=seen_in_training,
             layers=args.layers,
             tile_size=args.tile_size,
@@ -121,7 +122,11 @@ def run(argv: Sequence[str]) -> int:
             channel_stride=args.channel_stride,
         )
     seconds = time.perf_counter() - start
-    info = {**metadata.info, "compressed": dataclasses.asdict(args)}
+    info = {
+        **metadata.info,
+        "evaluation": None,  # was the dense network's
+        "compressed": dataclasses.asdict(args),
+    }
     metadata = Metadata(preprocessing, metadata.class_names, info)
     with user_input():
         save_checkpoint(out, model, variables, metadata=metadata)
@@ -177,21 +182,23 @@ def training_inputs(
     preprocessing: Preprocessing,
     count: int,
     *,
-    crop_padding: int,
-    flip: bool,
     seed: int,
     dtype: Any,
+    crop_padding: int = 0,
+    flip: bool = False,
+    resized_crop: bool = False,
 ) -> np.ndarray:
-    """Returns some training images as the network sees them in training.
+    """Returns some training images as the network sees them, plain if not said.
 
     Args:
         split: The training images.
         preprocessing: Of the network.
         count: So many, drawn without repetition; all, if there are fewer.
-        crop_padding: See `train.config.Data`.
-        flip: See `train.config.Data`.
         seed: Of the draw and of the augmentation.
         dtype: Of the network's computation.
+        crop_padding: See `train.config.Data`.
+        flip: Likewise.
+        resized_crop: Likewise.
     """
     if count < 2:
         raise UsageError(
@@ -202,7 +209,7 @@ def training_inputs(
         preprocessing,
         crop_padding=crop_padding,
         flip=flip,
-        resized_crop=False,
+        resized_crop=resized_crop,
         dtype=jnp.dtype(dtype),
     )
     draw = jax.jit(augmentation.for_training)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -13,7 +13,7 @@ from inertia_jax import load_checkpoint
 from inertia_jax.checkpoint import load_metadata
 from inertia_jax.models import model_name
 from train.checkpoints import find_checkpoint
-from train.config import Config, Model, Optimizer, load_config
+from train.config import Config, Data, Model, Optimizer, load_config
 from train.errors import UsageError, user_input
 from train.loop import fit
 from train.verbs.fit_verb import exit_code, summary
@@ -24,11 +24,16 @@ _DEFAULTS = Config(
     epochs=5,
     optimizer=Optimizer(learning_rate=0.01, schedule="cosine"),
 )
+# Fields of `data` that the network was trained with.
+_ITS_OWN = ("mean", "std", "image_size", "eval_resize")
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-    """Trains a checkpoint's network further; network and normalisation are its own."""
+    """Trains a checkpoint's network further, on its own data unless told otherwise.
+
+    The checkpoint comes first; network and normalisation are its own.
+    """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """A checkpoint, or a run, whose best is taken."""
@@ -46,30 +51,53 @@ def run(argv: Sequence[str]) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     file = early.parse_known_args(argv)[0].config
-    config = load_config(file) if file else _DEFAULTS
-    default = Finetune("", config, config=file)
+    default = load_config(file) if file else _DEFAULTS
+    # What the checkpoint says is the default of what follows it.
+    path = None
+    if argv and not argv[0].startswith("-"):
+        path = find_checkpoint(argv[0])
+        default = from_checkpoint(default, path, keep_data=file is not None)
     args = tyro.cli(
         Finetune,
-        default=dataclasses.replace(default, checkpoint=tyro.MISSING),
+        default=Finetune(tyro.MISSING, default, config=file),
         args=argv,
         prog="python -m train finetune",
     )
-    config = from_checkpoint(args.run, find_checkpoint(args.checkpoint))
+    if path is None:
+        raise UsageError("`checkpoint` must come before the options.")
+    config = args.run
+    for name in ("init", "model"):
+        _check_kept(name, getattr(default, name), getattr(config, name))
+    for name in _ITS_OWN:
+        _check_kept(name, getattr(default.data, name), getattr(config.data, name))
+    if not config.data.source:
+        raise UsageError(f"{path} names no data; say which with --data.source.")
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}").expanduser()
     result = fit(config, workdir=workdir, resume=args.resume)
     print(summary(result))
     return exit_code(result)
 
 
-def from_checkpoint(config: Config, path: pathlib.Path) -> Config:
+def _check_kept(name: str, own: Any, given: Any) -> None:
+    if own != given:
+        raise UsageError(f"`{name}` (={given}) must be the checkpoint's, {own}.")
+
+
+def from_checkpoint(config: Config, path: pathlib.Path, *, keep_data: bool) -> Config:
     """Returns the configuration that trains a checkpoint's network further.
+
+    Args:
+        config: Everything but network, data and normalisation.
+        path: The checkpoint.
+        keep_data: Keep the configured data and augmentation, not the checkpoint's.
 
     Raises:
         UsageError: The checkpoint is damaged, or has no preprocessing.
     """
     with user_input():
         model, _ = load_checkpoint(path)
-        preprocessing = load_metadata(path).preprocessing
+        metadata = load_metadata(path)
+    preprocessing = metadata.preprocessing
     if preprocessing is None:
         raise UsageError(f"{path} has no preprocessing; it cannot be trained further.")
     network = Model(
@@ -80,11 +108,21 @@ def from_checkpoint(config: Config, path: pathlib.Path) -> Config:
         dtype=np.dtype(model.dtype).name,
         plan=model.plan.to_json(),
     )
+    trained = metadata.info.get("config", {}).get("data")
+    data = config.data
+    if not keep_data:
+        names = {field.name for field in dataclasses.fields(Data)}
+        known = {k: v for k, v in (trained or {}).items() if k in names}
+        data = Data(**{"source": "", **known})
+    height, width, _ = preprocessing.image_shape
     data = dataclasses.replace(
-        config.data,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        image_size=preprocessing.image_shape[0],
+        data,
+        mean=tuple(preprocessing.mean),
+        std=tuple(preprocessing.std),
+        # An imported network does not say whether its images were resized.
+        image_size=trained["image_size"]
+        if trained
+        else (height if height == width else None),
         eval_resize=preprocessing.resize,
     )
     return dataclasses.replace(

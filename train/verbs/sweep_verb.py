@@ -1,15 +1,23 @@
 """`python -m train sweep`: many runs, one record a run."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from train.errors import user_input
-from train.sweep import find_record, load_sweep, read_records, run_one, summarise
+from train.errors import UsageError, user_input
+from train.loop import fit
+from train.sweep import (
+    append_record,
+    find_record,
+    load_sweep,
+    make_sweep_record,
+    read_records,
+    summarise,
+)
+from train.verbs.fit_verb import exit_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,14 @@ def run(argv: Sequence[str]) -> int:
     args = tyro.cli(SweepArguments, args=argv, prog="python -m train sweep")
     path, out = pathlib.Path(args.sweep), pathlib.Path(args.out)
     sweep = load_sweep(path)
+    names = [config.name for config in sweep.configs]
+    unknown = sorted(set(args.only) - set(names))
+    if unknown:
+        raise UsageError(f"`only` has {unknown}; must be among {names}.")
+    if args.max_runs is not None and args.max_runs < 1:
+        raise UsageError(f"`max_runs` (={args.max_runs}) must be >= 1.")
+    with user_input(), out.open("a"):
+        pass  # before hours of training: the file can be written
     done = 0
     for config in sweep.runs():
         if args.only and config.name not in args.only:
@@ -48,12 +64,14 @@ def run(argv: Sequence[str]) -> int:
             break
         print(f"{config.name}, seed {config.seed}", flush=True)
         workdir = pathlib.Path(args.workdir) / path.stem
-        record = run_one(config, workdir / f"{config.name}_seed{config.seed}")
-        if record is None:
-            print("stopped; the same command goes on.")
-            return 0
-        with user_input(), out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        workdir = workdir / f"{config.name}_seed{config.seed}"
+        result = fit(config, workdir=workdir, resume=True)
+        if result.evaluation is None:
+            print(f"stopped at step {result.step}; the same command goes on.")
+            return exit_code(result)
+        record = make_sweep_record(config, workdir, result.evaluation)
+        with user_input():
+            append_record(out, record)
         done += 1
     print(summarise(read_records(out)))
     return 0
