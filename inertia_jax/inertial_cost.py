@@ -87,7 +87,9 @@ def _count_window(
             (size - 1) * s + 1 + k for size, s in zip(positions, strides, strict=True)
         ]
         macs = math.prod(spans) * taps
-        sums = [(size - 1) * s + 1 for size, s in zip(positions, strides, strict=True)]
+        # Sums are taken at stride 1 and then thinned, the maximum where it is needed.
+        steps = (1, 1) if spec.combine == "max" else strides
+        sums = [(size - 1) * s + 1 for size, s in zip(positions, steps, strict=True)]
         join = math.prod(sums) * layer.core_features * (k + 1) ** 2 * per_term
     region_taps = spec.region_size**2 * c_in * output_shape[-1]
     return {

@@ -100,6 +100,8 @@ def make_inertial(
         raise ValueError(
             f"`calibration` (shape {images.shape}) must be [n, h, w, c], n >= 1."
         )
+    if not np.isfinite(images).all():
+        raise ValueError("`calibration` must be finite; some of it is not.")
     options: dict[str, Any] = {
         "reading": "tiled",
         "metric": metric,

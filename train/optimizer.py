@@ -56,5 +56,6 @@ def make_optimizer(
 def _is_decayed(params: Any) -> Any:
     """Marks what weight decay pulls to zero: all but thresholds, which are levels."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key != "threshold", params
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != "threshold",
+        params,
     )

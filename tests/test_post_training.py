@@ -1,0 +1,247 @@
+"""Post-training inertia and BatchNorm recalibration."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+
+import inertia_jax as ij
+
+MACS = 0.85
+
+
+def smooth_images(n, size, channels, seed=0):
+    """Noise that is coarse on the left and fine on the right: frictions differ."""
+    rng = np.random.default_rng(seed)
+    fine = rng.normal(size=(n, size, size, channels))
+    coarse = fine[:, ::4, ::4].repeat(4, 1).repeat(4, 2)
+    ramp = np.linspace(0, 1, size).reshape(1, 1, -1, 1)
+    return (coarse + ramp**2 * fine).astype(np.float32)
+
+
+# Recalibration
+
+
+class TwoNorms(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        for momentum in (0.9, 0.5):
+            x = nn.relu(nn.BatchNorm(not train, momentum=momentum)(x))
+        return x
+
+
+def test_recalibrated_statistics_are_those_of_all_images():
+    rng = np.random.default_rng(0)
+    # Batches of unlike means, and three images that fill no batch.
+    x = rng.normal(size=(27, 4, 5, 3)) + np.arange(27).reshape(-1, 1, 1, 1) // 8
+    x = x.astype(np.float32)
+    start = TwoNorms().init(jax.random.key(0), x)
+    scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
+    params = {**start["params"], "BatchNorm_0": {"scale": scale, "bias": bias}}
+    variables = {**start, "params": params, "other": {"kept": jnp.ones(2)}}
+    recalibrated = ij.recalibrate_batch_norm(TwoNorms(), variables, x, batch_size=8)
+    batches = x[:24].reshape(3, 8, 4, 5, 3)
+    mean, var = (f(batches, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    second = np.maximum((batches - mean) / np.sqrt(var + 1e-5) * scale + bias, 0)
+    for name, values in (("BatchNorm_0", batches), ("BatchNorm_1", second)):
+        found = recalibrated["batch_stats"][name]
+        values = values.reshape(-1, 3).astype(np.float64)
+        np.testing.assert_allclose(found["mean"], values.mean(0), rtol=1e-4)
+        np.testing.assert_allclose(found["var"], values.var(0), rtol=1e-4)
+    kept = ("params", "other")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        {name: recalibrated[name] for name in kept},
+        {name: variables[name] for name in kept},
+    )
+
+
+def test_mean_friction_is_recalibrated_too():
+    layer = ij.InertialConv(2, 1, 3, relative=True)
+    x = smooth_images(8, 8, 2)
+    variables = layer.init(jax.random.key(0), x)
+    found = ij.recalibrate_batch_norm(layer, variables, x, batch_size=4)
+    expected = ij.ops.friction(x, region_size=3, core_size=1).mean()
+    mean = found["batch_stats"]["friction_mean"]
+    np.testing.assert_allclose(mean, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("drop", "num_images", "batch_size", "message"),
+    [
+        (True, 4, 2, "no `batch_stats`"),
+        (False, 1, 2, "number of `images` .*must be >= 2"),
+        (False, 4, 1, "`batch_size` .*must be >= 2"),
+    ],
+)
+def test_recalibration_refuses_what_has_no_statistics(
+    drop, num_images, batch_size, message
+):
+    x = np.ones((num_images, 2, 2, 3), np.float32)
+    variables = TwoNorms().init(jax.random.key(0), x)
+    variables = {"params": variables["params"]} if drop else variables
+    with pytest.raises(ValueError, match=message):
+        ij.recalibrate_batch_norm(TwoNorms(), variables, x, batch_size=batch_size)
+
+
+# A network with BatchNorm
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """A ResNet20 whose block `layer1_1` ends in a BatchNorm of scale 0."""
+    model = ij.create_model("resnet20", width=0.25)
+    variables = ij.init_variables(model, jax.random.key(0))
+    flat = traverse_util.flatten_dict(variables)
+    path = ("params", "layer1_1", "bn2", "scale")
+    flat[path] = jnp.zeros_like(flat[path])
+    return model, traverse_util.unflatten_dict(flat)
+
+
+@pytest.fixture(scope="module")
+def made(dense):
+    """The same made inertial, and the images."""
+    images = smooth_images(24, 16, 3)
+    result = ij.make_inertial(
+        *dense,
+        macs=MACS,
+        calibration=images[:16],
+        recalibration=images,
+        layers="layer1*",
+    )
+    return *result, images
+
+
+def rates_of(model):
+    rates = {path: spec.threshold for path, spec in model.plan.rules}
+    return {p: t.target if isinstance(t, ij.Rate) else 0.0 for p, t in rates.items()}
+
+
+def test_the_budget_is_met_and_used(dense, made):
+    model, variables, images = made
+    allowed = MACS * ij.count_cost(dense[0], (16, 16, 3)).macs
+    cost = ij.count_cost(model, (16, 16, 3), gate_rates=rates_of(model))
+    # The last step goes as far as asked; a layer's MACs are whole, so half a MAC away.
+    assert 0.999 * allowed < cost.total_macs <= allowed + len(cost.rows)
+    # As evaluated, where stored statistics take the place of the batch's.
+    _, sown = jax.jit(lambda x: model.apply(variables, x, mutable=["intermediates"]))(
+        images
+    )
+    flat = traverse_util.flatten_dict(sown["intermediates"], sep="/")
+    measured = {
+        path.removesuffix("/gate_rate"): float(rates[0].mean())
+        for path, rates in flat.items()
+        if path.endswith("gate_rate")
+    }
+    assert measured.keys() == rates_of(model).keys()
+    cost = ij.count_cost(model, (16, 16, 3), gate_rates=measured)
+    assert cost.total_macs < 1.05 * allowed
+
+
+def test_only_layers_of_the_glob_change_and_keep_their_rate(dense, made):
+    model, variables, _ = made
+    assert all(path.startswith("layer1_") for path, _ in model.plan.rules)
+    assert all(0 <= rate < 1 for rate in rates_of(model).values())
+    for _, spec in model.plan.rules:
+        assert spec.reading == "tiled" and (spec.core_size, spec.region_size) == (3, 4)
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], dense[1]["params"])
+    thresholds = traverse_util.flatten_dict(variables["thresholds"], sep="/")
+    assert thresholds.keys() == {f"{path}/threshold" for path, _ in model.plan.rules}
+
+
+def test_with_every_tile_open_it_is_the_dense_network(dense, made):
+    model, variables, images = made
+    opened = jax.tree.map(lambda t: jnp.full_like(t, -1), variables["thresholds"])
+    actual = jax.jit(model.apply)({**variables, "thresholds": opened}, images)
+    recalibrated = {**dense[1], "batch_stats": variables["batch_stats"]}
+    expected = jax.jit(dense[0].apply)(recalibrated, images)
+    # Float32 through twenty layers, summed in another order.
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+    assert not np.allclose(jax.jit(model.apply)(variables, images), expected, atol=1e-3)
+
+
+def test_layers_that_do_not_matter_are_closed_first(dense):
+    images = smooth_images(8, 16, 3)
+    model, _ = ij.make_inertial(*dense, macs=0.96, calibration=images, layers="layer1*")
+    assert rates_of(model).keys() <= {"layer1_1/conv1", "layer1_1/conv2"}
+    assert model.plan.rules
+
+
+# One without, which compiles sooner
+
+
+@pytest.fixture(scope="module")
+def lenet():
+    model = ij.create_model("lenet", width=0.2)
+    return model, ij.init_variables(model, jax.random.key(0))
+
+
+def test_nothing_changes_where_everything_may_stay(lenet):
+    images = smooth_images(4, 28, 1)
+    model, variables = ij.make_inertial(*lenet, macs=1.0, calibration=images)
+    assert model == lenet[0]
+    jax.tree.map(np.testing.assert_array_equal, variables, dict(lenet[1]))
+
+
+def test_an_impossible_budget_names_the_least_share(lenet):
+    images = smooth_images(4, 28, 1)
+    with pytest.raises(ValueError, match="every tile closed") as error:
+        ij.make_inertial(*lenet, macs=0.01, calibration=images)
+    named = float(re.search(r"at least ([\d.]+),", str(error.value))[1])
+    spec = ij.Inertial(3, 4, reading="tiled")
+    tiled = lenet[0].clone(plan=ij.Plan((("*", spec),)))
+    rates = {"conv1": 0.0, "conv2": 0.0}
+    cost = ij.count_cost(tiled, (28, 28, 1), gate_rates=rates)
+    np.testing.assert_allclose(named, cost.total_macs / cost.dense_macs, atol=1e-4)
+
+
+def test_networks_without_batch_norm_keep_their_share_of_open_tiles(lenet):
+    images = smooth_images(8, 28, 1)
+    model, variables = ij.make_inertial(
+        *lenet, macs=0.6, calibration=images, layers="conv2", low="sample"
+    )
+    ((path, spec),) = model.plan.rules
+    assert path == "conv2" and spec.low == "sample" and 0 < spec.threshold.target < 1
+    _, sown = model.apply(variables, images, mutable=["intermediates"])
+    rate = sown["intermediates"]["conv2"]["gate_rate"][0].mean()
+    np.testing.assert_allclose(rate, spec.threshold.target, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"macs": 0.0}, "`macs` .*in \\(0, 1\\]"),
+        ({"macs": 1.5}, "`macs` .*in \\(0, 1\\]"),
+        ({"macs": float("nan")}, "`macs` .*in \\(0, 1\\]"),
+        ({"layers": "layer9*"}, "'layer9\\*'.* matches no convolution"),
+        ({"layers": "fc*"}, "matches no convolution"),
+        ({"tile_size": 1}, "`tile_size` .*>= 2"),
+        ({"calibration": np.ones((28, 28, 1))}, "`calibration` .*\\[n, h, w, c\\]"),
+        ({"calibration": np.ones((0, 28, 28, 1))}, "`calibration` .*n >= 1"),
+        ({"metric": "l3"}, "`metric`"),
+        ({"calibration": np.full((2, 28, 28, 1), np.nan)}, "must be finite"),
+    ],
+)
+def test_bad_arguments_are_refused(lenet, options, message):
+    arguments = {"macs": 0.5, "calibration": np.ones((2, 28, 28, 1)), **options}
+    with pytest.raises(ValueError, match=message):
+        ij.make_inertial(*lenet, **arguments)
+
+
+def test_networks_that_cannot_be_made_inertial_are_refused(lenet):
+    model, variables = lenet
+    images = np.ones((2, 28, 28, 1))
+    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), dict(variables))
+    with pytest.raises(ValueError, match="must be finite"):
+        ij.make_inertial(model, broken, macs=0.5, calibration=images)
+    plan = ij.Plan((("conv2", ij.Inertial(3, 4)),))
+    with pytest.raises(ValueError, match="inertial layers already"):
+        ij.make_inertial(
+            model.clone(plan=plan), variables, macs=0.5, calibration=images
+        )
+    with pytest.raises(ValueError, match="`model` .*create_model"):
+        ij.make_inertial(TwoNorms(), {"params": {}}, macs=0.5, calibration=images)

@@ -1,0 +1,69 @@
+"""Sweeps: one record a run, stopped and gone on with."""
+
+import json
+import statistics
+
+from train.__main__ import main
+from train.sweep import read_records
+
+SWEEP = """
+import dataclasses
+from inertia_jax import Inertial, Plan
+from train.config import Config, Data, Model, Optimizer
+from train.sweep import Sweep
+
+dense = Config(
+    name="dense",
+    epochs=1,
+    batch_size=256,
+    data=Data(source="digits", mean=(0.3,), std=(0.4,), crop_padding=0, flip=False),
+    model=Model(name="lenet", width=0.1),
+    optimizer=Optimizer(learning_rate=0.05),
+)
+plan = Plan((("conv2", Inertial(1, 3)),)).to_json()
+model = dataclasses.replace(dense.model, plan=plan)
+gated = dataclasses.replace(dense, name="gated", model=model)
+sweep = Sweep((dense, gated), seeds=(1, 2))
+"""
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
+    file, out = tmp_path / "some.py", tmp_path / "records.jsonl"
+    file.write_text(SWEEP)
+
+    def sweep(*options):
+        arguments = ["--out", str(out), "--workdir", str(tmp_path / "runs"), *options]
+        return main(["sweep", str(file), *arguments])
+
+    def records():
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    assert sweep("--max-runs", "1") == 0
+    assert [(r["name"], r["seed"]) for r in records()] == [("dense", 1)]
+    assert sweep() == 0
+    expected = [("dense", 1), ("gated", 1), ("dense", 2), ("gated", 2)]
+    assert [(r["name"], r["seed"]) for r in records()] == expected
+    before = out.read_bytes()
+    capsys.readouterr()
+    assert sweep() == 0
+    assert out.read_bytes() == before
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    for row, name in zip(rows, ("dense", "gated"), strict=True):
+        top1 = [100 * r["top1"] for r in records() if r["name"] == name]
+        assert row[:2] == [name, "2"]
+        assert row[2] == f"{statistics.mean(top1):.2f}%"
+        assert row[3] == f"{statistics.stdev(top1):.2f}"
+    dense, gated = records()[:2]
+    assert dense["gate_rates"] == {} and gated["gate_rates"].keys() == {"conv2"}
+    assert gated["cost"]["macs"] < gated["cost"]["dense_macs"] == dense["cost"]["macs"]
+    file.write_text(SWEEP.replace("learning_rate=0.05", "learning_rate=0.06"))
+    assert sweep() == 2
+    assert "dense, seed 1, has another configuration" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_a_record_that_a_kill_cut_off_is_run_again(tmp_path):
+    path = tmp_path / "records.jsonl"
+    assert read_records(path) == []
+    path.write_text('{"name": "a"}\n{"name": ')
+    assert read_records(path) == [{"name": "a"}]
