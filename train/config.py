@@ -15,6 +15,8 @@ from inertia_jax import Plan, create_model
 from inertia_jax.checkpoint import Preprocessing
 from train.errors import UsageError
 
+Kind = typing.TypeVar("Kind")
+
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
@@ -208,12 +210,20 @@ def load_config(path: str | pathlib.Path) -> Config:
     Raises:
         UsageError: There is no such file, it fails, or it holds no Config.
     """
-    path = pathlib.Path(path)
+    return load_from_file(pathlib.Path(path), "config", Config)
+
+
+def load_from_file(path: pathlib.Path, name: str, kind: type[Kind]) -> Kind:
+    """Reads what a Python file defines as `name`.
+
+    Raises:
+        UsageError: There is no such file, it fails, or it holds none of that kind.
+    """
     if not path.is_file():
-        raise UsageError(f"there is no config file at {path}.")
+        raise UsageError(f"there is no {name} file at {path}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"`--config` (={path}) must be a Python file.")
+        raise UsageError(f"`{name}` (={path}) must be a Python file.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -221,10 +231,12 @@ def load_config(path: str | pathlib.Path) -> Config:
         raise
     except Exception as error:  # whatever the file does, an unknown field say
         raise UsageError(f"{path}: {type(error).__name__}: {error}.") from error
-    config = getattr(module, "config", None)
-    if not isinstance(config, Config):
-        raise UsageError(f"{path} must define `config`, a train.config.Config.")
-    return config
+    value = getattr(module, name, None)
+    if not isinstance(value, kind):
+        raise UsageError(
+            f"{path} must define `{name}`, a {kind.__module__}.{kind.__name__}."
+        )
+    return value
 
 
 def config_to_json(config: Config) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Many runs, one record a run, appended as they end: stopped and gone on with."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import statistics
@@ -11,8 +10,8 @@ from typing import Any
 from inertia_jax import count_cost, load_checkpoint
 from inertia_jax.checkpoint import load_metadata
 from train.checkpoints import latest_steps
-from train.config import Config, config_to_json, fill_defaults
-from train.errors import UsageError, user_input
+from train.config import Config, config_to_json, fill_defaults, load_from_file
+from train.errors import UsageError
 from train.evaluate import Evaluation
 from train.report import make_record
 
@@ -47,18 +46,7 @@ def load_sweep(path: pathlib.Path) -> Sweep:
     Raises:
         UsageError: There is no such file, it fails, or it holds no Sweep.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no sweep file at {path}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} must be a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    with user_input():
-        spec.loader.exec_module(module)
-    sweep = getattr(module, "sweep", None)
-    if not isinstance(sweep, Sweep):
-        raise UsageError(f"{path} must define `sweep`, a train.sweep.Sweep.")
-    return sweep
+    return load_from_file(path, "sweep", Sweep)
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,7 +1,10 @@
 """MNIST, LeNet, 15 epochs: dense and inertial, the original authors' own table."""
 
+import dataclasses
+import pathlib
+
 from inertia_jax import Conv, Inertial, Plan, Rate
-from train.config import Config, Data, Model, Optimizer
+from train.config import load_config
 from train.sweep import Sweep
 
 
@@ -24,27 +27,14 @@ RULES = {
     "window_d3m1": (("conv?", window(3, 1, 0.5)),),
 }
 
+dense = load_config(pathlib.Path(__file__).parents[1] / "mnist_lenet.py")
 sweep = Sweep(
     tuple(
-        Config(
+        dataclasses.replace(
+            dense,
             name=name,
             epochs=15,
-            batch_size=64,
-            data=Data(
-                source="tfds:mnist",
-                mean=(0.1307,),
-                std=(0.3081,),
-                crop_padding=0,
-                flip=False,
-            ),
-            model=Model(name="lenet", plan=Plan(rules).to_json()),
-            optimizer=Optimizer(
-                name="adadelta",
-                learning_rate=1.0,
-                weight_decay=0.0,
-                schedule="exponential",
-                decay=0.7,
-            ),
+            model=dataclasses.replace(dense.model, plan=Plan(rules).to_json()),
         )
         for name, rules in RULES.items()
     )
