@@ -123,19 +123,19 @@ def make_inertial(
         target = Rate(rate) if rate else Fixed(_CLOSED)
         rules.append((path, dataclasses.replace(spec, threshold=target)))
         thresholds[(*path.split("/"), "threshold")] = jnp.asarray(threshold, wide)
-    inertial = model.clone(plan=Plan((*rules, *plan.rules)))
     if not rules:
         return model, dict(variables)
-    nested = traverse_util.unflatten_dict(thresholds)
-    changed = {**variables, "thresholds": nested}
+    inertial = model.clone(plan=Plan((*rules, *plan.rules)))
+    changed = {**variables, "thresholds": traverse_util.unflatten_dict(thresholds)}
     if "batch_stats" in variables:
         # The measured thresholds, not the quantiles of each batch of the recalibration.
-        fixed = inertial.clone(plan=Plan((*specs.items(), *plan.rules)))
-        opened = {(*path.split("/"), "threshold"): jnp.float32(_OPEN) for path in specs}
-        kept = traverse_util.unflatten_dict({**opened, **thresholds})
+        fixed = tuple((path, specs[path]) for path, _ in rules)
         seen = images if recalibration is None else recalibration
         stats = recalibrate_batch_norm(
-            fixed, {**variables, "thresholds": kept}, seen, batch_size=batch_size
+            model.clone(plan=Plan((*fixed, *plan.rules))),
+            changed,
+            seen,
+            batch_size=batch_size,
         )["batch_stats"]
         changed["batch_stats"] = stats
     return inertial, changed

@@ -35,7 +35,7 @@ from train.optimizer import make_optimizer
 from train.parallel import AXIS, Parallel
 from train.rundir import RunDirectory
 from train.state import TrainState, init_state, restore_state, training_to_dict
-from train.step import make_train_call
+from train.step import is_held, make_train_call
 
 _STEPS_PER_CALL = {"cpu": 1}
 _STEPS_PER_CALL_ELSEWHERE = 100
@@ -221,8 +221,7 @@ class Trainer:
 
 def _check_budget(specs: Sequence[Any]) -> None:
     """Raises UsageError where the budget could not move a gate."""
-    free = [spec for spec in specs if not isinstance(spec.threshold, Rate)]
-    if not any(spec.gate_gradient == "ste" for spec in free):
+    if not any(map(is_held, specs)):
         raise UsageError(
             "`gate_budget` needs inertial layers with `gate_gradient` (='ste') in "
             "`model.plan`, their threshold no Rate; nothing else moves gates."

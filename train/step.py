@@ -11,7 +11,7 @@ from flax import traverse_util
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
-from inertia_jax import Rate
+from inertia_jax import Inertial, Rate
 from train.augment import Augmentation, example_keys
 from train.keys import run_keys
 from train.parallel import AXIS
@@ -36,11 +36,9 @@ def gate_rates(intermediates: dict[str, Any]) -> dict[str, Float[Array, "n"]]:
     return {"/".join(p[:-1]): v[0] for p, v in flat.items() if p[-1] == "gate_rate"}
 
 
-def is_held(model: Any, path: str) -> bool:
-    """Returns whether a gate budget moves the layer's gates: by straight-through."""
-    spec = model.plan.spec(path)
-    free = not isinstance(spec.threshold, Rate)
-    return spec.gate_gradient == "ste" and free
+def is_held(spec: Inertial) -> bool:
+    """Returns whether a gate budget moves a layer's gates: by straight-through."""
+    return spec.gate_gradient == "ste" and not isinstance(spec.threshold, Rate)
 
 
 def make_train_call(
@@ -101,7 +99,8 @@ def make_train_call(
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
             if gate_budget is not None:
-                held = [r.mean() for path, r in rates.items() if is_held(model, path)]
+                specs = {path: model.plan.spec(path) for path in rates}
+                held = [r.mean() for path, r in rates.items() if is_held(specs[path])]
                 excess = lax.pmean(jnp.stack(held).mean(), AXIS) - gate_budget
                 loss = loss + (gate_penalty * excess**2).astype(loss.dtype)
             return loss, (collections, losses, logits, gate_rate)
