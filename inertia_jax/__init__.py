@@ -6,7 +6,9 @@ from inertia_jax.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from inertia_jax.compress import compress, decompress
 from inertia_jax.cost import CostTable, LayerCost, count_cost
+from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.interop import load_torch, to_torch
 from inertia_jax.models import MODEL_NAMES, create_model, init_variables
@@ -20,7 +22,9 @@ from inertia_jax.plan import (
     Rate,
     Tucker2,
 )
+from inertia_jax.planned import Planned
 from inertia_jax.post_training import make_inertial
+from inertia_jax.ranks import Budget, Energy, Evbmf, Ratio
 from inertia_jax.recalibrate import recalibrate_batch_norm
 from inertia_jax.variants import published_variant
 
@@ -28,20 +32,29 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODEL_NAMES",
+    "Budget",
     "CheckpointDamagedError",
     "Conv",
     "CostTable",
+    "Energy",
+    "Evbmf",
     "Fixed",
     "Inertial",
     "InertialConv",
     "LayerCost",
     "Learned",
     "LowRank",
+    "LowRankConv",
     "Plan",
+    "Planned",
     "Rate",
+    "Ratio",
     "Tucker2",
+    "Tucker2Conv",
+    "compress",
     "count_cost",
     "create_model",
+    "decompress",
     "init_variables",
     "load_checkpoint",
     "load_torch",

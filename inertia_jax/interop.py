@@ -22,6 +22,8 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# The parts of a factorised convolution, which PyTorch has as a Sequential.
+_PARTS = {"u_in": "0", "core": "1", "u_out": "2", "left": "0", "right": "1"}
 # What an inertial convolution has beside a core; PyTorch's networks have none of it.
 _INERTIAL_LEAVES = ("threshold", "weights", "friction_mean")
 # What training scripts nest a network's weights under.
@@ -33,10 +35,13 @@ def torch_key(path: Sequence[str]) -> str:
 
     Args:
         path: Module names and the variable's name, e.g. `("layer1_0", "conv1",
-            "kernel")`; `name_N` stands for PyTorch's `name.N`.
+            "kernel")`; `name_N` stands for PyTorch's `name.N`, and the parts of a
+            factorised convolution `name` for `name.0`, `name.1` and `name.2`.
     """
     *modules, leaf = path
-    dotted = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    dotted = [
+        _PARTS.get(module, re.sub(r"_(\d+)$", r".\1", module)) for module in modules
+    ]
     return ".".join([*dotted, _LEAVES.get(leaf, leaf)])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +11,10 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jaxtyping import Float
 
+from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.ops.conv import Padding, conv2d
-from inertia_jax.plan import Conv, Inertial, Plan, stays_dense
+from inertia_jax.ops.conv import conv_for_linen
+from inertia_jax.plan import Conv, Inertial, LowRank, Plan, Tucker2, stays_dense
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
 torch_kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -108,12 +108,13 @@ class Layers:
         2 and shift the output grid, which stays the same whatever the plan has.
 
         Raises:
-            ValueError: The plan asks for a kind of convolution that is not built yet.
+            ValueError: The plan asks for ranks that the layer cannot have, or for two
+                factors of a convolution that is not 1x1.
         """
         path = "/".join((*parent.path, name))
         spec = self.plan.spec(path)
         if stays_dense(spec, kernel_size=kernel_size, strides=strides):
-            spec = Conv()
+            spec = spec.dense_core() if isinstance(spec, Tucker2) else Conv()
         common: dict[str, Any] = {
             "strides": strides,
             "use_bias": use_bias,
@@ -123,15 +124,14 @@ class Layers:
             "parent": parent,
             "name": name,
         }
-        if not isinstance(spec, (Conv, Inertial)):
-            raise ValueError(
-                f"the plan asks for {spec} at {path!r}; this version of inertia_jax "
-                f"builds only Conv and Inertial."
-            )
-        if isinstance(spec, Conv):
-            size = spec.kernel_size or kernel_size
-        else:
-            size = spec.region_size if spec.reading == "window" else spec.core_size
+        # Of the convolution that sees the neighbours: the core, where there is one.
+        inner = spec.core if isinstance(spec, Tucker2) else spec
+        size = kernel_size
+        if isinstance(inner, Conv):
+            size = inner.kernel_size or kernel_size
+        elif isinstance(inner, Inertial):
+            is_window = inner.reading == "window"
+            size = inner.region_size if is_window else inner.core_size
         before = padding + (size - kernel_size) // 2
         after = 2 * padding + size - kernel_size - before
         common["padding"] = ((before, after), (before, after))
@@ -143,11 +143,32 @@ class Layers:
                 **{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)},
                 **common,
             )(x, train=train)
+        if isinstance(spec, Tucker2):
+            side = inner.core_size if isinstance(inner, Inertial) else size
+            return Tucker2Conv(
+                features,
+                side,
+                spec.rank_in,
+                spec.rank_out,
+                bias_init=torch_bias_init(spec.rank_out),
+                core=spec.core,
+                axis_name=self.axis_name,
+                **common,
+            )(x, train=train)
+        if isinstance(spec, LowRank):
+            if kernel_size != 1:
+                raise ValueError(
+                    f"the plan has {spec} at {path!r}, whose filters are {kernel_size} "
+                    f"x {kernel_size}; must be 1 x 1."
+                )
+            return LowRankConv(
+                features, spec.rank, bias_init=torch_bias_init(spec.rank), **common
+            )(x)
         return nn.Conv(
             features,
             (size, size),
             bias_init=torch_bias_init(size**2 * x.shape[-1]),
-            conv_general_dilated=_conv_general_dilated,
+            conv_general_dilated=conv_for_linen,
             **common,
         )(x)
 
@@ -179,27 +200,6 @@ class Layers:
             parent=parent,
             name=name,
         )(x)
-
-
-def _conv_general_dilated(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: Padding,
-    *,
-    rhs_dilation: Sequence[int],
-    feature_group_count: int,
-    **_: Any,
-) -> Array:
-    """`ops.conv2d` in the form in which `nn.Conv` takes its convolution."""
-    return conv2d(
-        lhs,
-        rhs,
-        strides=window_strides,
-        padding=padding,
-        dilation=rhs_dilation,
-        groups=feature_group_count,
-    )
 
 
 def scaled(channels: int, width: float) -> int:

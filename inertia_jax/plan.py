@@ -188,6 +188,10 @@ class Tucker2:
         if not isinstance(self.core, (Conv, Inertial)):
             raise ValueError(f"`core` (={self.core!r}) must be a Conv or an Inertial.")
 
+    def dense_core(self) -> "Tucker2":
+        """Returns the same with an ordinary convolution for its core."""
+        return dataclasses.replace(self, core=Conv())
+
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
@@ -214,6 +218,8 @@ def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
         kernel_size: Side of its filters.
         strides: Of its outputs.
     """
+    if isinstance(spec, Tucker2):
+        spec = spec.core
     if not isinstance(spec, Inertial):
         return None
     if spec.core_size > kernel_size:
@@ -263,6 +269,24 @@ class Plan:
             if fnmatch.fnmatchcase(path, glob):
                 return spec
         return Conv()
+
+    def gates(self, path: str) -> Inertial | None:
+        """Returns the inertial convolution whose gates are sown at `path`.
+
+        Args:
+            path: Of the layer, or of its core, `LAYER/core`.
+        """
+        spec = self.spec(path)
+        if not isinstance(spec, Inertial):
+            spec = self.spec(path.removesuffix("/core"))
+            spec = spec.core if isinstance(spec, Tucker2) else spec
+        return spec if isinstance(spec, Inertial) else None
+
+    @property
+    def inertial(self) -> tuple[Inertial, ...]:
+        """The rules' inertial convolutions, also those that are cores."""
+        specs = [s.core if isinstance(s, Tucker2) else s for _, s in self.rules]
+        return tuple(spec for spec in specs if isinstance(spec, Inertial))
 
     def without_ladders(self) -> "Plan":
         """Returns the plan with `capacities=None`: the same outputs, compiled sooner.

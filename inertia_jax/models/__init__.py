@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inertia_jax.cost import count_cost
+from inertia_jax.cost import CONVOLUTIONS, count_cost
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.resnet import ResNet18
 from inertia_jax.models.resnet_cifar import CifarResNet
@@ -28,6 +28,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     },
 }
 MODEL_NAMES = tuple(sorted(_MODELS))
+MODEL_CLASSES = (LeNet, ResNet18, CifarResNet, SimpleDLA, VGG16)
 _DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -153,7 +154,7 @@ def abstract_variables(
 
 def _check_plan(model: nn.Module) -> None:
     rows = count_cost(model, input_shape(model)).rows
-    paths = [row.path for row in rows if row.kind in ("conv", "inertial")]
+    paths = [row.path for row in rows if row.kind in CONVOLUTIONS]
     for glob, _ in model.plan.rules:
         if not fnmatch.filter(paths, glob):
             raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")

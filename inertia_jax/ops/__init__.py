@@ -5,16 +5,37 @@ from inertia_jax.ops.friction import friction
 from inertia_jax.ops.gates import hard_gate, is_open, select
 from inertia_jax.ops.inertial import InertialOutput, inertial_conv
 from inertia_jax.ops.pool import max_pool2d
+from inertia_jax.ops.ranks import energy_rank, evbmf_rank
 from inertia_jax.ops.tiled import inertial_conv_tiled
+from inertia_jax.ops.tucker import (
+    LowRankFactors,
+    Tucker2Factors,
+    low_rank,
+    low_rank_conv,
+    low_rank_to_kernel,
+    tucker2,
+    tucker2_conv,
+    tucker2_to_kernel,
+)
 
 __all__ = [
     "InertialOutput",
+    "LowRankFactors",
+    "Tucker2Factors",
     "conv2d",
+    "energy_rank",
+    "evbmf_rank",
     "friction",
     "hard_gate",
     "inertial_conv",
     "inertial_conv_tiled",
     "is_open",
+    "low_rank",
+    "low_rank_conv",
+    "low_rank_to_kernel",
     "max_pool2d",
     "select",
+    "tucker2",
+    "tucker2_conv",
+    "tucker2_to_kernel",
 ]

@@ -1,0 +1,164 @@
+"""All ranks of a network together, for the least error within a budget."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax.calibration import divergence_of
+from inertia_jax.cost import count_cost
+from inertia_jax.factorise import Weighed
+from inertia_jax.latency import model_latency_ms, site_latencies_ms
+from inertia_jax.ops.ranks import lower_hull
+from inertia_jax.ops.tucker import Method
+from inertia_jax.plan import Conv
+from inertia_jax.ranks import Budget, RankGrid, allocate, make_choices, make_grid
+from inertia_jax.sites import Factorised, Site, leaves_at, with_leaves
+
+# Lost shares of energy at which a layer's effect on the outputs is measured.
+_PROBES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
+# Forms of a layer whose latency is measured, from the least MACs to the most.
+_TIMED_FORMS = 8
+
+Costs = dict[str, Callable[[Conv | Factorised], float]]
+
+
+def choose_ranks(
+    budget: Budget,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    weighed: Mapping[str, Weighed],
+    batches: list[np.ndarray],
+    *,
+    image_shape: tuple[int, ...],
+    method: Method,
+    round_to: int,
+) -> dict[str, Conv | Factorised]:
+    """Returns the form of every convolution.
+
+    Args:
+        budget: What to keep to.
+        model: The dense network.
+        variables: Its variables.
+        weighed: The convolutions that may change, by path, as they stand.
+        batches: Of its inputs; empty: relative errors are summed instead.
+        image_shape: [h, w, c].
+        method: Of the factorisation, where effects are measured.
+        round_to: Ranks become multiples of it.
+
+    Raises:
+        ValueError: A budget that no ranks can meet; says the least possible.
+    """
+    sites = {path: of.site for path, of in weighed.items()}
+    grids = {
+        path: make_grid(of.site, of.kernel, round_to=round_to)
+        for path, of in weighed.items()
+    }
+    if budget.of == "latency":
+        grids = {path: _thinned(sites[path], grid) for path, grid in grids.items()}
+        costs, total = _latencies(budget, model, variables, sites, grids, image_shape)
+    else:
+        table = count_cost(model, image_shape)
+        total = float(table.macs if budget.of == "macs" else table.params)
+        costs = {
+            path: (site.macs if budget.of == "macs" else site.params)
+            for path, site in sites.items()
+        }
+    # What the layers would take as ordinary convolutions, the total counts too.
+    fixed = max(0.0, total - sum(cost(Conv()) for cost in costs.values()))
+    errors = {path: lambda lost: lost for path in sites}
+    if batches:
+        errors = _measured_errors(model, variables, weighed, grids, batches, method)
+    choices = {
+        path: make_choices(site, grids[path], cost=costs[path], error=errors[path])
+        for path, site in sites.items()
+    }
+    specs = allocate(choices, fixed=fixed, budget=budget.share * total)
+    if specs is None:
+        least = fixed + sum(min(of.costs) for of in choices.values())
+        # Rounded up: the share that is named must be one that can be met.
+        share = math.ceil(1e4 * least / total) / 1e4
+        raise ValueError(
+            f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
+            f"with every rank the least possible."
+        )
+    return specs
+
+
+def _thinned(site: Site, grid: RankGrid) -> RankGrid:
+    """Keeps the forms of least error for their MACs, and of those a few."""
+    macs = [site.macs(spec) for spec in grid.specs]
+    hull = [i for i in lower_hull(macs, grid.errors) if macs[i] < site.macs(Conv())]
+    places = np.linspace(0, len(hull) - 1, min(_TIMED_FORMS, len(hull)))
+    kept = [hull[round(place)] for place in places]
+    return RankGrid(tuple(grid.specs[i] for i in kept), grid.errors[kept])
+
+
+def _latencies(
+    budget: Budget,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    grids: Mapping[str, RankGrid],
+    image_shape: tuple[int, ...],
+) -> tuple[Costs, float]:
+    """Returns each layer's time by form, and the dense network's, in milliseconds."""
+    dtype = getattr(model, "dtype", None) or jnp.float32
+    measured: dict[Any, float] = {}
+    costs: Costs = {}
+    for path, site in sites.items():
+        key = (site.kernel.shape, site.groups, site.strides, site.dilation)
+        key = (*key, str(site.padding), site.input_shape)
+        wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
+        missing = [spec for spec in wanted if (key, spec) not in measured]
+        times = site_latencies_ms(
+            site, missing, batch_size=budget.batch_size, dtype=dtype
+        )
+        measured |= {(key, s): t for s, t in zip(missing, times, strict=True)}
+        of = {spec: measured[key, spec] for spec in wanted}
+        costs[path] = of.__getitem__
+    total = model_latency_ms(
+        model, variables, image_shape, batch_size=budget.batch_size
+    )
+    return costs, total
+
+
+def _measured_errors(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    weighed: Mapping[str, Weighed],
+    grids: Mapping[str, RankGrid],
+    batches: list[np.ndarray],
+    method: Method,
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Returns, of each layer, the outputs' divergence by the share of energy lost.
+
+    One layer at a time is replaced by the dense kernel that its factors stand for, so
+    that nothing compiles anew; between the probes the divergence is interpolated.
+    """
+    divergence = divergence_of(model, variables, batches)
+    functions: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    for path, of in weighed.items():
+        macs = [of.site.macs(spec) for spec in grids[path].specs]
+        hull = lower_hull(macs, grids[path].errors)
+        lost = [float(grids[path].errors[i]) for i in hull]
+        probes = {int(np.argmin(np.abs(np.array(lost) - p))) for p in _PROBES}
+        points = [(0.0, 0.0)]
+        for at in sorted(probes, key=lambda at: lost[at]):
+            spec = grids[path].specs[hull[at]]
+            kernel = of.dense_kernel(spec, method=method)
+            leaves = {"kernel": jnp.asarray(kernel, of.site.kernel.dtype)}
+            changed = with_leaves(
+                variables, {path: {**leaves_at(variables, path), **leaves}}
+            )
+            # Noise must not make a larger error look like a smaller one.
+            worst = max(points[-1][1], divergence(changed))
+            points.append((lost[at], worst))
+        x, y = np.array(points).T
+        if x[-1] < 1:  # beyond the last probe, in proportion
+            x, y = np.append(x, 1.0), np.append(y, y[-1] / max(x[-1], 1e-12))
+        functions[path] = lambda e, x=x, y=y: np.interp(e, x, y)  # type: ignore[misc]
+    return functions

@@ -1,0 +1,151 @@
+"""What images tell a compressor: each layer's inputs, and which errors matter."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+from inertia_jax.sites import Site
+
+# Of eigenvalues, relative to their mean: inputs that hardly ever occur must not make
+# weights explode where the weighing is undone.
+_RIDGE = 1e-3
+
+
+def batched(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Returns whole batches, or all images as one batch if they do not fill one."""
+    size = min(batch_size, len(images))
+    return [images[i : i + size] for i in range(0, len(images) - size + 1, size)]
+
+
+def apply_as_trained(
+    model: nn.Module, variables: Mapping[str, Any], images: Array
+) -> Array:
+    """Returns a network's outputs, BatchNorm with the batch's own statistics.
+
+    Those are what recalibration will give: an error that only shifts or scales a
+    channel does not count. A model whose call has no `train` is called without.
+    """
+    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    wrapped = getattr(model, "model", None)
+    if isinstance(wrapped, nn.Module):
+        takes_train = "train" in inspect.signature(type(wrapped).__call__).parameters
+    if not takes_train:
+        return model.apply(variables, images)
+    outputs, _ = model.apply(
+        variables,
+        images,
+        train="batch_stats" in variables,
+        mutable=["batch_stats", "thresholds", "intermediates"],
+        rngs={"dropout": jax.random.key(0)},
+    )
+    return outputs
+
+
+def input_moments(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    batches: list[np.ndarray],
+) -> dict[str, Float[np.ndarray, "g c c"]]:
+    """Returns the mean of x x^T over each layer's inputs, every group of channels.
+
+    Uncentred: what a factorisation does to the mean is an error like any other.
+
+    Args:
+        model: The dense network.
+        variables: Its variables.
+        sites: The layers.
+        batches: Of its inputs.
+    """
+
+    @jax.jit
+    def of_batch(variables: Any, batch: Array) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+
+        def record(
+            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
+            path = "/".join(context.module.path)
+            if context.method_name == "__call__" and path in sites:
+                x = jnp.asarray(args[0])
+                groups = sites[path].groups
+                rows = x.reshape(-1, groups, x.shape[-1] // groups)
+                rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+                found[path] = jnp.einsum(
+                    "ngi,ngj->gij", rows, rows, precision="highest"
+                ) / len(rows)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(record):
+            apply_as_trained(model, variables, batch)
+        return found
+
+    parts = [jax.device_get(of_batch(variables, batch)) for batch in batches]
+    return {
+        path: np.mean([part[path].astype(np.float64) for part in parts], axis=0)
+        for path in parts[0]
+    }
+
+
+def weighing(
+    moment: Float[np.ndarray, "g c c"],
+) -> tuple[Float[np.ndarray, "g c c"], Float[np.ndarray, "g c c"]]:
+    """Returns the square root of each second moment, and the inverse of that root."""
+    roots, inverses = [], []
+    for group in moment:
+        values, vectors = np.linalg.eigh(group)
+        least = _RIDGE * max(values.mean(), np.finfo(np.float64).tiny)
+        root = np.sqrt(np.maximum(values, 0) + least)
+        roots.append(vectors * root @ vectors.T)
+        inverses.append(vectors / root @ vectors.T)
+    return np.stack(roots), np.stack(inverses)
+
+
+def divergence_of(
+    model: nn.Module, variables: Mapping[str, Any], batches: list[np.ndarray]
+) -> Callable[[Mapping[str, Any]], float]:
+    """Returns a function from other variables to how far they move the outputs.
+
+    The distance is the mean Kullback-Leibler divergence from the softmax of the network
+    as it is, in nats. Other variables of the same shapes compile nothing anew.
+
+    Args:
+        model: The network.
+        variables: As they are.
+        batches: Of its inputs.
+
+    Raises:
+        ValueError: Outputs that are not finite.
+    """
+    device_batches = [jnp.asarray(batch) for batch in batches]
+    outputs = jax.jit(lambda v, batch: apply_as_trained(model, v, batch))
+    dense = [outputs(variables, batch) for batch in device_batches]
+    if not all(bool(jnp.isfinite(logits).all()) for logits in dense):
+        raise ValueError("the outputs on `calibration` must be finite; some are not.")
+
+    @jax.jit
+    def of_batch(changed: Any, batch: Array, dense: Array) -> Array:
+        logits = apply_as_trained(model, changed, batch)
+        wide = jnp.promote_types(logits.dtype, jnp.float32)
+        p = jax.nn.log_softmax(dense.astype(wide))
+        q = jax.nn.log_softmax(logits.astype(wide))
+        return (jnp.exp(p) * (p - q)).sum(-1).mean()
+
+    def measure(changed: Mapping[str, Any]) -> float:
+        return float(
+            np.mean(
+                [
+                    of_batch(changed, batch, logits)
+                    for batch, logits in zip(device_batches, dense, strict=True)
+                ]
+            )
+        )
+
+    return measure

@@ -1,0 +1,216 @@
+"""Tucker-2 compression of whole networks: (model, variables) -> (model, variables)."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.budget import choose_ranks
+from inertia_jax.calibration import batched, input_moments
+from inertia_jax.factorise import Weighed
+from inertia_jax.models import MODEL_CLASSES, input_shape
+from inertia_jax.ops.tucker import Method
+from inertia_jax.plan import Conv, Plan, Spec, Tucker2
+from inertia_jax.planned import Planned
+from inertia_jax.ranks import Budget, RankRule, rank_by_rule
+from inertia_jax.sites import bias_of, find_sites, leaves_at, with_leaves
+
+
+def compress(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    ranks: RankRule | Budget,
+    method: Method = "hosvd",
+    calibration: Float[ArrayLike, "n h w c"] | None = None,
+    layers: str = "*",
+    keep_stem: bool = False,
+    only_cheaper: bool = True,
+    round_to: int = 1,
+    image_shape: tuple[int, int, int] | None = None,
+    batch_size: int = 128,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Factorises the convolutions of a trained network.
+
+    A convolution becomes 1x1, core, 1x1 (`Tucker2`); a 1x1 convolution two of them
+    (`LowRank`), but with `Ratio`, which makes all of them Tucker-2. The ranks stand in
+    the new model's plan. Nothing is trained: `recalibrate_batch_norm` and fine-tuning
+    come after.
+
+    With calibration images, a kernel's error is weighed by what the layer sees: for
+    inputs of second moment M = E[x x^T], over channels, M^(1/2) K is factorised and
+    M^(-1/2) multiplied into U_in. A `Budget` then chooses all ranks together for the
+    least summed divergence of the network's outputs, each layer's being measured at
+    several ranks; without images, for the least sum of relative errors.
+
+    A network that is compressed already is compressed again from its factors multiplied
+    out, and shares stay those of the dense network.
+
+    Args:
+        model: A network of this library, or any Linen model made of `nn.Conv`, which
+            comes back as `Planned`. Inertial layers are left as they are.
+        variables: Its trained variables.
+        ranks: `Ratio`, `Energy`, `Evbmf`, `Budget`, or explicit ones: a `Plan` of
+            `Tucker2`, `LowRank` and `Conv` by glob.
+        method: `hosvd`, or `hooi`, which is slower and never worse; see `ops.tucker2`.
+        calibration: Some hundred of the network's inputs, normalised.
+        layers: Glob over the paths of the convolutions that may change.
+        keep_stem: Leave the first convolution as it is.
+        only_cheaper: Leave a convolution as it is that would not get cheaper: in
+            parameters with `Budget(params=...)`, else in MACs.
+        round_to: Ranks become multiples of it, rounded up, for the hardware's sake.
+        image_shape: [h, w, c] that MACs are counted at; None: that of `calibration`, or
+            the one that a network of this library was published for.
+        batch_size: Calibration images a call; what fills no whole batch is left out.
+
+    Returns:
+        (model, variables) of the compressed network.
+
+    Raises:
+        ValueError: A budget that no ranks can meet (says the least possible), a glob
+            that matches no convolution, ranks outside their range, kernels or images
+            that are not finite, or no `image_shape` where it is needed.
+
+    References:
+        Kim et al., 2016, https://arxiv.org/abs/1511.06530
+    """
+    if not isinstance(ranks, RankRule | Budget):
+        raise ValueError(
+            f"`ranks` (={ranks!r}) must be a Ratio, Energy, Evbmf, Budget or Plan."
+        )
+    if round_to < 1:
+        raise ValueError(f"`round_to` (={round_to}) must be >= 1.")
+    images = None if calibration is None else _checked_images(calibration)
+    shape = _image_shape(model, image_shape, images)
+    sites = find_sites(model, variables, shape)
+    stem = next(iter(sites), None)
+    sites = {
+        path: site
+        for path, site in sites.items()
+        if fnmatch.fnmatchcase(path, layers) and not (keep_stem and path == stem)
+    }
+    if not sites:
+        raise ValueError(
+            f"`layers` (={layers!r}) matches no convolution that can be factorised."
+        )
+    if isinstance(ranks, Plan):
+        for glob, _ in ranks.rules:
+            if not fnmatch.filter(sites, glob):
+                raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
+    batches = [] if images is None else batched(images, batch_size)
+    weighed = {path: Weighed(site) for path, site in sites.items()}
+    dense = decompress(model, variables, image_shape=shape)
+    if batches:
+        moments = input_moments(*dense, sites, batches)
+        weighed = {p: Weighed(site, moments[p]) for p, site in sites.items()}
+    if isinstance(ranks, Budget):
+        specs = choose_ranks(
+            ranks,
+            *dense,
+            weighed,
+            batches,
+            image_shape=shape,
+            method=method,
+            round_to=round_to,
+        )
+    else:
+        specs = {
+            path: rank_by_rule(ranks, site, weighed[path].kernel, round_to=round_to)
+            for path, site in sites.items()
+        }
+        if only_cheaper:
+            specs = {
+                path: spec
+                for path, spec in specs.items()
+                if sites[path].macs(spec) < sites[path].macs(sites[path].spec)
+            }
+    changed = {
+        path: weighed[path].parameters(spec, leaves_at(variables, path), method=method)
+        for path, spec in specs.items()
+        if spec != sites[path].spec
+    }
+    rules = {path: specs[path] for path in changed}
+    return _with_rules(model, rules), with_leaves(variables, changed)
+
+
+def decompress(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Multiplies the factors of a compressed network out to dense kernels.
+
+    Args:
+        model: As `compress` gives it.
+        variables: Its variables.
+        image_shape: [h, w, c]; None: as for `compress`.
+
+    Returns:
+        (model, variables) of a network of ordinary convolutions, with the same outputs
+        up to rounding.
+
+    Raises:
+        ValueError: A factorised layer whose core is inertial, which no dense kernel
+            equals.
+    """
+    shape = _image_shape(model, image_shape, None)
+    plan = getattr(model, "plan", None)
+    for _, spec in plan.rules if isinstance(plan, Plan) else ():
+        if isinstance(spec, Tucker2) and spec.core != Conv():
+            raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
+    changed, specs = {}, {}
+    for path, site in find_sites(model, variables, shape).items():
+        if site.spec == Conv():
+            continue
+        leaves = leaves_at(variables, path)
+        dtype = next(iter(leaves.values())).dtype
+        bias = bias_of(leaves)
+        changed[path] = {"kernel": jnp.asarray(site.kernel, dtype)}
+        if bias is not None:
+            changed[path]["bias"] = bias
+        specs[path] = Conv()
+    return _with_rules(model, specs), with_leaves(variables, changed)
+
+
+def _checked_images(calibration: Any) -> np.ndarray:
+    images = np.asarray(calibration)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"`calibration` (shape {images.shape}) must be [n, h, w, c], n >= 1."
+        )
+    if not np.isfinite(images).all():
+        raise ValueError("`calibration` must be finite; some of it is not.")
+    return images
+
+
+def _image_shape(
+    model: nn.Module, given: tuple[int, int, int] | None, images: np.ndarray | None
+) -> tuple[int, ...]:
+    if given is not None:
+        return tuple(given)
+    if images is not None:
+        return images.shape[1:]
+    if isinstance(model, MODEL_CLASSES):
+        return input_shape(model)
+    raise ValueError(
+        f"`image_shape` (=None) must be given for {type(model).__name__}, which is "
+        f"none of this library's networks."
+    )
+
+
+def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:
+    """Returns the model with these layers otherwise, whatever its plan had for them."""
+    if not rules:
+        return model
+    plan = getattr(model, "plan", None)
+    if not isinstance(plan, Plan):
+        return Planned(model, Plan(tuple(rules.items())))
+    rest = Plan(tuple((g, spec) for g, spec in plan.rules if g not in rules))
+    new = tuple((p, spec) for p, spec in rules.items() if rest.spec(p) != spec)
+    return model.clone(plan=Plan((*new, *rest.rules)))

@@ -1,0 +1,125 @@
+"""One convolution: from a kernel, weighed by its inputs, to the factors' parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from inertia_jax.calibration import weighing
+from inertia_jax.ops.tucker import (
+    LowRankFactors,
+    Method,
+    Tucker2Factors,
+    factor_kernels,
+    low_rank,
+    low_rank_to_kernel,
+    split_groups,
+    tucker2,
+    tucker2_to_kernel,
+)
+from inertia_jax.plan import Conv, LowRank
+from inertia_jax.sites import Factorised, Site, bias_of
+
+
+class Weighed:
+    """A convolution with its kernel weighed by the inputs it sees.
+
+    Attributes:
+        site: The convolution.
+        kernel: M^(1/2) K over the input channels [kh, kw, c_in / groups, c_out], M the
+            second moment of the inputs; K itself where they are not known.
+    """
+
+    def __init__(
+        self, site: Site, moment: Float[np.ndarray, "g c c"] | None = None
+    ) -> None:
+        """Weighs the kernel.
+
+        Args:
+            site: The convolution.
+            moment: Of its inputs, group by group; None: not known.
+        """
+        self.site = site
+        dtype = np.promote_types(site.kernel.dtype, np.float32)
+        self.kernel = np.asarray(site.kernel, dtype)
+        self._inverse: np.ndarray | None = None
+        if moment is not None:
+            root, self._inverse = weighing(moment)
+            self.kernel = self._multiplied(root, self.kernel)
+
+    def _multiplied(self, matrices: np.ndarray, kernel: Any) -> np.ndarray:
+        """Multiplies each group's matrix into the input channels."""
+        parts = np.asarray(split_groups(jnp.asarray(kernel), self.site.groups))
+        parts = np.einsum("gij,ghwjo->hwigo", matrices, parts, optimize=True)
+        return parts.reshape(*parts.shape[:3], -1).astype(self.kernel.dtype)
+
+    def factors(
+        self, spec: Factorised, *, method: Method = "hosvd"
+    ) -> Tucker2Factors | LowRankFactors:
+        """Returns the kernel's factors, the weighing undone.
+
+        Args:
+            spec: Their ranks.
+            method: See `ops.tucker2`.
+        """
+        groups = self.site.groups
+        if isinstance(spec, LowRank):
+            two = low_rank(self.kernel, rank=spec.rank, groups=groups)
+            if self._inverse is None:
+                return two
+            kernel = low_rank_to_kernel(two, groups=groups)
+            kernel = self._multiplied(self._inverse, kernel)
+            return low_rank(kernel, rank=spec.rank, groups=groups)
+        three = tucker2(
+            self.kernel,
+            rank_in=spec.rank_in,
+            rank_out=spec.rank_out,
+            method=method,
+            groups=groups,
+        )
+        if self._inverse is None:
+            return three
+        u_in = np.asarray(three.u_in)
+        # Orthonormal again, so that fine-tuning starts well conditioned.
+        q, r = np.linalg.qr(self._inverse @ u_in.reshape(groups, -1, u_in.shape[1]))
+        return three._replace(
+            u_in=jnp.asarray(q.reshape(-1, q.shape[2]), u_in.dtype),
+            core=jnp.asarray(self._multiplied(r, three.core)),
+        )
+
+    def dense_kernel(self, spec: Factorised, *, method: Method) -> np.ndarray:
+        """Returns the kernel that the factors stand for."""
+        factors = self.factors(spec, method=method)
+        groups = self.site.groups
+        if isinstance(factors, LowRankFactors):
+            return np.asarray(low_rank_to_kernel(factors, groups=groups))
+        return np.asarray(tucker2_to_kernel(factors, groups=groups))
+
+    def parameters(
+        self, spec: Conv | Factorised, leaves: Mapping[str, Any], *, method: Method
+    ) -> dict[str, Any]:
+        """Returns the layer's parameters in another form, by name.
+
+        Args:
+            spec: The form.
+            leaves: Its parameters as they are, for their type and the bias.
+            method: See `ops.tucker2`.
+        """
+        dtype, bias = next(iter(leaves.values())).dtype, bias_of(leaves)
+        if isinstance(spec, Conv):
+            names, kernels = ("",), (self.site.kernel,)
+        else:
+            factors = self.factors(spec, method=method)
+            kernels = factor_kernels(factors, groups=self.site.groups)
+            names = ("left/", "right/")
+            if isinstance(factors, Tucker2Factors):
+                names = ("u_in/", "core/", "u_out/")
+        new = {
+            f"{name}kernel": jnp.asarray(kernel, dtype)
+            for name, kernel in zip(names, kernels, strict=True)
+        }
+        if bias is not None:
+            new[f"{names[-1]}bias"] = bias
+        return new

@@ -1,0 +1,251 @@
+"""Factorised convolutions as Linen modules: Tucker-2, and two factors for 1x1."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.ops.conv import conv_for_linen, pair
+from inertia_jax.ops.tucker import max_ranks, pointwise
+from inertia_jax.plan import Conv, Inertial
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution as a product of matrices.
+
+    Parameters: `kernel` [1, 1, c_in / feature_group_count, features] and `bias`.
+
+    Attributes:
+        features: Output channels.
+        use_bias: Whether a bias is added.
+        feature_group_count: Groups of channels that do not mix.
+        dtype: Of the computation; None: of the input and parameters.
+        param_dtype: Of the parameters.
+        kernel_init: Of the kernel.
+        bias_init: Of the bias.
+    """
+
+    features: int
+    use_bias: bool = False
+    feature_group_count: int = 1
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c_in"]) -> Float[Array, "*batch c_out"]:
+        groups = self.feature_group_count
+        shape = (1, 1, x.shape[-1] // groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = pointwise(jnp.asarray(x), jnp.asarray(kernel)[0, 0], groups=groups)
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Tucker2Conv(nn.Module):
+    """A Tucker-2 factorised convolution, used like `nn.Conv` of two dimensions.
+
+    Children: `u_in`, 1x1 from the input channels to `rank_in` a group; `core`, the
+    convolution between the ranks, with these strides, padding and dilation; `u_out`,
+    1x1 to the features, with the bias. Zero padding commutes with a 1x1 convolution
+    without bias, so any padding that `nn.Conv` takes stays exact.
+
+    Attributes:
+        features: Output channels.
+        kernel_size: Sides of the core, or one of a square one.
+        rank_in: Channels before the core, of each group, in [1, c_in / groups].
+        rank_out: Channels after it, of each group, in [1, features / groups].
+        strides: As `nn.Conv` has it, as all below; of the core.
+        padding: Of the core.
+        kernel_dilation: Of the core.
+        feature_group_count: Groups of channels that do not mix, in all three.
+        use_bias: Whether a bias is added to the output.
+        dtype: Of the computation; None: of the input and parameters.
+        param_dtype: Of the parameters.
+        kernel_init: Of each of the three kernels.
+        bias_init: Of the bias.
+        core: What the core is: `Conv()`, or an `Inertial` in the tiled reading.
+        axis_name: See `InertialConv`.
+
+    Raises:
+        ValueError: A rank outside its range, or groups that do not divide the channels.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    rank_in: int
+    rank_out: int
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    core: Conv | Inertial = Conv()
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
+    ) -> Float[Array, "*batch h_out w_out features"]:
+        x = jnp.asarray(x)
+        groups = self.feature_group_count
+        size = pair(self.kernel_size)
+        c_in = x.shape[-1]
+        check_groups(groups, c_in, self.features)
+        most_in, most_out = max_ranks(
+            (*size, c_in // groups, self.features), groups=groups
+        )
+        for name, rank, most in (
+            ("rank_in", self.rank_in, most_in),
+            ("rank_out", self.rank_out, most_out),
+        ):
+            if not 1 <= rank <= most:
+                raise ValueError(f"`{name}` (={rank}) must be in [1, {most}].")
+        common: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": self.kernel_init,
+        }
+        x = Pointwise(
+            groups * self.rank_in, feature_group_count=groups, name="u_in", **common
+        )(x)
+        core_features = groups * self.rank_out
+        if isinstance(self.core, Inertial):
+            x = self._inertial(x, core_features, common, train=train)
+        else:
+            x = nn.Conv(
+                core_features,
+                size,
+                strides=self.strides,
+                padding=self.padding,
+                kernel_dilation=self.kernel_dilation,
+                feature_group_count=groups,
+                use_bias=False,
+                conv_general_dilated=conv_for_linen,
+                name="core",
+                **common,
+            )(x)
+        return Pointwise(
+            self.features,
+            use_bias=self.use_bias,
+            feature_group_count=groups,
+            bias_init=self.bias_init,
+            name="u_out",
+            **common,
+        )(x)
+
+    def _inertial(
+        self, x: Array, features: int, common: dict[str, Any], *, train: bool
+    ) -> Array:
+        if not isinstance(self.core, Inertial):
+            raise TypeError("the core is no Inertial.")
+        if self.feature_group_count != 1 or pair(self.kernel_dilation or 1) != (1, 1):
+            raise ValueError(
+                f"`core` (={self.core}) must have neither groups nor dilation."
+            )
+        names = Inertial.__dataclass_fields__
+        return InertialConv(
+            features,
+            strides=self.strides or 1,
+            padding=self.padding,
+            use_bias=False,
+            axis_name=self.axis_name,
+            name="core",
+            **{name: getattr(self.core, name) for name in names},
+            **common,
+        )(x, train=train)
+
+
+class LowRankConv(nn.Module):
+    """A 1x1 convolution as two, used like `nn.Conv` of two dimensions.
+
+    Children: `left`, from the input channels to `rank` a group, with strides and
+    padding; `right`, from there to the features, with the bias.
+
+    Attributes:
+        features: Output channels.
+        rank: Channels between the two, of each group, in [1, min(c_in, features) /
+            groups].
+        strides: As `nn.Conv` has it, as all below.
+        padding: As `nn.Conv` has it.
+        feature_group_count: Groups of channels that do not mix, in both.
+        use_bias: Whether a bias is added to the output.
+        dtype: Of the computation; None: of the input and parameters.
+        param_dtype: Of the parameters.
+        kernel_init: Of both kernels.
+        bias_init: Of the bias.
+
+    Raises:
+        ValueError: A rank outside its range, or groups that do not divide the channels.
+    """
+
+    features: int
+    rank: int
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self, x: Float[ArrayLike, "*batch h w c_in"]
+    ) -> Float[Array, "*batch h_out w_out features"]:
+        x = jnp.asarray(x)
+        groups = self.feature_group_count
+        check_groups(groups, x.shape[-1], self.features)
+        most = min(x.shape[-1], self.features) // groups
+        if not 1 <= self.rank <= most:
+            raise ValueError(f"`rank` (={self.rank}) must be in [1, {most}].")
+        common: dict[str, Any] = {
+            "feature_group_count": groups,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": self.kernel_init,
+        }
+        x = nn.Conv(
+            groups * self.rank,
+            (1, 1),
+            strides=self.strides,
+            padding=self.padding,
+            use_bias=False,
+            conv_general_dilated=conv_for_linen,
+            name="left",
+            **common,
+        )(x)
+        return Pointwise(
+            self.features,
+            use_bias=self.use_bias,
+            bias_init=self.bias_init,
+            name="right",
+            **common,
+        )(x)
+
+
+def check_groups(groups: int, c_in: int, features: int) -> None:
+    """Raises ValueError where groups do not divide the channels."""
+    if groups < 1 or c_in % groups or features % groups:
+        raise ValueError(
+            f"`feature_group_count` (={groups}) must divide {c_in} input and "
+            f"{features} output channels."
+        )

@@ -1,0 +1,129 @@
+"""How long a convolution takes on this machine, in one form or another."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax.ops.conv import conv2d
+from inertia_jax.ops.tucker import (
+    LowRankFactors,
+    Tucker2Factors,
+    low_rank_conv,
+    tucker2_conv,
+)
+from inertia_jax.plan import Conv, LowRank
+from inertia_jax.sites import Factorised, Site
+
+_REPEATS = 7
+# A call is repeated until it takes this long, so that the clock does not matter.
+_LEAST_S = 0.002
+
+
+def time_interleaved(
+    calls: Sequence[Callable[[], Any]], *, repeats: int = _REPEATS
+) -> list[float]:
+    """Returns the median time of each call, in milliseconds, all in alternation.
+
+    Args:
+        calls: Return arrays, which are waited for.
+        repeats: Rounds of measurement, after one to warm up.
+    """
+    counts = []
+    for call in calls:
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        once = max(time.perf_counter() - start, 1e-7)
+        counts.append(max(1, min(100, round(_LEAST_S / once))))
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, count, of in zip(calls, counts, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                result = call()
+            jax.block_until_ready(result)
+            of.append(1e3 * (time.perf_counter() - start) / count)
+    return [statistics.median(of) for of in times]
+
+
+def site_latencies_ms(
+    site: Site,
+    specs: Sequence[Conv | Factorised],
+    *,
+    batch_size: int,
+    dtype: Any = jnp.float32,
+    repeats: int = _REPEATS,
+) -> list[float]:
+    """Returns the time of a convolution in several forms, in milliseconds a call.
+
+    Args:
+        site: The convolution, for its shapes; weights are random.
+        specs: The forms.
+        batch_size: Images a call.
+        dtype: Of images and weights.
+        repeats: See `time_interleaved`.
+    """
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (batch_size, *site.input_shape), dtype)
+    calls = []
+    for spec in specs:
+        kernels = [
+            jax.random.normal(key, shape, dtype) for shape in site.kernel_shapes(spec)
+        ]
+        forward = jax.jit(functools.partial(_forward, site, spec))
+        calls.append(functools.partial(forward, x, kernels))
+    return time_interleaved(calls, repeats=repeats)
+
+
+def _forward(
+    site: Site, spec: Conv | Factorised, x: jax.Array, kernels: list[jax.Array]
+) -> jax.Array:
+    groups = site.groups
+    around: dict[str, Any] = {
+        "strides": site.strides,
+        "padding": site.padding,
+        "dilation": site.dilation,
+    }
+    if isinstance(spec, Conv):
+        return conv2d(x, kernels[0], groups=groups, **around)
+    into, out = kernels[0][0, 0], kernels[-1][0, 0].T
+    into = jnp.moveaxis(into.reshape(into.shape[0], groups, -1), 1, 0)
+    into = into.reshape(-1, into.shape[2])
+    if isinstance(spec, LowRank):
+        factors = LowRankFactors(into, out)
+        return low_rank_conv(x, factors, strides=site.strides, groups=groups)
+    return tucker2_conv(
+        x, Tucker2Factors(into, kernels[1], out), groups=groups, **around
+    )
+
+
+def model_latency_ms(
+    model: nn.Module,
+    variables: Any,
+    image_shape: tuple[int, ...],
+    *,
+    batch_size: int,
+    repeats: int = _REPEATS,
+) -> float:
+    """Returns the time of a network's evaluation, in milliseconds a call.
+
+    Args:
+        model: Called as `model(images)`.
+        variables: Its variables.
+        image_shape: [h, w, c].
+        batch_size: Images a call.
+        repeats: See `time_interleaved`.
+    """
+    images = jnp.asarray(
+        np.random.default_rng(0).standard_normal((batch_size, *image_shape)),
+        jnp.float32,
+    )
+    forward = jax.jit(lambda v, x: model.apply(v, x))
+    return time_interleaved([lambda: forward(variables, images)], repeats=repeats)[0]

@@ -1,0 +1,113 @@
+"""Any Linen model with factorised convolutions, without an edit of the model."""
+
+from typing import Any
+
+from flax import linen as nn
+
+from inertia_jax.factorised import LowRankConv, Tucker2Conv
+from inertia_jax.plan import Conv, LowRank, Plan, Tucker2
+
+
+class Planned(nn.Module):
+    """A model of `nn.Conv` layers, some of which a plan replaces.
+
+    Variables are those of the model itself, under the same names, but for the layers
+    that the plan has otherwise: a `Tucker2Conv` or `LowRankConv` stands in their place.
+    Every call of such a layer is intercepted (`flax.linen.intercept_methods`).
+
+    Attributes:
+        model: Any Linen model.
+        plan: Which of its `nn.Conv` layers become `Tucker2` (with an ordinary core) or
+            `LowRank`.
+
+    Raises:
+        ValueError: A rule of another kind, or for a layer that cannot be factorised.
+    """
+
+    model: nn.Module
+    plan: Plan = Plan()
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.plan
+        # Parts of what stands in for a layer are nn.Conv themselves.
+        replaced: set[tuple[str, ...]] = set()
+
+        def replace(
+            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
+            module = context.module
+            if type(module) is not nn.Conv or context.method_name != "__call__":
+                return call(*args, **kwargs)
+            spec = plan.spec("/".join(module.path))
+            if module.path[:-1] in replaced or spec == Conv():
+                return call(*args, **kwargs)
+            replaced.add(module.path)
+            return factorised_like(module, spec)(*args, **kwargs)
+
+        with nn.intercept_methods(replace):
+            return self.model(*args, **kwargs)
+
+
+def factorised_like(
+    module: nn.Conv, spec: Conv | Tucker2 | LowRank | Any
+) -> Tucker2Conv | LowRankConv:
+    """Returns what stands in for an `nn.Conv`, on its scope.
+
+    Raises:
+        ValueError: See `Planned`.
+    """
+    reason = cannot_factorise(module)
+    path = "/".join(module.path)
+    if reason is not None:
+        raise ValueError(f"`plan` has {spec} at {path!r}, which {reason}.")
+    if module.scope is None:
+        raise ValueError(f"{path!r} must be called inside `apply` or `init`.")
+    common: dict[str, Any] = {
+        "strides": module.strides,
+        "padding": module.padding,
+        "feature_group_count": module.feature_group_count,
+        "use_bias": module.use_bias,
+        "dtype": module.dtype,
+        "param_dtype": module.param_dtype,
+        "kernel_init": module.kernel_init,
+        "bias_init": module.bias_init,
+        # A layer called twice makes its parts twice, in the same places.
+        "parent": module.scope.rewound(),
+    }
+    if isinstance(spec, LowRank):
+        if tuple(module.kernel_size) != (1, 1):
+            raise ValueError(
+                f"`plan` has {spec} at {path!r}, whose filters are "
+                f"{module.kernel_size}; must be 1 x 1."
+            )
+        return LowRankConv(module.features, spec.rank, **common)
+    if not isinstance(spec, Tucker2) or spec.core != Conv():
+        raise ValueError(
+            f"`plan` has {spec} at {path!r}; must be a Tucker2 with an ordinary core, "
+            f"or a LowRank."
+        )
+    return Tucker2Conv(
+        module.features,
+        module.kernel_size,
+        spec.rank_in,
+        spec.rank_out,
+        kernel_dilation=module.kernel_dilation,
+        **common,
+    )
+
+
+def cannot_factorise(module: nn.Conv) -> str | None:
+    """Returns why a convolution cannot be factorised, or None if it can."""
+    if not isinstance(module.kernel_size, int) and len(module.kernel_size) != 2:
+        return "is not two-dimensional"
+    dilation = module.input_dilation
+    if dilation is not None and any(
+        d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)
+    ):
+        return "dilates its input"
+    if module.mask is not None:
+        return "has a mask"
+    return None

@@ -1,0 +1,210 @@
+"""The convolutions of a network that can be factorised, and what each form costs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Float
+
+from inertia_jax.cost import Call, record_calls
+from inertia_jax.factorised import LowRankConv, Tucker2Conv
+from inertia_jax.ops.conv import pair
+from inertia_jax.ops.tucker import (
+    LowRankFactors,
+    Tucker2Factors,
+    low_rank_to_kernel,
+    tucker2_to_kernel,
+)
+from inertia_jax.plan import Conv, LowRank, Tucker2
+from inertia_jax.planned import cannot_factorise
+
+Factorised = Tucker2 | LowRank
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A convolution as it stands in a network.
+
+    Attributes:
+        path: Of the layer.
+        kernel: The dense one [kh, kw, c_in / groups, c_out], multiplied out where the
+            layer is factorised.
+        groups: Of the convolution.
+        strides: Vertical and horizontal.
+        padding: As the layer has it.
+        dilation: Vertical and horizontal.
+        input_shape: Of one image [h, w, c_in].
+        output_shape: Of one image [h_out, w_out, c_out].
+        spec: What stands there.
+    """
+
+    path: str
+    kernel: Float[np.ndarray, "kh kw c_in c_out"]
+    groups: int
+    strides: tuple[int, int]
+    padding: Any
+    dilation: tuple[int, int]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    spec: Conv | Tucker2 | LowRank
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the filters are 1 x 1."""
+        return self.kernel.shape[:2] == (1, 1)
+
+    def macs(self, spec: Conv | Factorised) -> int:
+        """Returns the multiply-accumulates of an image in this form."""
+        return sum(
+            math.prod(positions) * math.prod(kernel[:-1]) * kernel[-1]
+            for positions, kernel in self._parts(spec)
+        )
+
+    def params(self, spec: Conv | Factorised) -> int:
+        """Returns the parameters in this form, without the bias."""
+        return sum(math.prod(kernel) for _, kernel in self._parts(spec))
+
+    def kernel_shapes(self, spec: Conv | Factorised) -> list[tuple[int, ...]]:
+        """Returns the shapes of the kernels that are applied one after another."""
+        return [kernel for _, kernel in self._parts(spec)]
+
+    def _parts(
+        self, spec: Conv | Factorised
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Returns where each kernel is applied, and its shape."""
+        kh, kw, c_in, c_out = self.kernel.shape
+        before, after = self.input_shape[:2], self.output_shape[:2]
+        if isinstance(spec, Tucker2):
+            r_in, r_out = spec.rank_in, self.groups * spec.rank_out
+            return [
+                (before, (1, 1, c_in, self.groups * r_in)),
+                (after, (kh, kw, r_in, r_out)),
+                (after, (1, 1, spec.rank_out, c_out)),
+            ]
+        if isinstance(spec, LowRank):
+            left = (1, 1, c_in, self.groups * spec.rank)
+            return [(after, left), (after, (1, 1, spec.rank, c_out))]
+        return [(after, (kh, kw, c_in, c_out))]
+
+
+def find_sites(
+    model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, ...]
+) -> dict[str, Site]:
+    """Returns the convolutions that can be factorised, by path, first to last.
+
+    Args:
+        model: Called as `model(images)`.
+        variables: Its variables.
+        image_shape: [h, w, c].
+
+    Raises:
+        ValueError: A kernel that is not finite.
+    """
+    calls, _ = record_calls(model, image_shape)
+    inside = {path for path, call in calls.items() if call.is_factorised}
+    sites = {}
+    for path, call in calls.items():
+        if path.rpartition("/")[0] in inside:
+            continue
+        leaves = leaves_at(variables, path)
+        kernel = _dense_kernel(call, leaves)
+        if kernel is None:
+            continue
+        if not np.isfinite(kernel).all():
+            raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
+        module = call.module
+        is_low_rank = isinstance(module, LowRankConv)
+        sites[path] = Site(
+            path=path,
+            kernel=kernel,
+            groups=module.feature_group_count,
+            strides=pair(module.strides or 1),
+            padding=module.padding,
+            dilation=(1, 1) if is_low_rank else pair(module.kernel_dilation or 1),
+            input_shape=tuple(call.input_shape[1:]),
+            output_shape=tuple(call.output_shape),
+            spec=_spec(module),
+        )
+    return sites
+
+
+def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Returns the parameters of a layer, those of its parts as `PART/kernel`."""
+    node: Any = variables["params"]
+    for name in path.split("/"):
+        node = node.get(name, {}) if isinstance(node, Mapping) else {}
+    return traverse_util.flatten_dict(dict(node), sep="/") if node else {}
+
+
+def with_leaves(
+    variables: Mapping[str, Any], changed: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns variables with other parameters at some layers.
+
+    Args:
+        variables: As `model.init` gives them.
+        changed: By layer path, parameters as `leaves_at` names them.
+    """
+    flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    kept = {
+        name: leaf
+        for name, leaf in flat.items()
+        if not any(name.startswith(f"{path}/") for path in changed)
+    }
+    for path, leaves in changed.items():
+        kept |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
+    return {**variables, "params": traverse_util.unflatten_dict(kept, sep="/")}
+
+
+def bias_of(leaves: Mapping[str, Any]) -> Any:
+    """Returns a layer's bias, whatever form the layer has; None without one."""
+    for name in ("bias", "u_out/bias", "right/bias"):
+        if name in leaves:
+            return leaves[name]
+    return None
+
+
+def _spec(module: Any) -> Conv | Tucker2 | LowRank:
+    if isinstance(module, Tucker2Conv):
+        return Tucker2(module.rank_in, module.rank_out, core=module.core)
+    if isinstance(module, LowRankConv):
+        return LowRank(module.rank)
+    return Conv()
+
+
+def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray | None:
+    """Returns a layer's kernel, multiplied out; None if it is no such layer."""
+    module = call.module
+    if isinstance(module, Tucker2Conv):
+        if not isinstance(module.core, Conv):
+            return None
+        factors = Tucker2Factors(
+            _stacked(leaves["u_in/kernel"], module.feature_group_count),
+            jnp.asarray(leaves["core/kernel"]),
+            jnp.asarray(leaves["u_out/kernel"])[0, 0].T,
+        )
+        kernel = tucker2_to_kernel(factors, groups=module.feature_group_count)
+    elif isinstance(module, LowRankConv):
+        two = LowRankFactors(
+            _stacked(leaves["left/kernel"], module.feature_group_count),
+            jnp.asarray(leaves["right/kernel"])[0, 0].T,
+        )
+        kernel = low_rank_to_kernel(two, groups=module.feature_group_count)
+    elif type(module) is nn.Conv and cannot_factorise(module) is None:
+        kernel = leaves["kernel"]
+    else:
+        return None
+    return np.asarray(jax.device_get(kernel))
+
+
+def _stacked(kernel: Any, groups: int) -> jax.Array:
+    """Returns a grouped 1x1 kernel as the factor whose rows are group after group."""
+    matrix = jnp.asarray(kernel)[0, 0]
+    matrix = matrix.reshape(matrix.shape[0], groups, -1)
+    return jnp.moveaxis(matrix, 1, 0).reshape(groups * matrix.shape[0], -1)
