@@ -1,5 +1,6 @@
 """All ranks of a network together, for the least error within a budget."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -110,8 +111,8 @@ def _latencies(
     measured: dict[Any, float] = {}
     costs: Costs = {}
     for path, site in sites.items():
-        key = (site.kernel.shape, site.groups, site.strides, site.dilation)
-        key = (*key, str(site.padding), site.input_shape)
+        shapes = (site.kernel.shape, site.groups, site.input_shape)
+        key = (*shapes, site.strides, site.dilation, str(site.padding))
         wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
         missing = [spec for spec in wanted if (key, spec) not in measured]
         times = site_latencies_ms(
@@ -160,5 +161,5 @@ def _measured_errors(
         x, y = np.array(points).T
         if x[-1] < 1:  # beyond the last probe, in proportion
             x, y = np.append(x, 1.0), np.append(y, y[-1] / max(x[-1], 1e-12))
-        functions[path] = lambda e, x=x, y=y: np.interp(e, x, y)  # type: ignore[misc]
+        functions[path] = functools.partial(np.interp, xp=x, fp=y)
     return functions

@@ -37,7 +37,7 @@ def apply_as_trained(
     if isinstance(wrapped, nn.Module):
         takes_train = "train" in inspect.signature(type(wrapped).__call__).parameters
     if not takes_train:
-        return model.apply(variables, images)
+        return jnp.asarray(model.apply(variables, images))
     outputs, _ = model.apply(
         variables,
         images,
@@ -45,7 +45,7 @@ def apply_as_trained(
         mutable=["batch_stats", "thresholds", "intermediates"],
         rngs={"dropout": jax.random.key(0)},
     )
-    return outputs
+    return jnp.asarray(outputs)
 
 
 def input_moments(

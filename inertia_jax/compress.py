@@ -32,7 +32,7 @@ def compress(
     keep_stem: bool = False,
     only_cheaper: bool = True,
     round_to: int = 1,
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: tuple[int, ...] | None = None,
     batch_size: int = 128,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Factorises the convolutions of a trained network.
@@ -142,7 +142,7 @@ def decompress(
     model: nn.Module,
     variables: Mapping[str, Any],
     *,
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: tuple[int, ...] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Multiplies the factors of a compressed network out to dense kernels.
 
@@ -190,7 +190,7 @@ def _checked_images(calibration: Any) -> np.ndarray:
 
 
 def _image_shape(
-    model: nn.Module, given: tuple[int, int, int] | None, images: np.ndarray | None
+    model: nn.Module, given: tuple[int, ...] | None, images: np.ndarray | None
 ) -> tuple[int, ...]:
     if given is not None:
         return tuple(given)

@@ -69,8 +69,8 @@ class Weighed:
             two = low_rank(self.kernel, rank=spec.rank, groups=groups)
             if self._inverse is None:
                 return two
-            kernel = low_rank_to_kernel(two, groups=groups)
-            kernel = self._multiplied(self._inverse, kernel)
+            product = low_rank_to_kernel(two, groups=groups)
+            kernel = self._multiplied(self._inverse, product)
             return low_rank(kernel, rank=spec.rank, groups=groups)
         three = tucker2(
             self.kernel,
@@ -108,9 +108,9 @@ class Weighed:
             method: See `ops.tucker2`.
         """
         dtype, bias = next(iter(leaves.values())).dtype, bias_of(leaves)
-        if isinstance(spec, Conv):
-            names, kernels = ("",), (self.site.kernel,)
-        else:
+        names: tuple[str, ...] = ("",)
+        kernels: tuple[Any, ...] = (self.site.kernel,)
+        if not isinstance(spec, Conv):
             factors = self.factors(spec, method=method)
             kernels = factor_kernels(factors, groups=self.site.groups)
             names = ("left/", "right/")

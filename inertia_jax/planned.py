@@ -5,6 +5,7 @@ from typing import Any
 from flax import linen as nn
 
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
+from inertia_jax.ops.conv import pair
 from inertia_jax.plan import Conv, LowRank, Plan, Tucker2
 
 
@@ -78,7 +79,7 @@ def factorised_like(
         "parent": module.scope.rewound(),
     }
     if isinstance(spec, LowRank):
-        if tuple(module.kernel_size) != (1, 1):
+        if pair(module.kernel_size) != (1, 1):
             raise ValueError(
                 f"`plan` has {spec} at {path!r}, whose filters are "
                 f"{module.kernel_size}; must be 1 x 1."
@@ -103,10 +104,7 @@ def cannot_factorise(module: nn.Conv) -> str | None:
     """Returns why a convolution cannot be factorised, or None if it can."""
     if not isinstance(module.kernel_size, int) and len(module.kernel_size) != 2:
         return "is not two-dimensional"
-    dilation = module.input_dilation
-    if dilation is not None and any(
-        d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)
-    ):
+    if pair(module.input_dilation or 1) != (1, 1):
         return "dilates its input"
     if module.mask is not None:
         return "has a mask"

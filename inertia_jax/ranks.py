@@ -167,18 +167,18 @@ def rank_by_rule(
             ranks = [evbmf_rank(unfold_in(part)) for part in groups]
         return low_rank_spec(site, max(ranks), round_to)
     if isinstance(rule, Energy):
+        spectra = [mode_spectra(part) for part in groups]
         pairs = [
-            tuple(energy_rank(s, rule.share) for s in mode_spectra(part))
-            for part in groups
+            (energy_rank(s_in, rule.share), energy_rank(s_out, rule.share))
+            for s_in, s_out in spectra
         ]
     else:
         pairs = [
             (evbmf_rank(unfold_in(part)), evbmf_rank(unfold_out(part)))
             for part in groups
         ]
-    return make_spec(
-        site, *(max(ranks) for ranks in zip(*pairs, strict=True)), round_to
-    )
+    ranks_in, ranks_out = zip(*pairs, strict=True)
+    return make_spec(site, max(ranks_in), max(ranks_out), round_to)
 
 
 def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
@@ -251,13 +251,11 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
     most_in, most_out = max_ranks(kernel.shape, groups=site.groups)
     if site.is_pointwise:
         ranks = _steps(min(most_in, most_out), round_to)
-        energy = sum(
-            np.pad(s, (0, most_in - len(s))) ** 2
-            for s in (
-                mode_spectra(part)[0] for part in split_groups(kernel, site.groups)
-            )
-        )
-        kept = np.cumsum(np.asarray(energy, np.float64))
+        energy = np.zeros(most_in)
+        for part in split_groups(kernel, site.groups):
+            spectrum = mode_spectra(part)[0]
+            energy[: len(spectrum)] += spectrum.astype(np.float64) ** 2
+        kept = np.cumsum(energy)
         kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
         specs = tuple(LowRank(rank) for rank in ranks)
         return RankGrid(specs, 1 - kept[np.asarray(ranks) - 1])

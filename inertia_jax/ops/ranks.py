@@ -1,6 +1,7 @@
 """How many ranks a matrix or a kernel needs, and what each rank keeps."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +129,8 @@ def kept_energy(
 
 
 def lower_hull(
-    costs: Float[ArrayLike, "k"], errors: Float[ArrayLike, "k"]
+    costs: Float[ArrayLike, "k"] | Sequence[float],
+    errors: Float[ArrayLike, "k"] | Sequence[float],
 ) -> list[int]:
     """Returns which points lie on the lower convex hull, by rising cost.
 

@@ -71,20 +71,27 @@ def left_singular(
     return u, s
 
 
-def unfold_in(kernel: Float[Array, "kh kw c_in c_out"]) -> Float[Array, "c_in rest"]:
+def unfold_in(
+    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+) -> Float[Array, "c_in rest"]:
     """Returns the kernel as a matrix, a row an input channel."""
+    kernel = jnp.asarray(kernel)
     return jnp.moveaxis(kernel, 2, 0).reshape(kernel.shape[2], -1)
 
 
-def unfold_out(kernel: Float[Array, "kh kw c_in c_out"]) -> Float[Array, "c_out rest"]:
+def unfold_out(
+    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+) -> Float[Array, "c_out rest"]:
     """Returns the kernel as a matrix, a row an output channel."""
+    kernel = jnp.asarray(kernel)
     return kernel.reshape(-1, kernel.shape[3]).T
 
 
 def split_groups(
-    kernel: Float[Array, "kh kw c_in c_out"], groups: int
+    kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int
 ) -> Float[Array, "g kh kw c_in c_out_group"]:
     """Returns each group's kernel."""
+    kernel = jnp.asarray(kernel)
     shape = (*kernel.shape[:3], groups, kernel.shape[3] // groups)
     return jnp.moveaxis(kernel.reshape(shape), 3, 0)
 
@@ -209,11 +216,13 @@ def _hooi(
         missed = jnp.sum((kernel - again) ** 2)
         return jnp.sqrt(missed / jnp.where(total > 0, total, 1))
 
-    def goes_on(carry: tuple[Array, ...]) -> Array:
+    def goes_on(carry: tuple[Array, Array, Array, Array, Array]) -> Array:
         step, _, _, error, before = carry
         return (step < num_iterations) & (before - error > tolerance)
 
-    def improve(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def improve(
+        carry: tuple[Array, Array, Array, Array, Array],
+    ) -> tuple[Array, Array, Array, Array, Array]:
         step, u_in, u_out, error, _ = carry
         seen = _einsum("hwio,ir->hwro", kernel, u_in)
         new_out = left_singular(unfold_out(seen))[0][:, : u_out.shape[1]]

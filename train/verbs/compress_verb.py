@@ -1,65 +1,84 @@
-"""`python -m train compress`: make a trained checkpoint smaller, without training."""
+"""`python -m train compress`: make a trained checkpoint smaller."""
 
 import dataclasses
 import functools
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
+from flax import linen as nn
 
-from inertia_jax import load_checkpoint, make_inertial, save_checkpoint
-from inertia_jax.checkpoint import Metadata, Preprocessing, load_metadata
+from inertia_jax import (
+    compress,
+    count_cost,
+    load_checkpoint,
+    make_inertial,
+    recalibrate_batch_norm,
+    save_checkpoint,
+)
+from inertia_jax.checkpoint import Metadata, load_metadata
 from inertia_jax.plan import Inertial
-from train.augment import Augmentation, example_keys
+from train.calibration import training_inputs
 from train.checkpoints import find_checkpoint
 from train.config import Data
-from train.data import Split, load_data
+from train.data import load_data
 from train.errors import UsageError, user_input
-from train.evaluate import paired_difference
+from train.evaluate import Evaluation, paired_difference
+from train.layer_report import format_layers, parse_ranks, plan_to_json, report_layers
 from train.rundir import describe_machine
-from train.verbs.evaluate_verb import cost_at_rates, evaluate_checkpoint
+from train.verbs.evaluate_verb import evaluate_model
+
+Network = tuple[nn.Module, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Compress:
-    """Makes a trained network's convolutions inertial, in tiles, without training it.
+    """Makes a trained network smaller, and evaluates it before and after.
 
-    Thresholds are chosen layer by layer on training images for a budget of MACs, and
-    BatchNorm is recalibrated on them; the test images are evaluated before and after.
+    With `--ranks`, convolutions become Tucker-2 factors; with `--macs`, inertial, in
+    tiles. BatchNorm is then recalibrated on training images. Nothing is trained:
+    `python -m train finetune OUT` does that.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """A checkpoint, or a run, whose best is taken."""
     out: str
     """Directory of the new checkpoint; must not exist."""
-    macs: float
-    """Share of the network's MACs to keep, friction counted, in (0, 1]."""
-    method: Literal["inertial"] = "inertial"
-    """What the convolutions become."""
+    ranks: str | None = None
+    """ratio:0.2, energy:0.9, evbmf, budget:macs=0.5 (params, latency), plan:FILE."""
+    macs: float | None = None
+    """Inertial: share of the network's MACs to keep, friction counted, in (0, 1]."""
+    method: Literal["hosvd", "hooi", "inertial"] | None = None
+    """How factors are found (None: hosvd), or inertial, which `--macs` means."""
     layers: str = "*"
     """Glob over the paths of the convolutions that may change."""
+    keep_stem: bool = False
+    """Tucker-2: leave the first convolution as it is."""
+    round_to: int = 1
+    """Tucker-2: ranks become multiples of it, rounded up."""
+    weigh: bool = True
+    """Tucker-2: weigh errors by what calibration images show each layer."""
+    latency_batch: int = 0
+    """Tucker-2: measure each layer's time at so many images a call; 0: do not."""
     tile_size: int = 2
-    """Side of a tile of outputs."""
+    """Inertial: side of a tile of outputs."""
     metric: Literal["l1", "l2", "max"] = Inertial.metric  # type: ignore[assignment]
-    """Of friction."""
+    """Inertial: of friction."""
     reference: Literal["center", "core_mean"] = Inertial.reference
-    """Of friction."""
+    """Inertial: of friction."""
     low: Literal["mean", "sample"] = Inertial.low
-    """What fills a tile of low friction."""
+    """Inertial: what fills a tile of low friction."""
     channel_stride: int = Inertial.channel_stride
-    """Take friction on every so many channels."""
+    """Inertial: take friction on every so many channels."""
     data: str | None = None
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
     cache_dir: str = Data.cache_dir
     """Where decoded sets are kept."""
     calibration_images: int = 512
-    """Training images that choose the thresholds, as evaluation would see them."""
+    """Training images that choose ranks or thresholds, as evaluation would see them."""
     recalibration_images: int = 4096
     """Training images that recalibrate BatchNorm, cropped and flipped as they were."""
     crop_padding: int | None = None
@@ -77,147 +96,229 @@ class Compress:
 def run(argv: Sequence[str]) -> int:
     """Compresses as the arguments say, and prints cost and accuracy."""
     args = tyro.cli(Compress, args=argv, prog="python -m train compress")
+    is_inertial = _is_inertial(args)
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
     if out.exists():
         raise UsageError(f"`out` (={out}) must not exist; nothing was changed.")
     with user_input():
-        model, variables = load_checkpoint(path)
+        dense = load_checkpoint(path)
         metadata = load_metadata(path)
+    preprocessing = metadata.preprocessing
+    if preprocessing is None:
+        raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
     trained = metadata.info.get("config", {}).get("data", {})
     source = args.data or trained.get("source")
-    preprocessing = metadata.preprocessing
-    if source is None or preprocessing is None:
+    if source is None and is_inertial:
         raise UsageError(f"{path} names no data; say which with --data.")
-    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
-    data = load_data(source, cache_dir=args.cache_dir, image_size=size)
-    if data.train is None:
-        raise UsageError(f"{data.name} has no training images to calibrate on.")
-    sources = (source, *args.also_test)
-    before = [
-        evaluate_checkpoint(path, source=test, cache_dir=args.cache_dir)
-        for test in sources
-    ]
-    draw = functools.partial(
-        training_inputs, data.train, preprocessing, seed=args.seed, dtype=model.dtype
+    sources = () if source is None else (source, *args.also_test)
+    evaluate = functools.partial(
+        _evaluate, metadata=metadata, sources=sources, cache_dir=args.cache_dir
     )
-    seen_in_training = draw(
-        args.recalibration_images,
-        crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
-        flip=_or(args.flip, trained.get("flip", False)),
-        resized_crop=trained.get("resized_crop", False),
-    )
+    draw = _drawer(args, source, dense[0], metadata)
+    before = evaluate(dense)
     start = time.perf_counter()
     with user_input():
-        model, variables = make_inertial(
-            model,
-            variables,
-            macs=args.macs,
-            calibration=draw(args.calibration_images),
-            recalibration=seen_in_training,
-            layers=args.layers,
-            tile_size=args.tile_size,
-            metric=args.metric,
-            reference=args.reference,
-            low=args.low,
-            channel_stride=args.channel_stride,
-        )
+        if is_inertial:
+            stages = {"inertial": _make_inertial(args, dense, draw)}
+        else:
+            shape = preprocessing.image_shape
+            stages = _make_tucker2(args, dense, draw, shape)
     seconds = time.perf_counter() - start
+    model, variables = list(stages.values())[-1]
     info = {
         **metadata.info,
         "evaluation": None,  # was the dense network's
         "compressed": dataclasses.asdict(args),
     }
-    metadata = Metadata(preprocessing, metadata.class_names, info)
     with user_input():
+        metadata = Metadata(preprocessing, metadata.class_names, info)
         save_checkpoint(out, model, variables, metadata=metadata)
-    after = [
-        evaluate_checkpoint(out, source=test, cache_dir=args.cache_dir)
-        for test in sources
-    ]
-    cost = cost_at_rates(out, after[0].gate_rates)
-    print(cost)
-    tests: list[dict[str, Any]] = []
-    for test, old, new in zip(sources, before, after, strict=True):
-        difference, margin = paired_difference(old, new)
+    after = {name: evaluate(network) for name, network in stages.items()}
+    tests = _compare(sources, before, after)
+    last = list(after.values())[-1]
+    rates = last[0].gate_rates if last else {}
+    cost = count_cost(model, preprocessing.image_shape, gate_rates=rates)
+    layers: list[dict[str, Any]] = []
+    if is_inertial:
+        print(cost)
+    else:
+        rows = report_layers(
+            dense,
+            (model, variables),
+            preprocessing.image_shape,
+            latency_batch=args.latency_batch,
+        )
+        layers = [dataclasses.asdict(row) for row in rows]
+        print(format_layers(rows))
+        was = count_cost(dense[0], preprocessing.image_shape)
         print(
-            f"{test}: top-1 {old.top1:.2%} before, {new.top1:.2%} after, "
-            f"{100 * difference:+.2f} points (95% interval +-{100 * margin:.2f}, "
-            f"paired, {old.num_examples:,} images)"
+            f"network: {was.params:,} -> {cost.params:,} parameters, "
+            f"{was.macs:,} -> {cost.macs:,} MACs, {cost.macs / cost.dense_macs:.3f} of "
+            f"the dense network's"
         )
-        tests.append(
-            {
-                "data": pathlib.PurePath(test).name,
-                "num_examples": old.num_examples,
-                "top1_before": old.top1,
-                "top1_after": new.top1,
-                "difference": difference,
-                "margin_95": margin,
-                "gate_rates": dict(new.gate_rates),
-            }
-        )
+    for test in tests:
+        print(_in_words(test))
     print(f"took {seconds:.0f} s; checkpoint {out}")
     if args.record is not None:
         record = {
             "machine": describe_machine(),
             "seconds": seconds,
+            "params": cost.params,
             "dense_macs": cost.dense_macs,
             "macs": cost.macs,
             "ladder_macs": cost.ladder_macs,
             "other_ops": cost.other_ops,
             "total_macs": cost.total_macs,
             "tests": tests,
-            "plan": json.loads(model.plan.to_json()),
+            "layers": layers,
+            "plan": plan_to_json(model.plan),
         }
         with user_input():
             pathlib.Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
+def _is_inertial(args: Compress) -> bool:
+    if (args.ranks is None) == (args.macs is None):
+        raise UsageError(
+            f"one of `ranks` (={args.ranks}) and `macs` (={args.macs}) must be given."
+        )
+    is_inertial = args.macs is not None
+    if args.method is not None and is_inertial != (args.method == "inertial"):
+        given = "--macs" if is_inertial else "--ranks"
+        raise UsageError(f"`method` (={args.method}) must fit {given}.")
+    return is_inertial
+
+
+def _drawer(
+    args: Compress, source: str | None, model: nn.Module, metadata: Metadata
+) -> Callable[..., Any] | None:
+    """Returns a function that draws training images; None if no data are known."""
+    if source is None:
+        return None
+    preprocessing = metadata.preprocessing
+    if preprocessing is None:
+        raise ValueError("checked by the caller.")
+    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
+    data = load_data(source, cache_dir=args.cache_dir, image_size=size)
+    if data.train is None:
+        raise UsageError(f"{data.name} has no training images to calibrate on.")
+    trained = metadata.info.get("config", {}).get("data", {})
+    draw = functools.partial(
+        training_inputs, data.train, preprocessing, seed=args.seed, dtype=model.dtype
+    )
+
+    def draw_some(count: int, *, augmented: bool) -> Any:
+        if not augmented:
+            return draw(count)
+        return draw(
+            count,
+            crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
+            flip=_or(args.flip, trained.get("flip", False)),
+            resized_crop=trained.get("resized_crop", False),
+        )
+
+    return draw_some
+
+
+def _make_inertial(
+    args: Compress, dense: Network, draw: Callable[..., Any] | None
+) -> Network:
+    if draw is None or args.macs is None:
+        raise ValueError("checked by the caller.")
+    return make_inertial(
+        *dense,
+        macs=args.macs,
+        calibration=draw(args.calibration_images, augmented=False),
+        recalibration=draw(args.recalibration_images, augmented=True),
+        layers=args.layers,
+        tile_size=args.tile_size,
+        metric=args.metric,
+        reference=args.reference,
+        low=args.low,
+        channel_stride=args.channel_stride,
+    )
+
+
+def _make_tucker2(
+    args: Compress,
+    dense: Network,
+    draw: Callable[..., Any] | None,
+    image_shape: tuple[int, int, int],
+) -> dict[str, Network]:
+    """Returns the compressed network as it comes, and recalibrated if it can be."""
+    rule = parse_ranks(args.ranks or "")
+    calibration = None
+    if args.weigh and draw is not None:
+        calibration = draw(args.calibration_images, augmented=False)
+    raw = compress(
+        *dense,
+        ranks=rule,
+        method="hooi" if args.method == "hooi" else "hosvd",
+        calibration=calibration,
+        layers=args.layers,
+        keep_stem=args.keep_stem,
+        round_to=args.round_to,
+        image_shape=image_shape,
+    )
+    if draw is None or not args.recalibration_images or "batch_stats" not in raw[1]:
+        return {"raw": raw}
+    images = draw(args.recalibration_images, augmented=True)
+    return {
+        "raw": raw,
+        "recalibrated": (raw[0], recalibrate_batch_norm(*raw, images)),
+    }
+
+
+def _evaluate(
+    network: Network, *, metadata: Metadata, sources: Sequence[str], cache_dir: str
+) -> list[Evaluation]:
+    return [
+        evaluate_model(*network, metadata, source=source, cache_dir=cache_dir)
+        for source in sources
+    ]
+
+
+def _compare(
+    sources: Sequence[str],
+    before: Sequence[Evaluation],
+    after: Mapping[str, Sequence[Evaluation]],
+) -> list[dict[str, Any]]:
+    """Returns accuracy on every test set, before and after every stage."""
+    tests = []
+    for i, source in enumerate(sources):
+        stages = {}
+        for name, evaluations in after.items():
+            difference, margin = paired_difference(before[i], evaluations[i])
+            stages[name] = {
+                "top1": evaluations[i].top1,
+                "difference": difference,
+                "margin_95": margin,
+                "gate_rates": dict(evaluations[i].gate_rates),
+            }
+        tests.append(
+            {
+                "data": pathlib.PurePath(source).name,
+                "num_examples": before[i].num_examples,
+                "top1_before": before[i].top1,
+                "stages": stages,
+            }
+        )
+    return tests
+
+
+def _in_words(test: Mapping[str, Any]) -> str:
+    parts = [f"{test['data']}: top-1 {test['top1_before']:.2%} before"]
+    parts += [
+        f"{name} {stage['top1']:.2%} ({100 * stage['difference']:+.2f} "
+        f"+-{100 * stage['margin_95']:.2f})"
+        for name, stage in test["stages"].items()
+    ]
+    return (
+        f"{', '.join(parts)}; points, 95% interval, paired, "
+        f"{test['num_examples']:,} images"
+    )
+
+
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def training_inputs(
-    split: Split,
-    preprocessing: Preprocessing,
-    count: int,
-    *,
-    seed: int,
-    dtype: Any,
-    crop_padding: int = 0,
-    flip: bool = False,
-    resized_crop: bool = False,
-) -> np.ndarray:
-    """Returns some training images as the network sees them, plain if not said.
-
-    Args:
-        split: The training images.
-        preprocessing: Of the network.
-        count: So many, drawn without repetition; all, if there are fewer.
-        seed: Of the draw and of the augmentation.
-        dtype: Of the network's computation.
-        crop_padding: See `train.config.Data`.
-        flip: Likewise.
-        resized_crop: Likewise.
-    """
-    if count < 2:
-        raise UsageError(
-            f"`calibration_images` and `recalibration_images` (={count}) must be >= 2."
-        )
-    chosen = np.random.default_rng(seed).permutation(len(split))[:count]
-    augmentation = Augmentation(
-        preprocessing,
-        crop_padding=crop_padding,
-        flip=flip,
-        resized_crop=resized_crop,
-        dtype=jnp.dtype(dtype),
-    )
-    draw = jax.jit(augmentation.for_training)
-    keys = example_keys(jax.random.key(seed), jnp.arange(len(chosen)))
-    images = np.asarray(split.images[np.sort(chosen)])
-    return np.concatenate(
-        [
-            np.asarray(draw(images[i : i + 256], keys[i : i + 256]))
-            for i in range(0, len(images), 256)
-        ]
-    )

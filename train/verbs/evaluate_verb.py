@@ -3,11 +3,12 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import tyro
+from flax import linen as nn
 
 from inertia_jax import CostTable, count_cost, load_checkpoint
 from inertia_jax.checkpoint import Metadata, load_metadata
@@ -95,13 +96,43 @@ def evaluate_checkpoint(
     with user_input():
         model, variables = load_checkpoint(path)
         metadata = load_metadata(path)
-    trained_on = metadata.info.get("config", {}).get("data", {})
-    source = source or trained_on.get("source")
+    source = source or metadata.info.get("config", {}).get("data", {}).get("source")
     if source is None:
         raise UsageError(f"{path} names no data; say which with --data.")
+    if metadata.preprocessing is None:
+        raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
+    return evaluate_model(
+        model,
+        variables,
+        metadata,
+        source=source,
+        cache_dir=cache_dir,
+        batch_size=batch_size,
+        num_devices=num_devices,
+        resize=resize,
+    )
+
+
+def evaluate_model(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    metadata: Metadata,
+    *,
+    source: str,
+    cache_dir: str = Data.cache_dir,
+    batch_size: int = 500,
+    num_devices: int | None = None,
+    resize: bool = False,
+) -> Evaluation:
+    """Evaluates a network as its checkpoint would be.
+
+    Raises:
+        UsageError: Data that do not fit it.
+    """
     preprocessing = metadata.preprocessing
     if preprocessing is None:
-        raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
+        raise ValueError("`metadata` must have a preprocessing.")
+    trained_on = metadata.info.get("config", {}).get("data", {})
     resize = resize or trained_on.get("image_size") is not None
     size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
     data = load_data(source, cache_dir=cache_dir, image_size=size if resize else None)

@@ -1,0 +1,177 @@
+"""What compression did to each layer of a network: a row a layer, and totals."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax import Budget, Energy, Evbmf, Plan, Ratio
+from inertia_jax.latency import site_latencies_ms
+from inertia_jax.plan import LowRank, Tucker2
+from inertia_jax.ranks import RankRule
+from inertia_jax.sites import Site, find_sites
+from train.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One convolution, before and after.
+
+    Attributes:
+        path: Of the layer.
+        shape: Of its kernel [kh, kw, c_in / groups, c_out].
+        ranks: (rank_in, rank_out), (rank,) of two factors, or () where it stays.
+        energy: Share of the kernel's squared norm that is left, 1 - |K - K'|^2 / |K|^2.
+        params: Before and after, without the bias.
+        macs: Before and after, an image.
+        latency_ms: Before and after, a call; None where it was not measured.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    energy: float
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    latency_ms: tuple[float, float] | None
+
+
+def report_layers(
+    before: tuple[nn.Module, Mapping[str, Any]],
+    after: tuple[nn.Module, Mapping[str, Any]],
+    image_shape: tuple[int, ...],
+    *,
+    latency_batch: int,
+) -> list[LayerReport]:
+    """Compares every convolution of two networks that differ in form alone.
+
+    Args:
+        before: Model and variables.
+        after: Likewise.
+        image_shape: [h, w, c].
+        latency_batch: Images a call where each layer's time is measured, both forms in
+            alternation; 0: not measured.
+    """
+    old_sites = find_sites(*before, image_shape)
+    new_sites = find_sites(*after, image_shape)
+    dtype = getattr(before[0], "dtype", None) or jnp.float32
+    rows = []
+    times: dict[Any, tuple[float, float]] = {}
+    for path, new in new_sites.items():
+        old = old_sites[path]
+        latency_ms = None
+        if latency_batch:
+            key = (old.kernel.shape, old.input_shape, old.strides, old.spec, new.spec)
+            if key not in times:
+                ms = site_latencies_ms(
+                    old, [old.spec, new.spec], batch_size=latency_batch, dtype=dtype
+                )
+                times[key] = (ms[0], ms[1])
+            latency_ms = times[key]
+        rows.append(
+            LayerReport(
+                path=path,
+                shape=old.kernel.shape,
+                ranks=_ranks(new),
+                energy=_energy(old, new),
+                params=(old.params(old.spec), new.params(new.spec)),
+                macs=(old.macs(old.spec), new.macs(new.spec)),
+                latency_ms=latency_ms,
+            )
+        )
+    return rows
+
+
+def _ranks(site: Site) -> tuple[int, ...]:
+    if isinstance(site.spec, Tucker2):
+        return (site.spec.rank_in, site.spec.rank_out)
+    return (site.spec.rank,) if isinstance(site.spec, LowRank) else ()
+
+
+def _energy(old: Site, new: Site) -> float:
+    kernel = np.asarray(old.kernel, np.float64)
+    missed = np.sum((kernel - np.asarray(new.kernel, np.float64)) ** 2)
+    total = np.sum(kernel**2)
+    return float(1 - missed / total) if total > 0 else 1.0
+
+
+def format_layers(rows: list[LayerReport]) -> str:
+    """Returns the rows as a table, a line a layer."""
+    timed = any(row.latency_ms for row in rows)
+    header = ["layer", "kernel", "ranks", "energy", "parameters", "MACs"]
+    lines = [[*header, "ms"] if timed else header]
+    for row in rows:
+        line = [
+            row.path,
+            "x".join(map(str, row.shape)),
+            ",".join(map(str, row.ranks)) or "stays dense",
+            f"{row.energy:.3f}",
+            _change(row.params),
+            _change(row.macs),
+        ]
+        if timed and row.latency_ms:
+            line.append(f"{row.latency_ms[0]:.2f} -> {row.latency_ms[1]:.2f}")
+        lines.append(line)
+    total = ["all of these", "", "", ""]
+    for values in ([r.params for r in rows], [r.macs for r in rows]):
+        total.append(_change((sum(v[0] for v in values), sum(v[1] for v in values))))
+    if timed:
+        before = sum(row.latency_ms[0] for row in rows if row.latency_ms)
+        after = sum(row.latency_ms[1] for row in rows if row.latency_ms)
+        total.append(f"{before:.2f} -> {after:.2f}")
+    lines.append(total)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _change(values: tuple[int, int]) -> str:
+    before, after = values
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def parse_ranks(text: str) -> RankRule | Budget:
+    """Reads a rule for ranks as the command line has it.
+
+    `ratio:0.2`, `energy:0.9`, `evbmf`, `budget:macs=0.5` (or `params`, `latency`), or
+    `plan:FILE`, a file of JSON as `Plan.to_json` writes it.
+
+    Raises:
+        UsageError: Anything else, or a value outside its range.
+    """
+    kind, _, value = text.partition(":")
+    try:
+        if kind == "ratio":
+            return Ratio(float(value))
+        if kind == "energy":
+            return Energy(float(value))
+        if kind == "evbmf" and not value:
+            return Evbmf()
+        if kind == "plan":
+            return Plan.from_json(pathlib.Path(value).read_text())
+        if kind == "budget":
+            names, _, share = value.partition("=")
+            if names in ("macs", "params", "latency"):
+                shares: dict[str, Any] = {names: float(share)}
+                return Budget(**shares)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"`ranks` (={text}): {error}") from error
+    raise UsageError(
+        f"`ranks` (={text}) must be ratio:SHARE, energy:SHARE, evbmf, "
+        f"budget:macs=SHARE (or params, latency), or plan:FILE."
+    )
+
+
+def plan_to_json(plan: Plan) -> Any:
+    """Returns a plan as JSON has it, for records."""
+    return json.loads(plan.to_json())
