@@ -1,6 +1,5 @@
 """All ranks of a network together, for the least error within a budget."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -161,5 +160,9 @@ def _measured_errors(
         x, y = np.array(points).T
         if x[-1] < 1:  # beyond the last probe, in proportion
             x, y = np.append(x, 1.0), np.append(y, y[-1] / max(x[-1], 1e-12))
-        functions[path] = functools.partial(np.interp, xp=x, fp=y)
+        functions[path] = _interpolated(x, y)
     return functions
+
+
+def _interpolated(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda lost: np.asarray(np.interp(lost, x, y))
