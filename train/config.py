@@ -170,6 +170,10 @@ class Config:
     optimizer: Optimizer = Optimizer()
     init: str | None = None
     """Checkpoint of the same network that training starts from; None: drawn anew."""
+    train_only: tuple[str, ...] = ()
+    """Globs over paths of parameters or layers, to train these alone; none: all."""
+    freeze: tuple[str, ...] = ()
+    """Globs likewise, of what is left as it is; BatchNorm statistics still move."""
     steps_per_call: int | None = None
     """Steps a compiled call; None: 1 on CPU, 100 on GPU and TPU."""
     gate_budget: float | None = None

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from inertia_jax import Inertial, Rate, count_cost, load_checkpoint
 from inertia_jax.checkpoint import Metadata, load_metadata
+from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
 from train.checkpoints import Checkpoints
 from train.config import (
@@ -36,6 +37,7 @@ from train.parallel import AXIS, Parallel
 from train.rundir import RunDirectory
 from train.state import TrainState, init_state, restore_state, training_to_dict
 from train.step import is_held, make_train_call
+from train.trainable import describe_trained, trained_paths
 
 _STEPS_PER_CALL = {"cpu": 1}
 _STEPS_PER_CALL_ELSEWHERE = 100
@@ -106,6 +108,14 @@ class Trainer:
                 f"`sync_batch_norm` (=False) must be on for {measured[0]}, whose gates "
                 f"depend on the whole batch."
             )
+        self.trained: frozenset[str] | None = None
+        if config.train_only or config.freeze:
+            with user_input():
+                shape = self.preprocessing.image_shape
+                params = abstract_variables(self.model, shape)["params"]
+            self.trained = trained_paths(
+                params, train_only=config.train_only, freeze=config.freeze
+            )
         axis_name = AXIS if config.sync_batch_norm and num_devices > 1 else None
         self._trained_model = self.model.clone(axis_name=axis_name)
         self.steps_per_epoch = len(data.train) // config.batch_size
@@ -145,6 +155,7 @@ class Trainer:
             label_smoothing=config.optimizer.label_smoothing,
             gate_budget=config.gate_budget,
             gate_penalty=config.gate_penalty,
+            trained=self.trained,
             steps_per_epoch=self.steps_per_epoch,
             seed=config.seed,
         )
@@ -169,7 +180,7 @@ class Trainer:
         with user_input():
             shape = self.preprocessing.image_shape
             key = run_keys(self.config.seed).init
-            state = init_state(self.model, self.tx, shape, key)
+            state = init_state(self.model, self.tx, shape, key, trained=self.trained)
         # In its final place before the first step, or the step compiles twice.
         return self.parallel.replicate(jax.device_get(state))
 
@@ -343,6 +354,8 @@ def _run(
     if trainer.has_gates and jax.process_index() == 0:
         shape = trainer.preprocessing.image_shape
         tqdm.write(f"{count_cost(trainer.model, shape)}\n")
+    if trainer.trained is not None and jax.process_index() == 0:
+        tqdm.write(describe_trained(state.params, trainer.trained))
     dropped = len(trainer.data.train or ()) - spe * config.batch_size
     if dropped and jax.process_index() == 0:
         tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")

@@ -16,6 +16,7 @@ from train.augment import Augmentation, example_keys
 from train.keys import run_keys
 from train.parallel import AXIS
 from train.state import TrainState
+from train.trainable import join_params, split_params
 
 
 def cross_entropy(
@@ -49,6 +50,7 @@ def make_train_call(
     label_smoothing: float,
     gate_budget: float | None = None,
     gate_penalty: float = 1.0,
+    trained: frozenset[str] | None = None,
     steps_per_epoch: int,
     seed: int,
 ) -> Callable[..., tuple[TrainState, Any]]:
@@ -61,6 +63,9 @@ def make_train_call(
     With `gate_budget`, the loss that is followed has `gate_penalty * (mean gate rate -
     gate_budget)^2` added, the mean over the whole batch and the layers whose gates it
     can move (`is_held`); the loss that is reported has not.
+
+    With `trained`, paths of parameters, the others stay as they are, and no gradient is
+    taken for them; what is no parameter, such as BatchNorm statistics, moves anyway.
 
     All randomness is a function of (seed, step, position): the step number holds the
     epoch, and positions are global, so the split over devices does not matter.
@@ -79,11 +84,12 @@ def make_train_call(
             images[indices], example_keys(augment_key, positions)
         )
         targets = labels[indices]
+        moving, fixed = split_params(state.params, trained)
 
-        def loss_fn(params: Any) -> tuple[Array, Any]:
+        def loss_fn(moving: Any) -> tuple[Array, Any]:
             logits, collections = model.apply(
                 {
-                    "params": params,
+                    "params": join_params(moving, fixed),
                     **state.collections,
                     "examples": {"position": positions},
                 },
@@ -106,12 +112,12 @@ def make_train_call(
             return loss, (collections, losses, logits, gate_rate)
 
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, aux), grads = gradient_fn(state.params)
+        (_, aux), grads = gradient_fn(moving)
         collections, losses, logits, gate_rate = aux
         grads = lax.pmean(grads, AXIS)
         # The same on every device already where BatchNorm is synchronised.
         collections = lax.pmean(collections, AXIS)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, moving)
 
         loss = lax.psum(losses.sum(dtype=jnp.float32), AXIS)
         correct = (jnp.argmax(logits, axis=-1) == targets).sum(dtype=jnp.int32)
@@ -131,7 +137,7 @@ def make_train_call(
         )
         return TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=join_params(optax.apply_updates(moving, updates), fixed),
             collections=collections,
             opt_state=opt_state,
             totals=totals,
