@@ -23,7 +23,7 @@ install_import_hook(
         *(f"inertia_jax.{name}" for name in ("checkpoint", "cost", "interop")),
         *(f"inertia_jax.{name}" for name in ("layers", "models", "ops")),
         *(f"inertia_jax.{name}" for name in ("inertial_cost", "recalibrate")),
-        *(f"train.{name}" for name in ("augment", "feed", "step")),
+        *(f"train.{name}" for name in ("augment", "distill", "feed", "step")),
     ],
     "beartype.beartype",
 )

@@ -170,6 +170,16 @@ class Config:
     optimizer: Optimizer = Optimizer()
     init: str | None = None
     """Checkpoint of the same network that training starts from; None: drawn anew."""
+    train_only: tuple[str, ...] = ()
+    """Globs over paths of parameters or layers, to train these alone; none: all."""
+    freeze: tuple[str, ...] = ()
+    """Globs likewise, of what is left as it is; BatchNorm statistics still move."""
+    teacher: str | None = None
+    """Checkpoint, or a run, whose best is taken, to learn from; None: labels alone."""
+    distill_weight: float = 0.9
+    """Share of the loss that the teacher has, in (0, 1]."""
+    distill_temperature: float = 4.0
+    """Divides the logits of both where the teacher's answers are followed."""
     steps_per_call: int | None = None
     """Steps a compiled call; None: 1 on CPU, 100 on GPU and TPU."""
     gate_budget: float | None = None
@@ -195,6 +205,11 @@ class Config:
             _check_range(name, getattr(self, name), least=1)
         _check_range("checkpoint_minutes", self.checkpoint_minutes, above=0)
         _check_range("gate_penalty", self.gate_penalty, above=0)
+        _check_range("distill_temperature", self.distill_temperature, above=0)
+        if not 0 < self.distill_weight <= 1:
+            raise UsageError(
+                f"`distill_weight` (={self.distill_weight}) must be in (0, 1]."
+            )
         if self.gate_budget is not None and not 0 <= self.gate_budget <= 1:
             raise UsageError(f"`gate_budget` (={self.gate_budget}) must be in [0, 1].")
         if self.optimizer.warmup_epochs >= self.epochs:

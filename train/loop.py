@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from inertia_jax import Inertial, Rate, count_cost, load_checkpoint
 from inertia_jax.checkpoint import Metadata, load_metadata
+from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
 from train.checkpoints import Checkpoints
 from train.config import (
@@ -36,6 +37,8 @@ from train.parallel import AXIS, Parallel
 from train.rundir import RunDirectory
 from train.state import TrainState, init_state, restore_state, training_to_dict
 from train.step import is_held, make_train_call
+from train.teacher import load_teacher, resolve_teacher
+from train.trainable import describe_trained, trained_paths
 
 _STEPS_PER_CALL = {"cpu": 1}
 _STEPS_PER_CALL_ELSEWHERE = 100
@@ -106,6 +109,18 @@ class Trainer:
                 f"`sync_batch_norm` (=False) must be on for {measured[0]}, whose gates "
                 f"depend on the whole batch."
             )
+        self.trained: frozenset[str] | None = None
+        if config.train_only or config.freeze:
+            with user_input():
+                shape = self.preprocessing.image_shape
+                params = abstract_variables(self.model, shape)["params"]
+            self.trained = trained_paths(
+                params, train_only=config.train_only, freeze=config.freeze
+            )
+        teacher = load_teacher(config, self.preprocessing, data.num_classes)
+        self.teacher_sha256 = teacher.sha256 if teacher else None
+        # An argument of every call: within the program it would be so many constants.
+        self._teacher = (self.parallel.replicate(teacher.variables),) if teacher else ()
         axis_name = AXIS if config.sync_batch_norm and num_devices > 1 else None
         self._trained_model = self.model.clone(axis_name=axis_name)
         self.steps_per_epoch = len(data.train) // config.batch_size
@@ -145,12 +160,13 @@ class Trainer:
             label_smoothing=config.optimizer.label_smoothing,
             gate_budget=config.gate_budget,
             gate_penalty=config.gate_penalty,
+            trained=self.trained,
+            distillation=teacher.distillation if teacher else None,
             steps_per_epoch=self.steps_per_epoch,
             seed=config.seed,
         )
-        self._call = self.parallel.wrap(
-            call, (False, *self.feed.spread, True), donate=True
-        )
+        spread = (False, *self.feed.spread, True, *(False for _ in self._teacher))
+        self._call = self.parallel.wrap(call, spread, donate=True)
         self._evaluate = make_evaluator(
             self.model,
             augmentation,
@@ -169,7 +185,7 @@ class Trainer:
         with user_input():
             shape = self.preprocessing.image_shape
             key = run_keys(self.config.seed).init
-            state = init_state(self.model, self.tx, shape, key)
+            state = init_state(self.model, self.tx, shape, key, trained=self.trained)
         # In its final place before the first step, or the step compiles twice.
         return self.parallel.replicate(jax.device_get(state))
 
@@ -199,7 +215,7 @@ class Trainer:
 
     def train_call(self, state: TrainState, inputs: Any) -> tuple[TrainState, Any]:
         """Takes the steps of one call; `state` is consumed. Returns (state, totals)."""
-        return self._call(state, *inputs, self._positions)
+        return self._call(state, *inputs, self._positions, *self._teacher)
 
     def inputs(self, epoch: int, first_step: int) -> Iterator[Any]:
         """Yields what the calls of an epoch take, from its step `first_step`."""
@@ -277,6 +293,7 @@ def fit(
         UsageError: Bad input, a loss that is not finite, or a full disk; says what, and
             leaves the last good checkpoint.
     """
+    config = resolve_teacher(config)
     directory = RunDirectory(workdir, config, resume=resume)
     data = load_data(
         config.data.source,
@@ -304,7 +321,7 @@ def _restore(
     restored = checkpoints.restore() if resume else None
     if restored is not None:
         path, arrays = restored
-        _check_same_data(path, trainer.data)
+        _check_same_sources(path, trainer)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
     else:
@@ -321,13 +338,18 @@ def _restore(
     return state, step
 
 
-def _check_same_data(path: pathlib.Path, data: ImageSet) -> None:
-    there = load_metadata(path).info.get("data")
-    differing = differing_fields(there, data.describe())
+def _check_same_sources(path: pathlib.Path, trainer: Trainer) -> None:
+    there = load_metadata(path).info
+    differing = differing_fields(there.get("data"), trainer.data.describe())
     if differing:
         raise UsageError(
             f"{path} was trained on other data; nothing was changed: "
             f"{'; '.join(differing)}."
+        )
+    if there.get("teacher_sha256") != trainer.teacher_sha256:
+        raise UsageError(
+            f"{path} had another teacher than {trainer.config.teacher} holds now; "
+            f"nothing was changed."
         )
 
 
@@ -343,6 +365,8 @@ def _run(
     if trainer.has_gates and jax.process_index() == 0:
         shape = trainer.preprocessing.image_shape
         tqdm.write(f"{count_cost(trainer.model, shape)}\n")
+    if trainer.trained is not None and jax.process_index() == 0:
+        tqdm.write(describe_trained(state.params, trainer.trained))
     dropped = len(trainer.data.train or ()) - spe * config.batch_size
     if dropped and jax.process_index() == 0:
         tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")
@@ -418,6 +442,7 @@ def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bo
 
 def make_metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
     """Returns what a checkpoint of the run says of itself."""
+    teacher = trainer.teacher_sha256
     return Metadata(
         preprocessing=trainer.preprocessing,
         class_names=trainer.data.class_names,
@@ -425,6 +450,7 @@ def make_metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
             "config": config_to_json(trainer.config),
             "data": trainer.data.describe(),
             "evaluation": evaluation.metrics() if evaluation else None,
+            **({"teacher_sha256": teacher} if teacher else {}),
         },
     )
 

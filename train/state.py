@@ -10,6 +10,7 @@ from flax import serialization, struct
 from jax import Array
 
 from inertia_jax import init_variables
+from train.trainable import split_params
 
 
 class Totals(struct.PyTreeNode):
@@ -44,7 +45,7 @@ class TrainState(struct.PyTreeNode):
         step: Steps taken since the start of the run, int32.
         params: The parameters.
         collections: The model's other variables, e.g. `batch_stats`.
-        opt_state: The optimiser's.
+        opt_state: The optimiser's, of the parameters that are trained.
         totals: Of the epoch that `step` is in.
     """
 
@@ -65,15 +66,25 @@ def init_state(
     tx: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     key: Array,
+    *,
+    trained: frozenset[str] | None = None,
 ) -> TrainState:
-    """Draws the first variables; all else starts at zero."""
+    """Draws the first variables; all else starts at zero.
+
+    Args:
+        model: The network.
+        tx: The optimiser.
+        image_shape: [h, w, c] of the network's input.
+        key: For the parameters.
+        trained: Paths of the parameters that are trained; None: all.
+    """
     variables = dict(init_variables(model, key, image_shape))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         collections=variables,
-        opt_state=jax.jit(tx.init)(params),
+        opt_state=jax.jit(tx.init)(split_params(params, trained)[0]),
         totals=Totals.zeros(),
     )
 

@@ -1,5 +1,6 @@
 """The training step and the evaluation step, written for one device."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ from jaxtyping import Float, Int, UInt8
 
 from inertia_jax import Inertial, Rate
 from train.augment import Augmentation, example_keys
+from train.distill import Distillation
 from train.keys import run_keys
 from train.parallel import AXIS
 from train.state import TrainState
+from train.trainable import join_params, split_params
 
 
 def cross_entropy(
@@ -49,6 +52,8 @@ def make_train_call(
     label_smoothing: float,
     gate_budget: float | None = None,
     gate_penalty: float = 1.0,
+    trained: frozenset[str] | None = None,
+    distillation: Distillation | None = None,
     steps_per_epoch: int,
     seed: int,
 ) -> Callable[..., tuple[TrainState, Any]]:
@@ -56,15 +61,28 @@ def make_train_call(
 
     Its arguments are the state, the images [m, h, w, c] and labels [m] that lie on the
     device, the examples' places in them `indices` [steps, n], and their positions in
-    the global batch [n]. It returns the new state and its totals.
+    the global batch [n]; with `distillation`, the teacher's variables come last. It
+    returns the new state and its totals.
 
     With `gate_budget`, the loss that is followed has `gate_penalty * (mean gate rate -
     gate_budget)^2` added, the mean over the whole batch and the layers whose gates it
     can move (`is_held`); the loss that is reported has not.
 
+    With `trained`, paths of parameters, the others stay as they are, and no gradient is
+    taken for them; what is no parameter, such as BatchNorm statistics, moves anyway.
+
+    With `distillation`, the loss that is followed is `(1 - weight) * cross-entropy +
+    weight * distillation_loss`; the teacher, in evaluation mode, sees the same crops.
+
     All randomness is a function of (seed, step, position): the step number holds the
     epoch, and positions are global, so the split over devices does not matter.
     """
+
+    for_teacher = None
+    if distillation is not None:
+        dtype = jnp.dtype(distillation.model.dtype)
+        if dtype != augmentation.dtype:
+            for_teacher = dataclasses.replace(augmentation, dtype=dtype)
 
     def step(
         state: TrainState,
@@ -72,18 +90,23 @@ def make_train_call(
         labels: Int[Array, "m"],
         indices: Int[Array, "n"],
         positions: Int[Array, "n"],
+        teacher: Any,
     ) -> TrainState:
         step_key = jax.random.fold_in(run_keys(seed).steps, state.step)
         augment_key, dropout_key = jax.random.split(step_key)
-        batch = augmentation.for_training(
-            images[indices], example_keys(augment_key, positions)
-        )
+        pixels, keys = images[indices], example_keys(augment_key, positions)
+        batch = augmentation.for_training(pixels, keys)
         targets = labels[indices]
+        moving, fixed = split_params(state.params, trained)
+        if distillation is not None:
+            # The same crops, and normalised in the type that the teacher computes in.
+            seen = for_teacher.for_training(pixels, keys) if for_teacher else batch
+            teacher_logits = distillation.logits(teacher, seen)
 
-        def loss_fn(params: Any) -> tuple[Array, Any]:
+        def loss_fn(moving: Any) -> tuple[Array, Any]:
             logits, collections = model.apply(
                 {
-                    "params": params,
+                    "params": join_params(moving, fixed),
                     **state.collections,
                     "examples": {"position": positions},
                 },
@@ -96,6 +119,8 @@ def make_train_call(
             rates = gate_rates(collections.pop("intermediates", {}))
             losses = cross_entropy(logits, targets, label_smoothing=label_smoothing)
             loss, gate_rate = losses.mean(), jnp.zeros(())
+            if distillation is not None:
+                loss = distillation.loss(loss, logits, teacher_logits)
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
             if gate_budget is not None:
@@ -106,12 +131,12 @@ def make_train_call(
             return loss, (collections, losses, logits, gate_rate)
 
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, aux), grads = gradient_fn(state.params)
+        (_, aux), grads = gradient_fn(moving)
         collections, losses, logits, gate_rate = aux
         grads = lax.pmean(grads, AXIS)
         # The same on every device already where BatchNorm is synchronised.
         collections = lax.pmean(collections, AXIS)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, moving)
 
         loss = lax.psum(losses.sum(dtype=jnp.float32), AXIS)
         correct = (jnp.argmax(logits, axis=-1) == targets).sum(dtype=jnp.int32)
@@ -131,7 +156,7 @@ def make_train_call(
         )
         return TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=join_params(optax.apply_updates(moving, updates), fixed),
             collections=collections,
             opt_state=opt_state,
             totals=totals,
@@ -143,14 +168,15 @@ def make_train_call(
         labels: Int[Array, "m"],
         indices: Int[Array, "steps n"],
         positions: Int[Array, "n"],
+        teacher: Any = None,
     ) -> tuple[TrainState, Any]:
         if indices.shape[0] == 1:
             # Not a scan of one: XLA's CPU convolution gradients are slow inside one.
-            state = step(state, images, labels, indices[0], positions)
+            state = step(state, images, labels, indices[0], positions, teacher)
         else:
 
             def body(state: TrainState, row: Array) -> tuple[TrainState, None]:
-                return step(state, images, labels, row, positions), None
+                return step(state, images, labels, row, positions, teacher), None
 
             state, _ = lax.scan(body, state, indices)
         return state, state.totals

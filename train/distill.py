@@ -1,0 +1,69 @@
+"""Distillation: what a network learns from a teacher's answers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """A teacher, and how much it counts; its variables are arguments of the step.
+
+    Attributes:
+        model: The teacher's network, of as many classes.
+        weight: Share of the loss that is the teacher's, in (0, 1].
+        temperature: Divides both networks' logits, > 0.
+    """
+
+    model: nn.Module
+    weight: float
+    temperature: float
+
+    def logits(
+        self, variables: Any, batch: Float[Array, "n h w c"]
+    ) -> Float[Array, "n k"]:
+        """Returns the teacher's answers, in evaluation mode."""
+        return jnp.asarray(self.model.apply(variables, batch, train=False))
+
+    def loss(
+        self,
+        cross_entropy: Float[Array, ""],
+        logits: Float[Array, "n k"],
+        teacher_logits: Float[Array, "n k"],
+    ) -> Float[Array, ""]:
+        """Returns `(1 - weight) * cross_entropy + weight * mean distillation_loss`."""
+        soft = distillation_loss(logits, teacher_logits, temperature=self.temperature)
+        return (1 - self.weight) * cross_entropy + self.weight * soft.mean()
+
+
+def distillation_loss(
+    logits: Float[Array, "n k"],
+    teacher_logits: Float[Array, "n k"],
+    *,
+    temperature: float,
+) -> Float[Array, "n"]:
+    """Returns how far each example's answer is from the teacher's, in float32 at least.
+
+    `T^2 KL(softmax(teacher_logits / T) || softmax(logits / T))`, in nats.
+
+    Args:
+        logits: Of the network that learns.
+        teacher_logits: Of the teacher.
+        temperature: T; its square keeps the gradient's size where T is large.
+
+    References:
+        Hinton et al., 2015, https://arxiv.org/abs/1503.02531, section 2
+    """
+    dtype = jnp.result_type(logits, teacher_logits, jnp.float32)
+    ours, theirs = (
+        jax.nn.log_softmax(values.astype(dtype) / temperature)
+        for values in (logits, teacher_logits)
+    )
+    divergence = optax.losses.kl_divergence_with_log_targets(ours, theirs)
+    return temperature**2 * divergence

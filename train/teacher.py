@@ -1,0 +1,99 @@
+"""The teacher's checkpoint: found, read, and checked against the run."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inertia_jax import load_checkpoint
+from inertia_jax.checkpoint import Preprocessing, load_metadata
+from train.checkpoints import find_checkpoint
+from train.config import Config, differing_fields
+from train.distill import Distillation
+from train.errors import UsageError, user_input
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A network that teaches another.
+
+    Attributes:
+        distillation: What the step knows of it.
+        variables: What the step is given.
+        sha256: Of the variables, for a resumed run to know it by.
+    """
+
+    distillation: Distillation
+    variables: dict[str, Any]
+    sha256: str
+
+
+def resolve_teacher(config: Config) -> Config:
+    """Returns the configuration with a checkpoint in place of the teacher's run.
+
+    A run's best may be another one tomorrow, and a resumed run must not change teacher.
+
+    Raises:
+        UsageError: There is neither a checkpoint nor a run.
+    """
+    if config.teacher is None:
+        return config
+    try:
+        path = find_checkpoint(config.teacher)
+    except UsageError as error:
+        raise UsageError(f"`teacher`: {error}") from error
+    return dataclasses.replace(config, teacher=str(path.absolute()))
+
+
+def load_teacher(
+    config: Config, preprocessing: Preprocessing, num_classes: int
+) -> Teacher | None:
+    """Returns the configured teacher, or None without one.
+
+    Args:
+        config: Of the run.
+        preprocessing: Of the run, which the teacher must share.
+        num_classes: Of the run's data, likewise.
+
+    Raises:
+        UsageError: There is no such checkpoint, it is damaged, or it does not fit.
+    """
+    path = resolve_teacher(config).teacher
+    if path is None:
+        return None
+    with user_input():
+        model, variables = load_checkpoint(path)
+        theirs = load_metadata(path).preprocessing
+    if theirs is None:
+        raise UsageError(f"`teacher` (={path}) has no preprocessing; it cannot teach.")
+    differing = differing_fields(
+        {"num_classes": model.num_classes, **dataclasses.asdict(theirs)},
+        {"num_classes": num_classes, **dataclasses.asdict(preprocessing)},
+    )
+    if differing:
+        raise UsageError(
+            f"`teacher` (={path}) must have the run's classes and preprocessing: "
+            f"{'; '.join(differing)}."
+        )
+    if model.dtype == "float64" and jnp.result_type(float) != "float64":
+        raise UsageError(f"`teacher` (={path}), in float64, needs JAX_ENABLE_X64=1.")
+    # The same answers, with no switch over capacities in the step.
+    model = model.clone(plan=model.plan.without_ladders())
+    distillation = Distillation(
+        model, weight=config.distill_weight, temperature=config.distill_temperature
+    )
+    return Teacher(distillation, variables, _hash(variables))
+
+
+def _hash(variables: dict[str, Any]) -> str:
+    # Not of the files: the same numbers written anew are the same teacher.
+    digest = hashlib.sha256()
+    for path, value in jax.tree.leaves_with_path(variables):
+        array = np.asarray(value)
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
