@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from inertia_jax import Inertial, Rate, count_cost, load_checkpoint
+from inertia_jax import Rate, count_cost, load_checkpoint
 from inertia_jax.checkpoint import Metadata, load_metadata
 from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
@@ -98,9 +98,8 @@ class Trainer:
         with user_input():
             self.preprocessing = make_preprocessing(config.data, data.image_shape)
             self.model = make_model(config.model, num_classes=data.num_classes)
-        specs = [spec for _, spec in self.model.plan.rules]
-        self.has_gates = any(isinstance(spec, Inertial) for spec in specs)
-        inertial = [spec for spec in specs if isinstance(spec, Inertial)]
+        inertial = self.model.plan.inertial
+        self.has_gates = bool(inertial)
         if config.gate_budget is not None:
             _check_budget(inertial)
         measured = [s for s in inertial if s.relative or isinstance(s.threshold, Rate)]

@@ -39,8 +39,10 @@ def gate_rates(intermediates: dict[str, Any]) -> dict[str, Float[Array, "n"]]:
     return {"/".join(p[:-1]): v[0] for p, v in flat.items() if p[-1] == "gate_rate"}
 
 
-def is_held(spec: Inertial) -> bool:
+def is_held(spec: Inertial | None) -> bool:
     """Returns whether a gate budget moves a layer's gates: by straight-through."""
+    if spec is None:
+        return False
     return spec.gate_gradient == "ste" and not isinstance(spec.threshold, Rate)
 
 
@@ -124,7 +126,7 @@ def make_train_call(
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
             if gate_budget is not None:
-                specs = {path: model.plan.spec(path) for path in rates}
+                specs = {path: model.plan.gates(path) for path in rates}
                 held = [r.mean() for path, r in rates.items() if is_held(specs[path])]
                 excess = lax.pmean(jnp.stack(held).mean(), AXIS) - gate_budget
                 loss = loss + (gate_penalty * excess**2).astype(loss.dtype)
