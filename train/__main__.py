@@ -14,6 +14,7 @@ VERBS = {
     "compress": "make a trained checkpoint smaller, without training it",
     "finetune": "train a checkpoint further",
     "import": "make a checkpoint from PyTorch weights",
+    "pipeline": "compress PyTorch weights, fine-tune them, and a dense control",
     "sweep": "many runs, one record a run, to go on with another day",
     "report": "draw a run's learning curve and write its record",
     "benchmark": "measure training steps, beside PyTorch's if asked",

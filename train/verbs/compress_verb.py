@@ -27,9 +27,9 @@ from train.config import Data
 from train.data import load_data
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, paired_difference
+from train.evaluate_checkpoint import evaluate_model
 from train.layer_report import format_layers, parse_ranks, plan_to_json, report_layers
 from train.rundir import describe_machine
-from train.verbs.evaluate_verb import evaluate_model
 
 Network = tuple[nn.Module, dict[str, Any]]
 

@@ -2,24 +2,15 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import tyro
-from flax import linen as nn
 
-from inertia_jax import CostTable, count_cost, load_checkpoint
-from inertia_jax.checkpoint import Metadata, load_metadata
-from train.augment import Augmentation
 from train.checkpoints import find_checkpoint
 from train.config import Data
-from train.data import ImageSet, load_data
-from train.errors import UsageError, user_input
-from train.evaluate import Evaluation, make_evaluator
-from train.feed import make_feed
-from train.parallel import Parallel
+from train.errors import user_input
+from train.evaluate_checkpoint import cost_at_rates, evaluate_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,127 +53,3 @@ def run(argv: Sequence[str]) -> int:
         with user_input():
             pathlib.Path(args.out).write_text(evaluation.to_json() + "\n")
     return 0
-
-
-def cost_at_rates(path: pathlib.Path, gate_rates: Mapping[str, float]) -> CostTable:
-    """Returns what a checkpoint's network costs at measured gate rates."""
-    model, _ = load_checkpoint(path)
-    preprocessing = load_metadata(path).preprocessing
-    if preprocessing is None:
-        raise ValueError(f"{path} has no preprocessing.")
-    return count_cost(model, preprocessing.image_shape, gate_rates=gate_rates)
-
-
-def evaluate_checkpoint(
-    path: pathlib.Path,
-    *,
-    source: str | None = None,
-    cache_dir: str = Data.cache_dir,
-    batch_size: int = 500,
-    num_devices: int | None = None,
-    resize: bool = False,
-) -> Evaluation:
-    """Evaluates a checkpoint.
-
-    Raises:
-        UsageError: A damaged checkpoint, or data that do not fit it.
-    """
-    if batch_size < 1:
-        raise UsageError(f"`batch_size` (={batch_size}) must be >= 1.")
-    if num_devices is not None and not 1 <= num_devices <= jax.device_count():
-        raise UsageError(
-            f"`devices` (={num_devices}) must be in [1, {jax.device_count()}]."
-        )
-    with user_input():
-        model, variables = load_checkpoint(path)
-        metadata = load_metadata(path)
-    source = source or metadata.info.get("config", {}).get("data", {}).get("source")
-    if source is None:
-        raise UsageError(f"{path} names no data; say which with --data.")
-    if metadata.preprocessing is None:
-        raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
-    return evaluate_model(
-        model,
-        variables,
-        metadata,
-        source=source,
-        cache_dir=cache_dir,
-        batch_size=batch_size,
-        num_devices=num_devices,
-        resize=resize,
-    )
-
-
-def evaluate_model(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    metadata: Metadata,
-    *,
-    source: str,
-    cache_dir: str = Data.cache_dir,
-    batch_size: int = 500,
-    num_devices: int | None = None,
-    resize: bool = False,
-) -> Evaluation:
-    """Evaluates a network as its checkpoint would be.
-
-    Raises:
-        UsageError: Data that do not fit it.
-    """
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise ValueError("`metadata` must have a preprocessing.")
-    trained_on = metadata.info.get("config", {}).get("data", {})
-    resize = resize or trained_on.get("image_size") is not None
-    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
-    data = load_data(source, cache_dir=cache_dir, image_size=size if resize else None)
-    _check_fit(data, metadata, model.num_classes, resize=resize)
-    parallel = Parallel("pmap", tuple(jax.devices()[:num_devices]))
-    evaluate = make_evaluator(
-        model,
-        Augmentation(
-            preprocessing,
-            crop_padding=0,
-            flip=False,
-            resized_crop=False,
-            dtype=jnp.dtype(model.dtype),
-        ),
-        make_feed(data.test, parallel, memory_share=Data.memory_share),
-        parallel,
-        batch_size=batch_size,
-        class_names=_class_names(data, metadata, model.num_classes),
-    )
-    return evaluate(parallel.replicate(variables))
-
-
-def _check_fit(
-    data: ImageSet, metadata: Metadata, num_classes: int, *, resize: bool
-) -> None:
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise ValueError("checked by the caller.")
-    height, width, channels = preprocessing.image_shape
-    if data.image_shape[2] != channels:
-        raise UsageError(
-            f"{data.name} has {data.image_shape[2]} channels; the network takes "
-            f"{channels}."
-        )
-    if data.image_shape[:2] != (height, width) and not resize:
-        raise UsageError(
-            f"{data.name} has images of {data.image_shape[0]} x {data.image_shape[1]}; "
-            f"the network was trained on {height} x {width} (--resize resizes them)."
-        )
-    highest = int(data.test.labels.max())
-    if highest >= num_classes:
-        raise UsageError(
-            f"{data.name} has label {highest}; the network has {num_classes} classes."
-        )
-
-
-def _class_names(
-    data: ImageSet, metadata: Metadata, num_classes: int
-) -> tuple[str, ...]:
-    if metadata.class_names:
-        return metadata.class_names
-    unnamed = range(data.num_classes, num_classes)
-    return (*data.class_names, *map(str, unnamed))[:num_classes]

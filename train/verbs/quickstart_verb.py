@@ -9,9 +9,9 @@ import tyro
 
 from train.checkpoints import find_checkpoint
 from train.config import load_config
+from train.evaluate_checkpoint import evaluate_checkpoint
 from train.loop import fit
 from train.verbs import fit_verb
-from train.verbs.evaluate_verb import evaluate_checkpoint
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 

@@ -1,0 +1,61 @@
+"""`python -m train pipeline`: compress PyTorch weights and fine-tune them."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from train.config import load_from_file
+from train.errors import UsageError, user_input
+from train.pipeline import Pipeline, make_pipeline_record, run_pipeline, summarise
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Trains a new head, compresses, fine-tunes, and fine-tunes the dense control.
+
+    The file comes first; it defines `pipeline`, and options override it. The same
+    command again goes on with what was stopped.
+    """
+
+    file: Annotated[str, tyro.conf.Positional]
+    """Python file that defines `pipeline`, e.g. configs/cifar100_tucker.py."""
+    pipeline: Annotated[Pipeline, tyro.conf.arg(name="")]
+    weights: str | None = None
+    """PyTorch weights of the network: .pth, .pt or .safetensors."""
+    workdir: str | None = None
+    """Directory of everything; None: runs/NAME."""
+    record: str | None = None
+    """Write what was found to this file, as JSON."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs as the arguments say, and prints a row a stage."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("file", nargs="?")
+    file = early.parse_known_args(argv)[0].file
+    if file is None:
+        raise UsageError("`file` must come before the options.")
+    default = load_from_file(pathlib.Path(file), "pipeline", Pipeline)
+    args = tyro.cli(
+        Run,
+        default=Run(file, default),
+        args=argv,
+        prog="python -m train pipeline",
+    )
+    pipeline = args.pipeline
+    workdir = pathlib.Path(args.workdir or f"runs/{pipeline.run.name}").expanduser()
+    stages = run_pipeline(pipeline, weights=args.weights, workdir=workdir)
+    if stages is None:
+        print("stopped and saved; the same command goes on.")
+        return 0
+    print(summarise(stages))
+    if args.record is not None:
+        text = json.dumps(make_pipeline_record(pipeline, stages), indent=1)
+        with user_input():
+            pathlib.Path(args.record).write_text(text + "\n")
+    return 0
