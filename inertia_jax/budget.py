@@ -13,7 +13,6 @@ from inertia_jax.cost import count_cost
 from inertia_jax.factorise import Weighed
 from inertia_jax.latency import model_latency_ms, site_latencies_ms
 from inertia_jax.ops.ranks import lower_hull
-from inertia_jax.ops.tucker import Method
 from inertia_jax.plan import Conv
 from inertia_jax.ranks import Budget, RankGrid, allocate, make_choices, make_grid
 from inertia_jax.sites import Factorised, Site, leaves_at, with_leaves
@@ -34,7 +33,6 @@ def choose_ranks(
     batches: list[np.ndarray],
     *,
     image_shape: tuple[int, ...],
-    method: Method,
     round_to: int,
 ) -> dict[str, Conv | Factorised]:
     """Returns the form of every convolution.
@@ -46,7 +44,6 @@ def choose_ranks(
         weighed: The convolutions that may change, by path, as they stand.
         batches: Of its inputs; empty: relative errors are summed instead.
         image_shape: [h, w, c].
-        method: Of the factorisation, where effects are measured.
         round_to: Ranks become multiples of it.
 
     Raises:
@@ -71,7 +68,7 @@ def choose_ranks(
     fixed = max(0.0, total - sum(cost(Conv()) for cost in costs.values()))
     errors = {path: lambda lost: lost for path in sites}
     if batches:
-        errors = _measured_errors(model, variables, weighed, grids, batches, method)
+        errors = _measured_errors(model, variables, weighed, grids, batches)
     choices = {
         path: make_choices(site, grids[path], cost=costs[path], error=errors[path])
         for path, site in sites.items()
@@ -132,7 +129,6 @@ def _measured_errors(
     weighed: Mapping[str, Weighed],
     grids: Mapping[str, RankGrid],
     batches: list[np.ndarray],
-    method: Method,
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Returns, of each layer, the outputs' divergence by the share of energy lost.
 
@@ -149,7 +145,8 @@ def _measured_errors(
         points = [(0.0, 0.0)]
         for at in sorted(probes, key=lambda at: lost[at]):
             spec = grids[path].specs[hull[at]]
-            kernel = of.dense_kernel(spec, method=method)
+            # By HOSVD: which layers matter shows without HOOI's last improvement.
+            kernel = of.dense_kernel(spec)
             leaves = {"kernel": jnp.asarray(kernel, of.site.kernel.dtype)}
             changed = with_leaves(
                 variables, {path: {**leaves_at(variables, path), **leaves}}

@@ -115,7 +115,6 @@ def compress(
             weighed,
             batches,
             image_shape=shape,
-            method=method,
             round_to=round_to,
         )
     else:

@@ -89,9 +89,9 @@ class Weighed:
             core=jnp.asarray(self._multiplied(r, three.core)),
         )
 
-    def dense_kernel(self, spec: Factorised, *, method: Method) -> np.ndarray:
-        """Returns the kernel that the factors stand for."""
-        factors = self.factors(spec, method=method)
+    def dense_kernel(self, spec: Factorised) -> np.ndarray:
+        """Returns the kernel that HOSVD's factors stand for."""
+        factors = self.factors(spec)
         groups = self.site.groups
         if isinstance(factors, LowRankFactors):
             return np.asarray(low_rank_to_kernel(factors, groups=groups))
