@@ -90,7 +90,7 @@ def choose_ranks(
 
 def _thinned(site: Site, grid: RankGrid) -> RankGrid:
     """Keeps the forms of least error for their MACs, and of those a few."""
-    macs = [site.macs(spec) for spec in grid.specs]
+    macs = np.array([site.macs(spec) for spec in grid.specs], float)
     hull = [i for i in lower_hull(macs, grid.errors) if macs[i] < site.macs(Conv())]
     places = np.linspace(0, len(hull) - 1, min(_TIMED_FORMS, len(hull)))
     kept = [hull[round(place)] for place in places]
@@ -142,7 +142,7 @@ def _measured_errors(
     divergence = divergence_of(model, variables, batches)
     functions: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     for path, of in weighed.items():
-        macs = [of.site.macs(spec) for spec in grids[path].specs]
+        macs = np.array([of.site.macs(spec) for spec in grids[path].specs], float)
         hull = lower_hull(macs, grids[path].errors)
         lost = [float(grids[path].errors[i]) for i in hull]
         probes = {int(np.argmin(np.abs(np.array(lost) - p))) for p in _PROBES}

@@ -82,9 +82,10 @@ def unfold_out(kernel: Float[Array, "kh kw c_in c_out"]) -> Float[Array, "c_out 
 
 
 def split_groups(
-    kernel: Float[Array, "kh kw c_in c_out"], groups: int
+    kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int
 ) -> Float[Array, "g kh kw c_in c_out_group"]:
     """Returns each group's kernel."""
+    kernel = jnp.asarray(kernel)
     shape = (*kernel.shape[:3], groups, kernel.shape[3] // groups)
     return jnp.moveaxis(kernel.reshape(shape), 3, 0)
 
