@@ -101,7 +101,8 @@ def factorised_like(
 
 def cannot_factorise(module: nn.Conv) -> str | None:
     """Returns why a convolution cannot be factorised, or None if it can."""
-    if not isinstance(module.kernel_size, int) and len(module.kernel_size) != 2:
+    # Of `nn.Conv`, a number is the size of a one-dimensional one.
+    if isinstance(module.kernel_size, int) or len(module.kernel_size) != 2:
         return "is not two-dimensional"
     dilation = module.input_dilation
     if dilation is not None and any(
