@@ -145,7 +145,9 @@ def _measured_errors(
         macs = np.array([of.site.macs(spec) for spec in grids[path].specs], float)
         hull = lower_hull(macs, grids[path].errors)
         lost = [float(grids[path].errors[i]) for i in hull]
-        probes = {int(np.argmin(np.abs(np.array(lost) - p))) for p in _PROBES}
+        # A layer that has no cheaper form has none to probe.
+        near = [np.abs(np.array(lost) - p) for p in _PROBES if lost]
+        probes = {int(np.argmin(distance)) for distance in near}
         points = [(0.0, 0.0)]
         for at in sorted(probes, key=lambda at: lost[at]):
             spec = grids[path].specs[hull[at]]
