@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from inertia_jax.cost import first_argument
 from inertia_jax.sites import Site
 
 # Of eigenvalues, relative to their mean: inputs that hardly ever occur must not make
@@ -77,7 +78,7 @@ def input_moments(
         ) -> Any:
             path = "/".join(context.module.path)
             if context.method_name == "__call__" and path in sites:
-                x = jnp.asarray(args[0])
+                x = jnp.asarray(first_argument(args, kwargs))
                 groups = sites[path].groups
                 rows = x.reshape(-1, groups, x.shape[-1] // groups)
                 rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))

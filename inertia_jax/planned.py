@@ -45,7 +45,8 @@ class Planned(nn.Module):
             if module.path[:-1] in replaced or spec == Conv():
                 return call(*args, **kwargs)
             replaced.add(module.path)
-            return factorised_like(module, spec)(*args, **kwargs)
+            # Its only argument, which `nn.Conv` calls `inputs`.
+            return factorised_like(module, spec)(*args, *kwargs.values())
 
         with nn.intercept_methods(replace):
             return self.model(*args, **kwargs)
