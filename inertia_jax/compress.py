@@ -111,7 +111,8 @@ def compress(
     if isinstance(ranks, Budget):
         specs = choose_ranks(
             ranks,
-            *dense,
+            (model, variables),
+            dense,
             weighed,
             batches,
             image_shape=shape,
