@@ -27,8 +27,8 @@ Costs = dict[str, Callable[[Conv | Factorised], float]]
 
 def choose_ranks(
     budget: Budget,
-    model: nn.Module,
-    variables: Mapping[str, Any],
+    now: tuple[nn.Module, Mapping[str, Any]],
+    dense: tuple[nn.Module, Mapping[str, Any]],
     weighed: Mapping[str, Weighed],
     batches: list[np.ndarray],
     *,
@@ -39,8 +39,8 @@ def choose_ranks(
 
     Args:
         budget: What to keep to.
-        model: The dense network.
-        variables: Its variables.
+        now: The network as it is, and its variables.
+        dense: With its factors multiplied out: shares are of its cost.
         weighed: The convolutions that may change, by path, as they stand.
         batches: Of its inputs; empty: relative errors are summed instead.
         image_shape: [h, w, c].
@@ -56,19 +56,20 @@ def choose_ranks(
     }
     if budget.of == "latency":
         grids = {path: _thinned(sites[path], grid) for path, grid in grids.items()}
-        costs, total = _latencies(budget, model, variables, sites, grids, image_shape)
+        costs = _latencies(budget, dense[0], sites, grids)
     else:
-        table = count_cost(model, image_shape)
-        total = float(table.macs if budget.of == "macs" else table.params)
         costs = {
             path: (site.macs if budget.of == "macs" else site.params)
             for path, site in sites.items()
         }
-    # What the layers would take as ordinary convolutions, the total counts too.
-    fixed = max(0.0, total - sum(cost(Conv()) for cost in costs.values()))
+    total = _cost(budget, *dense, image_shape)
+    present = total if now[0] is dense[0] else _cost(budget, *now, image_shape)
+    # What the layers take as they are, the network's cost counts too.
+    taken = sum(cost(sites[path].spec) for path, cost in costs.items())
+    fixed = max(0.0, present - taken)
     errors = {path: lambda lost: lost for path in sites}
     if batches:
-        errors = _measured_errors(model, variables, weighed, grids, batches)
+        errors = _measured_errors(*dense, weighed, grids, batches)
     choices = {
         path: make_choices(site, grids[path], cost=costs[path], error=errors[path])
         for path, site in sites.items()
@@ -85,9 +86,24 @@ def choose_ranks(
     return specs
 
 
+def _cost(
+    budget: Budget,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+) -> float:
+    """Returns the cost of a whole network, in the units of the budget."""
+    if budget.of == "latency":
+        return model_latency_ms(
+            model, variables, image_shape, batch_size=budget.batch_size
+        )
+    table = count_cost(model, image_shape)
+    return float(table.macs if budget.of == "macs" else table.params)
+
+
 def _thinned(site: Site, grid: RankGrid) -> RankGrid:
     """Keeps the forms of least error for their MACs, and of those a few."""
-    macs = [site.macs(spec) for spec in grid.specs]
+    macs = np.array([site.macs(spec) for spec in grid.specs], float)
     hull = [i for i in lower_hull(macs, grid.errors) if macs[i] < site.macs(Conv())]
     places = np.linspace(0, len(hull) - 1, min(_TIMED_FORMS, len(hull)))
     kept = [hull[round(place)] for place in places]
@@ -97,12 +113,10 @@ def _thinned(site: Site, grid: RankGrid) -> RankGrid:
 def _latencies(
     budget: Budget,
     model: nn.Module,
-    variables: Mapping[str, Any],
     sites: Mapping[str, Site],
     grids: Mapping[str, RankGrid],
-    image_shape: tuple[int, ...],
-) -> tuple[Costs, float]:
-    """Returns each layer's time by form, and the dense network's, in milliseconds."""
+) -> Costs:
+    """Returns each layer's time by form, in milliseconds."""
     dtype = getattr(model, "dtype", None) or jnp.float32
     measured: dict[Any, float] = {}
     costs: Costs = {}
@@ -117,10 +131,7 @@ def _latencies(
         measured |= {(key, s): t for s, t in zip(missing, times, strict=True)}
         of = {spec: measured[key, spec] for spec in wanted}
         costs[path] = of.__getitem__
-    total = model_latency_ms(
-        model, variables, image_shape, batch_size=budget.batch_size
-    )
-    return costs, total
+    return costs
 
 
 def _measured_errors(
@@ -138,10 +149,12 @@ def _measured_errors(
     divergence = divergence_of(model, variables, batches)
     functions: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     for path, of in weighed.items():
-        macs = [of.site.macs(spec) for spec in grids[path].specs]
+        macs = np.array([of.site.macs(spec) for spec in grids[path].specs], float)
         hull = lower_hull(macs, grids[path].errors)
         lost = [float(grids[path].errors[i]) for i in hull]
-        probes = {int(np.argmin(np.abs(np.array(lost) - p))) for p in _PROBES}
+        # A layer that has no cheaper form has none to probe.
+        near = [np.abs(np.array(lost) - p) for p in _PROBES if lost]
+        probes = {int(np.argmin(distance)) for distance in near}
         points = [(0.0, 0.0)]
         for at in sorted(probes, key=lambda at: lost[at]):
             spec = grids[path].specs[hull[at]]

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from inertia_jax.cost import first_argument
 from inertia_jax.sites import Site
 
 # Of eigenvalues, relative to their mean: inputs that hardly ever occur must not make
@@ -63,35 +64,45 @@ def input_moments(
         variables: Its variables.
         sites: The layers.
         batches: Of its inputs.
+
+    Raises:
+        ValueError: Inputs that are not finite.
     """
 
     @jax.jit
     def of_batch(variables: Any, batch: Array) -> dict[str, Array]:
-        found: dict[str, Array] = {}
+        found: dict[str, tuple[Array, int]] = {}
 
         def record(
             call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
         ) -> Any:
             path = "/".join(context.module.path)
             if context.method_name == "__call__" and path in sites:
-                x = jnp.asarray(args[0])
+                x = jnp.asarray(first_argument(args, kwargs))
                 groups = sites[path].groups
                 rows = x.reshape(-1, groups, x.shape[-1] // groups)
                 rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-                found[path] = jnp.einsum(
-                    "ngi,ngj->gij", rows, rows, precision="highest"
-                ) / len(rows)
+                products = jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
+                # A layer may be called more than once.
+                before, count = found.get(path, (0.0, 0))
+                found[path] = (before + products, count + len(rows))
             return call(*args, **kwargs)
 
         with nn.intercept_methods(record):
             apply_as_trained(model, variables, batch)
-        return found
+        return {path: total / count for path, (total, count) in found.items()}
 
     parts = [jax.device_get(of_batch(variables, batch)) for batch in batches]
-    return {
+    moments = {
         path: np.mean([part[path].astype(np.float64) for part in parts], axis=0)
         for path in parts[0]
     }
+    for path, moment in moments.items():
+        if not np.isfinite(moment).all():
+            raise ValueError(
+                f"the inputs of {path!r} on `calibration` must be finite; some are not."
+            )
+    return moments
 
 
 def weighing(

@@ -104,14 +104,15 @@ def compress(
                 raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
     batches = [] if images is None else batched(images, batch_size)
     weighed = {path: Weighed(site) for path, site in sites.items()}
-    dense = decompress(model, variables, image_shape=shape)
+    dense = _multiplied_out(model, variables, shape)
     if batches:
         moments = input_moments(*dense, sites, batches)
         weighed = {p: Weighed(site, moments[p]) for p, site in sites.items()}
     if isinstance(ranks, Budget):
         specs = choose_ranks(
             ranks,
-            *dense,
+            (model, variables),
+            dense,
             weighed,
             batches,
             image_shape=shape,
@@ -163,6 +164,13 @@ def decompress(
     for _, spec in plan.rules if isinstance(plan, Plan) else ():
         if isinstance(spec, Tucker2) and spec.core != Conv():
             raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
+    return _multiplied_out(model, variables, shape)
+
+
+def _multiplied_out(
+    model: nn.Module, variables: Mapping[str, Any], shape: tuple[int, ...]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns the network with ordinary convolutions for factors with such cores."""
     changed, specs = {}, {}
     for path, site in find_sites(model, variables, shape).items():
         if site.spec == Conv():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -280,7 +280,8 @@ def record_calls(
             if isinstance(context.module, _COUNTED):
                 # What stands in for a layer is recorded before it, at the same path.
                 if known is None or not known.is_factorised:
-                    calls[path] = Call(context.module, args[0].shape, output.shape[1:])
+                    x = first_argument(args, kwargs)
+                    calls[path] = Call(context.module, x.shape, output.shape[1:])
             else:
                 # Keeps the order of the computation; dropped if it owns nothing.
                 calls.setdefault(path, Call(None, (), ()))
@@ -290,6 +291,11 @@ def record_calls(
         images = jax.ShapeDtypeStruct((1, *shape[-3:]), jnp.float32)
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return calls, variables
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Returns what a layer is called on, whether by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _kind(module: Any) -> Kind:

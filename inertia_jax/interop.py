@@ -39,9 +39,9 @@ def torch_key(path: Sequence[str]) -> str:
             factorised convolution `name` for `name.0`, `name.1` and `name.2`.
     """
     *modules, leaf = path
-    dotted = [
-        _PARTS.get(module, re.sub(r"_(\d+)$", r".\1", module)) for module in modules
-    ]
+    dotted = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    # Only what owns a leaf is such a part: SimpleDLA has blocks `left` and `right`.
+    dotted[-1:] = [_PARTS.get(name, name) for name in dotted[-1:]]
     return ".".join([*dotted, _LEAVES.get(leaf, leaf)])
 
 

@@ -46,7 +46,8 @@ class Planned(nn.Module):
             if module.path[:-1] in replaced or spec == Conv():
                 return call(*args, **kwargs)
             replaced.add(module.path)
-            return factorised_like(module, spec)(*args, **kwargs)
+            # Its only argument, which `nn.Conv` calls `inputs`.
+            return factorised_like(module, spec)(*args, *kwargs.values())
 
         with nn.intercept_methods(replace):
             return self.model(*args, **kwargs)
@@ -102,7 +103,8 @@ def factorised_like(
 
 def cannot_factorise(module: nn.Conv) -> str | None:
     """Returns why a convolution cannot be factorised, or None if it can."""
-    if not isinstance(module.kernel_size, int) and len(module.kernel_size) != 2:
+    # Of `nn.Conv`, a number is the size of a one-dimensional one.
+    if isinstance(module.kernel_size, int) or len(module.kernel_size) != 2:
         return "is not two-dimensional"
     if pair(module.input_dilation or 1) != (1, 1):
         return "dilates its input"

@@ -1,6 +1,7 @@
 """Rules that choose the ranks of a network's convolutions."""
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Callable, Mapping
 
@@ -182,6 +183,8 @@ def rank_by_rule(
 
 
 def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
+    if not any(fnmatch.fnmatchcase(site.path, glob) for glob, _ in plan.rules):
+        return site.spec
     spec = plan.spec(site.path)
     kh, kw, c_in, c_out = site.kernel.shape
     limits: dict[str, int] = {}

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+import jaxtyping
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -16,13 +17,14 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Before anything of the library is imported.
-from jaxtyping import install_import_hook  # noqa: E402
-
-install_import_hook(
+jaxtyping.install_import_hook(
     [
         *(f"inertia_jax.{name}" for name in ("checkpoint", "cost", "interop")),
         *(f"inertia_jax.{name}" for name in ("layers", "models", "ops")),
         *(f"inertia_jax.{name}" for name in ("inertial_cost", "recalibrate")),
+        *(f"inertia_jax.{name}" for name in ("calibration", "compress", "factorise")),
+        *(f"inertia_jax.{name}" for name in ("factorised", "planned", "ranks")),
+        *(f"inertia_jax.{name}" for name in ("sites", "budget", "latency")),
         *(f"train.{name}" for name in ("augment", "distill", "feed", "step")),
     ],
     "beartype.beartype",
@@ -34,6 +36,14 @@ def x64():
     """Float64 for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def no_shape_checks():
+    """What a user meets: run-time checks of types and shapes are for tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

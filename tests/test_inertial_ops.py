@@ -6,7 +6,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax import lax
@@ -509,14 +508,6 @@ def test_random_friction_is_uniform_and_of_each_image_alone(channels):
     close(noise.mean(), 0.5, atol=0.02)
     assert len(np.unique(noise)) > 0.99 * noise.size
     np.testing.assert_array_equal(noise[:4], [alone(a[None])[0] for a in x[:4]])
-
-
-@pytest.fixture
-def no_shape_checks():
-    """What a user meets: run-time checks of types and shapes are for tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 WINDOW, TILED = OPS

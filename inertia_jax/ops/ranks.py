@@ -13,6 +13,9 @@ from inertia_jax.ops.tucker import left_singular, unfold_in, unfold_out
 
 # Of tau, times sqrt(alpha): Nakajima et al., 2013, after their theorem 2.
 _TAU_SLOPE = 2.5129
+# Least deviation of the noise, of that of the matrix: what some operations in float32
+# leave, which would otherwise be all the noise there is in a matrix of low rank.
+_ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 def energy_rank(singular_values: Float[ArrayLike, "k"], share: float) -> int:
@@ -64,6 +67,7 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
         return 0
     # Scaled so that the mean energy is 1, whatever the units of the matrix.
     s = s * math.sqrt(short * long / np.sum(s**2))
+    s = np.maximum(s, _ROUNDING**2)  # logarithms are taken; else of no account
     alpha = short / long
     tau = _TAU_SLOPE * math.sqrt(alpha)
     x_least = (1 + tau) * (1 + alpha / tau)
@@ -71,7 +75,6 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
     def free_energy(log_variance: float) -> float:
         # Up to constants; x are the squared singular values in units of the noise.
         x = s**2 / (long * math.exp(log_variance))
-        x = np.maximum(x, np.finfo(np.float64).tiny)
         kept = x[x > x_least]
         total = np.sum(x - np.log(x))
         shifted = kept - (1 + alpha)
@@ -80,12 +83,10 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
         return float(total + alpha * np.sum(np.log(tau_x / alpha + 1)))
 
     # The variance lies between that of the tail behind the most components there can
-    # be, and that of everything (1, as scaled).
+    # be (at least rounding), and that of everything (1, as scaled).
     most = min(math.ceil(short / (1 + alpha)) - 1, short - 1)
     tail = s[most:]
-    least = max(tail[0] ** 2 / (long * x_least), np.mean(tail**2) / long)
-    if not least > 0:  # exactly of low rank: no noise at all
-        return int(np.sum(s > s[0] * np.finfo(np.float32).eps))
+    least = max(tail[0] ** 2 / (long * x_least), np.mean(tail**2) / long, _ROUNDING**2)
     grid = np.linspace(math.log(least), 0.0, 200) if least < 1 else np.zeros(1)
     # The free energy has several minima: a grid first, then the best one's valley.
     best = int(np.argmin([free_energy(point) for point in grid]))

@@ -174,7 +174,7 @@ def _check_rank(name: str, rank: int, most: int) -> None:
 )
 def _tucker2(
     kernel: Array,
-    tolerance: float,
+    tolerance: ArrayLike,
     *,
     rank_in: int,
     rank_out: int,
@@ -204,7 +204,7 @@ def _stacked(factors: Tucker2Factors) -> Tucker2Factors:
 
 
 def _hooi(
-    kernel: Array, u_in: Array, u_out: Array, num_iterations: int, tolerance: float
+    kernel: Array, u_in: Array, u_out: Array, num_iterations: int, tolerance: ArrayLike
 ) -> tuple[Array, Array]:
     """Improves both factors in turn; the error cannot rise but by rounding."""
     total = jnp.sum(kernel**2)
