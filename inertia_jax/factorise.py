@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -51,7 +52,7 @@ class Weighed:
 
     def _multiplied(self, matrices: np.ndarray, kernel: Any) -> np.ndarray:
         """Multiplies each group's matrix into the input channels."""
-        parts = np.asarray(split_groups(jnp.asarray(kernel), self.site.groups))
+        parts = np.asarray(split_groups(kernel, self.site.groups))
         parts = np.einsum("gij,ghwjo->hwigo", matrices, parts, optimize=True)
         return parts.reshape(*parts.shape[:3], -1).astype(self.kernel.dtype)
 
@@ -111,7 +112,8 @@ class Weighed:
         names: tuple[str, ...] = ("",)
         kernels: tuple[Any, ...] = (self.site.kernel,)
         if not isinstance(spec, Conv):
-            factors = self.factors(spec, method=method)
+            # On the host, or each reshape of each shape is compiled for itself.
+            factors = jax.device_get(self.factors(spec, method=method))
             kernels = factor_kernels(factors, groups=self.site.groups)
             names = ("left/", "right/")
             if isinstance(factors, Tucker2Factors):

@@ -154,12 +154,12 @@ def rank_by_rule(
     """
     if isinstance(rule, Plan):
         return _by_plan(rule, site)
-    groups = [np.asarray(part) for part in split_groups(kernel, site.groups)]
     if isinstance(rule, Ratio):
-        _, _, c_in, c_out = groups[0].shape
-        return make_spec(
-            site, int(c_in * rule.ratio), int(c_out * rule.ratio), round_to
-        )
+        _, _, c_in, c_out = kernel.shape
+        rank_in = int(c_in * rule.ratio)
+        rank_out = int(c_out // site.groups * rule.ratio)
+        return make_spec(site, rank_in, rank_out, round_to)
+    groups = [np.asarray(part) for part in split_groups(kernel, site.groups)]
     # Of several groups, the one that needs most.
     if site.is_pointwise:
         if isinstance(rule, Energy):

@@ -1,5 +1,6 @@
 """The same networks in PyTorch, for benchmarks and tests beside it."""
 
+import re
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inertia_jax.layers import scaled
+from inertia_jax.plan import LowRank, Plan, Tucker2
 
 
 def conv_norm(c_in: int, c_out: int, size: int, stride: int = 1) -> list[nn.Module]:
@@ -166,6 +168,40 @@ class LeNet(nn.Module):
         x = functional.relu(self.conv2(functional.relu(self.conv1(x))))
         x = self.dropout1(functional.max_pool2d(x, 2)).flatten(1)
         return self.fc2(self.dropout2(functional.relu(self.fc1(x))))
+
+
+def factorised(module: nn.Module, plan: Plan) -> nn.Module:
+    """Returns the network with the factorised convolutions that a plan has.
+
+    Args:
+        module: A dense network; its layers are replaced.
+        plan: Of `Tucker2`, each a Sequential of 1x1, core and 1x1, and of `LowRank`.
+    """
+    for name, conv in list(module.named_modules()):
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        spec = plan.spec(re.sub(r"\.(\d+)(?=\.|$)", r"_\1", name).replace(".", "/"))
+        around: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding}
+        has_bias = conv.bias is not None
+        c_in, c_out = conv.in_channels, conv.out_channels
+        if isinstance(spec, Tucker2):
+            r_in, r_out = spec.rank_in, spec.rank_out
+            size: Any = conv.kernel_size
+            parts = [
+                nn.Conv2d(c_in, r_in, 1, bias=False),
+                nn.Conv2d(r_in, r_out, size, bias=False, **around),
+                nn.Conv2d(r_out, c_out, 1, bias=has_bias),
+            ]
+        elif isinstance(spec, LowRank):
+            parts = [
+                nn.Conv2d(c_in, spec.rank, 1, bias=False, **around),
+                nn.Conv2d(spec.rank, c_out, 1, bias=has_bias),
+            ]
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, nn.Sequential(*parts))
+    return module
 
 
 TORCH_MODELS: dict[str, Any] = {

@@ -189,6 +189,8 @@ def _tucker2(
         core = _einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
         return Tucker2Factors(u_in, core, u_out)
 
+    if groups == 1:  # as a loop of one, it takes three times as long to compile
+        return one_group(kernel)
     return _stacked(lax.map(one_group, split_groups(kernel, groups)))
 
 
@@ -287,8 +289,10 @@ def factor_kernels(
 ) -> tuple[Array, ...]:
     """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another."""
     into, out = factors[0], factors[-1]
-    first = into.reshape(groups, -1, into.shape[1])
-    first = jnp.moveaxis(first, 0, 1).reshape(1, 1, first.shape[1], -1)
+    first = into[None, None]
+    if groups > 1:
+        stacked = into.reshape(groups, -1, into.shape[1])
+        first = jnp.moveaxis(stacked, 0, 1).reshape(1, 1, stacked.shape[1], -1)
     return first, *factors[1:-1], out.T[None, None]
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
+from train.bench_tucker import bench_tucker, format_tucker
 from train.benchmark import bench_loop, bench_model
 from train.config import load_config
 from train.data import load_data
@@ -20,17 +21,18 @@ from train.rundir import describe_machine
 class Benchmark:
     """Measures, in one run and in turn: medians of repeated calls."""
 
-    suite: Literal["train", "loop", "inertial"] = "train"
+    suite: Literal["train", "loop", "inertial", "tucker"] = "train"
     """train: steps and evaluations of networks; loop: what a run adds to its steps;
-    inertial: tiled convolutions and networks beside dense ones."""
+    inertial: tiled convolutions and networks beside dense ones; tucker: compressed
+    networks beside dense ones, at batch 1 and `batch_size`."""
     models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
         "resnet18",
         "vgg16",
         "simpledla",
     )
-    """Of the suite train."""
+    """Of the suites train and tucker."""
     batch_size: int = 64
-    """Of the suites train and inertial."""
+    """Of the suites train, inertial and tucker."""
     width: float | None = None
     """Of the networks; None: 1 in the suite train, the config's in the suite loop."""
     against: Literal["none", "torch"] = "none"
@@ -65,6 +67,19 @@ def _bench_inertial(args: Benchmark) -> Iterator[Any]:
         yield row
 
 
+def _bench_tucker(args: Benchmark) -> Iterator[Any]:
+    for name in args.models:
+        row = bench_tucker(
+            name,
+            batch_sizes=tuple(sorted({1, args.batch_size})),
+            width=args.width or 1.0,
+            repeats=args.repeats,
+            against_torch=args.against == "torch",
+        )
+        print(format_tucker(row), flush=True)
+        yield row
+
+
 def run(argv: Sequence[str]) -> int:
     """Measures as the arguments say, and prints a table."""
     args = tyro.cli(Benchmark, args=argv, prog="python -m train benchmark")
@@ -92,6 +107,8 @@ def run(argv: Sequence[str]) -> int:
                 print(line)
     elif args.suite == "inertial":
         rows += _bench_inertial(args)
+    elif args.suite == "tucker":
+        rows += _bench_tucker(args)
     else:
         config = load_config(args.config)
         if args.width is not None:

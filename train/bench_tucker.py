@@ -1,0 +1,186 @@
+"""Timing of Tucker-2 networks and of compressing them, beside PyTorch and TensorLy."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from inertia_jax import (
+    Budget,
+    Plan,
+    Ratio,
+    compress,
+    count_cost,
+    create_model,
+    init_variables,
+    to_torch,
+)
+from inertia_jax.models import input_shape
+from inertia_jax.plan import Tucker2
+from inertia_jax.sites import find_sites
+from train.benchmark import interleaved
+from train.errors import UsageError
+from train.layer_report import format_layers, report_layers
+
+RULES = {"ratio 0.2": Ratio(0.2), "budget 0.25": Budget(macs=0.25)}
+
+
+def bench_tucker(
+    name: str,
+    *,
+    batch_sizes: tuple[int, ...],
+    width: float,
+    repeats: int,
+    against_torch: bool,
+) -> dict[str, Any]:
+    """Times a network's evaluation dense and compressed, its layers, and compressing.
+
+    Weights are random: ranks of a trained network under the same budget differ, what
+    they cost does not.
+    """
+    model = create_model(name, width=width)
+    variables = init_variables(model, jax.random.key(0))
+    shape = input_shape(model)
+    networks = {"dense": (model, variables)}
+    networks |= {k: compress(*networks["dense"], ranks=r) for k, r in RULES.items()}
+    dense_macs = count_cost(model, shape).macs
+    row: dict[str, Any] = {"model": name, "width": width, "networks": {}}
+    for key, network in networks.items():
+        cost = count_cost(network[0], shape)
+        row["networks"][key] = {
+            "params": cost.params,
+            "macs": cost.macs,
+            "share": cost.macs / dense_macs,
+        }
+    row["times"] = {}
+    for batch_size in batch_sizes:
+        images = np.random.default_rng(0).standard_normal((batch_size, *shape))
+        images = images.astype(np.float32)
+        calls: dict[str, Callable[[], Any]] = {
+            f"{key}, JAX": _jax_call(*network, images)
+            for key, network in networks.items()
+        }
+        if against_torch:
+            for key, network in networks.items():
+                ours = np.asarray(calls[f"{key}, JAX"]())
+                calls[f"{key}, PyTorch"] = call = _torch_call(*network, images)
+                gap = np.abs(call().numpy() - ours).max() / np.abs(ours).max()
+                row["networks"][key][f"gap_to_torch_batch_{batch_size}"] = float(gap)
+        row["times"][str(batch_size)] = interleaved(calls, repeats=repeats)
+    batch_size = max(batch_sizes)
+    layers = report_layers(
+        networks["dense"], networks["budget 0.25"], shape, latency_batch=batch_size
+    )
+    row["layers"] = [vars(layer) for layer in layers]
+    row["layer_table"] = format_layers(layers)
+    row["compressing_s"] = _time_compressing(
+        *networks["dense"], networks["ratio 0.2"][0].plan, against_torch=against_torch
+    )
+    return row
+
+
+def format_tucker(row: dict[str, Any]) -> str:
+    """Returns a row's medians as lines."""
+    lines = [
+        f"{row['model']}: {key}, {of['share']:.3f} of the MACs, {of['params']:,} "
+        f"parameters"
+        for key, of in row["networks"].items()
+    ]
+    for batch_size, times in row["times"].items():
+        dense = times["dense, JAX"]["median_ms"]
+        for name, of in times.items():
+            median = of["median_ms"]
+            lines.append(
+                f"  batch {batch_size:>3}  {name:<22} {median:8.2f} ms  "
+                f"{dense / median:5.2f}x"
+            )
+    lines.append(f"layers at budget 0.25, batch {max(map(int, row['times']))}:")
+    lines.append(row["layer_table"])
+    seconds = row["compressing_s"]
+    lines.append(
+        "compressing at ratio 0.2: "
+        + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    )
+    return "\n".join(lines)
+
+
+def _jax_call(model: Any, variables: Any, images: np.ndarray) -> Callable[[], Any]:
+    apply = jax.jit(lambda variables, x: model.apply(variables, x))
+    on_device = jax.device_put(images)
+    return lambda: jax.block_until_ready(apply(variables, on_device))
+
+
+def _torch_call(model: Any, variables: Any, images: np.ndarray) -> Callable[[], Any]:
+    """Returns PyTorch's evaluation of the same factorised network, channels last."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            "`against` (=torch) needs PyTorch: pip install 'inertia_jax[torch]'."
+        ) from error
+    from train.torch_models import TORCH_MODELS, factorised
+
+    width, name = model.width, type(model).__name__.lower()
+    module = factorised(TORCH_MODELS[name](model.num_classes, width), model.plan)
+    state = {k: torch.from_numpy(v) for k, v in to_torch(model, variables).items()}
+    module.load_state_dict(state, strict=False)
+    module = module.eval().to(memory_format=torch.channels_last)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return module(x)
+
+    return call
+
+
+def _time_compressing(
+    model: Any, variables: Any, plan: Plan, *, against_torch: bool
+) -> dict[str, float]:
+    """Returns seconds that compressing takes: with compilation, again, and TensorLy's.
+
+    TensorLy decomposes the same kernels at the same ranks, one pass of HOSVD.
+    """
+    seconds = {}
+    jax.clear_caches()
+    for name in ("with compilation", "again"):
+        start = time.perf_counter()
+        jax.block_until_ready(compress(model, variables, ranks=Ratio(0.2))[1])
+        seconds[name] = time.perf_counter() - start
+    if against_torch:
+        try:
+            import tensorly
+            import torch
+            from tensorly.decomposition import partial_tucker
+        except ImportError as error:
+            raise UsageError(
+                "`against` (=torch) needs TensorLy: pip install 'inertia_jax[torch]'."
+            ) from error
+        tensorly.set_backend("pytorch")
+        sites = find_sites(model, variables, input_shape(model))
+        jobs = []
+        for path, site in sites.items():
+            spec = plan.spec(path)
+            if isinstance(spec, Tucker2):
+                kernel = torch.from_numpy(site.kernel).permute(3, 2, 0, 1).contiguous()
+                rank = [spec.rank_out, spec.rank_in]
+                jobs.append(
+                    functools.partial(
+                        partial_tucker,
+                        kernel,
+                        rank=rank,
+                        modes=[0, 1],
+                        init="svd",
+                        n_iter_max=1,
+                    )
+                )
+        for name in ("TensorLy", "TensorLy again"):
+            start = time.perf_counter()
+            for job in jobs:
+                job()
+            seconds[name] = time.perf_counter() - start
+    return seconds
