@@ -1,0 +1,175 @@
+"""Compressing a checkpoint to Tucker-2 factors, from the command line."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import inertia_jax as ij
+from train.__main__ import main
+from train.errors import UsageError
+from train.layer_report import parse_ranks, report_layers
+
+FIT = [
+    *("--data.source", "digits", "--data.mean", "0.3", "--data.std", "0.4"),
+    *("--data.crop-padding", "0", "--data.no-flip", "--batch-size", "64"),
+    *("--model.name", "resnet20", "--model.width", "0.4", "--log-steps", "10"),
+    *("--optimizer.learning-rate", "0.05"),
+]
+IMAGES = ["--calibration-images", "64", "--recalibration-images", "128"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A dense network that knows some digits."""
+    workdir = tmp_path_factory.mktemp("dense") / "run"
+    assert main(["fit", *FIT, "--epochs", "2", "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def compressed(run, tmp_path_factory):
+    """The checkpoint at 0.7 of the MACs, and its record."""
+    out = tmp_path_factory.mktemp("compressed") / "checkpoint"
+    record = out.with_name("record.json")
+    arguments = ["--ranks", "budget:macs=0.7", "--latency-batch", "2", *IMAGES]
+    arguments += ["--out", str(out), "--record", str(record)]
+    assert main(["compress", str(run), *arguments]) == 0
+    return out, json.loads(record.read_text())
+
+
+def evaluate(checkpoint, tmp_path):
+    out = tmp_path / "evaluation.json"
+    assert main(["evaluate", str(checkpoint), "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_record_says_what_the_checkpoint_is(compressed, tmp_path):
+    out, record = compressed
+    model, _ = ij.load_checkpoint(out)
+    cost = ij.count_cost(model, (8, 8, 1))
+    assert record["macs"] == cost.macs <= 0.7 * record["dense_macs"]
+    assert record["params"] == cost.params
+    assert record["plan"] == json.loads(model.plan.to_json()) != []
+    (test,) = record["tests"]
+    assert set(test["stages"]) == {"raw", "recalibrated"}
+    found = evaluate(out, tmp_path)
+    assert found["top1"] == test["stages"]["recalibrated"]["top1"]
+    assert test["num_examples"] == found["num_examples"]
+    # Recalibration is what makes it usable again.
+    assert test["stages"]["raw"]["top1"] < test["stages"]["recalibrated"]["top1"]
+
+
+def test_layer_rows_add_up(compressed):
+    _, record = compressed
+    rows = record["layers"]
+    assert len(rows) == 19
+    for row in rows:
+        assert row["latency_ms"][0] > 0
+        assert row["latency_ms"][1] > 0
+        if row["ranks"]:
+            assert 0 < row["energy"] < 1
+            assert row["macs"][1] < row["macs"][0]
+        else:
+            assert row["energy"] == pytest.approx(1)
+            assert row["macs"][0] == row["macs"][1]
+    dense = sum(row["macs"][0] for row in rows)
+    saved = sum(row["macs"][0] - row["macs"][1] for row in rows)
+    assert record["dense_macs"] - saved == record["macs"]
+    assert dense < record["dense_macs"]  # the linear layer is no convolution
+
+
+def test_the_table_has_a_row_a_layer(run, tmp_path, capsys):
+    arguments = ["--ranks", "ratio:0.5", "--no-weigh", "--recalibration-images", "0"]
+    out = tmp_path / "out"
+    assert main(["compress", str(run), *arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    row = re.search(r"layer1_0/conv1 +3x3x6x6 +3,3 +(0\.\d+) +(.*)", printed)
+    assert row is not None
+    assert "324 -> 117" in row[2]
+    assert "layer3_2/conv2" in printed
+    assert re.search(
+        r"network: [\d,]+ -> [\d,]+ parameters, [\d,]+ -> [\d,]+ MACs", printed
+    )
+    assert "raw" in printed
+    assert "recalibrated" not in printed
+    assert " ms" not in printed
+
+
+def test_a_compressed_checkpoint_compresses_again(compressed, tmp_path):
+    out, _ = compressed
+    again = tmp_path / "again"
+    arguments = ["--ranks", "budget:macs=0.4", "--no-weigh", "--out", str(again)]
+    assert main(["compress", str(out), *arguments, *IMAGES]) == 0
+    cost = ij.count_cost(ij.load_checkpoint(again)[0], (8, 8, 1))
+    assert cost.macs <= 0.4 * cost.dense_macs
+
+
+def test_a_compressed_checkpoint_is_trained_further(compressed, run, tmp_path):
+    out, record = compressed
+    workdir = tmp_path / "tuned"
+    arguments = ["finetune", str(out), "--epochs", "2", "--batch-size", "64"]
+    arguments += ["--teacher", str(run), "--workdir", str(workdir)]
+    assert main(arguments) == 0
+    model, _ = ij.load_checkpoint(next((workdir / "checkpoints").glob("step_*")))
+    assert json.loads(model.plan.to_json()) == record["plan"]
+    tuned = evaluate(workdir, tmp_path)["top1"]
+    assert tuned > record["tests"][0]["stages"]["recalibrated"]["top1"] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of `ranks` .* must be given"),
+        (["--ranks", "ratio:0.5", "--macs", "0.5"], "one of `ranks`"),
+        (["--macs", "0.5", "--method", "hooi"], "`method` .* must fit --macs"),
+        (["--ranks", "evbmf", "--method", "inertial"], "must fit --ranks"),
+        (["--ranks", "budget:macs=0.001"], "must be at least 0\\.\\d+"),
+        (["--ranks", "ratio:1.5"], "`ratio` .*must be in \\(0, 1\\]"),
+        (["--ranks", "ratio:0.5", "--layers", "fc*"], "matches no convolution"),
+    ],
+)
+def test_what_cannot_be_compressed(run, arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compress", str(run), *arguments, "--out", str(out), *IMAGES]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_rules_are_read_as_they_are_written(tmp_path):
+    assert parse_ranks("ratio:0.2") == ij.Ratio(0.2)
+    assert parse_ranks("energy:0.9") == ij.Energy(0.9)
+    assert parse_ranks("evbmf") == ij.Evbmf()
+    assert parse_ranks("budget:macs=0.5") == ij.Budget(macs=0.5)
+    assert parse_ranks("budget:params=0.5") == ij.Budget(params=0.5)
+    assert parse_ranks("budget:latency=0.5") == ij.Budget(latency=0.5)
+    plan = ij.Plan((("layer1*", ij.Tucker2(2, 3)), ("*", ij.Conv())))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert parse_ranks(f"plan:{tmp_path}/plan.json") == plan
+    for text in (
+        "ratio",
+        "ratio:x",
+        "budget:flops=1",
+        "evbmf:1",
+        "plan:nowhere",
+        "svd",
+    ):
+        with pytest.raises(UsageError, match=f"`ranks` .={re.escape(text)}"):
+            parse_ranks(text)
+
+
+def test_energy_is_what_the_factors_keep_of_the_kernel(run):
+    checkpoint = next((run / "checkpoints").glob("step_*"))
+    dense = ij.load_checkpoint(checkpoint)
+    small = ij.compress(*dense, ranks=ij.Ratio(0.5), image_shape=(8, 8, 1))
+    rows = {r.path: r for r in report_layers(dense, small, (8, 8, 1), latency_batch=0)}
+    row = rows["layer2_1/conv2"]
+    assert row.latency_ms is None
+    kernel = np.asarray(dense[1]["params"]["layer2_1"]["conv2"]["kernel"], np.float64)
+    parts = small[1]["params"]["layer2_1"]["conv2"]
+    # Orthonormal factors: what is kept is the energy of the core.
+    core = np.asarray(parts["core"]["kernel"], np.float64)
+    np.testing.assert_allclose(
+        row.energy, np.sum(core**2) / np.sum(kernel**2), rtol=1e-5
+    )
