@@ -129,6 +129,7 @@ def make_spec(site: Site, rank_in: int, rank_out: int, round_to: int) -> Factori
     return Tucker2(
         rounded(max(1, rank_in), most_in, round_to),
         rounded(max(1, rank_out), most_out, round_to),
+        core=site.core,
     )
 
 
@@ -206,10 +207,10 @@ def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
                 f"`{name}` (={rank}) of {site.path!r} must be in [1, {most}]."
             )
     if isinstance(spec, Tucker2):
-        if spec.core != Conv():
-            raise ValueError(f"`ranks` has {spec}; its core must be Conv().")
+        if spec.core not in (Conv(), site.core):
+            raise ValueError(f"`ranks` has {spec}; its core must be {site.core}.")
         return make_spec(site, spec.rank_in, spec.rank_out, 1)
-    return spec
+    return site.core if isinstance(spec, Conv) else spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +263,8 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
         )
         kept = np.cumsum(np.asarray(energy, np.float64))
         kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
-        specs = tuple(LowRank(rank) for rank in ranks)
-        return RankGrid(specs, 1 - kept[np.asarray(ranks) - 1])
+        factors = tuple(LowRank(rank) for rank in ranks)
+        return RankGrid(factors, 1 - kept[np.asarray(ranks) - 1])
     full = tucker2(
         kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
     )
@@ -276,7 +277,8 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
         for r_out in _steps(most_out, round_to)
     ]
     errors = np.array([1 - kept[i - 1, o - 1] for i, o in pairs])
-    return RankGrid(tuple(Tucker2(i, o) for i, o in pairs), errors)
+    specs = tuple(Tucker2(i, o, core=site.core) for i, o in pairs)
+    return RankGrid(specs, errors)
 
 
 def _steps(most: int, round_to: int) -> list[int]:
