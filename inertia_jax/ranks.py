@@ -303,7 +303,7 @@ def make_choices(
         error: Of lost shares of energy, what is to be made small.
     """
     specs: list[Conv | Factorised] = [site.spec, *grid.specs]
-    costs = np.array([cost(spec) for spec in specs])
+    costs = np.array([cost(spec) for spec in specs], float)
     errors = np.concatenate([[0.0], error(grid.errors)])
     cheaper = np.flatnonzero((costs < costs[0]) | (np.arange(len(specs)) == 0))
     hull = [cheaper[i] for i in lower_hull(costs[cheaper], errors[cheaper])]
