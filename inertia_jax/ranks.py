@@ -155,7 +155,7 @@ def rank_by_rule(
     """
     if isinstance(rule, Plan):
         return _by_plan(rule, site)
-    groups = [np.asarray(part) for part in split_groups(kernel, site.groups)]
+    groups = list(split_groups(kernel, site.groups))
     if isinstance(rule, Ratio):
         _, _, c_in, c_out = groups[0].shape
         return make_spec(
