@@ -169,7 +169,10 @@ def test_kept_energy_is_that_of_every_truncation(x64):
 def site(shape, *, groups=1):
     """What the grid of a convolution looks at."""
     return SimpleNamespace(
-        kernel=np.zeros(shape), groups=groups, is_pointwise=shape[:2] == (1, 1)
+        kernel=np.zeros(shape),
+        groups=groups,
+        is_pointwise=shape[:2] == (1, 1),
+        core=ij.Conv(),
     )
 
 
