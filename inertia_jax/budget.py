@@ -64,6 +64,8 @@ def choose_ranks(
         }
     total = _cost(budget, *dense, image_shape)
     present = total if now[0] is dense[0] else _cost(budget, *now, image_shape)
+    # Timed one by one, layers may take longer than the network; a share is of both.
+    total = max(total, sum(cost(Conv()) for cost in costs.values()))
     # What the layers take as they are, the network's cost counts too.
     taken = sum(cost(sites[path].spec) for path, cost in costs.items())
     fixed = max(0.0, present - taken)

@@ -162,7 +162,7 @@ def decompress(
     shape = _image_shape(model, image_shape, None)
     plan = getattr(model, "plan", None)
     for _, spec in plan.rules if isinstance(plan, Plan) else ():
-        if isinstance(spec, Tucker2) and spec.core != Conv():
+        if isinstance(spec, Tucker2) and not isinstance(spec.core, Conv):
             raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
     return _multiplied_out(model, variables, shape)
 
@@ -173,7 +173,7 @@ def _multiplied_out(
     """Returns the network with ordinary convolutions for factors with such cores."""
     changed, specs = {}, {}
     for path, site in find_sites(model, variables, shape).items():
-        if site.spec == Conv():
+        if isinstance(site.spec, Conv):
             continue
         leaves = leaves_at(variables, path)
         dtype = next(iter(leaves.values())).dtype
@@ -181,7 +181,7 @@ def _multiplied_out(
         changed[path] = {"kernel": jnp.asarray(site.kernel, dtype)}
         if bias is not None:
             changed[path]["bias"] = bias
-        specs[path] = Conv()
+        specs[path] = site.core
     return _with_rules(model, specs), with_leaves(variables, changed)
 
 

@@ -13,7 +13,6 @@ from flax import traverse_util
 from inertia_jax.factorised import LowRankConv, Pointwise, Tucker2Conv
 from inertia_jax.inertial_cost import count_inertial
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.ops.conv import pair
 from inertia_jax.plan import Plan, Rate, stays_dense
 
 Kind = Literal["conv", "inertial", "tucker2", "low_rank", "dense", "other"]
@@ -372,7 +371,10 @@ def _ranks(module: Tucker2Conv | LowRankConv) -> tuple[int, ...]:
 
 
 def _note(plan: Plan, path: str, module: Any) -> str:
-    side, _ = pair(getattr(module, "kernel_size", 1))
-    strides, _ = pair(module.strides or 1)
+    # The first of one or two dimensions.
+    side, strides = (
+        size if isinstance(size, int) else size[0]
+        for size in (getattr(module, "kernel_size", 1), module.strides or 1)
+    )
     reason = stays_dense(plan.spec(path), kernel_size=side, strides=strides)
     return reason or ""

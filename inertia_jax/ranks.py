@@ -129,6 +129,7 @@ def make_spec(site: Site, rank_in: int, rank_out: int, round_to: int) -> Factori
     return Tucker2(
         rounded(max(1, rank_in), most_in, round_to),
         rounded(max(1, rank_out), most_out, round_to),
+        core=site.core,
     )
 
 
@@ -159,7 +160,7 @@ def rank_by_rule(
         rank_in = int(c_in * rule.ratio)
         rank_out = int(c_out // site.groups * rule.ratio)
         return make_spec(site, rank_in, rank_out, round_to)
-    groups = [np.asarray(part) for part in split_groups(kernel, site.groups)]
+    groups = list(split_groups(kernel, site.groups))
     # Of several groups, the one that needs most.
     if site.is_pointwise:
         if isinstance(rule, Energy):
@@ -206,10 +207,10 @@ def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
                 f"`{name}` (={rank}) of {site.path!r} must be in [1, {most}]."
             )
     if isinstance(spec, Tucker2):
-        if spec.core != Conv():
-            raise ValueError(f"`ranks` has {spec}; its core must be Conv().")
+        if spec.core not in (Conv(), site.core):
+            raise ValueError(f"`ranks` has {spec}; its core must be {site.core}.")
         return make_spec(site, spec.rank_in, spec.rank_out, 1)
-    return spec
+    return site.core if isinstance(spec, Conv) else spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +261,8 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
             energy[: len(spectrum)] += spectrum.astype(np.float64) ** 2
         kept = np.cumsum(energy)
         kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
-        specs = tuple(LowRank(rank) for rank in ranks)
-        return RankGrid(specs, 1 - kept[np.asarray(ranks) - 1])
+        factors = tuple(LowRank(rank) for rank in ranks)
+        return RankGrid(factors, 1 - kept[np.asarray(ranks) - 1])
     full = tucker2(
         kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
     )
@@ -274,7 +275,8 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
         for r_out in _steps(most_out, round_to)
     ]
     errors = np.array([1 - kept[i - 1, o - 1] for i, o in pairs])
-    return RankGrid(tuple(Tucker2(i, o) for i, o in pairs), errors)
+    specs = tuple(Tucker2(i, o, core=site.core) for i, o in pairs)
+    return RankGrid(specs, errors)
 
 
 def _steps(most: int, round_to: int) -> list[int]:
@@ -299,7 +301,7 @@ def make_choices(
         error: Of lost shares of energy, what is to be made small.
     """
     specs: list[Conv | Factorised] = [site.spec, *grid.specs]
-    costs = np.array([cost(spec) for spec in specs])
+    costs = np.array([cost(spec) for spec in specs], float)
     errors = np.concatenate([[0.0], error(grid.errors)])
     cheaper = np.flatnonzero((costs < costs[0]) | (np.arange(len(specs)) == 0))
     hull = [cheaper[i] for i in lower_hull(costs[cheaper], errors[cheaper])]

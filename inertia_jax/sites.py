@@ -21,7 +21,7 @@ from inertia_jax.ops.tucker import (
     low_rank_to_kernel,
     tucker2_to_kernel,
 )
-from inertia_jax.plan import Conv, LowRank, Tucker2
+from inertia_jax.plan import Conv, LowRank, Plan, Tucker2
 from inertia_jax.planned import cannot_factorise
 
 Factorised = Tucker2 | LowRank
@@ -42,6 +42,7 @@ class Site:
         input_shape: Of one image [h, w, c_in].
         output_shape: Of one image [h_out, w_out, c_out].
         spec: What stands there.
+        core: An ordinary convolution there, of the filters the plan has for it.
     """
 
     path: str
@@ -53,11 +54,12 @@ class Site:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     spec: Conv | Tucker2 | LowRank
+    core: Conv
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether the filters are 1 x 1."""
-        return self.kernel.shape[:2] == (1, 1)
+        """Whether the filters are 1 x 1, of the network itself."""
+        return self.kernel.shape[:2] == (1, 1) and self.core == Conv()
 
     def macs(self, spec: Conv | Factorised) -> int:
         """Returns the multiply-accumulates of an image in this form."""
@@ -130,6 +132,7 @@ def find_sites(
             input_shape=tuple(call.input_shape[1:]),
             output_shape=tuple(call.output_shape),
             spec=_spec(module),
+            core=_core(model, path),
         )
     return sites
 
@@ -176,6 +179,13 @@ def _spec(module: Any) -> Conv | Tucker2 | LowRank:
     if isinstance(module, LowRankConv):
         return LowRank(module.rank)
     return Conv()
+
+
+def _core(model: nn.Module, path: str) -> Conv:
+    plan = getattr(model, "plan", None)
+    spec = plan.spec(path) if isinstance(plan, Plan) else Conv()
+    core = spec.core if isinstance(spec, Tucker2) else spec
+    return core if isinstance(core, Conv) else Conv()
 
 
 def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray | None:
