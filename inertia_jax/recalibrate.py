@@ -64,7 +64,8 @@ def recalibrate_batch_norm(
     # A step moves statistics s to a s + (1 - a) b, b the batch's: from 0 and from 1 it
     # shows a, so that no layer need say its momentum. On blank images b is small, and
     # the difference exact.
-    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    old = jax.tree.map(jnp.asarray, variables["batch_stats"])
+    zeros = jax.tree.map(jnp.zeros_like, old)
     ones = jax.tree.map(jnp.ones_like, zeros)
     from_zeros = [
         after_a_step(zeros, images[i : i + size])
@@ -80,9 +81,7 @@ def recalibrate_batch_norm(
         return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)
 
     batches = [
-        traverse_util.flatten_dict(
-            jax.tree.map(batch_statistics, moved, kept, variables["batch_stats"])
-        )
+        traverse_util.flatten_dict(jax.tree.map(batch_statistics, moved, kept, old))
         for moved in from_zeros
     ]
     stacked = {path: jnp.stack([b[path] for b in batches]) for path in batches[0]}

@@ -115,7 +115,7 @@ def test_a_compressed_checkpoint_is_trained_further(compressed, run, tmp_path):
     model, _ = ij.load_checkpoint(next((workdir / "checkpoints").glob("step_*")))
     assert json.loads(model.plan.to_json()) == record["plan"]
     tuned = evaluate(workdir, tmp_path)["top1"]
-    assert tuned > record["tests"][0]["stages"]["recalibrated"]["top1"] - 0.05
+    assert tuned > 0.6  # of ten classes; two epochs at a low rate
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,16 @@ from inertia_jax import (
 )
 from inertia_jax.models import input_shape
 from inertia_jax.plan import Tucker2
+from inertia_jax.ranks import RankRule
 from inertia_jax.sites import find_sites
 from train.benchmark import interleaved
 from train.errors import UsageError
 from train.layer_report import format_layers, report_layers
 
-RULES = {"ratio 0.2": Ratio(0.2), "budget 0.25": Budget(macs=0.25)}
+RULES: dict[str, RankRule | Budget] = {
+    "ratio 0.2": Ratio(0.2),
+    "budget 0.25": Budget(macs=0.25),
+}
 
 
 def bench_tucker(
@@ -127,7 +131,7 @@ def _torch_call(model: Any, variables: Any, images: np.ndarray) -> Callable[[], 
     module = factorised(TORCH_MODELS[name](model.num_classes, width), model.plan)
     state = {k: torch.from_numpy(v) for k, v in to_torch(model, variables).items()}
     module.load_state_dict(state, strict=False)
-    module = module.eval().to(memory_format=torch.channels_last)
+    module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     x = x.contiguous(memory_format=torch.channels_last)
 
@@ -166,7 +170,7 @@ def _time_compressing(
         for path, site in sites.items():
             spec = plan.spec(path)
             if isinstance(spec, Tucker2):
-                kernel = torch.from_numpy(site.kernel).permute(3, 2, 0, 1).contiguous()
+                kernel = torch.tensor(site.kernel).permute(3, 2, 0, 1).contiguous()
                 rank = [spec.rank_out, spec.rank_in]
                 jobs.append(
                     functools.partial(

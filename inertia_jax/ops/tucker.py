@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -286,8 +287,11 @@ def pointwise(
 
 def factor_kernels(
     factors: Tucker2Factors | LowRankFactors, *, groups: int = 1
-) -> tuple[Array, ...]:
-    """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another."""
+) -> tuple[Array | np.ndarray, ...]:
+    """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another.
+
+    Of NumPy factors without groups they are NumPy arrays: nothing is compiled.
+    """
     into, out = factors[0], factors[-1]
     first = into[None, None]
     if groups > 1:
@@ -328,7 +332,8 @@ def tucker2_conv(
             f"`factors.u_in` (shape {u_in.shape}) must take {x.shape[-1]} channels, as "
             f"`x` (shape {x.shape}) has."
         )
-    first, core, last = factor_kernels(Tucker2Factors(u_in, core, u_out), groups=groups)
+    parts = factor_kernels(Tucker2Factors(u_in, core, u_out), groups=groups)
+    first, core, last = map(jnp.asarray, parts)
     x = pointwise(x, first[0, 0], groups=groups)
     x = conv2d(
         x, core, strides=strides, padding=padding, dilation=dilation, groups=groups
@@ -403,6 +408,6 @@ def low_rank_conv(
     """
     x = jnp.asarray(x)
     down, across = pair(strides)
-    first, last = factor_kernels(factors, groups=groups)
+    first, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
     x = pointwise(x[:, ::down, ::across], first[0, 0], groups=groups)
     return pointwise(x, last[0, 0], groups=groups)
