@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -286,8 +286,11 @@ def pointwise(
 
 def factor_kernels(
     factors: Tucker2Factors | LowRankFactors, *, groups: int = 1
-) -> tuple[Array, ...]:
-    """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another."""
+) -> tuple[Any, ...]:
+    """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another.
+
+    Of NumPy's factors, NumPy's arrays, but for the first of `groups`.
+    """
     into, out = factors[0], factors[-1]
     first = into[None, None]
     if groups > 1:
