@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import inertia_jax as ij
 from inertia_jax import ops
 from inertia_jax.ops.ranks import kept_energy, lower_hull, mode_spectra
 from inertia_jax.ranks import Choices, allocate, make_grid, rounded
+from inertia_jax.sites import Site
 
 
 def test_energy_rank_by_hand():
@@ -182,11 +182,16 @@ def test_kept_energy_is_that_of_every_truncation(x64):
 
 
 def site(shape, *, groups=1):
-    """What the grid of a convolution looks at."""
-    return SimpleNamespace(
+    return Site(
+        path="conv",
         kernel=np.zeros(shape),
         groups=groups,
-        is_pointwise=shape[:2] == (1, 1),
+        strides=(1, 1),
+        padding="SAME",
+        dilation=(1, 1),
+        input_shape=(8, 8, groups * shape[2]),
+        output_shape=(8, 8, shape[3]),
+        spec=ij.Conv(),
         core=ij.Conv(),
     )
 
@@ -292,7 +297,7 @@ def test_allocation_is_as_good_as_an_exhaustive_search_up_to_a_step():
         most = sum(of.costs[0] for of in choices.values())
         least = sum(of.costs[-1] for of in choices.values())
         budget = 3 + rng.uniform(least, most)
-        found = allocate(choices, fixed=3, budget=budget)
+        found = allocate(choices, fixed=3.0, budget=budget)
         cost, error = totals(choices, found)
         assert 3 + cost <= budget
         every = [
@@ -320,14 +325,14 @@ def test_allocation_meets_budgets_at_the_hull_exactly():
         at[path] = max(i, at[path])
         expected = {p: choices[p].specs[i] for p, i in at.items()}
         cost, _ = totals(choices, expected)
-        assert allocate(choices, fixed=0, budget=cost) == expected
+        assert allocate(choices, fixed=0.0, budget=cost) == expected
 
 
 def test_allocation_of_what_cannot_be_met_is_none():
     choices = random_choices(np.random.default_rng(0), 3)
     least = sum(of.costs[-1] for of in choices.values())
-    assert allocate(choices, fixed=2, budget=least + 2) is not None
-    assert allocate(choices, fixed=2, budget=least + 1.99) is None
+    assert allocate(choices, fixed=2.0, budget=least + 2) is not None
+    assert allocate(choices, fixed=2.0, budget=least + 1.99) is None
 
 
 @pytest.mark.parametrize(
@@ -346,12 +351,12 @@ def test_allocation_of_what_cannot_be_met_is_none():
         (lambda: ij.Budget(params=0.5, batch_size=0), "`batch_size`"),
     ],
 )
-def test_rules_refuse_what_is_no_share(make, message):
+def test_rules_refuse_what_is_no_share(make, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_rules_compare_and_hash_by_value():
+def test_rules_compare_and_hash_by_value(no_shape_checks):
     assert ij.Ratio(1) == ij.Ratio(1.0)
     assert len({ij.Budget(macs=0.5), ij.Budget(macs=0.5), ij.Evbmf(), ij.Evbmf()}) == 2
     budget = ij.Budget(params=0.25)
