@@ -14,7 +14,15 @@ from inertia_jax.factorise import Weighed
 from inertia_jax.latency import model_latency_ms, site_latencies_ms
 from inertia_jax.ops.ranks import lower_hull
 from inertia_jax.plan import Conv
-from inertia_jax.ranks import Budget, RankGrid, allocate, make_choices, make_grid
+from inertia_jax.ranks import (
+    Budget,
+    RankGrid,
+    all_forms,
+    allocate,
+    make_choices,
+    make_grid,
+    spend_rest,
+)
 from inertia_jax.sites import Factorised, Site, leaves_at, with_leaves
 
 # Lost shares of energy at which a layer's effect on the outputs is measured.
@@ -72,10 +80,11 @@ def choose_ranks(
     errors = {path: lambda lost: lost for path in sites}
     if batches:
         errors = _measured_errors(*dense, weighed, grids, batches)
-    choices = {
-        path: make_choices(site, grids[path], cost=costs[path], error=errors[path])
+    forms = {
+        path: all_forms(site, grids[path], cost=costs[path], error=errors[path])
         for path, site in sites.items()
     }
+    choices = {path: make_choices(of) for path, of in forms.items()}
     specs = allocate(choices, fixed=fixed, budget=budget.share * total)
     if specs is None:
         least = fixed + sum(min(of.costs) for of in choices.values())
@@ -85,7 +94,8 @@ def choose_ranks(
             f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
             f"with every rank the least possible."
         )
-    return specs
+    taken = sum(cost(specs[path]) for path, cost in costs.items())
+    return spend_rest(specs, forms, budget.share * total - fixed - taken)
 
 
 def _cost(

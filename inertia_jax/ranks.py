@@ -285,14 +285,17 @@ def _steps(most: int, round_to: int) -> list[int]:
     return sorted({*first, *range(step, most + 1, step), most})
 
 
-def make_choices(
+Forms = tuple[tuple[Conv | Factorised, ...], np.ndarray, np.ndarray]
+
+
+def all_forms(
     site: Site,
     grid: RankGrid,
     *,
     cost: Callable[[Conv | Factorised], float],
     error: Callable[[np.ndarray], np.ndarray],
-) -> Choices:
-    """Returns the forms of a convolution that are worth their cost.
+) -> Forms:
+    """Returns what a convolution is, and all cheaper forms, with costs and errors.
 
     Args:
         site: The convolution.
@@ -303,8 +306,18 @@ def make_choices(
     specs: list[Conv | Factorised] = [site.spec, *grid.specs]
     costs = np.array([cost(spec) for spec in specs], float)
     errors = np.concatenate([[0.0], error(grid.errors)])
-    cheaper = np.flatnonzero((costs < costs[0]) | (np.arange(len(specs)) == 0))
-    hull = [cheaper[i] for i in lower_hull(costs[cheaper], errors[cheaper])]
+    kept = np.flatnonzero((costs < costs[0]) | (np.arange(len(specs)) == 0))
+    return tuple(specs[i] for i in kept), costs[kept], errors[kept]
+
+
+def make_choices(forms: Forms) -> Choices:
+    """Returns the forms of a convolution that are worth their cost.
+
+    Args:
+        forms: As `all_forms` gives them.
+    """
+    specs, costs, errors = forms
+    hull = lower_hull(costs, errors)
     if hull[-1] != 0:  # a form of no error at less cost replaces what stands there
         hull.append(0)
     hull = hull[::-1]
@@ -347,3 +360,34 @@ def allocate(
         if at[path] == i and total + saved <= budget:
             at[path], total = i - 1, total + saved
     return {path: of.specs[at[path]] for path, of in choices.items()}
+
+
+def spend_rest(
+    specs: Mapping[str, Conv | Factorised],
+    forms: Mapping[str, Forms],
+    rest: float,
+) -> dict[str, Conv | Factorised]:
+    """Returns better forms for what a budget has left, also such off the hull.
+
+    Again and again, of all layers, the one takes the best form it can afford that so
+    gains most.
+
+    Args:
+        specs: The forms chosen so far.
+        forms: All there are of each convolution, with their costs and errors.
+        rest: What is left of the budget.
+    """
+    chosen = dict(specs)
+    at = {path: forms[path][0].index(spec) for path, spec in specs.items()}
+    while True:
+        gains = []
+        for path, (_, costs, errors) in forms.items():
+            here = at[path]
+            best = int(np.argmin(np.where(costs - costs[here] <= rest, errors, np.inf)))
+            gains.append((errors[here] - errors[best], path, best))
+        gain, path, best = max(gains)
+        if not gain > 0:
+            return chosen
+        costs = forms[path][1]
+        rest -= float(costs[best] - costs[at[path]])
+        at[path], chosen[path] = best, forms[path][0][best]

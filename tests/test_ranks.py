@@ -9,7 +9,7 @@ import pytest
 import inertia_jax as ij
 from inertia_jax import ops
 from inertia_jax.ops.ranks import kept_energy, lower_hull, mode_spectra
-from inertia_jax.ranks import Choices, allocate, make_grid, rounded
+from inertia_jax.ranks import Choices, allocate, make_grid, rounded, spend_rest
 from inertia_jax.sites import Site
 
 
@@ -361,3 +361,20 @@ def test_rules_compare_and_hash_by_value(no_shape_checks):
     assert len({ij.Budget(macs=0.5), ij.Budget(macs=0.5), ij.Evbmf(), ij.Evbmf()}) == 2
     budget = ij.Budget(params=0.25)
     assert (budget.of, budget.share) == ("params", 0.25)
+
+
+def test_what_is_left_of_a_budget_is_spent_off_the_hull():
+    specs = tuple(ij.Tucker2(rank, rank) for rank in (9, 1, 5, 7))
+    # On the hull lie the first and the second alone.
+    forms = (specs, np.array([10.0, 1.0, 5.0, 8.0]), np.array([0.0, 9.0, 7.0, 6.0]))
+    few = (specs[:2], np.array([10.0, 1.0]), np.array([0.0, 1.0]))
+    start = {"a": specs[1], "b": specs[1]}
+
+    def spent(rest):
+        return spend_rest(start, {"a": forms, "b": few}, rest)
+
+    assert spent(3.9) == start
+    assert spent(4.0) == {"a": specs[2], "b": specs[1]}
+    assert spent(7.0) == {"a": specs[3], "b": specs[1]}
+    assert spent(9.0) == {"a": specs[0], "b": specs[1]}
+    assert spent(18.0) == {"a": specs[0], "b": specs[0]}
