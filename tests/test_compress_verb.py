@@ -61,6 +61,19 @@ def test_the_record_says_what_the_checkpoint_is(compressed, tmp_path):
     assert test["stages"]["raw"]["top1"] < test["stages"]["recalibrated"]["top1"]
 
 
+def test_evaluation_beside_another_checkpoint(compressed, run, tmp_path, capsys):
+    out, record = compressed
+    file = tmp_path / "evaluation.json"
+    arguments = ["evaluate", str(out), "--against", str(run), "--out", str(file)]
+    assert main(arguments) == 0
+    found = json.loads(file.read_text())
+    stage = record["tests"][0]["stages"]["recalibrated"]
+    assert found["against"] == record["tests"][0]["top1_before"]
+    assert found["difference"] == stage["difference"]
+    assert found["margin_95"] == stage["margin_95"]
+    assert f"{100 * found['difference']:+.2f} points" in capsys.readouterr().out
+
+
 def test_layer_rows_add_up(compressed):
     _, record = compressed
     rows = record["layers"]

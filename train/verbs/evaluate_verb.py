@@ -1,6 +1,8 @@
 """`python -m train evaluate`: evaluate a checkpoint."""
 
 import dataclasses
+import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,6 +12,7 @@ import tyro
 from train.checkpoints import find_checkpoint
 from train.config import Data
 from train.errors import user_input
+from train.evaluate import paired_difference
 from train.evaluate_checkpoint import cost_at_rates, evaluate_checkpoint
 
 
@@ -29,6 +32,8 @@ class Evaluate:
     """Use the first so many devices; None: all."""
     resize: bool = False
     """Resize images of another size than the network was trained on."""
+    against: str | None = None
+    """Another checkpoint, or run, to compare with, example by example."""
     out: str | None = None
     """Write everything to this file, as JSON."""
 
@@ -38,18 +43,33 @@ def run(argv: Sequence[str]) -> int:
     args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
     path = find_checkpoint(args.checkpoint)
     print(f"checkpoint  {path}")
-    evaluation = evaluate_checkpoint(
-        path,
+    evaluate = functools.partial(
+        evaluate_checkpoint,
         source=args.data,
         cache_dir=args.cache_dir,
         batch_size=args.batch_size,
         num_devices=args.devices,
         resize=args.resize,
     )
+    other = find_checkpoint(args.against) if args.against else None
+    evaluation = evaluate(path)
     print(evaluation)
+    found = json.loads(evaluation.to_json())
+    if other is not None:
+        baseline = evaluate(other)
+        difference, margin = paired_difference(baseline, evaluation)
+        print(
+            f"\n{other}: top-1 {baseline.top1:.2%}; this one "
+            f"{100 * difference:+.2f} points (95% interval +-{100 * margin:.2f}, paired)"
+        )
+        found |= {
+            "against": baseline.top1,
+            "difference": difference,
+            "margin_95": margin,
+        }
     if evaluation.gate_rates:
         print(f"\n{cost_at_rates(path, evaluation.gate_rates)}")
     if args.out is not None:
         with user_input():
-            pathlib.Path(args.out).write_text(evaluation.to_json() + "\n")
+            pathlib.Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     return 0
