@@ -110,13 +110,20 @@ def test_the_table_has_a_row_a_layer(run, tmp_path, capsys):
     assert " ms" not in printed
 
 
-def test_a_compressed_checkpoint_compresses_again(compressed, tmp_path):
+def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_path):
     out, _ = compressed
-    again = tmp_path / "again"
+    again, record = tmp_path / "again", tmp_path / "record.json"
     arguments = ["--ranks", "budget:macs=0.4", "--no-weigh", "--out", str(again)]
-    assert main(["compress", str(out), *arguments, *IMAGES]) == 0
+    arguments += ["--finetune-epochs", "1", "--record", str(record), *IMAGES]
+    assert main(["compress", str(out), *arguments]) == 0
     cost = ij.count_cost(ij.load_checkpoint(again)[0], (8, 8, 1))
     assert cost.macs <= 0.4 * cost.dense_macs
+    (test,) = json.loads(record.read_text())["tests"]
+    assert list(test["stages"]) == ["raw", "recalibrated", "fine-tuned"]
+    tuned = evaluate(tmp_path / "again_finetuned", tmp_path)
+    assert tuned["top1"] == test["stages"]["fine-tuned"]["top1"]
+    config = json.loads((tmp_path / "again_finetuned" / "config.json").read_text())
+    assert config["teacher"] == str(out)
 
 
 def test_a_compressed_checkpoint_is_trained_further(compressed, run, tmp_path):

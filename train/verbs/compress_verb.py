@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -22,16 +22,15 @@ from inertia_jax import (
 from inertia_jax.checkpoint import Metadata, load_metadata
 from inertia_jax.plan import Inertial
 from train.calibration import training_inputs
-from train.checkpoints import find_checkpoint
+from train.checkpoints import find_checkpoint, latest_steps
 from train.config import Data
 from train.data import load_data
 from train.errors import UsageError, user_input
-from train.evaluate import Evaluation, paired_difference
-from train.evaluate_checkpoint import evaluate_model
 from train.layer_report import format_layers, parse_ranks, plan_to_json, report_layers
+from train.loop import fit
 from train.rundir import describe_machine
-
-Network = tuple[nn.Module, dict[str, Any]]
+from train.stages import Network, compare_stages, evaluate_stage, in_words
+from train.verbs.finetune_verb import DEFAULTS, from_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +38,9 @@ class Compress:
     """Makes a trained network smaller, and evaluates it before and after.
 
     With `--ranks`, convolutions become Tucker-2 factors; with `--macs`, inertial, in
-    tiles. BatchNorm is then recalibrated on training images. Nothing is trained:
-    `python -m train finetune OUT` does that.
+    tiles. BatchNorm is then recalibrated on training images. Nothing is trained,
+    unless `--finetune-epochs` asks for it; `python -m train finetune OUT` has more
+    options for that.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -87,6 +87,10 @@ class Compress:
     """Likewise."""
     also_test: tuple[str, ...] = ()
     """Further data whose test images are evaluated before and after."""
+    finetune_epochs: int = 0
+    """Then train so many epochs, with the old network as teacher, in OUT_finetuned."""
+    finetune_learning_rate: float = 0.02
+    """Of these epochs, falling to 0 by cosine."""
     record: str | None = None
     """Write what was found to this file, as JSON."""
     seed: int = 1
@@ -98,8 +102,11 @@ def run(argv: Sequence[str]) -> int:
     args = tyro.cli(Compress, args=argv, prog="python -m train compress")
     is_inertial = _is_inertial(args)
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
-    if out.exists():
-        raise UsageError(f"`out` (={out}) must not exist; nothing was changed.")
+    for place in (out, out.with_name(f"{out.name}_finetuned")):
+        if place.exists() and (place == out or args.finetune_epochs):
+            raise UsageError(f"`out` (={place}) must not exist; nothing was changed.")
+    if args.finetune_epochs < 0:
+        raise UsageError(f"`finetune_epochs` (={args.finetune_epochs}) must be >= 0.")
     with user_input():
         dense = load_checkpoint(path)
         metadata = load_metadata(path)
@@ -112,7 +119,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"{path} names no data; say which with --data.")
     sources = () if source is None else (source, *args.also_test)
     evaluate = functools.partial(
-        _evaluate, metadata=metadata, sources=sources, cache_dir=args.cache_dir
+        evaluate_stage, metadata=metadata, sources=sources, cache_dir=args.cache_dir
     )
     draw = _drawer(args, source, dense[0], metadata)
     before = evaluate(dense)
@@ -124,7 +131,7 @@ def run(argv: Sequence[str]) -> int:
             shape = preprocessing.image_shape
             stages = _make_tucker2(args, dense, draw, shape)
     seconds = time.perf_counter() - start
-    model, variables = list(stages.values())[-1]
+    model, variables = next(reversed(stages.values()))
     info = {
         **metadata.info,
         "evaluation": None,  # was the dense network's
@@ -133,9 +140,14 @@ def run(argv: Sequence[str]) -> int:
     with user_input():
         metadata = Metadata(preprocessing, metadata.class_names, info)
         save_checkpoint(out, model, variables, metadata=metadata)
+    if args.finetune_epochs:
+        tuned = _finetune(args, path, out, source)
+        if tuned is None:
+            return 130
+        stages["fine-tuned"] = tuned
     after = {name: evaluate(network) for name, network in stages.items()}
-    tests = _compare(sources, before, after)
-    last = list(after.values())[-1]
+    tests = compare_stages(sources, before, after)
+    last = next(reversed(after.values()))
     rates = last[0].gate_rates if last else {}
     cost = count_cost(model, preprocessing.image_shape, gate_rates=rates)
     layers: list[dict[str, Any]] = []
@@ -157,7 +169,7 @@ def run(argv: Sequence[str]) -> int:
             f"the dense network's"
         )
     for test in tests:
-        print(_in_words(test))
+        print(in_words(test))
     print(f"took {seconds:.0f} s; checkpoint {out}")
     if args.record is not None:
         record = {
@@ -270,54 +282,39 @@ def _make_tucker2(
     }
 
 
-def _evaluate(
-    network: Network, *, metadata: Metadata, sources: Sequence[str], cache_dir: str
-) -> list[Evaluation]:
-    return [
-        evaluate_model(*network, metadata, source=source, cache_dir=cache_dir)
-        for source in sources
-    ]
-
-
-def _compare(
-    sources: Sequence[str],
-    before: Sequence[Evaluation],
-    after: Mapping[str, Sequence[Evaluation]],
-) -> list[dict[str, Any]]:
-    """Returns accuracy on every test set, before and after every stage."""
-    tests = []
-    for i, source in enumerate(sources):
-        stages = {}
-        for name, evaluations in after.items():
-            difference, margin = paired_difference(before[i], evaluations[i])
-            stages[name] = {
-                "top1": evaluations[i].top1,
-                "difference": difference,
-                "margin_95": margin,
-                "gate_rates": dict(evaluations[i].gate_rates),
-            }
-        tests.append(
-            {
-                "data": pathlib.PurePath(source).name,
-                "num_examples": before[i].num_examples,
-                "top1_before": before[i].top1,
-                "stages": stages,
-            }
-        )
-    return tests
-
-
-def _in_words(test: Mapping[str, Any]) -> str:
-    parts = [f"{test['data']}: top-1 {test['top1_before']:.2%} before"]
-    parts += [
-        f"{name} {stage['top1']:.2%} ({100 * stage['difference']:+.2f} "
-        f"+-{100 * stage['margin_95']:.2f})"
-        for name, stage in test["stages"].items()
-    ]
-    return (
-        f"{', '.join(parts)}; points, 95% interval, paired, "
-        f"{test['num_examples']:,} images"
+def _finetune(
+    args: Compress, teacher: pathlib.Path, out: pathlib.Path, source: str | None
+) -> Network | None:
+    """Trains the compressed checkpoint; None if a signal stopped it."""
+    if source is None:
+        raise UsageError("`finetune_epochs` needs data; say which with --data.")
+    config = from_checkpoint(DEFAULTS, out, keep_data=False)
+    data = dataclasses.replace(
+        config.data,
+        source=source,
+        cache_dir=args.cache_dir,
+        crop_padding=_or(args.crop_padding, config.data.crop_padding),
+        flip=_or(args.flip, config.data.flip),
     )
+    config = dataclasses.replace(
+        config,
+        name=out.name,
+        seed=args.seed,
+        epochs=args.finetune_epochs,
+        data=data,
+        teacher=str(teacher.absolute()),
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=args.finetune_learning_rate
+        ),
+    )
+    workdir = out.with_name(f"{out.name}_finetuned")
+    result = fit(config, workdir=workdir, resume=False)
+    if result.stopped_by is not None:
+        return None
+    checkpoints = workdir / "checkpoints"
+    last = checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
+    print(f"fine-tuned checkpoint {last}")
+    return load_checkpoint(last)
 
 
 def _or(value: Any, default: Any) -> Any:

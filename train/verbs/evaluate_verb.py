@@ -58,10 +58,9 @@ def run(argv: Sequence[str]) -> int:
     if other is not None:
         baseline = evaluate(other)
         difference, margin = paired_difference(baseline, evaluation)
-        print(
-            f"\n{other}: top-1 {baseline.top1:.2%}; this one "
-            f"{100 * difference:+.2f} points (95% interval +-{100 * margin:.2f}, paired)"
-        )
+        change = f"{100 * difference:+.2f} points"
+        interval = f"95% interval +-{100 * margin:.2f}, paired"
+        print(f"\n{other}: top-1 {baseline.top1:.2%}; here {change} ({interval})")
         found |= {
             "against": baseline.top1,
             "difference": difference,

@@ -19,7 +19,7 @@ from train.loop import fit
 from train.verbs.fit_verb import exit_code, summary
 
 # A tenth of the recipe's learning rate, and an end within a few epochs.
-_DEFAULTS = Config(
+DEFAULTS = Config(
     name="finetune",
     epochs=5,
     optimizer=Optimizer(learning_rate=0.01, schedule="cosine"),
@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     file = early.parse_known_args(argv)[0].config
-    default = load_config(file) if file else _DEFAULTS
+    default = load_config(file) if file else DEFAULTS
     # What the checkpoint says is the default of what follows it.
     path = None
     if argv and not argv[0].startswith("-"):

@@ -1,0 +1,65 @@
+"""Accuracy of a network before and after every stage of its compression."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import linen as nn
+
+from inertia_jax.checkpoint import Metadata
+from train.evaluate import Evaluation, paired_difference
+from train.evaluate_checkpoint import evaluate_model
+
+Network = tuple[nn.Module, dict[str, Any]]
+
+
+def evaluate_stage(
+    network: Network, *, metadata: Metadata, sources: Sequence[str], cache_dir: str
+) -> list[Evaluation]:
+    """Evaluates a network on every test set."""
+    return [
+        evaluate_model(*network, metadata, source=source, cache_dir=cache_dir)
+        for source in sources
+    ]
+
+
+def compare_stages(
+    sources: Sequence[str],
+    before: Sequence[Evaluation],
+    after: Mapping[str, Sequence[Evaluation]],
+) -> list[dict[str, Any]]:
+    """Returns accuracy on every test set, before and after every stage."""
+    tests = []
+    for i, source in enumerate(sources):
+        stages = {}
+        for name, evaluations in after.items():
+            difference, margin = paired_difference(before[i], evaluations[i])
+            stages[name] = {
+                "top1": evaluations[i].top1,
+                "difference": difference,
+                "margin_95": margin,
+                "gate_rates": dict(evaluations[i].gate_rates),
+            }
+        tests.append(
+            {
+                "data": pathlib.PurePath(source).name,
+                "num_examples": before[i].num_examples,
+                "top1_before": before[i].top1,
+                "stages": stages,
+            }
+        )
+    return tests
+
+
+def in_words(test: Mapping[str, Any]) -> str:
+    """Returns a row of `compare_stages` as a line."""
+    parts = [f"{test['data']}: top-1 {test['top1_before']:.2%} before"]
+    parts += [
+        f"{name} {stage['top1']:.2%} ({100 * stage['difference']:+.2f} "
+        f"+-{100 * stage['margin_95']:.2f})"
+        for name, stage in test["stages"].items()
+    ]
+    return (
+        f"{', '.join(parts)}; points, 95% interval, paired, "
+        f"{test['num_examples']:,} images"
+    )
