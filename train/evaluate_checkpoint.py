@@ -1,7 +1,7 @@
 """Evaluation of a checkpoint: its network, its preprocessing, any data that fit."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,9 +56,8 @@ def evaluate_checkpoint(
         raise UsageError(f"{path} names no data; say which with --data.")
     if metadata.preprocessing is None:
         raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
-    return evaluate_model(
+    evaluate = evaluator_for(
         model,
-        variables,
         metadata,
         source=source,
         cache_dir=cache_dir,
@@ -66,11 +65,11 @@ def evaluate_checkpoint(
         num_devices=num_devices,
         resize=resize,
     )
+    return evaluate(variables)
 
 
-def evaluate_model(
+def evaluator_for(
     model: nn.Module,
-    variables: Mapping[str, Any],
     metadata: Metadata,
     *,
     source: str,
@@ -78,8 +77,8 @@ def evaluate_model(
     batch_size: int = 500,
     num_devices: int | None = None,
     resize: bool = False,
-) -> Evaluation:
-    """Evaluates a network as its checkpoint would be.
+) -> Callable[[Mapping[str, Any]], Evaluation]:
+    """Returns a function from variables to what evaluating a checkpoint of them finds.
 
     Raises:
         UsageError: Data that do not fit it.
@@ -107,7 +106,7 @@ def evaluate_model(
         batch_size=batch_size,
         class_names=_class_names(data, metadata, model.num_classes),
     )
-    return evaluate(parallel.replicate(variables))
+    return lambda variables: evaluate(parallel.replicate(variables))
 
 
 def _check_fit(

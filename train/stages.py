@@ -8,19 +8,39 @@ from flax import linen as nn
 
 from inertia_jax.checkpoint import Metadata
 from train.evaluate import Evaluation, paired_difference
-from train.evaluate_checkpoint import evaluate_model
+from train.evaluate_checkpoint import evaluator_for
 
 Network = tuple[nn.Module, dict[str, Any]]
 
 
-def evaluate_stage(
-    network: Network, *, metadata: Metadata, sources: Sequence[str], cache_dir: str
-) -> list[Evaluation]:
-    """Evaluates a network on every test set."""
-    return [
-        evaluate_model(*network, metadata, source=source, cache_dir=cache_dir)
-        for source in sources
-    ]
+def evaluate_stages(
+    stages: Mapping[str, Network],
+    *,
+    metadata: Metadata,
+    sources: Sequence[str],
+    cache_dir: str,
+) -> dict[str, list[Evaluation]]:
+    """Evaluates networks on every test set; those of one form compile once.
+
+    Args:
+        stages: By name.
+        metadata: Of the checkpoint.
+        sources: Of the test sets.
+        cache_dir: Where decoded sets are kept.
+    """
+    found: dict[str, list[Evaluation]] = {name: [] for name in stages}
+    for source in sources:
+        evaluators: list[tuple[nn.Module, Any]] = []
+        for name, (model, variables) in stages.items():
+            known = [evaluate for other, evaluate in evaluators if other == model]
+            if not known:
+                evaluate = evaluator_for(
+                    model, metadata, source=source, cache_dir=cache_dir
+                )
+                evaluators.append((model, evaluate))
+                known = [evaluate]
+            found[name].append(known[0](variables))
+    return found
 
 
 def compare_stages(

@@ -29,7 +29,7 @@ from train.errors import UsageError, user_input
 from train.layer_report import format_layers, parse_ranks, plan_to_json, report_layers
 from train.loop import fit
 from train.rundir import describe_machine
-from train.stages import Network, compare_stages, evaluate_stage, in_words
+from train.stages import Network, compare_stages, evaluate_stages, in_words
 from train.verbs.finetune_verb import DEFAULTS, from_checkpoint
 
 
@@ -119,10 +119,10 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"{path} names no data; say which with --data.")
     sources = () if source is None else (source, *args.also_test)
     evaluate = functools.partial(
-        evaluate_stage, metadata=metadata, sources=sources, cache_dir=args.cache_dir
+        evaluate_stages, metadata=metadata, sources=sources, cache_dir=args.cache_dir
     )
     draw = _drawer(args, source, dense[0], metadata)
-    before = evaluate(dense)
+    before = evaluate({"before": dense})["before"]
     start = time.perf_counter()
     with user_input():
         if is_inertial:
@@ -145,7 +145,7 @@ def run(argv: Sequence[str]) -> int:
         if tuned is None:
             return 130
         stages["fine-tuned"] = tuned
-    after = {name: evaluate(network) for name, network in stages.items()}
+    after = evaluate(stages)
     tests = compare_stages(sources, before, after)
     last = next(reversed(after.values()))
     rates = last[0].gate_rates if last else {}
