@@ -18,7 +18,7 @@ from inertia_jax.ops.tucker import Method
 from inertia_jax.plan import Conv, Plan, Spec, Tucker2
 from inertia_jax.planned import Planned
 from inertia_jax.ranks import Budget, RankRule, rank_by_rule
-from inertia_jax.sites import bias_of, find_sites, leaves_at, with_leaves
+from inertia_jax.sites import Site, bias_of, find_sites, leaves_at, with_leaves
 
 
 def compress(
@@ -87,11 +87,11 @@ def compress(
         raise ValueError(f"`round_to` (={round_to}) must be >= 1.")
     images = None if calibration is None else _checked_images(calibration)
     shape = _image_shape(model, image_shape, images)
-    sites = find_sites(model, variables, shape)
-    stem = next(iter(sites), None)
+    every = find_sites(model, variables, shape)
+    stem = next(iter(every), None)
     sites = {
         path: site
-        for path, site in sites.items()
+        for path, site in every.items()
         if fnmatch.fnmatchcase(path, layers) and not (keep_stem and path == stem)
     }
     if not sites:
@@ -104,7 +104,7 @@ def compress(
                 raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
     batches = [] if images is None else batched(images, batch_size)
     weighed = {path: Weighed(site) for path, site in sites.items()}
-    dense = _multiplied_out(model, variables, shape)
+    dense = _multiplied_out(model, variables, every)
     if batches:
         moments = input_moments(*dense, sites, batches)
         weighed = {p: Weighed(site, moments[p]) for p, site in sites.items()}
@@ -164,15 +164,15 @@ def decompress(
     for _, spec in plan.rules if isinstance(plan, Plan) else ():
         if isinstance(spec, Tucker2) and not isinstance(spec.core, Conv):
             raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
-    return _multiplied_out(model, variables, shape)
+    return _multiplied_out(model, variables, find_sites(model, variables, shape))
 
 
 def _multiplied_out(
-    model: nn.Module, variables: Mapping[str, Any], shape: tuple[int, ...]
+    model: nn.Module, variables: Mapping[str, Any], sites: Mapping[str, Site]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Returns the network with ordinary convolutions for factors with such cores."""
     changed, specs = {}, {}
-    for path, site in find_sites(model, variables, shape).items():
+    for path, site in sites.items():
         if isinstance(site.spec, Conv):
             continue
         leaves = leaves_at(variables, path)
