@@ -23,7 +23,7 @@ from inertia_jax.plan import Tucker2
 from inertia_jax.sites import find_sites
 from train.benchmark import interleaved
 from train.errors import UsageError
-from train.layer_report import format_layers, report_layers
+from train.layer_report import LayerReport, format_layers, report_layers
 
 RULES: dict[str, dict[str, Any]] = {
     "ratio 0.2": {"ranks": Ratio(0.2)},
@@ -80,7 +80,6 @@ def bench_tucker(
         networks["dense"], networks["budget 0.25 by 8"], shape, latency_batch=batch_size
     )
     row["layers"] = [vars(layer) for layer in layers]
-    row["layer_table"] = format_layers(layers)
     row["compressing_s"] = _time_compressing(
         *networks["dense"], networks["ratio 0.2"][0].plan, against_torch=against_torch
     )
@@ -103,7 +102,7 @@ def format_tucker(row: dict[str, Any]) -> str:
                 f"{dense / median:5.2f}x"
             )
     lines.append(f"layers at budget 0.25 by 8, batch {max(map(int, row['times']))}:")
-    lines.append(row["layer_table"])
+    lines.append(format_layers([LayerReport(**layer) for layer in row["layers"]]))
     seconds = row["compressing_s"]
     lines.append(
         "compressing at ratio 0.2: "
