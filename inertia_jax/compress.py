@@ -61,9 +61,11 @@ def compress(
         calibration: Some hundred of the network's inputs, normalised.
         layers: Glob over the paths of the convolutions that may change.
         keep_stem: Leave the first convolution as it is.
-        only_cheaper: Leave a convolution as it is that would not get cheaper: in
-            parameters with `Budget(params=...)`, else in MACs.
-        round_to: Ranks become multiples of it, rounded up, for the hardware's sake.
+        only_cheaper: Leave a convolution as it is that would not get cheaper in MACs;
+            of no effect on a `Budget`, which never takes a form that is dearer in what
+            it counts, nor on explicit ranks.
+        round_to: Ranks become multiples of it, rounded up, for the hardware's sake; not
+            with explicit ranks.
         image_shape: [h, w, c] that MACs are counted at; None: that of `calibration`, or
             the one that a network of this library was published for.
         batch_size: Calibration images a call; what fills no whole batch is left out.
@@ -85,6 +87,10 @@ def compress(
         )
     if round_to < 1:
         raise ValueError(f"`round_to` (={round_to}) must be >= 1.")
+    if round_to > 1 and isinstance(ranks, Plan):
+        raise ValueError(f"`round_to` (={round_to}) must be 1 with explicit ranks.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
     images = None if calibration is None else _checked_images(calibration)
     shape = _image_shape(model, image_shape, images)
     every = find_sites(model, variables, shape)
@@ -100,7 +106,7 @@ def compress(
         )
     if isinstance(ranks, Plan):
         for glob, _ in ranks.rules:
-            if not fnmatch.filter(sites, glob):
+            if not fnmatch.filter(every, glob):
                 raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
     batches = [] if images is None else batched(images, batch_size)
     weighed = {path: Weighed(site) for path, site in sites.items()}
@@ -123,7 +129,7 @@ def compress(
             path: rank_by_rule(ranks, site, weighed[path].kernel, round_to=round_to)
             for path, site in sites.items()
         }
-        if only_cheaper:
+        if only_cheaper and not isinstance(ranks, Plan):
             specs = {
                 path: spec
                 for path, spec in specs.items()
@@ -200,6 +206,8 @@ def _image_shape(
     model: nn.Module, given: tuple[int, ...] | None, images: np.ndarray | None
 ) -> tuple[int, ...]:
     if given is not None:
+        if len(given) != 3:
+            raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
         return tuple(given)
     if images is not None:
         return images.shape[1:]

@@ -66,8 +66,9 @@ class Tucker2Conv(nn.Module):
     Attributes:
         features: Output channels.
         kernel_size: Sides of the core, or one of a square one.
-        rank_in: Channels before the core, of each group, in [1, c_in / groups].
-        rank_out: Channels after it, of each group, in [1, features / groups].
+        rank_in: Channels before the core, of each group, in [1, c_in / groups], and at
+            most what the kernel's unfolding can have (`ops.tucker.max_ranks`).
+        rank_out: Channels after it, of each group, in [1, features / groups], likewise.
         strides: As `nn.Conv` has it, as all below; of the core.
         padding: Of the core.
         kernel_dilation: Of the core.
@@ -77,11 +78,13 @@ class Tucker2Conv(nn.Module):
         param_dtype: Of the parameters.
         kernel_init: Of each of the three kernels.
         bias_init: Of the bias.
-        core: What the core is: `Conv()`, or an `Inertial` in the tiled reading.
+        core: What the core is: a `Conv`, or an `Inertial`, whose `core_size` is then
+            `kernel_size` and whose region `padding` is of in the window reading.
         axis_name: See `InertialConv`.
 
     Raises:
-        ValueError: A rank outside its range, or groups that do not divide the channels.
+        ValueError: A rank outside its range, a core of another side than `kernel_size`,
+            or groups that do not divide the channels.
     """
 
     features: int
@@ -127,8 +130,14 @@ class Tucker2Conv(nn.Module):
             groups * self.rank_in, feature_group_count=groups, name="u_in", **common
         )(x)
         core_features = groups * self.rank_out
-        if isinstance(self.core, Inertial):
-            x = self._inertial(x, core_features, common, train=train)
+        core = self.core
+        side = core.core_size if isinstance(core, Inertial) else core.kernel_size
+        if side is not None and size != (side, side):
+            raise ValueError(
+                f"`kernel_size` (={self.kernel_size}) must be that of `core` (={core})."
+            )
+        if isinstance(core, Inertial):
+            x = self._inertial(core, x, core_features, common, train=train)
         else:
             x = nn.Conv(
                 core_features,
@@ -152,14 +161,16 @@ class Tucker2Conv(nn.Module):
         )(x)
 
     def _inertial(
-        self, x: Array, features: int, common: dict[str, Any], *, train: bool
+        self,
+        core: Inertial,
+        x: Array,
+        features: int,
+        common: dict[str, Any],
+        *,
+        train: bool,
     ) -> Array:
-        if not isinstance(self.core, Inertial):
-            raise TypeError("the core is no Inertial.")
         if self.feature_group_count != 1 or pair(self.kernel_dilation or 1) != (1, 1):
-            raise ValueError(
-                f"`core` (={self.core}) must have neither groups nor dilation."
-            )
+            raise ValueError(f"`core` (={core}) must have neither groups nor dilation.")
         names = Inertial.__dataclass_fields__
         return InertialConv(
             features,
@@ -168,7 +179,7 @@ class Tucker2Conv(nn.Module):
             use_bias=False,
             axis_name=self.axis_name,
             name="core",
-            **{name: getattr(self.core, name) for name in names},
+            **{name: getattr(core, name) for name in names},
             **common,
         )(x, train=train)
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import inertia_jax as ij
+from inertia_jax.checkpoint import Preprocessing
 from train.__main__ import main
+from train.calibration import training_inputs
+from train.data import Split
 from train.errors import UsageError
 from train.layer_report import parse_ranks, report_layers
 
@@ -148,6 +151,10 @@ def test_a_compressed_checkpoint_is_trained_further(compressed, run, tmp_path):
         (["--ranks", "budget:macs=0.001"], "must be at least 0\\.\\d+"),
         (["--ranks", "ratio:1.5"], "`ratio` .*must be in \\(0, 1\\]"),
         (["--ranks", "ratio:0.5", "--layers", "fc*"], "matches no convolution"),
+        (["--ranks", "ratio:0.5", "--tile-size", "4"], "`tile_size` .*does nothing"),
+        (["--macs", "0.8", "--round-to", "8"], "`round_to` .*does nothing with --macs"),
+        (["--ranks", "ratio:0.5", "--latency-batch", "-1"], "`latency_batch` .*>= 0"),
+        (["--ranks", "half"], "`ranks` .=half. must be"),
     ],
 )
 def test_what_cannot_be_compressed(run, arguments, message, tmp_path, capsys):
@@ -193,3 +200,16 @@ def test_energy_is_what_the_factors_keep_of_the_kernel(run):
     np.testing.assert_allclose(
         row.energy, np.sum(core**2) / np.sum(kernel**2), rtol=1e-5
     )
+
+
+def test_training_inputs_come_in_the_order_of_the_draw():
+    images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, 2, 2, 1), np.uint8
+    )
+    split = Split(images, np.zeros(40, np.int32))
+    preprocessing = Preprocessing((2, 2, 1), (0.0,), (1.0,), None)
+    seen = training_inputs(split, preprocessing, 20, seed=3, dtype="float32")
+    numbers = np.rint(seen[:, 0, 0, 0] * 255).astype(int)
+    assert len(set(numbers)) == 20
+    # Sets may lie class by class: batches must not.
+    assert list(numbers) != sorted(numbers)

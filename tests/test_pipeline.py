@@ -116,6 +116,11 @@ def test_other_settings_in_the_same_place_are_refused(done, capsys):
     assert "other settings; nothing was changed" in capsys.readouterr().err
 
 
+def test_what_stages_set_themselves_is_refused(tmp_path, capsys):
+    assert pipeline(tmp_path / "a", "--run.teacher", "somewhere") == 2
+    assert "`run.teacher` (=somewhere) must not be set" in capsys.readouterr().err
+
+
 def test_weights_are_asked_for_and_rules_are_checked_first(tmp_path, capsys):
     assert pipeline(tmp_path / "a") == 2
     assert "`weights` must name" in capsys.readouterr().err

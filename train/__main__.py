@@ -11,7 +11,7 @@ from train.errors import UsageError
 VERBS = {
     "fit": "train a network",
     "evaluate": "evaluate a checkpoint",
-    "compress": "make a trained checkpoint smaller, without training it",
+    "compress": "make a trained checkpoint smaller: Tucker-2 factors, or inertial",
     "finetune": "train a checkpoint further",
     "import": "make a checkpoint from PyTorch weights",
     "pipeline": "compress PyTorch weights, fine-tune them, and a dense control",

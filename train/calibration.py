@@ -49,7 +49,9 @@ def training_inputs(
     )
     draw = jax.jit(augmentation.for_training)
     keys = example_keys(jax.random.key(seed), jnp.arange(len(chosen)))
-    images = np.asarray(split.images[np.sort(chosen)])
+    # Read in the order of the file, used in that of the draw: sets may lie by class.
+    places = np.sort(chosen)
+    images = np.asarray(split.images[places])[np.searchsorted(places, chosen)]
     return np.concatenate(
         [
             np.asarray(draw(images[i : i + 256], keys[i : i + 256]))

@@ -34,7 +34,8 @@ class Pipeline:
     """What happens to a network, one stage after another.
 
     New head, head alone trained; then compress and fine-tune, once a rule of `ranks`;
-    and, as a control, the dense network fine-tuned for as many epochs in all.
+    and, as a control, the dense network fine-tuned as often for as long, from labels
+    alone.
     """
 
     run: Config
@@ -62,6 +63,12 @@ class Pipeline:
                 f"`recalibration_images` (={self.recalibration_images}) must be 0 or "
                 f">= 2."
             )
+        for name in ("init", "teacher", "train_only"):
+            if getattr(self.run, name):
+                raise UsageError(
+                    f"`run.{name}` (={getattr(self.run, name)}) must not be set: the "
+                    f"stages set it themselves."
+                )
         for rule in self.ranks:
             parse_ranks(rule)
 
@@ -135,13 +142,14 @@ def run_pipeline(
         stages.append(_evaluated(f"fine-tuned, {rule}", tuned, config))
         before = tuned
     if pipeline.control:
-        longer = dataclasses.replace(
-            _from(config, dense, teacher), epochs=config.epochs * len(pipeline.ranks)
-        )
-        control = _train(longer, workdir / "control")
-        if control is None:
-            return None
-        stages.append(_evaluated("dense, fine-tuned as long", control, config))
+        before = dense
+        # Its schedule starts anew as often as that of the compressed networks.
+        for i in range(1, len(pipeline.ranks) + 1):
+            control = _train(_from(config, before, None), workdir / f"control_{i}")
+            if control is None:
+                return None
+            before = control
+        stages.append(_evaluated("dense, fine-tuned as long", before, config))
     return stages
 
 

@@ -24,7 +24,12 @@ def energy_rank(singular_values: Float[ArrayLike, "k"], share: float) -> int:
     Args:
         singular_values: Largest first.
         share: In (0, 1].
+
+    Raises:
+        ValueError: A share outside its range.
     """
+    if not 0 < share <= 1:
+        raise ValueError(f"`share` (={share}) must be in (0, 1].")
     energy = np.cumsum(np.asarray(singular_values, np.float64) ** 2)
     # Rounding must not ask for one more rank than a whole spectrum has.
     enough = energy >= share * energy[-1] * (1 - 1e-12)

@@ -1,4 +1,4 @@
-"""`python -m train benchmark`: measure training steps, and the loop around them."""
+"""`python -m train benchmark`: measure steps, the loop around them, and layers."""
 
 import dataclasses
 import json
@@ -34,9 +34,9 @@ class Benchmark:
     batch_size: int = 64
     """Of the suites train, inertial and tucker."""
     width: float | None = None
-    """Of the networks; None: 1 in the suite train, the config's in the suite loop."""
+    """Of the networks; None: the config's in the suite loop, else 1."""
     against: Literal["none", "torch"] = "none"
-    """torch: the same networks in PyTorch, in turn."""
+    """torch: the same in PyTorch, in turn; in the suite tucker, TensorLy too."""
     repeats: int = 5
     """Timed calls of each, or rounds of the suite loop."""
     config: str = "configs/cifar10_resnet18_small.py"
@@ -69,13 +69,14 @@ def _bench_inertial(args: Benchmark) -> Iterator[Any]:
 
 def _bench_tucker(args: Benchmark) -> Iterator[Any]:
     for name in args.models:
-        row = bench_tucker(
-            name,
-            batch_sizes=tuple(sorted({1, args.batch_size})),
-            width=args.width or 1.0,
-            repeats=args.repeats,
-            against_torch=args.against == "torch",
-        )
+        with user_input():
+            row = bench_tucker(
+                name,
+                batch_sizes=tuple(sorted({1, args.batch_size})),
+                width=args.width or 1.0,
+                repeats=args.repeats,
+                against_torch=args.against == "torch",
+            )
         print(format_tucker(row), flush=True)
         yield row
 

@@ -12,6 +12,7 @@ import tyro
 from flax import linen as nn
 
 from inertia_jax import (
+    Budget,
     compress,
     count_cost,
     load_checkpoint,
@@ -31,6 +32,7 @@ from train.loop import fit
 from train.rundir import describe_machine
 from train.stages import Network, compare_stages, evaluate_stages, in_words
 from train.verbs.finetune_verb import DEFAULTS, from_checkpoint
+from train.verbs.fit_verb import summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Compress:
     weigh: bool = True
     """Tucker-2: weigh errors by what calibration images show each layer."""
     latency_batch: int = 0
-    """Tucker-2: measure each layer's time at so many images a call; 0: do not."""
+    """Tucker-2: measure each layer's time at so many images a call; 0: do not, and a
+    budget of latency takes 64."""
     tile_size: int = 2
     """Inertial: side of a tile of outputs."""
     metric: Literal["l1", "l2", "max"] = Inertial.metric  # type: ignore[assignment]
@@ -100,13 +103,11 @@ class Compress:
 def run(argv: Sequence[str]) -> int:
     """Compresses as the arguments say, and prints cost and accuracy."""
     args = tyro.cli(Compress, args=argv, prog="python -m train compress")
-    is_inertial = _is_inertial(args)
+    is_inertial = _check(args)
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
     for place in (out, out.with_name(f"{out.name}_finetuned")):
         if place.exists() and (place == out or args.finetune_epochs):
             raise UsageError(f"`out` (={place}) must not exist; nothing was changed.")
-    if args.finetune_epochs < 0:
-        raise UsageError(f"`finetune_epochs` (={args.finetune_epochs}) must be >= 0.")
     with user_input():
         dense = load_checkpoint(path)
         metadata = load_metadata(path)
@@ -115,8 +116,18 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
     trained = metadata.info.get("config", {}).get("data", {})
     source = args.data or trained.get("source")
-    if source is None and is_inertial:
+    if source is None and (is_inertial or args.finetune_epochs):
         raise UsageError(f"{path} names no data; say which with --data.")
+    if source is None:
+        print(
+            f"{path} names no data: errors are not weighed, BatchNorm is not "
+            f"recalibrated, accuracy is not measured; --data says which to use."
+        )
+    args = dataclasses.replace(
+        args,
+        crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
+        flip=_or(args.flip, trained.get("flip", False)),
+    )
     sources = () if source is None else (source, *args.also_test)
     evaluate = functools.partial(
         evaluate_stages, metadata=metadata, sources=sources, cache_dir=args.cache_dir
@@ -143,6 +154,7 @@ def run(argv: Sequence[str]) -> int:
     if args.finetune_epochs:
         tuned = _finetune(args, path, out, source)
         if tuned is None:
+            print(f"the compressed checkpoint is {out}; python -m train finetune {out}")
             return 130
         stages["fine-tuned"] = tuned
     after = evaluate(stages)
@@ -190,6 +202,35 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+# Options of one method alone.
+_OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
+_OF_INERTIAL = ("tile_size", "metric", "reference", "low", "channel_stride")
+
+
+def _check(args: Compress) -> bool:
+    """Returns whether convolutions become inertial.
+
+    Raises:
+        UsageError: Options that contradict each other, or outside their range.
+    """
+    is_inertial = _is_inertial(args)
+    for name in _OF_TUCKER2 if is_inertial else _OF_INERTIAL:
+        value = getattr(args, name)
+        if value != getattr(Compress, name):
+            given = "--macs" if is_inertial else "--ranks"
+            raise UsageError(f"`{name}` (={value}) does nothing with {given}.")
+    for name in ("finetune_epochs", "latency_batch", "recalibration_images"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
+    for name in ("calibration_images", "recalibration_images"):
+        least_one = is_inertial or name == "calibration_images"
+        if getattr(args, name) < 2 and (least_one or getattr(args, name)):
+            raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 2.")
+    if args.ranks is not None:
+        parse_ranks(args.ranks)
+    return is_inertial
+
+
 def _is_inertial(args: Compress) -> bool:
     if (args.ranks is None) == (args.macs is None):
         raise UsageError(
@@ -225,8 +266,8 @@ def _drawer(
             return draw(count)
         return draw(
             count,
-            crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
-            flip=_or(args.flip, trained.get("flip", False)),
+            crop_padding=args.crop_padding or 0,
+            flip=bool(args.flip),
             resized_crop=trained.get("resized_crop", False),
         )
 
@@ -260,6 +301,8 @@ def _make_tucker2(
 ) -> dict[str, Network]:
     """Returns the compressed network as it comes, and recalibrated if it can be."""
     rule = parse_ranks(args.ranks or "")
+    if isinstance(rule, Budget) and rule.of == "latency" and args.latency_batch:
+        rule = dataclasses.replace(rule, batch_size=args.latency_batch)
     calibration = None
     if args.weigh and draw is not None:
         calibration = draw(args.calibration_images, augmented=False)
@@ -293,8 +336,8 @@ def _finetune(
         config.data,
         source=source,
         cache_dir=args.cache_dir,
-        crop_padding=_or(args.crop_padding, config.data.crop_padding),
-        flip=_or(args.flip, config.data.flip),
+        crop_padding=args.crop_padding or 0,
+        flip=bool(args.flip),
     )
     config = dataclasses.replace(
         config,
@@ -310,6 +353,7 @@ def _finetune(
     workdir = out.with_name(f"{out.name}_finetuned")
     result = fit(config, workdir=workdir, resume=False)
     if result.stopped_by is not None:
+        print(summary(result))
         return None
     checkpoints = workdir / "checkpoints"
     last = checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
