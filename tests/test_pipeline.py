@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import inertia_jax as ij
 from train.__main__ import main
 
-CONFIG = "configs/cifar100_tucker.py"
+CONFIG = "configs/pipelines/cifar100_tucker.py"
 SMALL = [
     *("--run.data.source", "digits", "--run.data.image-size", "32"),
     *("--run.data.mean", "0.3", "--run.data.std", "0.4"),
