@@ -23,7 +23,7 @@ class Run:
     """
 
     file: Annotated[str, tyro.conf.Positional]
-    """Python file that defines `pipeline`, e.g. configs/pipelines/cifar100_tucker.py."""
+    """Python file that defines `pipeline`, e.g. in configs/pipelines."""
     pipeline: Annotated[Pipeline, tyro.conf.arg(name="")]
     weights: str | None = None
     """PyTorch weights of the network: .pth, .pt or .safetensors."""
