@@ -345,6 +345,16 @@ def test_an_infinite_loss_stops_and_keeps_the_last_good_checkpoint(
     assert main(["evaluate", str(workdir)]) == 0
 
 
+def fill(disk, process):
+    """Leaves room on it for lines of metrics, not for a checkpoint."""
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.05)  # until its threads have stopped
+    room = os.statvfs(disk)
+    with (disk / "ballast").open("ab") as ballast:
+        ballast.write(bytes(max(room.f_bavail * room.f_bsize - 65_536, 0)))
+    process.send_signal(signal.SIGCONT)
+
+
 def test_a_full_disk_is_one_error(uninterrupted, data, tmp_path):
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("needs root, to mount a small disk")
@@ -360,9 +370,9 @@ def test_a_full_disk_is_one_error(uninterrupted, data, tmp_path):
         process = start([*arguments, "--epochs", "500", "--workdir", str(workdir)], env)
         while not latest_steps(workdir / "checkpoints") and process.poll() is None:
             time.sleep(0.002)
-        # Leaves room for lines of metrics, not for a checkpoint.
-        room = os.statvfs(disk)
-        (disk / "ballast").write_bytes(bytes(room.f_bavail * room.f_bsize - 65_536))
+        while process.poll() is None:
+            fill(disk, process)
+            time.sleep(0.1)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 2, output
         assert output.count("error:") == 1
@@ -370,6 +380,8 @@ def test_a_full_disk_is_one_error(uninterrupted, data, tmp_path):
         step = latest_steps(workdir / "checkpoints")[-1]
         ij.load_checkpoint(workdir / "checkpoints" / f"step_{step:08d}")
     finally:
+        process.kill()
+        process.wait()
         subprocess.run(["umount", str(disk)], check=True)
 
 
