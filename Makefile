@@ -12,7 +12,7 @@ quickstart: $(VENV)/.train
 	$(BIN)/python -m train quickstart
 
 test: $(VENV)/.$(EXTRAS) lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10 $(TESTS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10 $(TESTS)
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .

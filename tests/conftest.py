@@ -43,6 +43,15 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """What trains to have something trained: eight devices here take six times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: first)
+        yield
+
+
 @pytest.fixture
 def no_shape_checks():
     """What a user meets: run-time checks of types and shapes are for tests."""

@@ -14,6 +14,7 @@ from train.data import Split
 from train.errors import UsageError
 from train.layer_report import parse_ranks, report_layers
 
+pytestmark = pytest.mark.usefixtures("one_device")
 FIT = [
     *("--data.source", "digits", "--data.mean", "0.3", "--data.std", "0.4"),
     *("--data.crop-padding", "0", "--data.no-flip", "--batch-size", "64"),
@@ -117,9 +118,10 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
     out, _ = compressed
     again, record = tmp_path / "again", tmp_path / "record.json"
     arguments = ["--ranks", "budget:macs=0.4", "--no-weigh", "--out", str(again)]
-    arguments += ["--finetune-epochs", "1", "--record", str(record), *IMAGES]
+    arguments += ["--finetune-epochs", "2", "--record", str(record), *IMAGES]
     assert main(["compress", str(out), *arguments]) == 0
-    cost = ij.count_cost(ij.load_checkpoint(again)[0], (8, 8, 1))
+    model, _ = ij.load_checkpoint(again)
+    cost = ij.count_cost(model, (8, 8, 1))
     assert cost.macs <= 0.4 * cost.dense_macs
     (test,) = json.loads(record.read_text())["tests"]
     assert list(test["stages"]) == ["raw", "recalibrated", "fine-tuned"]
@@ -127,18 +129,9 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
     assert tuned["top1"] == test["stages"]["fine-tuned"]["top1"]
     config = json.loads((tmp_path / "again_finetuned" / "config.json").read_text())
     assert config["teacher"] == str(out)
-
-
-def test_a_compressed_checkpoint_is_trained_further(compressed, run, tmp_path):
-    out, record = compressed
-    workdir = tmp_path / "tuned"
-    arguments = ["finetune", str(out), "--epochs", "2", "--batch-size", "64"]
-    arguments += ["--teacher", str(run), "--workdir", str(workdir)]
-    assert main(arguments) == 0
-    model, _ = ij.load_checkpoint(next((workdir / "checkpoints").glob("step_*")))
-    assert json.loads(model.plan.to_json()) == record["plan"]
-    tuned = evaluate(workdir, tmp_path)["top1"]
-    assert tuned > 0.6  # of ten classes; two epochs at a low rate
+    # Two epochs at a low rate learn what factors at 0.4 of the MACs had lost.
+    assert tuned["top1"] > max(0.5, test["stages"]["recalibrated"]["top1"])
+    assert ij.load_checkpoint(tmp_path / "again")[0].plan == model.plan
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 import inertia_jax as ij
 from train.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
 CONFIG = "configs/pipelines/cifar100_tucker.py"
 SMALL = [
     *("--run.data.source", "digits", "--run.data.image-size", "32"),

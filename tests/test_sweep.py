@@ -3,9 +3,12 @@
 import json
 import statistics
 
+import pytest
+
 from train.__main__ import main
 from train.sweep import read_records
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SWEEP = """
 import dataclasses
 from inertia_jax import Inertial, Plan
