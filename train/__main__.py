@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import inertia_jax
 from train.errors import UsageError
+from train.platform import choose_cpu_convolutions, use_compilation_cache
 
 VERBS = {
     "fit": "train a network",
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     version = inertia_jax.__version__
     parser.add_argument("--version", action="version", version=version)
     verb = parser.parse_args(argv[:1] or ["--help"]).verb
+    use_compilation_cache()
+    choose_cpu_convolutions()
     try:
         # Imported by need: benchmarks may need PyTorch, reports a plotting library.
         return importlib.import_module(f"train.verbs.{verb}_verb").run(argv[1:])
