@@ -50,9 +50,9 @@ def test_the_first_step_comes_sooner_from_the_cache(tmp_path, subprocess_env):
 
 
 def test_what_the_user_set_stays_set(monkeypatch):
-    place = jax.config.read("jax_compilation_cache_dir")
+    place = jax.config.values["jax_compilation_cache_dir"]
     platform.use_compilation_cache()
-    assert jax.config.read("jax_compilation_cache_dir") == place
+    assert jax.config.values["jax_compilation_cache_dir"] == place
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=1")
     platform.choose_cpu_convolutions()
     assert platform.os.environ["XLA_FLAGS"].count("ynn") == 1

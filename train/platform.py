@@ -19,7 +19,7 @@ def use_compilation_cache() -> None:
     `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=0`
     turns it off.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         place = pathlib.Path(home).expanduser() / "inertia_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(place))
