@@ -20,7 +20,7 @@ def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) 
         decay: The highest d, in [0, 1).
         step: Steps taken before, from 0.
     """
-    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     moved = optax.incremental_update(variables, averages, rate)
 
     def choose(old: Array, new: Array, mean: Array) -> Array:
