@@ -66,7 +66,10 @@ def take_steps(model, steps, *, optimizer=DECAYING, teacher=(), **options):
     spread = (False, *[True] * 4, *[False] * len(teacher))
     call = Parallel("pmap", (jax.devices()[0],)).wrap(call, spread)
     trained = options.get("trained")
-    first = last = init_state(model, tx, shape, jax.random.key(0), trained=trained)
+    averaged = "ema_decay" in options
+    first = last = init_state(
+        model, tx, shape, jax.random.key(0), trained=trained, averaged=averaged
+    )
     places = np.arange(16, dtype=np.int32)
     for _ in range(steps):
         last, _ = call(

@@ -278,9 +278,9 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
                 meter.flush()
             rounds_done += 1
             training = training_to_dict(state)
-            metadata = make_metadata(trainer, None)
+            metadata = make_metadata(trainer, None, train_seconds=0.0)
             checkpoints.save(
-                rounds_done, trainer.model, state.variables, training, metadata
+                rounds_done, trainer.model, state.result, training, metadata
             )
             checkpoints.wait()
 
