@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.budget import choose_ranks
-from inertia_jax.calibration import batched, input_moments
+from inertia_jax.calibration import batched, checked_images, input_moments
 from inertia_jax.factorise import Weighed
 from inertia_jax.models import image_shape_of
 from inertia_jax.ops.tucker import Method
@@ -91,7 +91,7 @@ def compress(
         raise ValueError(f"`round_to` (={round_to}) must be 1 with explicit ranks.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
-    images = None if calibration is None else _checked_images(calibration)
+    images = None if calibration is None else checked_images(calibration)
     shape = _image_shape(model, image_shape, images)
     every = find_sites(model, variables, shape)
     stem = next(iter(every), None)
@@ -189,17 +189,6 @@ def _multiplied_out(
             changed[path]["bias"] = bias
         specs[path] = site.core
     return _with_rules(model, specs), with_leaves(variables, changed)
-
-
-def _checked_images(calibration: Any) -> np.ndarray:
-    images = np.asarray(calibration)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(
-            f"`calibration` (shape {images.shape}) must be [n, h, w, c], n >= 1."
-        )
-    if not np.isfinite(images).all():
-        raise ValueError("`calibration` must be finite; some of it is not.")
-    return images
 
 
 def _image_shape(
