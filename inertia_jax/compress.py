@@ -13,7 +13,7 @@ from jaxtyping import Float
 from inertia_jax.budget import choose_ranks
 from inertia_jax.calibration import batched, checked_images, input_moments
 from inertia_jax.factorise import Weighed
-from inertia_jax.models import MODEL_CLASSES, input_shape
+from inertia_jax.models import image_shape_of
 from inertia_jax.ops.tucker import Method
 from inertia_jax.plan import Conv, Plan, Spec, Tucker2
 from inertia_jax.planned import Planned
@@ -194,18 +194,9 @@ def _multiplied_out(
 def _image_shape(
     model: nn.Module, given: tuple[int, ...] | None, images: np.ndarray | None
 ) -> tuple[int, ...]:
-    if given is not None:
-        if len(given) != 3:
-            raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
-        return tuple(given)
-    if images is not None:
+    if given is None and images is not None:
         return images.shape[1:]
-    if isinstance(model, MODEL_CLASSES):
-        return input_shape(model)
-    raise ValueError(
-        f"`image_shape` (=None) must be given for {type(model).__name__}, which is "
-        f"none of this library's networks."
-    )
+    return image_shape_of(model, given)
 
 
 def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:

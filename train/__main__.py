@@ -15,6 +15,7 @@ VERBS = {
     "compress": "make a trained checkpoint smaller: Tucker-2 factors, or inertial",
     "finetune": "train a checkpoint further",
     "import": "make a checkpoint from PyTorch weights",
+    "export": "write a checkpoint as one file that needs JAX alone to run",
     "pipeline": "compress PyTorch weights, fine-tune them, and a dense control",
     "sweep": "many runs, one record a run, to go on with another day",
     "report": "draw a run's learning curve and write its record",
