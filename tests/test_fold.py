@@ -255,7 +255,10 @@ class Entangled(nn.Module):
         x = norm("after_norm")(norm("before_norm")(x))
         x = norm("after_other")(nn.ConvTranspose(4, (3, 3), name="other")(x))
         steps = nn.scan(
-            Step, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2
+            Step,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=2,
         )
         return steps(name="steps")(x, None)[0]
 
