@@ -159,7 +159,8 @@ class Trainer:
             self.tx,
             augmentation,
             label_smoothing=config.optimizer.label_smoothing,
-            alternating_flip=config.data.flip_mode == "alternating",
+            alternating_flip=config.data.flip
+            and config.data.flip_mode == "alternating",
             ema_decay=config.optimizer.ema_decay,
             gate_budget=config.gate_budget,
             gate_penalty=config.gate_penalty,

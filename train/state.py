@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from flax import serialization, struct
@@ -75,7 +74,7 @@ class TrainState(struct.PyTreeNode):
         averages = self.averages
         if averages is not None:
             # A copy: the step takes the memory of each for its results.
-            averages = jax.tree.map(np.array, jax.device_get(variables))
+            averages = jax.tree.map(jnp.copy, variables)
         return self.replace(params=params, collections=collections, averages=averages)
 
 
