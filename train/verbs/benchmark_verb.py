@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
+from train.bench_infer import bench_infer, format_infer
 from train.bench_tucker import bench_tucker, format_tucker
 from train.benchmark import bench_loop, bench_model
 from train.config import load_config
@@ -21,18 +22,19 @@ from train.rundir import describe_machine
 class Benchmark:
     """Measures, in one run and in turn: medians of repeated calls."""
 
-    suite: Literal["train", "loop", "inertial", "tucker"] = "train"
+    suite: Literal["train", "loop", "inertial", "tucker", "infer"] = "train"
     """train: steps and evaluations of networks; loop: what a run adds to its steps;
     inertial: tiled convolutions and networks beside dense ones; tucker: compressed
-    networks beside dense ones, at batch 1 and `batch_size`."""
+    networks beside dense ones, at batch 1 and `batch_size`; infer: dense, compressed
+    and tiled networks as they are exported, BatchNorm folded, at both batches."""
     models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
         "resnet18",
         "vgg16",
         "simpledla",
     )
-    """Of the suites train and tucker."""
+    """Of the suites train, tucker and infer."""
     batch_size: int = 64
-    """Of the suites train, inertial and tucker."""
+    """Of the suites train, inertial, tucker and infer."""
     width: float | None = None
     """Of the networks; None: the config's in the suite loop, else 1."""
     against: Literal["none", "torch"] = "none"
@@ -81,6 +83,20 @@ def _bench_tucker(args: Benchmark) -> Iterator[Any]:
         yield row
 
 
+def _bench_infer(args: Benchmark) -> Iterator[Any]:
+    for name in args.models:
+        with user_input():
+            row = bench_infer(
+                name,
+                batch_sizes=tuple(sorted({1, args.batch_size})),
+                width=args.width or 1.0,
+                repeats=args.repeats,
+                against_torch=args.against == "torch",
+            )
+        print(format_infer(row), flush=True)
+        yield row
+
+
 def run(argv: Sequence[str]) -> int:
     """Measures as the arguments say, and prints a table."""
     args = tyro.cli(Benchmark, args=argv, prog="python -m train benchmark")
@@ -110,6 +126,8 @@ def run(argv: Sequence[str]) -> int:
         rows += _bench_inertial(args)
     elif args.suite == "tucker":
         rows += _bench_tucker(args)
+    elif args.suite == "infer":
+        rows += _bench_infer(args)
     else:
         config = load_config(args.config)
         if args.width is not None:
