@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
@@ -108,7 +109,8 @@ def fold_batch_norm(
     trace. Checkpoints are of networks that can be trained on: fold what they give.
 
     Args:
-        model: Called as `model(images)`, with `train=False` where it takes `train`.
+        model: Called as `model(images)`, with `train=False` where it takes `train`; one
+            that is folded comes back as it is.
         variables: Its trained variables; they are not changed.
         image_shape: [h, w, c] of an input; None: the one that a network of this library
             was published for.
@@ -120,6 +122,8 @@ def fold_batch_norm(
         ValueError: No `image_shape` where it is needed, or variables that are not the
             model's.
     """
+    if isinstance(model, Folded):
+        return model, dict(variables)
     shape = image_shape_of(model, image_shape)
     trace = _trace(model, shape)
     flat = {
@@ -146,8 +150,6 @@ def fold_batch_norm(
         collection: traverse_util.unflatten_dict(tree, sep="/")
         for collection, tree in merged.items()
     }
-    if isinstance(model, Folded):  # what was kept before may have been made exact since
-        return Folded(model.unfolded, (*model.folded, *folded), tuple(kept)), trees
     return Folded(model, tuple(folded), tuple(kept)), trees
 
 
@@ -260,7 +262,7 @@ def _with_subjaxprs(jaxpr: Any) -> Iterator[Any]:
 
 
 def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr))
+    return isinstance(value, (ClosedJaxpr, Jaxpr))
 
 
 def _cannot_fold(layer: Any, norm: nn.BatchNorm) -> str | None:

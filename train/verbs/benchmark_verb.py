@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
+from train.bench_infer import bench_infer, format_infer
 from train.bench_memory import bench_memory
 from train.bench_startup import bench_startup
 from train.bench_tucker import bench_tucker, format_tucker
@@ -23,19 +24,22 @@ from train.rundir import describe_machine
 class Benchmark:
     """Measures, in one run and in turn: medians of repeated calls."""
 
-    suite: Literal["train", "memory", "startup", "loop", "inertial", "tucker"] = "train"
+    suite: Literal[
+        "train", "infer", "memory", "startup", "loop", "inertial", "tucker"
+    ] = "train"
     """train: steps and evaluations of networks; memory: peak of a process that trains;
     startup: seconds to the first step; loop: what a run adds to its steps;
     inertial: tiled convolutions and networks beside dense ones; tucker: compressed
-    networks beside dense ones, at batch 1 and `batch_size`."""
+    networks beside dense ones, at batch 1 and `batch_size`; infer: dense, compressed
+    and tiled networks as they are exported, BatchNorm folded, at both batches."""
     models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
         "resnet18",
         "vgg16",
         "simpledla",
     )
-    """Of the suites train, memory and tucker."""
+    """Of the suites train, infer, memory and tucker."""
     batch_size: int = 64
-    """Of the suites train, memory, inertial and tucker."""
+    """Of the suites train, infer, memory, inertial and tucker."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation in the suite train."""
     width: float | None = None
@@ -130,6 +134,20 @@ def _bench_memory(args: Benchmark) -> Iterator[Any]:
         yield row
 
 
+def _bench_infer(args: Benchmark) -> Iterator[Any]:
+    for name in args.models:
+        with user_input():
+            row = bench_infer(
+                name,
+                batch_sizes=tuple(sorted({1, args.batch_size})),
+                width=args.width or 1.0,
+                repeats=args.repeats,
+                against_torch=args.against == "torch",
+            )
+        print(format_infer(row), flush=True)
+        yield row
+
+
 def run(argv: Sequence[str]) -> int:
     """Measures as the arguments say, and prints a table."""
     args = tyro.cli(Benchmark, args=argv, prog="python -m train benchmark")
@@ -149,6 +167,8 @@ def run(argv: Sequence[str]) -> int:
         rows += _bench_inertial(args)
     elif args.suite == "tucker":
         rows += _bench_tucker(args)
+    elif args.suite == "infer":
+        rows += _bench_infer(args)
     else:
         config = load_config(args.config)
         if args.width is not None:
