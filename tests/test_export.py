@@ -2,6 +2,7 @@
 
 import ast
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_the_file_runs_with_jax_alone(checkpoint, file, tmp_path, subprocess_env
     assert done.returncode == 0, done.stderr
     assert_close(np.load(tmp_path / "logits.npy"), logits(checkpoint, images))
     # Nor does the reader itself need more.
-    tree = ast.parse(open(exported.__file__).read())
+    tree = ast.parse(pathlib.Path(exported.__file__).read_text())
     imported = {
         (alias.name if isinstance(node, ast.Import) else node.module).split(".")[0]
         for node in ast.walk(tree)
