@@ -2,12 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
-from conftest import ROOT
 
 from train import platform
 from train.__main__ import main
@@ -30,24 +27,6 @@ def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     # Two gradients beside the forward pass.
     flops = [row[w]["jax"]["gflops"] * row[w]["jax"]["median_ms"] for w in WHAT]
     assert flops[0] == pytest.approx(3 * flops[1])
-
-
-def test_memory_is_that_of_a_process_of_its_own(tmp_path, subprocess_env):
-    out = tmp_path / "record.json"
-    arguments = ["benchmark", "--suite", "memory", *NARROW, "--out", str(out)]
-    command = [sys.executable, "-m", "train", *arguments]
-    subprocess.run(command, cwd=ROOT, env=subprocess_env, check=True, timeout=300)
-    (row,) = json.loads(out.read_text())["rows"]
-    assert 50 < row["jax"] < 5_000  # MB
-
-
-def test_the_first_step_comes_sooner_from_the_cache(tmp_path, subprocess_env):
-    out = tmp_path / "record.json"
-    arguments = ["benchmark", "--suite", "startup", "--repeats", "1"]
-    command = [sys.executable, "-m", "train", *arguments, "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, env=subprocess_env, check=True, timeout=300)
-    (row,) = json.loads(out.read_text())["rows"]
-    assert 0 < row["cached"]["median_s"] < row["cold"]["median_s"]
 
 
 def test_what_the_user_set_stays_set(monkeypatch):
