@@ -255,6 +255,12 @@ class Entangled(nn.Module):
         x = norm("rows", axis=1)(conv("before_rows")(x))
         x = norm("after_norm")(norm("before_norm")(x))
         x = norm("after_other")(nn.ConvTranspose(4, (3, 3), name="other")(x))
+        # Its kernel is scaled to a norm of its own, whatever is merged into it.
+        x = norm("after_weight_norm")(nn.WeightNorm(conv("weight_normed"))(x))
+        each = nn.vmap(
+            nn.Conv, variable_axes={"params": 0}, split_rngs={"params": True}
+        )
+        x = norm("of_several")(each(4, (3, 3), name="several")(x))
         steps = nn.scan(
             Step,
             variable_axes={"params": 0, "batch_stats": 0},
@@ -279,12 +285,13 @@ def test_a_batch_norm_without_a_convolution_of_its_own_stays():
     kept = dict(folded.kept)
     assert "axis 1" in kept.pop("rows")
     assert "several layers" in kept.pop("steps/bn")
+    assert "several layers" in kept.pop("of_several")
     assert set(kept) == {
         *("beside", "after_relu", "second_call", "shared"),
-        *("before_norm", "after_norm", "after_other"),
+        *("before_norm", "after_norm", "after_other", "after_weight_norm"),
     }
     assert all("nothing else uses" in reason for reason in kept.values())
-    x = images(shape)
+    x = images(shape)[:1]  # variables of `several` are one an image
     np.testing.assert_allclose(
         folded.apply(merged, x), model.apply(variables, x), rtol=1e-9
     )
