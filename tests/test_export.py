@@ -126,8 +126,8 @@ def test_the_command_says_what_it_did(checkpoint, tmp_path, capsys):
     assert "the same class on 2 of 2 random images" in said
     # The example that it prints is a program.
     images = np.random.default_rng(2).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    example = said[said.index("    network = ") :]
-    names = {"inertia_jax": ij, "jax": jax, "zipfile": zipfile, "images": images}
+    example = said[said.index("    import inertia_jax") :]
+    names = {"images": images}
     for part in example.split("\n\n"):
         exec("\n".join(line.strip() for line in part.splitlines()), names)
         assert_close(names.pop("logits"), logits(checkpoint, images))
