@@ -1,4 +1,4 @@
-"""Exported networks: one file that needs JAX and nothing else to run.
+"""Exported networks: one file that needs JAX alone to run.
 
 A file is a zip archive of two members, stored and not compressed:
 
@@ -9,6 +9,8 @@ and its comment is the SHA-256 of all before it. So it also runs without this li
 
     archive = zipfile.ZipFile(path)
     logits = jax.export.deserialize(archive.read("network")).call(images)
+
+(`jax.export` needs the package flatbuffers to read it, as it does to write.)
 
 Weights are constants of the function, not a second argument: nobody can pair it with
 others, and XLA arranges them when it compiles (ResNet18 at batch 1 on a CPU core: 12.1

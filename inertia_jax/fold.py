@@ -1,9 +1,6 @@
 """BatchNorm merged into the convolution before it: the same function, fewer layers."""
 
-import collections
-import dataclasses
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
+from inertia_jax.fold_trace import trace_layers
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.models import image_shape_of
 
@@ -27,7 +23,6 @@ _KERNELS: dict[type, str] = {
     Tucker2Conv: "u_out/kernel",
     LowRankConv: "right/kernel",
 }
-_MARK = "inertia_jax.fold"
 
 
 class Folded(nn.Module):
@@ -125,32 +120,23 @@ def fold_batch_norm(
     if isinstance(model, Folded):
         return model, dict(variables)
     shape = image_shape_of(model, image_shape)
-    trace = _trace(model, shape)
-    flat = {
-        (collection, path): value
-        for collection, tree in variables.items()
-        for path, value in traverse_util.flatten_dict(dict(tree), sep="/").items()
-    }
+    trace = trace_layers(model, shape, kinds=_KERNELS)
+    flat = traverse_util.flatten_dict(dict(variables))
     folded, kept = [], []
     for path, norm in trace.norms.items():
         layer = trace.layer_before(path)
-        reason = None if layer is None else _cannot_fold(trace.layers[layer], norm)
         if layer is None:
-            reason = "does not follow one layer whose output nothing else uses"
-        if reason is None and layer is not None:
-            reason = _merge(flat, layer, trace.layers[layer], path, norm)
-        if reason is None and layer is not None:
+            kept.append((path, "does not follow one layer that nothing else uses"))
+            continue
+        module = trace.layers[layer]
+        reason = _cannot_fold(module, norm) or _merge(flat, layer, module, path, norm)
+        if reason is None:
             folded.append((layer, path))
         else:
-            kept.append((path, str(reason)))
+            kept.append((path, reason))
     merged: dict[str, Any] = {name: {} for name in variables if name != "batch_stats"}
-    for (collection, path), value in flat.items():
-        merged.setdefault(collection, {})[path] = value
-    trees = {
-        collection: traverse_util.unflatten_dict(tree, sep="/")
-        for collection, tree in merged.items()
-    }
-    return Folded(model, tuple(folded), tuple(kept)), trees
+    merged |= traverse_util.unflatten_dict(flat)
+    return Folded(model, tuple(folded), tuple(kept)), merged
 
 
 def _no_training(model: nn.Module) -> str:
@@ -171,100 +157,6 @@ def _as_normalised(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
     return x.astype(module.dtype or jnp.result_type(x, *weights))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Trace:
-    """What a network's trace says of its layers.
-
-    Attributes:
-        layers: Those that a scale can be merged into, by path.
-        norms: BatchNorm layers, by path.
-        follows: The layer whose output, used nowhere else, a BatchNorm is called on, by
-            path; one entry a call.
-        calls: How often each path is called.
-    """
-
-    layers: dict[str, Any]
-    norms: dict[str, nn.BatchNorm]
-    follows: dict[str, str]
-    calls: collections.Counter[str]
-
-    def layer_before(self, norm: str) -> str | None:
-        """Returns the path of the layer whose output only this BatchNorm uses."""
-        layer = self.follows.get(norm)
-        if layer is None or self.calls[layer] != 1 or self.calls[norm] != 1:
-            return None
-        return layer
-
-
-def _trace(model: nn.Module, image_shape: tuple[int, ...]) -> _Trace:
-    layers: dict[str, Any] = {}
-    norms: dict[str, nn.BatchNorm] = {}
-    outputs: dict[str, Any] = {}
-
-    def mark(
-        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        module: Any = context.module
-        path = "/".join(module.path)
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        if type(module) is nn.BatchNorm:
-            x, *rest = args or (kwargs.pop("x"),)
-            axis = -1 if module.axis == x.ndim - 1 else module.axis
-            norms[path] = module.copy(parent=None, axis=axis)
-            return call(checkpoint_name(x, f"{_MARK}:norm:{path}"), *rest, **kwargs)
-        output = call(*args, **kwargs)
-        # What stands in for a layer is called, and marked, inside it at the same path.
-        if type(module) not in _KERNELS or outputs.get(path) is output:
-            return output
-        layers[path] = module.copy(parent=None)
-        outputs[path] = checkpoint_name(output, f"{_MARK}:layer:{path}")
-        return outputs[path]
-
-    options: dict[str, Any] = {}
-    if "train" in inspect.signature(type(model).__call__).parameters:
-        options["train"] = False
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with nn.intercept_methods(mark):
-        init = jax.make_jaxpr(lambda key, x: model.init(key, x, **options))
-        jaxpr = init(jax.random.key(0), images).jaxpr
-    follows: dict[str, str] = {}
-    calls: collections.Counter[str] = collections.Counter()
-    for inner in _with_subjaxprs(jaxpr):
-        uses = collections.Counter(id(v) for eqn in inner.eqns for v in eqn.invars)
-        uses.update(id(v) for v in inner.outvars)
-        made_by: dict[int, str] = {}
-        for eqn in inner.eqns:
-            mark_of, kind, path = _read_mark(eqn)
-            if mark_of != _MARK:
-                continue
-            calls[path] += 1
-            if kind == "layer":
-                made_by[id(eqn.outvars[0])] = path
-            elif uses[id(eqn.invars[0])] == 1 and id(eqn.invars[0]) in made_by:
-                follows[path] = made_by[id(eqn.invars[0])]
-    return _Trace(layers, norms, follows, calls)
-
-
-def _read_mark(eqn: Any) -> tuple[str, str, str]:
-    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
-    mark, _, rest = str(name).partition(":")
-    kind, _, path = rest.partition(":")
-    return mark, kind, path
-
-
-def _with_subjaxprs(jaxpr: Any) -> Iterator[Any]:
-    yield jaxpr
-    for eqn in jaxpr.eqns:
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                yield from _with_subjaxprs(getattr(value, "jaxpr", value))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, (ClosedJaxpr, Jaxpr))
-
-
 def _cannot_fold(layer: Any, norm: nn.BatchNorm) -> str | None:
     """Returns why a BatchNorm cannot be merged, its numbers apart; None if it can."""
     if norm.axis != -1:
@@ -274,8 +166,16 @@ def _cannot_fold(layer: Any, norm: nn.BatchNorm) -> str | None:
     return None
 
 
+def _kernel_ndim(layer: Any) -> int:
+    if isinstance(layer, nn.Dense):
+        return 2
+    # Of `nn.Conv`, a number is the size of a one-dimensional one.
+    size = layer.kernel_size if isinstance(layer, nn.Conv) else (1, 1)
+    return 3 if isinstance(size, int) else len(size) + 2
+
+
 def _merge(
-    flat: dict[tuple[str, str], Any],
+    flat: dict[tuple[str, ...], Any],
     layer_path: str,
     layer: Any,
     norm_path: str,
@@ -287,34 +187,31 @@ def _merge(
         ValueError: `flat` lacks a variable of either.
     """
 
-    def find(collection: str, path: str) -> Any:
-        if (collection, path) not in flat:
-            raise ValueError(f"`variables` has no {path!r} in {collection!r}.")
-        return flat[collection, path]
+    def wide(place: tuple[str, ...]) -> np.ndarray:
+        if place not in flat:
+            raise ValueError(
+                f"`variables` has no {'/'.join(place[1:])!r} in {place[0]!r}."
+            )
+        return np.asarray(flat[place]).astype(np.float64)
 
-    def wide(collection: str, path: str) -> np.ndarray:
-        return np.asarray(find(collection, path)).astype(np.float64)
-
-    kernel_path = f"{layer_path}/{_KERNELS[type(layer)]}"
-    bias_path = f"{kernel_path.rpartition('/')[0]}/bias"
-    mean = wide("batch_stats", f"{norm_path}/mean")
-    scale = 1 / np.sqrt(wide("batch_stats", f"{norm_path}/var") + norm.epsilon)
+    here = tuple(norm_path.split("/"))
+    kernel_at = ("params", *layer_path.split("/"), *_KERNELS[type(layer)].split("/"))
+    bias_at = (*kernel_at[:-1], "bias")
+    mean = wide(("batch_stats", *here, "mean"))
+    scale = 1 / np.sqrt(wide(("batch_stats", *here, "var")) + norm.epsilon)
     if norm.use_scale:
-        scale = scale * wide("params", f"{norm_path}/scale")
-    dtype = find("params", kernel_path).dtype
-    kernel = wide("params", kernel_path)
-    if scale.ndim != 1:
+        scale = scale * wide(("params", *here, "scale"))
+    kernel = wide(kernel_at)
+    if scale.ndim != 1 or kernel.ndim != _kernel_ndim(layer):
         return "holds the variables of several layers"
     if isinstance(layer, InertialConv) and layer.combine == "max" and scale.min() < 0:
         return "follows combine='max' and has a negative scale"
-    shift = -mean
-    if layer.use_bias:
-        shift = wide("params", bias_path) - mean
-    shift = scale * shift
+    shift = scale * ((wide(bias_at) if layer.use_bias else 0) - mean)
     if norm.use_bias:
-        shift = shift + wide("params", f"{norm_path}/bias")
-    flat["params", kernel_path] = jnp.asarray((kernel * scale).astype(dtype))
-    flat["params", bias_path] = jnp.asarray(shift.astype(dtype))
-    for place in [p for p in flat if p[1].rpartition("/")[0] == norm_path]:
+        shift = shift + wide(("params", *here, "bias"))
+    dtype = flat[kernel_at].dtype
+    flat[kernel_at] = jnp.asarray((kernel * scale).astype(dtype))
+    flat[bias_at] = jnp.asarray(shift.astype(dtype))
+    for place in [place for place in flat if place[1:-1] == here]:
         del flat[place]
     return None

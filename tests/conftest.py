@@ -31,7 +31,7 @@ jaxtyping.install_import_hook(
         *(f"inertia_jax.{name}" for name in ("factorised", "planned", "ranks")),
         *(f"inertia_jax.{name}" for name in ("sites", "budget", "latency")),
         "inertia_jax.allocation",
-        *(f"inertia_jax.{name}" for name in ("exported", "fold")),
+        *(f"inertia_jax.{name}" for name in ("exported", "fold", "fold_trace")),
         *(f"train.{name}" for name in ("augment", "distill", "feed", "step")),
     ],
     "beartype.beartype",

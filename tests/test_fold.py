@@ -1,5 +1,7 @@
 """Networks with BatchNorm merged into their kernels: the same function, without it."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 import inertia_jax as ij
+from train import bench_infer
 
 KEY = jax.random.key(0)
 FIXED = ij.Fixed(0.8)
@@ -255,6 +258,12 @@ class Entangled(nn.Module):
         x = norm("rows", axis=1)(conv("before_rows")(x))
         x = norm("after_norm")(norm("before_norm")(x))
         x = norm("after_other")(nn.ConvTranspose(4, (3, 3), name="other")(x))
+        # Its kernel is scaled to a norm of its own, whatever is merged into it.
+        x = norm("after_weight_norm")(nn.WeightNorm(conv("weight_normed"))(x))
+        each = nn.vmap(
+            nn.Conv, variable_axes={"params": 0}, split_rngs={"params": True}
+        )
+        x = norm("of_several")(each(4, (3, 3), name="several")(x))
         steps = nn.scan(
             Step,
             variable_axes={"params": 0, "batch_stats": 0},
@@ -279,12 +288,13 @@ def test_a_batch_norm_without_a_convolution_of_its_own_stays():
     kept = dict(folded.kept)
     assert "axis 1" in kept.pop("rows")
     assert "several layers" in kept.pop("steps/bn")
+    assert "several layers" in kept.pop("of_several")
     assert set(kept) == {
         *("beside", "after_relu", "second_call", "shared"),
-        *("before_norm", "after_norm", "after_other"),
+        *("before_norm", "after_norm", "after_other", "after_weight_norm"),
     }
     assert all("nothing else uses" in reason for reason in kept.values())
-    x = images(shape)
+    x = images(shape)[:1]  # variables of `several` are one an image
     np.testing.assert_allclose(
         folded.apply(merged, x), model.apply(variables, x), rtol=1e-9
     )
@@ -331,3 +341,48 @@ def test_errors_say_what_is_wrong():
         ij.fold_batch_norm(Foreign(), variables)
     with pytest.raises(ValueError, match="one that create_model makes"):
         ij.save_checkpoint("never-made", folded, merged)
+
+
+def test_the_benchmark_compares_equal_networks(monkeypatch):
+    monkeypatch.setattr(bench_infer, "_TUCKER", ("ratio 0.2",))
+    monkeypatch.setattr(bench_infer, "_RATES", ())
+    torch = importlib.util.find_spec("torch")
+    row = bench_infer.bench_infer(
+        "vgg16",
+        batch_sizes=(2,),
+        width=0.1,
+        repeats=1,
+        against_torch=torch is not None,
+    )
+    times, gaps = row["times"]["2"], row["gaps"]["2"]
+    ours = {"dense", "dense, folded", "ratio 0.2", "ratio 0.2, folded"}
+    theirs = {"PyTorch", "PyTorch, folded"} if torch else set()
+    assert set(times) == ours | theirs
+    assert set(gaps) == set(times) - {"dense", "ratio 0.2"}
+    assert max(gaps.values()) < 1e-5
+    for of in times.values():
+        assert of["min_ms"] <= of["median_ms"] <= of["max_ms"]
+        assert of["images_per_s"] == pytest.approx(2000 / of["median_ms"])
+    assert len(bench_infer.format_infer(row).splitlines()) == 1 + len(times)
+
+
+def test_folding_in_pytorch_leaves_no_batch_norm_and_the_same_outputs():
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    from train.torch_models import TORCH_MODELS, fold_batch_norm
+
+    for name in ("resnet18", "simpledla"):
+        torch.manual_seed(0)
+        module = TORCH_MODELS[name](width=0.1).eval()
+        for norm in module.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                for values in (norm.running_mean, norm.weight.data, norm.bias.data):
+                    values.normal_()
+        x = torch.randn(2, 3, 32, 32)
+        with torch.inference_mode():
+            expected = module(x)
+            fold_batch_norm(module)
+            found = module(x)
+        kinds = {type(layer) for layer in module.modules()}
+        assert torch.nn.BatchNorm2d not in kinds
+        scale = expected.abs().max().item()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)

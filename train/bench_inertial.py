@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
-from inertia_jax.models import input_shape
+from inertia_jax.models import abstract_variables, input_shape
 from inertia_jax.ops.tiled import CHUNK_BYTES
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
 from inertia_jax.ops.views import pad_image
@@ -148,8 +148,8 @@ def thresholds_at(name: str, width: float, variables: Any, x: Any, rate: float) 
     """Returns each layer's threshold for a rate, under the gates of those before it."""
     model = tiled_model(name, width, rate)
     model = model.clone(plan=model.plan.without_ladders())
-    start = init_variables(model, jax.random.key(0))["thresholds"]
-    thresholds = start
+    shapes = abstract_variables(model)["thresholds"]
+    thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     # Evaluation mode leaves thresholds alone, training mode changes BatchNorm: so the
     # friction that evaluation sows is taken, until later layers have settled.
     apply = jax.jit(

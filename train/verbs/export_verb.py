@@ -19,12 +19,13 @@ from train.checkpoints import find_checkpoint
 from train.errors import UsageError, user_input
 
 _EXAMPLE = """\
+    import inertia_jax
     network = inertia_jax.load_exported({path!r})
     logits = network(images)  # {dtype} {shape}
 
-    # the same with JAX alone
-    archive = zipfile.ZipFile({path!r})
-    logits = jax.export.deserialize(archive.read("network")).call(images)"""
+    import zipfile, jax.export  # the same with JAX alone
+    network = zipfile.ZipFile({path!r}).read("network")
+    logits = jax.export.deserialize(network).call(images)"""
 
 
 @dataclasses.dataclass(frozen=True)
