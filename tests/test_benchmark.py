@@ -1,13 +1,19 @@
 """What `benchmark` measures and records, and what is set before JAX starts."""
 
+import importlib.util
 import json
 import re
 
 import jax
+import numpy as np
 import pytest
 
+import inertia_jax as ij
+from inertia_jax.sites import find_sites
 from train import platform
 from train.__main__ import main
+from train.benchmark import relative_gap
+from train.verbs import benchmark_verb
 
 WHAT = ("train", "eval")
 NARROW = ["--models", "vgg16", "--width", "0.02", "--batch-size", "2", "--repeats", "2"]
@@ -27,6 +33,48 @@ def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     # Two gradients beside the forward pass.
     flops = [row[w]["jax"]["gflops"] * row[w]["jax"]["median_ms"] for w in WHAT]
     assert flops[0] == pytest.approx(3 * flops[1])
+
+
+def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_verb, "STAGES", ((8, 4),))
+    out = tmp_path / "record.json"
+    command = ["benchmark", "--suite", "ops", "--repeats", "1", "--batch-size", "3"]
+    if importlib.util.find_spec("torch") is not None:
+        command += ["--against", "torch"]
+    assert main([*command, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    times, said = row["times"], capsys.readouterr().out
+    assert row["shape"] == [3, 8, 8, 4] and row["rank"] == 2
+    names = [name for name in times if not name.endswith(", PyTorch")]
+    assert all(f"  {name} " in said for name in names)
+    work = {
+        k: of["gflops"] * of["median_ms"] for k, of in times.items() if "gflops" in of
+    }
+    # MACs: 3 x 8 x 8 pixels of 9 x 4 x 4, of 4 x 4, or of 4 x 2 + 9 x 2 x 2 + 2 x 4.
+    assert work["conv 3x3"] == pytest.approx(2e-6 * 192 * 144)
+    assert work["conv 3x3, gradient"] == pytest.approx(3 * work["conv 3x3"])
+    assert work["conv 1x1"] == pytest.approx(2e-6 * 192 * 16)
+    assert work["Tucker-2"] == pytest.approx(2e-6 * 192 * 52)
+    assert ("conv 3x3, PyTorch" in times) == ("--against" in command)
+
+
+def test_factors_by_tensorly_in_pytorch_give_the_same_logits():
+    reason = "needs PyTorch and TensorLy: the extra `torch`"
+    pytest.importorskip("tensorly", reason=reason)
+    from train.bench_tucker import tensorly_factors, torch_call
+
+    dense = ij.create_model("resnet18", width=0.2)
+    variables = ij.init_variables(dense, jax.random.key(0))
+    model, compressed = ij.compress(dense, variables, ranks=ij.Ratio(0.3))
+    factors = tensorly_factors(find_sites(dense, variables, (32, 32, 3)), model.plan)
+    assert len(factors) == 3 * len(model.plan.rules) > 30
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    found = torch_call(model, compressed, images, changed=factors)()
+    expected = model.apply(compressed, images)
+    assert relative_gap(found, expected) < 1e-5
+    changed = {"layer1.0.conv1.1.weight": 2 * factors["layer1.0.conv1.1.weight"]}
+    found = torch_call(model, compressed, images, changed={**factors, **changed})()
+    assert relative_gap(found, expected) > 1e-3
 
 
 def test_what_the_user_set_stays_set(monkeypatch):

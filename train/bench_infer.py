@@ -10,7 +10,7 @@ from inertia_jax import compress, create_model, fold_batch_norm, init_variables
 from inertia_jax.models import input_shape
 from train.bench_inertial import thresholds_at, tiled_model
 from train.bench_tucker import RULES, torch_call
-from train.benchmark import interleaved
+from train.benchmark import interleaved, relative_gap
 
 _TUCKER = ("budget 0.25 by 8", "ratio 0.2")
 _RATES = (0.1, 0.25)
@@ -96,7 +96,5 @@ def _gaps(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
         if of == "PyTorch":
             of = "dense"
         if name != of:
-            expected = np.asarray(calls[of]())
-            gap = np.abs(np.asarray(call()) - expected).max()
-            gaps[name] = float(gap / np.abs(expected).max())
+            gaps[name] = relative_gap(call(), calls[of]())
     return gaps

@@ -1,8 +1,8 @@
 """Timing of Tucker-2 networks and of compressing them, beside PyTorch and TensorLy."""
 
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,11 +18,12 @@ from inertia_jax import (
     init_variables,
     to_torch,
 )
+from inertia_jax.interop import torch_key
 from inertia_jax.models import input_shape
 from inertia_jax.plan import Tucker2
-from inertia_jax.sites import find_sites
-from train.benchmark import interleaved
-from train.errors import UsageError
+from inertia_jax.sites import Site, find_sites
+from train.benchmark import interleaved, relative_gap
+from train.errors import needs_torch
 from train.layer_report import LayerReport, format_layers, report_layers
 
 RULES: dict[str, dict[str, Any]] = {
@@ -72,16 +73,16 @@ def bench_tucker(
             for key, network in networks.items():
                 ours = np.asarray(calls[f"{key}, JAX"]())
                 calls[f"{key}, PyTorch"] = call = torch_call(*network, images)
-                gap = np.abs(call().numpy() - ours).max() / np.abs(ours).max()
-                row["networks"][key][f"gap_to_torch_batch_{batch_size}"] = float(gap)
+                gap = relative_gap(call(), ours)
+                row["networks"][key][f"gap_to_torch_batch_{batch_size}"] = gap
         row["times"][str(batch_size)] = interleaved(calls, repeats=repeats)
     batch_size = max(batch_sizes)
     layers = report_layers(
         networks["dense"], networks["budget 0.25 by 8"], shape, latency_batch=batch_size
     )
     row["layers"] = [vars(layer) for layer in layers]
-    row["compressing_s"] = _time_compressing(
-        *networks["dense"], networks["ratio 0.2"][0].plan, against_torch=against_torch
+    row |= _bench_compressing(
+        *networks["dense"], images[:2], against_torch=against_torch
     )
     return row
 
@@ -108,6 +109,9 @@ def format_tucker(row: dict[str, Any]) -> str:
         "compressing at ratio 0.2: "
         + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     )
+    if "gap_to_tensorly" in row:
+        gap = row["gap_to_tensorly"]
+        lines.append(f"logits, relative to TensorLy's factors in PyTorch: {gap:.0e}")
     return "\n".join(lines)
 
 
@@ -118,24 +122,30 @@ def _jax_call(model: Any, variables: Any, images: np.ndarray) -> Callable[[], An
 
 
 def torch_call(
-    model: Any, variables: Any, images: np.ndarray, *, fold: bool = False
+    model: Any,
+    variables: Any,
+    images: np.ndarray,
+    *,
+    fold: bool = False,
+    changed: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[], Any]:
     """Returns PyTorch's evaluation of the same factorised network, channels last.
 
-    With `fold`, PyTorch's own folding has merged BatchNorm into the convolutions.
+    Args:
+        model: The network.
+        variables: Its weights, which PyTorch's get.
+        images: [n, h, w, c].
+        fold: PyTorch's own folding merges BatchNorm into the convolutions.
+        changed: Entries of PyTorch's state dict to take instead.
     """
-    try:
+    with needs_torch():
         import torch
-    except ImportError as error:
-        raise UsageError(
-            "`against` (=torch) needs PyTorch: pip install 'inertia_jax[torch]'."
-        ) from error
     from train.torch_models import TORCH_MODELS, factorised, fold_batch_norm
 
     width, name = model.width, type(model).__name__.lower()
     module = factorised(TORCH_MODELS[name](model.num_classes, width), model.plan)
     state = {k: torch.from_numpy(v) for k, v in to_torch(model, variables).items()}
-    module.load_state_dict(state, strict=False)
+    module.load_state_dict({**state, **changed}, strict=False)
     module.eval()
     if fold:
         fold_batch_norm(module)
@@ -150,49 +160,58 @@ def torch_call(
     return call
 
 
-def _time_compressing(
-    model: Any, variables: Any, plan: Plan, *, against_torch: bool
-) -> dict[str, float]:
-    """Returns seconds that compressing takes: with compilation, again, and TensorLy's.
+def tensorly_factors(sites: Mapping[str, Site], plan: Plan) -> dict[str, Any]:
+    """Returns TensorLy's HOSVD of the kernels that a plan factorises, in PyTorch.
 
-    TensorLy decomposes the same kernels at the same ranks, one pass of HOSVD.
+    Returns:
+        Entries of the state dict of the network that `factorised` makes.
+    """
+    with needs_torch("TensorLy"):
+        import tensorly
+        import torch
+        from tensorly.decomposition import partial_tucker
+    tensorly.set_backend("pytorch")
+    state = {}
+    for path, site in sites.items():
+        spec = plan.spec(path)
+        if isinstance(spec, Tucker2):
+            kernel = torch.tensor(site.kernel).permute(3, 2, 0, 1).contiguous()
+            (core, (u_out, u_in)), _ = partial_tucker(
+                kernel,
+                rank=[spec.rank_out, spec.rank_in],
+                modes=[0, 1],
+                init="svd",
+                # Each iteration would be one of HOOI.
+                n_iter_max=0,
+            )
+            layer = torch_key((*path.split("/"), "kernel")).removesuffix("weight")
+            state[f"{layer}0.weight"] = u_in.T[:, :, None, None]
+            state[f"{layer}1.weight"] = core
+            state[f"{layer}2.weight"] = u_out[:, :, None, None]
+    return state
+
+
+def _bench_compressing(
+    model: Any, variables: Any, images: np.ndarray, *, against_torch: bool
+) -> dict[str, Any]:
+    """Returns seconds that compressing takes: with compilation, and again.
+
+    Beside PyTorch also TensorLy's, of the same kernels at the same ranks, and how far
+    the logits of the network made of its factors in PyTorch are from ours.
     """
     seconds = {}
     jax.clear_caches()
     for name in ("with compilation", "again"):
         start = time.perf_counter()
-        jax.block_until_ready(compress(model, variables, ranks=Ratio(0.2))[1])
+        ours = jax.block_until_ready(compress(model, variables, ranks=Ratio(0.2)))
         seconds[name] = time.perf_counter() - start
+    row: dict[str, Any] = {"compressing_s": seconds}
     if against_torch:
-        try:
-            import tensorly
-            import torch
-            from tensorly.decomposition import partial_tucker
-        except ImportError as error:
-            raise UsageError(
-                "`against` (=torch) needs TensorLy: pip install 'inertia_jax[torch]'."
-            ) from error
-        tensorly.set_backend("pytorch")
-        sites = find_sites(model, variables, input_shape(model))
-        jobs = []
-        for path, site in sites.items():
-            spec = plan.spec(path)
-            if isinstance(spec, Tucker2):
-                kernel = torch.tensor(site.kernel).permute(3, 2, 0, 1).contiguous()
-                rank = [spec.rank_out, spec.rank_in]
-                jobs.append(
-                    functools.partial(
-                        partial_tucker,
-                        kernel,
-                        rank=rank,
-                        modes=[0, 1],
-                        init="svd",
-                        n_iter_max=1,
-                    )
-                )
+        sites = find_sites(model, variables, images.shape[1:])
         for name in ("TensorLy", "TensorLy again"):
             start = time.perf_counter()
-            for job in jobs:
-                job()
+            theirs = tensorly_factors(sites, ours[0].plan)
             seconds[name] = time.perf_counter() - start
-    return seconds
+        logits = torch_call(*ours, images, changed=theirs)()
+        row["gap_to_tensorly"] = relative_gap(_jax_call(*ours, images)(), logits)
+    return row

@@ -18,7 +18,7 @@ from inertia_jax import count_cost, create_model, init_variables
 from train.checkpoints import Checkpoints
 from train.config import Config
 from train.data import ImageSet
-from train.errors import UsageError
+from train.errors import UsageError, needs_torch
 from train.loop import Meter, Trainer, make_metadata
 from train.rundir import RunDirectory
 from train.state import training_to_dict
@@ -55,6 +55,12 @@ def interleaved(
         }
         for name, values in times.items()
     }
+
+
+def relative_gap(found: Any, expected: Any) -> float:
+    """Returns the largest difference over the largest expected number."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 Functions = dict[str, dict[str, Callable[[], None]]]
@@ -184,12 +190,8 @@ def _jax_functions(
 def _torch_functions(
     name: str, width: float, images: np.ndarray, labels: np.ndarray, dtype: str
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    try:
+    with needs_torch():
         import torch
-    except ImportError as error:
-        raise UsageError(
-            "`--against torch` needs PyTorch: pip install 'inertia_jax[torch]'."
-        ) from error
     from train.torch_models import TORCH_MODELS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

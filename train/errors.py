@@ -19,3 +19,14 @@ def user_input() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def needs_torch(package: str = "PyTorch") -> Iterator[None]:
+    """Says what to install where an import for `--against torch` fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            f"`--against torch` needs {package}: pip install 'inertia_jax[torch]'."
+        ) from error

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import tyro
@@ -11,6 +11,7 @@ import tyro
 from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
 from train.bench_infer import bench_infer, format_infer
 from train.bench_memory import bench_memory
+from train.bench_ops import STAGES, bench_ops, format_ops
 from train.bench_startup import bench_startup
 from train.bench_tucker import bench_tucker, format_tucker
 from train.benchmark import bench_loop, bench_model, measure_peak_gflops
@@ -25,13 +26,14 @@ class Benchmark:
     """Measures, in one run and in turn: medians of repeated calls."""
 
     suite: Literal[
-        "train", "infer", "memory", "startup", "loop", "inertial", "tucker"
+        "train", "infer", "ops", "memory", "startup", "loop", "inertial", "tucker"
     ] = "train"
-    """train: steps and evaluations of networks; memory: peak of a process that trains;
-    startup: seconds to the first step; loop: what a run adds to its steps;
-    inertial: tiled convolutions and networks beside dense ones; tucker: compressed
-    networks beside dense ones, at batch 1 and `batch_size`; infer: dense, compressed
-    and tiled networks as they are exported, BatchNorm folded, at both batches."""
+    """train: steps and evaluations of networks; infer: dense, compressed and tiled
+    networks as they are exported, BatchNorm folded, at batch 1 and `batch_size`; ops:
+    convolutions, their gradients, and what stands in for them; memory: peak of a
+    process that trains; startup: seconds to the first step; loop: what a run adds to
+    its steps; inertial: tiled convolutions and networks beside dense ones; tucker:
+    compressed networks beside dense ones, at both batches."""
     models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
         "resnet18",
         "vgg16",
@@ -39,9 +41,9 @@ class Benchmark:
     )
     """Of the suites train, infer, memory and tucker."""
     batch_size: int = 64
-    """Of the suites train, infer, memory, inertial and tucker."""
+    """Of the suites train, infer, ops, memory, inertial and tucker."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation in the suite train."""
+    """Of the computation in the suites train and ops."""
     width: float | None = None
     """Of the networks; None: the config's in the suite loop, else 1."""
     against: Literal["none", "torch"] = "none"
@@ -148,43 +150,66 @@ def _bench_infer(args: Benchmark) -> Iterator[Any]:
         yield row
 
 
+def _bench_ops(args: Benchmark) -> Iterator[Any]:
+    peak = measure_peak_gflops(args.dtype)
+    print(f"product of two large matrices: {peak:,.0f} GFLOP/s")
+    for side, channels in STAGES:
+        with user_input():
+            row = bench_ops(
+                side,
+                channels,
+                batch_size=args.batch_size,
+                repeats=args.repeats,
+                dtype=args.dtype,
+                against_torch=args.against == "torch",
+                peak_gflops=peak,
+            )
+        print(format_ops(row), flush=True)
+        yield {**row, "peak_gflops": peak}
+
+
+def _bench_startup(args: Benchmark) -> Iterator[Any]:
+    row = bench_startup(repeats=args.repeats)
+    for name, of in row.items():
+        print(f"first step, {name}: {of['median_s']:.1f} s after the command")
+    yield row
+
+
+def _bench_loop(args: Benchmark) -> Iterator[Any]:
+    config = load_config(args.config)
+    if args.width is not None:
+        model = dataclasses.replace(config.model, width=args.width)
+        config = dataclasses.replace(config, model=model)
+    data = load_data(
+        args.data or config.data.source,
+        cache_dir=config.data.cache_dir,
+        image_size=config.data.load_size,
+    )
+    row = bench_loop(config, data, steps=args.steps, rounds=args.repeats)
+    bare, whole = row["bare"]["median_ms"], row["whole"]["median_ms"]
+    print(f"{row['steps']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
+    print(f"input, logging and checkpoint add {100 * (whole / bare - 1):.1f}%")
+    yield row
+
+
+_SUITES: dict[str, Callable[[Benchmark], Iterator[Any]]] = {
+    "train": _bench_train,
+    "infer": _bench_infer,
+    "ops": _bench_ops,
+    "memory": _bench_memory,
+    "startup": _bench_startup,
+    "loop": _bench_loop,
+    "inertial": _bench_inertial,
+    "tucker": _bench_tucker,
+}
+
+
 def run(argv: Sequence[str]) -> int:
     """Measures as the arguments say, and prints a table."""
     args = tyro.cli(Benchmark, args=argv, prog="python -m train benchmark")
     if args.repeats < 1 or args.batch_size < 1 or args.steps < 1:
         raise UsageError("`repeats`, `batch_size` and `steps` must be >= 1.")
-    rows: list[Any] = []
-    if args.suite == "train":
-        rows += _bench_train(args)
-    elif args.suite == "memory":
-        rows += _bench_memory(args)
-    elif args.suite == "startup":
-        row = bench_startup(repeats=args.repeats)
-        rows.append(row)
-        for name, of in row.items():
-            print(f"first step, {name}: {of['median_s']:.1f} s after the command")
-    elif args.suite == "inertial":
-        rows += _bench_inertial(args)
-    elif args.suite == "tucker":
-        rows += _bench_tucker(args)
-    elif args.suite == "infer":
-        rows += _bench_infer(args)
-    else:
-        config = load_config(args.config)
-        if args.width is not None:
-            model = dataclasses.replace(config.model, width=args.width)
-            config = dataclasses.replace(config, model=model)
-        source = args.data or config.data.source
-        data = load_data(
-            source,
-            cache_dir=config.data.cache_dir,
-            image_size=config.data.load_size,
-        )
-        row = bench_loop(config, data, steps=args.steps, rounds=args.repeats)
-        rows.append(row)
-        bare, whole = row["bare"]["median_ms"], row["whole"]["median_ms"]
-        print(f"{row['steps']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
-        print(f"input, logging and checkpoint add {100 * (whole / bare - 1):.1f}%")
+    rows = list(_SUITES[args.suite](args))
     if args.out is not None:
         with user_input():
             record = {"machine": describe_machine(), "rows": rows}

@@ -1,0 +1,203 @@
+"""Timing of operations alone, at the shapes of ResNet18's stages, beside PyTorch's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inertia_jax import ops
+from inertia_jax.ops.conv_grad import conv2d_to_train
+from train.benchmark import interleaved
+from train.errors import needs_torch
+
+# Side, channels.
+STAGES = ((32, 64), (16, 128), (8, 256), (4, 512))
+# Of Tucker-2, of the channels: about a quarter of the MACs.
+_RANK_SHARE = 0.4
+_WINDOW: dict[str, Any] = {"region_size": 3, "combine": "weighted_channel"}
+_TILED: dict[str, Any] = {"region_size": 4, "padding": 1}
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def bench_ops(
+    side: int,
+    channels: int,
+    *,
+    batch_size: int,
+    repeats: int,
+    dtype: str,
+    against_torch: bool,
+    peak_gflops: float,
+) -> dict[str, Any]:
+    """Times convolutions, their gradients, and what stands in for a 3x3.
+
+    A gradient is that by images and kernel together, forward pass included; "XLA's" is
+    the one that layers do not take on CPU. Inertial gates open half of the windows, or
+    the given share of the tiles. Images and kernels are random.
+
+    Args:
+        side: Of the square images.
+        channels: In and out.
+        batch_size: Images.
+        repeats: Timed calls of each.
+        dtype: Of images and kernels.
+        against_torch: PyTorch's in turn, channels_last.
+        peak_gflops: What `measure_peak_gflops` found.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch_size, side, side, channels), np.float32)
+    kernels = {
+        size: rng.standard_normal((size, size, channels, channels), np.float32)
+        for size in (1, 3)
+    }
+    rank = round(_RANK_SHARE * channels)
+    factors = ops.tucker2(kernels[3], rank_in=rank, rank_out=rank)
+    calls = _jax_calls(x, kernels, factors, jnp.dtype(dtype))
+    if against_torch:
+        calls |= _torch_calls(x, kernels, factors, dtype)
+    pixels = batch_size * side**2
+    macs = {
+        "conv 3x3": 9 * pixels * channels**2,
+        "conv 3x3, gradient": 27 * pixels * channels**2,
+        "conv 3x3, XLA's gradient": 27 * pixels * channels**2,
+        "conv 1x1": pixels * channels**2,
+        "Tucker-2": pixels * (2 * channels * rank + 9 * rank**2),
+    }
+    times: dict[str, dict[str, float]] = interleaved(calls, repeats=repeats)
+    for name, of in times.items():
+        known = macs.get(name.removesuffix(", PyTorch"))
+        if known is not None:
+            of["gflops"] = 2e-6 * known / of["median_ms"]
+            of["share_of_peak"] = of["gflops"] / peak_gflops
+    return {"shape": list(x.shape), "dtype": dtype, "rank": rank, "times": times}
+
+
+def format_ops(row: dict[str, Any]) -> str:
+    """Returns a row's medians, beside the dense 3x3 convolution's, as lines."""
+    times = row["times"]
+    lines = [f"{row['shape']}, {row['dtype']}, Tucker-2 at ranks {row['rank']}"]
+    for name, of in times.items():
+        if name.endswith(", PyTorch"):
+            continue
+        share = f"{of['share_of_peak']:6.1%}" if "share_of_peak" in of else " " * 6
+        line = (
+            f"  {name:<25} {of['median_ms']:8.2f} ms  {share} of peak  "
+            f"{times['conv 3x3']['median_ms'] / of['median_ms']:5.2f}x"
+        )
+        if f"{name}, PyTorch" in times:
+            theirs = times[f"{name}, PyTorch"]["median_ms"]
+            line += f"  PyTorch {theirs:8.2f} ms, ratio {of['median_ms'] / theirs:.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _jax_calls(
+    x: np.ndarray,
+    kernels: dict[int, np.ndarray],
+    factors: ops.Tucker2Factors,
+    dtype: Any,
+) -> Calls:
+    images = jnp.asarray(x, dtype)
+    one, three = (jnp.asarray(kernels[size], dtype) for size in (1, 3))
+    factors = ops.Tucker2Factors(*(factor.astype(dtype) for factor in factors))
+    weights = jnp.full((3, 3, one.shape[-1]), 1 / 9, dtype)
+
+    def conv(x: Any, kernel: Any) -> Any:
+        return ops.conv2d(x, kernel, padding=kernel.shape[0] // 2)
+
+    def layers_conv(x: Any, kernel: Any) -> Any:
+        return conv2d_to_train(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+    def gradient(function: Callable[..., Any]) -> Any:
+        def loss(x: Any, kernel: Any) -> Any:
+            y = function(x, kernel)
+            return jnp.square(y.astype(jnp.float32)).mean()
+
+        return jax.grad(loss, (0, 1))
+
+    window = ops.friction(images, region_size=3, core_size=1)
+    tile = ops.friction(images, region_size=4, core_size=3, strides=2, padding=1)
+    functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "conv 3x3": (conv, (images, three)),
+        "conv 3x3, gradient": (gradient(layers_conv), (images, three)),
+        "conv 3x3, XLA's gradient": (gradient(conv), (images, three)),
+        "conv 1x1": (conv, (images, one)),
+        "Tucker-2": (
+            lambda x, *f: ops.tucker2_conv(x, ops.Tucker2Factors(*f), padding=1),
+            (images, *factors),
+        ),
+        "inertial, window d=3, m=1": (
+            lambda x, core, weights, threshold: (
+                ops.inertial_conv(
+                    x, core, weights=weights, threshold=threshold, **_WINDOW
+                ).y
+            ),
+            (images, one, weights, jnp.quantile(window, 0.5)),
+        ),
+    }
+    for rate in (0.1, 0.25):
+        functions[f"inertial, tiled {rate:g}"] = (
+            lambda x, core, threshold: (
+                ops.inertial_conv_tiled(x, core, threshold=threshold, **_TILED).y
+            ),
+            (images, three, jnp.quantile(tile, 1 - rate)),
+        )
+    return {name: _call(jax.jit(f), args) for name, (f, args) in functions.items()}
+
+
+def _call(function: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(function(*args))
+
+
+def _torch_calls(
+    x: np.ndarray,
+    kernels: dict[int, np.ndarray],
+    factors: ops.Tucker2Factors,
+    dtype: str,
+) -> Calls:
+    with needs_torch():
+        import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def place(array: Any, axes: tuple[int, ...]) -> Any:
+        tensor = torch.from_numpy(np.array(array)).to(device, getattr(torch, dtype))
+        return tensor.permute(axes).contiguous(memory_format=torch.channels_last)
+
+    images = place(x, (0, 3, 1, 2))
+    one, three = (place(kernels[size], (3, 2, 0, 1)) for size in (1, 3))
+    u_in, core, u_out = factors
+    parts = [
+        place(np.asarray(u_in)[None, None], (3, 2, 0, 1)),
+        place(core, (3, 2, 0, 1)),
+        place(np.asarray(u_out).T[None, None], (3, 2, 0, 1)),
+    ]
+
+    def conv(x: Any, *kernels: Any) -> Any:
+        with torch.no_grad():
+            for kernel in kernels:
+                x = torch.nn.functional.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        return x
+
+    def gradient() -> Any:
+        x, kernel = (a.detach().requires_grad_() for a in (images, three))
+        y = torch.nn.functional.conv2d(x, kernel, padding=1)
+        return torch.autograd.grad(y.float().square().mean(), (x, kernel))
+
+    def waited(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            result = function(*args)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return result
+
+        return call
+
+    return {
+        "conv 3x3, PyTorch": waited(conv, images, three),
+        "conv 3x3, gradient, PyTorch": waited(gradient),
+        "conv 1x1, PyTorch": waited(conv, images, one),
+        "Tucker-2, PyTorch": waited(conv, images, *parts),
+    }
