@@ -45,7 +45,7 @@ def x64():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """What trains to have something trained: eight devices here take six times as long."""
+    """What trains to have something trained: eight devices take six times as long."""
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: first)

@@ -418,11 +418,12 @@ def _run(
             words = meter.log_epoch(epoch)
             evaluation = trainer.evaluate(state)
             directory.log(step, "test", {"epoch": epoch + 1, **evaluation.metrics()})
-            bar.write(
-                f"epoch {epoch + 1:3d}  {words}  "
-                f"test loss {evaluation.loss:.4f}  test top-1 {evaluation.top1:.2%}",
-                file=sys.stdout,
-            )
+            if jax.process_index() == 0:
+                bar.write(
+                    f"epoch {epoch + 1:3d}  {words}  test loss {evaluation.loss:.4f}  "
+                    f"test top-1 {evaluation.top1:.2%}",
+                    file=sys.stdout,
+                )
             save(evaluation)
             # A signal that came during the evaluation is seen here, where all processes
             # know it; of several, else after the next call.
