@@ -8,7 +8,14 @@ from inertia_jax.checkpoint import (
 )
 from inertia_jax.compress import compress, decompress
 from inertia_jax.cost import CostTable, LayerCost, count_cost
+from inertia_jax.exported import (
+    ExportDamagedError,
+    ExportedNetwork,
+    load_exported,
+    save_exported,
+)
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
+from inertia_jax.fold import Folded, fold_batch_norm
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.interop import load_torch, to_torch
 from inertia_jax.models import MODEL_NAMES, create_model, init_variables
@@ -38,7 +45,10 @@ __all__ = [
     "CostTable",
     "Energy",
     "Evbmf",
+    "ExportDamagedError",
+    "ExportedNetwork",
     "Fixed",
+    "Folded",
     "Inertial",
     "InertialConv",
     "LayerCost",
@@ -55,13 +65,16 @@ __all__ = [
     "count_cost",
     "create_model",
     "decompress",
+    "fold_batch_norm",
     "init_variables",
     "load_checkpoint",
+    "load_exported",
     "load_torch",
     "make_inertial",
     "ops",
     "published_variant",
     "recalibrate_batch_norm",
     "save_checkpoint",
+    "save_exported",
     "to_torch",
 ]

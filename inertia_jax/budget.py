@@ -8,14 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from inertia_jax.calibration import divergence_of
-from inertia_jax.cost import count_cost
-from inertia_jax.factorise import Weighed
-from inertia_jax.latency import model_latency_ms, site_latencies_ms
-from inertia_jax.ops.ranks import lower_hull
-from inertia_jax.plan import Conv
-from inertia_jax.ranks import (
-    Budget,
+from inertia_jax.allocation import (
     RankGrid,
     all_forms,
     allocate,
@@ -23,6 +16,13 @@ from inertia_jax.ranks import (
     make_grid,
     spend_rest,
 )
+from inertia_jax.calibration import divergence_of
+from inertia_jax.cost import count_cost
+from inertia_jax.factorise import Weighed
+from inertia_jax.latency import model_latency_ms, site_latencies_ms
+from inertia_jax.ops.ranks import lower_hull
+from inertia_jax.plan import Conv
+from inertia_jax.ranks import Budget
 from inertia_jax.sites import Factorised, Site, leaves_at, with_leaves
 
 # Lost shares of energy at which a layer's effect on the outputs is measured.
@@ -77,6 +77,18 @@ def choose_ranks(
     # What the layers take as they are, the network's cost counts too.
     taken = sum(cost(sites[path].spec) for path, cost in costs.items())
     fixed = max(0.0, present - taken)
+    cheapest = {
+        path: min(cost(spec) for spec in (sites[path].spec, *grids[path].specs))
+        for path, cost in costs.items()
+    }
+    least = fixed + sum(cheapest.values())
+    if least > budget.share * total * (1 + 1e-12):
+        # Rounded up: the share that is named must be one that can be met.
+        share = math.ceil(1e4 * least / total) / 1e4
+        raise ValueError(
+            f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
+            f"with every rank the least possible."
+        )
     errors = {path: lambda lost: lost for path in sites}
     if batches:
         errors = _measured_errors(*dense, weighed, grids, batches)
@@ -86,14 +98,6 @@ def choose_ranks(
     }
     choices = {path: make_choices(of) for path, of in forms.items()}
     specs = allocate(choices, fixed=fixed, budget=budget.share * total)
-    if specs is None:
-        least = fixed + sum(min(of.costs) for of in choices.values())
-        # Rounded up: the share that is named must be one that can be met.
-        share = math.ceil(1e4 * least / total) / 1e4
-        raise ValueError(
-            f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
-            f"with every rank the least possible."
-        )
     taken = sum(cost(specs[path]) for path, cost in costs.items())
     return spend_rest(specs, forms, budget.share * total - fixed - taken)
 
@@ -133,15 +137,13 @@ def _latencies(
     measured: dict[Any, float] = {}
     costs: Costs = {}
     for path, site in sites.items():
-        shapes = (site.kernel.shape, site.groups, site.input_shape)
-        key = (*shapes, site.strides, site.dilation, str(site.padding))
         wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
-        missing = [spec for spec in wanted if (key, spec) not in measured]
+        missing = [spec for spec in wanted if (site.geometry, spec) not in measured]
         times = site_latencies_ms(
             site, missing, batch_size=budget.batch_size, dtype=dtype
         )
-        measured |= {(key, s): t for s, t in zip(missing, times, strict=True)}
-        of = {spec: measured[key, spec] for spec in wanted}
+        measured |= {(site.geometry, s): t for s, t in zip(missing, times, strict=True)}
+        of = {spec: measured[site.geometry, spec] for spec in wanted}
         costs[path] = of.__getitem__
     return costs
 

@@ -19,6 +19,22 @@ from inertia_jax.sites import Site
 _RIDGE = 1e-3
 
 
+def checked_images(calibration: Any) -> np.ndarray:
+    """Returns calibration images as an array.
+
+    Raises:
+        ValueError: No batch of images, or such that are not finite.
+    """
+    images = np.asarray(calibration)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"`calibration` (shape {images.shape}) must be [n, h, w, c], n >= 1."
+        )
+    if not np.isfinite(images).all():
+        raise ValueError("`calibration` must be finite; some of it is not.")
+    return images
+
+
 def batched(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Returns whole batches, or all images as one batch if they do not fill one."""
     size = min(batch_size, len(images))

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.budget import choose_ranks
-from inertia_jax.calibration import batched, input_moments
+from inertia_jax.calibration import batched, checked_images, input_moments
 from inertia_jax.factorise import Weighed
-from inertia_jax.models import MODEL_CLASSES, input_shape
+from inertia_jax.models import image_shape_of
 from inertia_jax.ops.tucker import Method
 from inertia_jax.plan import Conv, Plan, Spec, Tucker2
 from inertia_jax.planned import Planned
@@ -91,7 +91,7 @@ def compress(
         raise ValueError(f"`round_to` (={round_to}) must be 1 with explicit ranks.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
-    images = None if calibration is None else _checked_images(calibration)
+    images = None if calibration is None else checked_images(calibration)
     shape = _image_shape(model, image_shape, images)
     every = find_sites(model, variables, shape)
     stem = next(iter(every), None)
@@ -191,32 +191,12 @@ def _multiplied_out(
     return _with_rules(model, specs), with_leaves(variables, changed)
 
 
-def _checked_images(calibration: Any) -> np.ndarray:
-    images = np.asarray(calibration)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(
-            f"`calibration` (shape {images.shape}) must be [n, h, w, c], n >= 1."
-        )
-    if not np.isfinite(images).all():
-        raise ValueError("`calibration` must be finite; some of it is not.")
-    return images
-
-
 def _image_shape(
     model: nn.Module, given: tuple[int, ...] | None, images: np.ndarray | None
 ) -> tuple[int, ...]:
-    if given is not None:
-        if len(given) != 3:
-            raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
-        return tuple(given)
-    if images is not None:
+    if given is None and images is not None:
         return images.shape[1:]
-    if isinstance(model, MODEL_CLASSES):
-        return input_shape(model)
-    raise ValueError(
-        f"`image_shape` (=None) must be given for {type(model).__name__}, which is "
-        f"none of this library's networks."
-    )
+    return image_shape_of(model, given)
 
 
 def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:

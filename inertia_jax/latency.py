@@ -19,7 +19,7 @@ from inertia_jax.ops.tucker import (
     tucker2_conv,
 )
 from inertia_jax.plan import Conv, LowRank
-from inertia_jax.sites import Factorised, Site
+from inertia_jax.sites import Factorised, Site, stack_groups
 
 _REPEATS = 7
 # A call is repeated until it takes this long, so that the clock does not matter.
@@ -95,9 +95,7 @@ def _forward(
     }
     if isinstance(spec, Conv):
         return conv2d(x, kernels[0], groups=groups, **around)
-    into, out = kernels[0][0, 0], kernels[-1][0, 0].T
-    into = jnp.moveaxis(into.reshape(into.shape[0], groups, -1), 1, 0)
-    into = into.reshape(-1, into.shape[2])
+    into, out = stack_groups(kernels[0], groups), kernels[-1][0, 0].T
     if isinstance(spec, LowRank):
         factors = LowRankFactors(into, out)
         return low_rank_conv(x, factors, strides=site.strides, groups=groups)

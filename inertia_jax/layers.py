@@ -14,6 +14,7 @@ from jaxtyping import Float
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.conv import conv_for_linen
+from inertia_jax.ops.conv_grad import conv_for_linen_to_train
 from inertia_jax.plan import Conv, Inertial, LowRank, Plan, Tucker2, stays_dense
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
@@ -168,7 +169,7 @@ class Layers:
             features,
             (size, size),
             bias_init=torch_bias_init(size**2 * x.shape[-1]),
-            conv_general_dilated=conv_for_linen,
+            conv_general_dilated=conv_for_linen_to_train if train else conv_for_linen,
             **common,
         )(x)
 

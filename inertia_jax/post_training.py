@@ -14,6 +14,7 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from inertia_jax.calibration import checked_images
 from inertia_jax.cost import CostTable, count_cost
 from inertia_jax.ops.friction import Metric, Reference
 from inertia_jax.ops.tiling import Low
@@ -95,13 +96,7 @@ def make_inertial(
         )
     if any(isinstance(spec, Inertial) for _, spec in plan.rules):
         raise ValueError(f"`model` has inertial layers already: {plan}.")
-    images = np.asarray(calibration)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(
-            f"`calibration` (shape {images.shape}) must be [n, h, w, c], n >= 1."
-        )
-    if not np.isfinite(images).all():
-        raise ValueError("`calibration` must be finite; some of it is not.")
+    images = checked_images(calibration)
     options: dict[str, Any] = {
         "reading": "tiled",
         "metric": metric,

@@ -61,6 +61,12 @@ class Site:
         """Whether the filters are 1 x 1, of the network itself."""
         return self.kernel.shape[:2] == (1, 1) and self.core == Conv()
 
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """What its time depends on, besides its form."""
+        shapes = (self.kernel.shape, self.groups, self.input_shape, self.output_shape)
+        return (*shapes, self.strides, self.dilation, str(self.padding))
+
     def macs(self, spec: Conv | Factorised) -> int:
         """Returns the multiply-accumulates of an image in this form."""
         return sum(
@@ -195,14 +201,14 @@ def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray | None:
         if not isinstance(module.core, Conv):
             return None
         factors = Tucker2Factors(
-            _stacked(leaves["u_in/kernel"], module.feature_group_count),
+            stack_groups(leaves["u_in/kernel"], module.feature_group_count),
             jnp.asarray(leaves["core/kernel"]),
             jnp.asarray(leaves["u_out/kernel"])[0, 0].T,
         )
         kernel = tucker2_to_kernel(factors, groups=module.feature_group_count)
     elif isinstance(module, LowRankConv):
         two = LowRankFactors(
-            _stacked(leaves["left/kernel"], module.feature_group_count),
+            stack_groups(leaves["left/kernel"], module.feature_group_count),
             jnp.asarray(leaves["right/kernel"])[0, 0].T,
         )
         kernel = low_rank_to_kernel(two, groups=module.feature_group_count)
@@ -213,7 +219,7 @@ def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray | None:
     return np.asarray(jax.device_get(kernel))
 
 
-def _stacked(kernel: Any, groups: int) -> jax.Array:
+def stack_groups(kernel: Any, groups: int) -> jax.Array:
     """Returns a grouped 1x1 kernel as the factor whose rows are group after group."""
     matrix = jnp.asarray(kernel)[0, 0]
     matrix = matrix.reshape(matrix.shape[0], groups, -1)

@@ -30,6 +30,8 @@ jaxtyping.install_import_hook(
         *(f"inertia_jax.{name}" for name in ("calibration", "compress", "factorise")),
         *(f"inertia_jax.{name}" for name in ("factorised", "planned", "ranks")),
         *(f"inertia_jax.{name}" for name in ("sites", "budget", "latency")),
+        "inertia_jax.allocation",
+        *(f"inertia_jax.{name}" for name in ("exported", "fold", "fold_trace")),
         *(f"train.{name}" for name in ("augment", "distill", "feed", "step")),
     ],
     "beartype.beartype",
@@ -45,7 +47,7 @@ def x64():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """What trains to have something trained: eight devices take six times as long."""
+    """For what trains only to have something trained: eight devices take longer."""
     with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: first)

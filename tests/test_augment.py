@@ -26,6 +26,22 @@ def test_crop_equals_numpys():
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.parametrize("padding", [4, 14])  # less than the image, and more
+def test_a_mirrored_crop_equals_numpys(padding):
+    offsets = np.array([(0, 0), (4, 4), (8, 8), (0, 8), (3, 5), (2, 2)])
+    sides = (padding, padding)
+    padded = np.pad(IMAGES, ((0, 0), sides, sides, (0, 0)), mode="reflect")
+    expected = [
+        image[top : top + 12, left : left + 10]
+        for image, (top, left) in zip(padded, offsets, strict=True)
+    ]
+    ours = augment.crop(
+        jnp.asarray(IMAGES), jnp.asarray(offsets), padding=padding, mode="reflect"
+    )
+    assert ours.dtype == jnp.uint8
+    np.testing.assert_array_equal(ours, expected)
+
+
 def test_flip_equals_numpys():
     mirrored = np.array([True, False, True, False, False, True])
     expected = [i[:, ::-1] if m else i for i, m in zip(IMAGES, mirrored, strict=True)]
@@ -107,6 +123,49 @@ def test_crops_and_flips_are_spread_evenly():
     counts = np.asarray(images)[..., 0].sum(0)[2:7, 2:7]
     # 200 expected of each offset; 5 standard deviations.
     assert np.abs(counts - 200).max() < 5 * np.sqrt(200)
+
+
+def test_training_images_are_padded_as_said():
+    one = jnp.full((50, 12, 10, 3), 255, jnp.uint8)
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(50))
+    zeros = make_augmentation().for_training(one, keys)
+    mirrored = make_augmentation(crop_mode="reflect").for_training(one, keys)
+    assert float(zeros.min()) == -2
+    np.testing.assert_array_equal(mirrored, 2)
+
+
+def mirrors_of(images, epoch, seed=0):
+    key = jax.random.key(seed)
+    mirrors = jax.jit(augment.alternating_mirrors)
+    return np.asarray(mirrors(jnp.asarray(images), jnp.int32(epoch), key=key))
+
+
+def test_alternating_mirrors_take_turns_whatever_the_batch():
+    images = RNG.integers(256, size=(4000, 4, 4, 3), dtype=np.uint8)
+    first = mirrors_of(images, 0)
+    for epoch in range(1, 5):
+        np.testing.assert_array_equal(mirrors_of(images, epoch), first ^ (epoch % 2))
+    order = RNG.permutation(4000)[:100]
+    np.testing.assert_array_equal(mirrors_of(images[order], 0), first[order])
+    # Fair coins, and another seed's are others; 5 standard deviations of 4,000.
+    for heads in (first, first == mirrors_of(images, 0, seed=1)):
+        assert abs(heads.sum() - 2000) < 5 * np.sqrt(1000)
+
+
+def test_given_mirrors_are_taken_in_place_of_drawn_ones():
+    augmentation = make_augmentation(crop_padding=0)
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
+    mirrored = np.array([True, False, True, False, False, True])
+    ours = augmentation.for_training(jnp.asarray(IMAGES), keys, jnp.asarray(mirrored))
+    images = [i[:, ::-1] if m else i for i, m in zip(IMAGES, mirrored, strict=True)]
+    np.testing.assert_array_equal(
+        ours, augmentation.for_evaluation(jnp.asarray(np.stack(images)))
+    )
+    still = make_augmentation(crop_padding=0, flip=False)
+    np.testing.assert_array_equal(
+        still.for_training(jnp.asarray(IMAGES), keys, jnp.asarray(mirrored)),
+        still.for_evaluation(jnp.asarray(IMAGES)),
+    )
 
 
 def test_without_options_training_images_are_evaluations():

@@ -264,6 +264,13 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--optimizer.decay", "-1"], "`optimizer.decay`"),
         (["--optimizer.milestones", "3", "3"], "`optimizer.milestones`"),
         (["--process-id", "1"], "need `--coordinator`"),
+        (["--optimizer.ema-decay", "1"], "`optimizer.ema_decay` .* must be < 1"),
+        (["--optimizer.peak-share", "0"], "`optimizer.peak_share` .* must be > 0"),
+        (["--optimizer.base-batch-size", "0"], "`optimizer.base_batch_size` .* >= 1"),
+        (
+            ["--optimizer.schedule", "one_cycle", "--optimizer.warmup-epochs", "1"],
+            "`optimizer.warmup_epochs` .* must be 0 for `schedule` .*'one_cycle'",
+        ),
     ],
 )
 def test_bad_input_is_one_error_and_code_2(arguments, message, data, tmp_path, capsys):
@@ -294,6 +301,8 @@ def test_unknown_words_exit_with_2_or_show_help(arguments, capsys):
             "Config(optimizer=Optimizer(name='adam'))",
             "`name` .*'adam'.* must be one of",
         ),
+        ("Config(data=Data(crop_mode='edge'))", "`crop_mode` .*'edge'.* must be one"),
+        ("Config(data=Data(flip_mode='often'))", "`flip_mode` .*'often'.* must be"),
         ("Config(parallel='pjit')", "`parallel` .*'pjit'"),
         ("Cofnig()", "NameError"),
         ("3", "must define `config`"),

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from train.config import Optimizer
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import make_optimizer, make_schedule, scale_learning_rate
 
 
 def their_optimizer(torch, config, parameters):
@@ -87,3 +87,52 @@ def test_milestones_count_from_the_start_of_the_warmup():
     schedule = make_schedule(config, steps_per_epoch=10, epochs=10)
     np.testing.assert_allclose(float(schedule(29)), 0.1)
     np.testing.assert_allclose(float(schedule(31)), 0.01, rtol=1e-6)
+
+
+def test_one_cycle_rises_and_falls_by_hand():
+    config = Optimizer(learning_rate=0.4, schedule="one_cycle", peak_share=0.2)
+    schedule = make_schedule(config, steps_per_epoch=4, epochs=5)
+    found = [float(schedule(step)) for step in range(21)]
+    # Four steps up to the peak, sixteen down.
+    expected = [0, 0.1, 0.2, 0.3, 0.4, *(0.4 - 0.025 * n for n in range(1, 17))]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+
+
+def test_one_cycle_of_one_step_is_finite():
+    config = Optimizer(schedule="one_cycle", peak_share=0.9)
+    schedule = make_schedule(config, steps_per_epoch=1, epochs=1)
+    assert float(schedule(0)) == 0
+
+
+@pytest.mark.parametrize("decayed", [True, False])
+def test_norms_and_biases_are_spared_if_asked(decayed):
+    config = Optimizer(
+        learning_rate=1.0,
+        momentum=0.0,
+        weight_decay=0.1,
+        milestones=(100,),
+        decay_norm_and_bias=decayed,
+    )
+    tx = make_optimizer(config, steps_per_epoch=1, epochs=1)
+    norm = {"scale": jax.numpy.full(3, 2.0), "bias": jax.numpy.full(3, 2.0)}
+    layer = {"kernel": jax.numpy.full((2, 3), 2.0), "bias": jax.numpy.full(3, 2.0)}
+    params = {"bn": norm, "fc": layer, "gate": {"threshold": jax.numpy.full((), 2.0)}}
+    gradient = jax.tree.map(jax.numpy.zeros_like, params)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    spared = 0.0 if not decayed else -0.2
+    expected = {
+        "bn": {"scale": spared, "bias": spared},
+        "fc": {"kernel": -0.2, "bias": spared},
+        "gate": {"threshold": 0.0},
+    }
+    for update, value in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+        np.testing.assert_allclose(update, value, rtol=1e-6)
+
+
+def test_the_learning_rate_grows_with_the_batch_if_asked():
+    config = Optimizer(learning_rate=0.1, base_batch_size=128)
+    scaled = scale_learning_rate(config, batch_size=512)
+    assert scaled.learning_rate == pytest.approx(0.4)
+    assert scale_learning_rate(scaled, batch_size=512) == scaled
+    unscaled = Optimizer(learning_rate=0.1)
+    assert scale_learning_rate(unscaled, batch_size=512) == unscaled

@@ -8,8 +8,9 @@ import pytest
 
 import inertia_jax as ij
 from inertia_jax import ops
+from inertia_jax.allocation import Choices, allocate, make_grid, spend_rest
 from inertia_jax.ops.ranks import kept_energy, lower_hull, mode_spectra
-from inertia_jax.ranks import Choices, allocate, make_grid, rounded, spend_rest
+from inertia_jax.ranks import rounded
 from inertia_jax.sites import Site
 
 
@@ -328,11 +329,12 @@ def test_allocation_meets_budgets_at_the_hull_exactly():
         assert allocate(choices, fixed=0.0, budget=cost) == expected
 
 
-def test_allocation_of_what_cannot_be_met_is_none():
+def test_allocation_of_what_cannot_be_met_is_refused():
     choices = random_choices(np.random.default_rng(0), 3)
     least = sum(of.costs[-1] for of in choices.values())
-    assert allocate(choices, fixed=2.0, budget=least + 2) is not None
-    assert allocate(choices, fixed=2.0, budget=least + 1.99) is None
+    allocate(choices, fixed=2.0, budget=least + 2)
+    with pytest.raises(ValueError, match="`budget` .* must be at least"):
+        allocate(choices, fixed=2.0, budget=least + 1.99)
 
 
 @pytest.mark.parametrize(

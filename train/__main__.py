@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import inertia_jax
 from train.errors import UsageError
+from train.platform import choose_cpu_convolutions, use_compilation_cache
 
 VERBS = {
     "fit": "train a network",
@@ -14,6 +15,7 @@ VERBS = {
     "compress": "make a trained checkpoint smaller: Tucker-2 factors, or inertial",
     "finetune": "train a checkpoint further",
     "import": "make a checkpoint from PyTorch weights",
+    "export": "write a checkpoint as one file that needs JAX alone to run",
     "pipeline": "compress PyTorch weights, fine-tune them, and a dense control",
     "sweep": "many runs, one record a run, to go on with another day",
     "report": "draw a run's learning curve and write its record",
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     version = inertia_jax.__version__
     parser.add_argument("--version", action="version", version=version)
     verb = parser.parse_args(argv[:1] or ["--help"]).verb
+    use_compilation_cache()
+    choose_cpu_convolutions()
     try:
         # Imported by need: benchmarks may need PyTorch, reports a plotting library.
         return importlib.import_module(f"train.verbs.{verb}_verb").run(argv[1:])

@@ -6,6 +6,7 @@ a batch is split over devices. Images stay uint8 until they are resized or norma
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +23,23 @@ def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, 
 
 
 def crop(
-    images: Num[Array, "n h w c"], offsets: Int[Array, "n 2"], *, padding: int
+    images: Num[Array, "n h w c"],
+    offsets: Int[Array, "n 2"],
+    *,
+    padding: int,
+    mode: Literal["zeros", "reflect"] = "zeros",
 ) -> Num[Array, "n h w c"]:
-    """Surrounds images with `padding` zeros and cuts their own size out at `offsets`.
+    """Surrounds images with `padding` pixels and cuts their own size out at `offsets`.
 
     Args:
         images: Images.
         offsets: Top and left of the cut in the padded image, in [0, 2 padding].
-        padding: Zeros on every side, in pixels.
+        padding: On every side, in pixels.
+        mode: Zeros, or the image mirrored at its edges, which are not repeated.
     """
     sides = (padding, padding)
-    padded = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
+    widths = ((0, 0), sides, sides, (0, 0))
+    padded = jnp.pad(images, widths, "reflect" if mode == "reflect" else "constant")
     shape = images.shape[1:]
 
     def cut(image: Array, offset: Array) -> Array:
@@ -46,6 +53,29 @@ def flip(
 ) -> Num[Array, "n h w c"]:
     """Mirrors images left to right where `mirrored` is true."""
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def alternating_mirrors(
+    images: UInt8[Array, "n h w c"], epoch: Int[Array, ""], *, key: Key[Array, ""]
+) -> Bool[Array, "n"]:
+    """Returns which images are mirrored: at random in epoch 0, then by turns.
+
+    In any two epochs that follow each other, an image is seen both ways. What it begins
+    with is the top bit of `sum_i weight_i pixel_i mod 2^32`, of random weights: a coin
+    for each image, wherever it stands in batch or chunk; equal images share theirs.
+
+    Args:
+        images: As they are stored, before any other augmentation.
+        epoch: From 0.
+        key: The same in every epoch.
+
+    References:
+        Jordan, 2024, https://arxiv.org/abs/2404.00498, alternating flip
+    """
+    weights = jax.random.bits(key, images.shape[1:], jnp.uint32)
+    products = images.astype(jnp.uint32) * weights[None]
+    coins = products.sum((1, 2, 3), dtype=jnp.uint32) >> 31
+    return (coins + epoch.astype(jnp.uint32)) % 2 == 1
 
 
 def resize(
@@ -162,10 +192,11 @@ class Augmentation:
 
     Attributes:
         preprocessing: Shape and normalisation of the input.
-        crop_padding: Zeros around a training image before a random crop, in pixels.
+        crop_padding: Around a training image before a random crop, in pixels.
         flip: Mirror every second training image.
         resized_crop: A random part resized, in place of the padded crop.
         dtype: Of the result.
+        crop_mode: See `crop`.
     """
 
     preprocessing: Preprocessing
@@ -173,11 +204,21 @@ class Augmentation:
     flip: bool
     resized_crop: bool
     dtype: jnp.dtype
+    crop_mode: Literal["zeros", "reflect"] = "zeros"
 
     def for_training(
-        self, images: UInt8[Array, "n h w c"], keys: Key[Array, "n"]
+        self,
+        images: UInt8[Array, "n h w c"],
+        keys: Key[Array, "n"],
+        mirrored: Bool[Array, "n"] | None = None,
     ) -> Float[Array, "n h_out w_out c"]:
-        """Resizes, crops, mirrors and normalises; random, each image by its key."""
+        """Resizes, crops, mirrors and normalises; random, each image by its key.
+
+        Args:
+            images: As they are stored.
+            keys: One an image.
+            mirrored: Which to mirror, if any are; None: by their keys.
+        """
         crop_keys, flip_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         output_shape = self.preprocessing.image_shape[:2]
         if self.resized_crop:
@@ -190,9 +231,13 @@ class Augmentation:
                 high = 2 * self.crop_padding + 1
                 draw = lambda key: jax.random.randint(key, (2,), 0, high)  # noqa: E731
                 offsets = jax.vmap(draw)(crop_keys)
-                images = crop(images, offsets, padding=self.crop_padding)
+                images = crop(
+                    images, offsets, padding=self.crop_padding, mode=self.crop_mode
+                )
         if self.flip:
-            images = flip(images, jax.vmap(jax.random.bernoulli)(flip_keys))
+            if mirrored is None:
+                mirrored = jax.vmap(jax.random.bernoulli)(flip_keys)
+            images = flip(images, mirrored)
         return self._normalised(images)
 
     def for_evaluation(

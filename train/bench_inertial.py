@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
-from inertia_jax.models import input_shape
+from inertia_jax.models import abstract_variables, input_shape
 from inertia_jax.ops.tiled import CHUNK_BYTES
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
 from inertia_jax.ops.views import pad_image
@@ -101,10 +101,10 @@ def bench_network(
     apply = jax.jit(lambda variables, x: model.apply(variables, x))
     calls: dict[str, Callable[[], Any]] = {"dense": lambda: apply(variables, x)}
     # One compiled network: thresholds are variables.
-    inertial = _tiled_model(name, width, 0.5)
+    inertial = tiled_model(name, width, 0.5)
     tiled = jax.jit(lambda variables, x: inertial.apply(variables, x))
     for rate in rates:
-        thresholds = _thresholds(name, width, variables, x, rate)
+        thresholds = thresholds_at(name, width, variables, x, rate)
         changed = {**variables, "thresholds": thresholds}
         calls[f"tiled {rate:g}"] = functools.partial(tiled, changed, x)
     times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
@@ -135,7 +135,8 @@ def _threshold_for(levels: np.ndarray, rate: float) -> Any:
     return jnp.float32(-1 if rate == 1 else np.quantile(levels, 1 - rate))
 
 
-def _tiled_model(name: str, width: float, rate: float) -> Any:
+def tiled_model(name: str, width: float, rate: float) -> Any:
+    """Returns a network whose every tileable 3x3 is inertial, in 2x2 tiles."""
     return create_model(
         name,
         width=width,
@@ -143,12 +144,12 @@ def _tiled_model(name: str, width: float, rate: float) -> Any:
     )
 
 
-def _thresholds(name: str, width: float, variables: Any, x: Any, rate: float) -> Any:
+def thresholds_at(name: str, width: float, variables: Any, x: Any, rate: float) -> Any:
     """Returns each layer's threshold for a rate, under the gates of those before it."""
-    model = _tiled_model(name, width, rate)
+    model = tiled_model(name, width, rate)
     model = model.clone(plan=model.plan.without_ladders())
-    start = init_variables(model, jax.random.key(0))["thresholds"]
-    thresholds = start
+    shapes = abstract_variables(model)["thresholds"]
+    thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     # Evaluation mode leaves thresholds alone, training mode changes BatchNorm: so the
     # friction that evaluation sows is taken, until later layers have settled.
     apply = jax.jit(

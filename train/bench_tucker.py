@@ -71,7 +71,7 @@ def bench_tucker(
         if against_torch:
             for key, network in networks.items():
                 ours = np.asarray(calls[f"{key}, JAX"]())
-                calls[f"{key}, PyTorch"] = call = _torch_call(*network, images)
+                calls[f"{key}, PyTorch"] = call = torch_call(*network, images)
                 gap = np.abs(call().numpy() - ours).max() / np.abs(ours).max()
                 row["networks"][key][f"gap_to_torch_batch_{batch_size}"] = float(gap)
         row["times"][str(batch_size)] = interleaved(calls, repeats=repeats)
@@ -117,21 +117,29 @@ def _jax_call(model: Any, variables: Any, images: np.ndarray) -> Callable[[], An
     return lambda: jax.block_until_ready(apply(variables, on_device))
 
 
-def _torch_call(model: Any, variables: Any, images: np.ndarray) -> Callable[[], Any]:
-    """Returns PyTorch's evaluation of the same factorised network, channels last."""
+def torch_call(
+    model: Any, variables: Any, images: np.ndarray, *, fold: bool = False
+) -> Callable[[], Any]:
+    """Returns PyTorch's evaluation of the same factorised network, channels last.
+
+    With `fold`, PyTorch's own folding has merged BatchNorm into the convolutions.
+    """
     try:
         import torch
     except ImportError as error:
         raise UsageError(
             "`against` (=torch) needs PyTorch: pip install 'inertia_jax[torch]'."
         ) from error
-    from train.torch_models import TORCH_MODELS, factorised
+    from train.torch_models import TORCH_MODELS, factorised, fold_batch_norm
 
     width, name = model.width, type(model).__name__.lower()
     module = factorised(TORCH_MODELS[name](model.num_classes, width), model.plan)
     state = {k: torch.from_numpy(v) for k, v in to_torch(model, variables).items()}
     module.load_state_dict(state, strict=False)
-    module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.eval()
+    if fold:
+        fold_batch_norm(module)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     x = x.contiguous(memory_format=torch.channels_last)
 

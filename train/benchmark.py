@@ -5,8 +5,8 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from inertia_jax import create_model, init_variables, to_torch
+from inertia_jax import count_cost, create_model, init_variables
 from train.checkpoints import Checkpoints
 from train.config import Config
 from train.data import ImageSet
@@ -25,6 +25,7 @@ from train.state import training_to_dict
 
 _RECIPE = {"learning_rate": 0.1, "momentum": 0.9}
 _WEIGHT_DECAY = 5e-4
+_SHAPE = (32, 32, 3)
 
 
 def interleaved(
@@ -56,20 +57,90 @@ def interleaved(
     }
 
 
+Functions = dict[str, dict[str, Callable[[], None]]]
+
+
 def bench_model(
-    name: str, *, batch_size: int, repeats: int, width: float, against_torch: bool
+    name: str,
+    *,
+    batch_size: int,
+    repeats: int,
+    width: float,
+    against_torch: bool,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    peak_gflops: float | None = None,
 ) -> dict[str, Any]:
     """Times a training step and an evaluation of a network at 32 x 32.
 
     The step is forward, backward and SGD with momentum and weight decay, on one device,
-    in float32, on a batch already there.
+    on a batch already there.
+
+    Args:
+        name: Of the network.
+        batch_size: Images a step.
+        repeats: Timed calls of each.
+        width: Of the network.
+        against_torch: PyTorch's in turn, at its best: channels_last, compiled on a GPU.
+        dtype: Of the computation; parameters are float32.
+        peak_gflops: What `measure_peak_gflops` found; None: no share of it is given.
     """
+    kinds: tuple[Literal["jax", "torch"], ...] = ("jax",)
+    if against_torch:
+        kinds = ("jax", "torch")
+    functions = make_functions(
+        name, batch_size=batch_size, width=width, kinds=kinds, dtype=dtype
+    )
+    macs = count_cost(create_model(name, width=width), _SHAPE).macs
+    row = {"model": name, "batch_size": batch_size, "width": width, "dtype": dtype}
+    # Backward takes a product for the inputs and one for the kernels.
+    for what, passes in (("train", 3), ("eval", 1)):
+        times: dict[str, Any] = interleaved(functions[what], repeats=repeats)
+        for of in times.values():
+            seconds = of["median_ms"] / 1e3
+            of["images_per_s"] = batch_size / seconds
+            of["gflops"] = 2e-9 * passes * macs * batch_size / seconds
+            if peak_gflops is not None:
+                of["share_of_peak"] = of["gflops"] / peak_gflops
+        row[what] = times
+    return row
+
+
+def measure_peak_gflops(dtype: Literal["float32", "bfloat16"] = "float32") -> float:
+    """Returns the most that products of two large matrices reach, in GFLOP/s."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    multiply = jax.jit(lambda a: a @ a)
+    times = interleaved({"a": lambda: jax.block_until_ready(multiply(a))}, repeats=20)
+    return 2e-6 * size**3 / times["a"]["min_ms"]
+
+
+def make_functions(
+    name: str,
+    *,
+    batch_size: int,
+    width: float,
+    kinds: Sequence[Literal["jax", "torch"]],
+    dtype: Literal["float32", "bfloat16"],
+) -> Functions:
+    """Returns, of `train` and `eval`, a call a framework that waits for its result."""
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch_size, 32, 32, 3)).astype(np.float32)
+    images = rng.normal(size=(batch_size, *_SHAPE)).astype(np.float32)
     labels = (np.arange(batch_size) % 10).astype(np.int32)
-    model = create_model(name, width=width)
+    functions: Functions = {"train": {}, "eval": {}}
+    if "jax" in kinds:
+        pair = _jax_functions(name, width, images, labels, dtype)
+        functions["train"]["jax"], functions["eval"]["jax"] = pair
+    if "torch" in kinds:
+        pair = _torch_functions(name, width, images, labels, dtype)
+        functions["train"]["torch"], functions["eval"]["torch"] = pair
+    return functions
+
+
+def _jax_functions(
+    name: str, width: float, images: np.ndarray, labels: np.ndarray, dtype: str
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    model = create_model(name, width=width, dtype=jnp.dtype(dtype))
     variables = init_variables(model, jax.random.key(0))
-    exported = to_torch(model, variables)
     tx = optax.chain(
         optax.add_decayed_weights(_WEIGHT_DECAY),
         optax.sgd(_RECIPE["learning_rate"], _RECIPE["momentum"]),
@@ -85,7 +156,9 @@ def bench_model(
                 train=True,
                 mutable=["batch_stats"],
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits.astype(jnp.float32), labels
+            )
             return losses.mean(), updated["batch_stats"]
 
         grads, batch_stats = jax.grad(loss_fn, has_aux=True)(params)
@@ -97,30 +170,19 @@ def bench_model(
     params = jax.tree.map(jnp.copy, variables["params"])
     batch_stats = jax.tree.map(jnp.copy, variables["batch_stats"])
     state = [(params, batch_stats, tx.init(params))]
-    batch = jax.device_put((images, labels))
+    batch = jax.device_put((images.astype(jnp.dtype(dtype)), labels))
 
-    def jax_train() -> None:
+    def train() -> None:
         state[0] = jax.block_until_ready(take_step(state[0], *batch))
 
-    def jax_eval() -> None:
+    def evaluate() -> None:
         jax.block_until_ready(predict(variables, batch[0]))
 
-    train, evaluate = {"jax": jax_train}, {"jax": jax_eval}
-    if against_torch:
-        train["torch"], evaluate["torch"] = _torch_functions(
-            name, width, exported, images, labels
-        )
-    return {
-        "model": name,
-        "batch_size": batch_size,
-        "width": width,
-        "train": interleaved(train, repeats=repeats),
-        "eval": interleaved(evaluate, repeats=repeats),
-    }
+    return train, evaluate
 
 
 def _torch_functions(
-    name: str, width: float, weights: Any, images: np.ndarray, labels: np.ndarray
+    name: str, width: float, images: np.ndarray, labels: np.ndarray, dtype: str
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     try:
         import torch
@@ -132,8 +194,6 @@ def _torch_functions(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     twin = TORCH_MODELS[name](width=width)
-    tensors = {key: torch.from_numpy(value) for key, value in weights.items()}
-    twin.load_state_dict(tensors, strict=False)
     twin = twin.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         twin.parameters(),
@@ -144,6 +204,9 @@ def _torch_functions(
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.from_numpy(labels).long().to(device)
+    # On CPU its compiler needs one for C++, and eager calls are oneDNN's already.
+    forward = torch.compile(twin) if device == "cuda" else twin
+    low = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def wait() -> None:
         if device == "cuda":
@@ -152,14 +215,16 @@ def _torch_functions(
     def train() -> None:
         twin.train()
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(twin(x), y).backward()
+        with low:
+            loss = torch.nn.functional.cross_entropy(forward(x), y)
+        loss.backward()
         optimizer.step()
         wait()
 
     def evaluate() -> None:
         twin.eval()
-        with torch.no_grad():
-            twin(x)
+        with torch.no_grad(), low:
+            forward(x)
         wait()
 
     return train, evaluate
@@ -213,9 +278,9 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
                 meter.flush()
             rounds_done += 1
             training = training_to_dict(state)
-            metadata = make_metadata(trainer, None)
+            metadata = make_metadata(trainer, None, train_seconds=0.0)
             checkpoints.save(
-                rounds_done, trainer.model, state.variables, training, metadata
+                rounds_done, trainer.model, state.result, training, metadata
             )
             checkpoints.wait()
 

@@ -1,6 +1,6 @@
 """Training images as a network sees them, for calibration and recalibration."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ def training_inputs(
     crop_padding: int = 0,
     flip: bool = False,
     resized_crop: bool = False,
+    crop_mode: Literal["zeros", "reflect"] = "zeros",
 ) -> np.ndarray:
     """Returns some training images as the network sees them, plain if not said.
 
@@ -34,6 +35,7 @@ def training_inputs(
         crop_padding: See `train.config.Data`.
         flip: Likewise.
         resized_crop: Likewise.
+        crop_mode: Likewise.
     """
     if count < 2:
         raise UsageError(
@@ -46,6 +48,7 @@ def training_inputs(
         flip=flip,
         resized_crop=resized_crop,
         dtype=jnp.dtype(dtype),
+        crop_mode=crop_mode,
     )
     draw = jax.jit(augmentation.for_training)
     keys = example_keys(jax.random.key(seed), jnp.arange(len(chosen)))

@@ -64,9 +64,13 @@ class Data:
     std: tuple[float, ...] = CIFAR_STD
     """Standard deviation of each channel, likewise."""
     crop_padding: int = 4
-    """Zeros around a training image before a random crop of its own size."""
+    """Pixels around a training image before a random crop of its own size."""
+    crop_mode: Literal["zeros", "reflect"] = "zeros"
+    """What these pixels are: zeros, or the image mirrored at its edges."""
     flip: bool = True
-    """Mirror every second training image, at random."""
+    """Mirror every second training image, by `flip_mode`."""
+    flip_mode: Literal["random", "alternating"] = "random"
+    """Drawn anew every epoch; or in the first, and then the other one every epoch."""
     resized_crop: bool = False
     """Train on a random part (8% to 100%) resized, in place of the padded crop."""
     eval_resize: int | None = None
@@ -75,6 +79,7 @@ class Data:
     """A split larger than this share of device memory streams in chunks."""
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_range("data.memory_share", self.memory_share, above=0)
         _check_range("data.crop_padding", self.crop_padding, least=0)
         _check_range("data.image_size", self.image_size, least=1)
@@ -116,35 +121,51 @@ class Optimizer:
     name: Literal["sgd", "adadelta"] = "sgd"
     """sgd, or adadelta (rho 0.9, epsilon 1e-6)."""
     learning_rate: float = 0.1
-    """Of the first epoch."""
+    """Of the first epoch; of one_cycle the highest."""
+    base_batch_size: int | None = None
+    """Batch that `learning_rate` is of, to grow with `batch_size`; None: of any."""
     momentum: float = 0.9
     """Of sgd."""
     nesterov: bool = False
     """Nesterov's form of the momentum."""
     weight_decay: float = 5e-4
     """Times every parameter, added to its gradient before the momentum."""
+    decay_norm_and_bias: bool = True
+    """Weight decay of BatchNorm's scales and of all biases, too."""
+    ema_decay: float = 0.0
+    """Of averages of all variables over steps, evaluated and saved; 0: no averages."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
-    schedule: Literal["multistep", "cosine", "exponential"] = "multistep"
-    """Learning rate over time; exponential decays every `decay_epochs`."""
+    schedule: Literal["multistep", "cosine", "exponential", "one_cycle"] = "multistep"
+    """Learning rate over time; one_cycle rises from 0 and falls to 0, linearly."""
     milestones: tuple[int, ...] = (150, 225)
     """Epochs at which multistep multiplies by `decay`."""
     decay: float = 0.1
     """Factor of multistep and exponential."""
     decay_epochs: int = 1
     """Epochs between the steps of exponential."""
+    peak_share: float = 0.25
+    """Share of all steps after which one_cycle is highest, in (0, 1)."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_range("optimizer.learning_rate", self.learning_rate, above=0)
+        _check_range("optimizer.base_batch_size", self.base_batch_size, least=1)
         _check_range("optimizer.momentum", self.momentum, least=0, below=1)
         _check_range("optimizer.weight_decay", self.weight_decay, least=0)
+        _check_range("optimizer.ema_decay", self.ema_decay, least=0, below=1)
         _check_range("optimizer.label_smoothing", self.label_smoothing, 0, below=1)
         _check_range("optimizer.decay", self.decay, above=0)
         _check_range("optimizer.decay_epochs", self.decay_epochs, least=1)
+        _check_range("optimizer.peak_share", self.peak_share, above=0, below=1)
         _check_range("optimizer.warmup_epochs", self.warmup_epochs, least=0)
+        if self.schedule == "one_cycle" and self.warmup_epochs:
+            raise UsageError(
+                f"`optimizer.warmup_epochs` (={self.warmup_epochs}) must be 0 for "
+                f"`schedule` (='one_cycle'), which rises itself."
+            )
         if any(a >= b for a, b in itertools.pairwise((0, *self.milestones))):
             raise UsageError(
                 f"`optimizer.milestones` (={self.milestones}) must be > 0 and rise."
@@ -165,6 +186,8 @@ class Config:
     """Training images a step, over all devices."""
     eval_batch_size: int = 500
     """Images an evaluation step, over all devices (rounded up to their number)."""
+    flip_test: bool = False
+    """Evaluate by the mean logits of each test image and its mirror image."""
     data: Data = Data()
     model: Model = Model()
     optimizer: Optimizer = Optimizer()

@@ -28,6 +28,7 @@ class Evaluation:
         class_names: One a class.
         gate_rates: Share of open gates of each inertial layer, by path.
         right: Whether each example's class scores highest [num_examples], bool.
+        flip_test: Whether the answers are means of the image's and its mirror image's.
     """
 
     num_examples: int
@@ -38,6 +39,7 @@ class Evaluation:
     class_names: tuple[str, ...]
     gate_rates: Mapping[str, float]
     right: np.ndarray
+    flip_test: bool = False
 
     @property
     def per_class(self) -> np.ndarray:
@@ -56,6 +58,7 @@ class Evaluation:
         return json.dumps(
             {
                 "num_examples": self.num_examples,
+                "flip_test": self.flip_test,
                 **self.metrics(),
                 "class_names": self.class_names,
                 "per_class": [
@@ -68,8 +71,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         right = int(np.trace(self.confusion))
+        how = ", images and mirror images" if self.flip_test else ""
         lines = [
-            f"top-1     {100 * self.top1:6.2f}%  ({right:,} of {self.num_examples:,})",
+            f"top-1     {100 * self.top1:6.2f}%  "
+            f"({right:,} of {self.num_examples:,}{how})",
             f"top-5     {100 * self.top5:6.2f}%",
             f"loss      {self.loss:7.4f}",
             "",
@@ -120,6 +125,7 @@ def make_evaluator(
     *,
     batch_size: int,
     class_names: tuple[str, ...],
+    flip_test: bool = False,
 ) -> Callable[[Any], Evaluation]:
     """Returns a function from replicated variables to what evaluating them finds.
 
@@ -133,13 +139,14 @@ def make_evaluator(
         parallel: The devices.
         batch_size: Images a call; rounded up to a multiple of the devices.
         class_names: One a class.
+        flip_test: Answer by the mean logits of each image and its mirror image.
     """
     devices = parallel.num_devices
     batch_size = -(-min(batch_size, len(feed.split)) // devices) * devices
     plan = getattr(model, "plan", None)
     if plan is not None:
         model = model.clone(plan=plan.without_ladders())
-    evaluate = make_eval_call(model, augmentation)
+    evaluate = make_eval_call(model, augmentation, flip_test=flip_test)
 
     def per_device(variables: Any, images: Any, labels: Any, indices: Any) -> Any:
         return evaluate(variables, images, labels, indices[0])
@@ -171,6 +178,7 @@ def make_evaluator(
                 for path, rates in results["gate_rates"].items()
             },
             right=results["rank"] < 1,
+            flip_test=flip_test,
         )
 
     return run

@@ -36,6 +36,7 @@ def evaluate_checkpoint(
     batch_size: int = 500,
     num_devices: int | None = None,
     resize: bool = False,
+    flip_test: bool = False,
 ) -> Evaluation:
     """Evaluates a checkpoint.
 
@@ -64,6 +65,7 @@ def evaluate_checkpoint(
         batch_size=batch_size,
         num_devices=num_devices,
         resize=resize,
+        flip_test=flip_test,
     )
     return evaluate(variables)
 
@@ -77,6 +79,7 @@ def evaluator_for(
     batch_size: int = 500,
     num_devices: int | None = None,
     resize: bool = False,
+    flip_test: bool = False,
 ) -> Callable[[Mapping[str, Any]], Evaluation]:
     """Returns a function from variables to what evaluating a checkpoint of them finds.
 
@@ -105,6 +108,7 @@ def evaluator_for(
         parallel,
         batch_size=batch_size,
         class_names=_class_names(data, metadata, model.num_classes),
+        flip_test=flip_test,
     )
     return lambda variables: evaluate(parallel.replicate(variables))
 

@@ -66,7 +66,7 @@ def report_layers(
         old = old_sites[path]
         latency_ms = None
         if latency_batch:
-            key = (old.kernel.shape, old.input_shape, old.strides, old.spec, new.spec)
+            key = (old.geometry, old.spec, new.spec)
             if key not in times:
                 ms = site_latencies_ms(
                     old, [old.spec, new.spec], batch_size=latency_batch, dtype=dtype

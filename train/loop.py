@@ -20,6 +20,7 @@ from inertia_jax.checkpoint import Metadata, load_metadata
 from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
 from train.checkpoints import Checkpoints
+from train.clock import TrainingClock
 from train.config import (
     Config,
     config_to_json,
@@ -32,7 +33,7 @@ from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
 from train.feed import epoch_order, make_feed
 from train.keys import run_keys
-from train.optimizer import make_optimizer
+from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
 from train.processes import is_lost
 from train.rundir import RunDirectory
@@ -127,7 +128,7 @@ class Trainer:
         self.steps = self.steps_per_epoch * config.epochs
         with user_input():
             self.tx = make_optimizer(
-                config.optimizer,
+                scale_learning_rate(config.optimizer, batch_size=config.batch_size),
                 steps_per_epoch=self.steps_per_epoch,
                 epochs=config.epochs,
             )
@@ -137,6 +138,7 @@ class Trainer:
             flip=config.data.flip,
             resized_crop=config.data.resized_crop,
             dtype=jnp.dtype(config.model.dtype),
+            crop_mode=config.data.crop_mode,
         )
         share = config.data.memory_share
         self.feed = make_feed(data.train, self.parallel, memory_share=share)
@@ -158,6 +160,9 @@ class Trainer:
             self.tx,
             augmentation,
             label_smoothing=config.optimizer.label_smoothing,
+            alternating_flip=config.data.flip
+            and config.data.flip_mode == "alternating",
+            ema_decay=config.optimizer.ema_decay,
             gate_budget=config.gate_budget,
             gate_penalty=config.gate_penalty,
             trained=self.trained,
@@ -174,6 +179,7 @@ class Trainer:
             self.parallel,
             batch_size=config.eval_batch_size,
             class_names=data.class_names,
+            flip_test=config.flip_test,
         )
 
     def init_state(self) -> TrainState:
@@ -185,7 +191,14 @@ class Trainer:
         with user_input():
             shape = self.preprocessing.image_shape
             key = run_keys(self.config.seed).init
-            state = init_state(self.model, self.tx, shape, key, trained=self.trained)
+            state = init_state(
+                self.model,
+                self.tx,
+                shape,
+                key,
+                trained=self.trained,
+                averaged=self.config.optimizer.ema_decay > 0,
+            )
         # In its final place before the first step, or the step compiles twice.
         return self.parallel.replicate(jax.device_get(state))
 
@@ -205,9 +218,7 @@ class Trainer:
                 f"the data's {self.data.num_classes} classes say: {model} there, "
                 f"{self.model} here."
             )
-        params = variables.pop("params")
-        given = self.parallel.replicate((params, variables))
-        return state.replace(params=given[0], collections=given[1])
+        return self.parallel.replicate(state.with_variables(variables))
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""
@@ -232,7 +243,7 @@ class Trainer:
 
     def evaluate(self, state: TrainState) -> Evaluation:
         """Evaluates the test images."""
-        return self._evaluate(state.variables)
+        return self._evaluate(state.result)
 
 
 def _check_budget(specs: Sequence[Any]) -> None:
@@ -305,10 +316,10 @@ def fit(
     directory.lock()
     checkpoints = Checkpoints(directory.checkpoints)
     try:
-        state, step = _restore(trainer, state, checkpoints, resume=resume)
+        state, step, seconds = _restore(trainer, state, checkpoints, resume=resume)
         directory.open(step)
-        with _StopSignal() as stop:
-            return _run(trainer, state, step, directory, checkpoints, stop)
+        with _StopSignal() as stop, TrainingClock(seconds) as clock:
+            return _run(trainer, state, step, directory, checkpoints, stop, clock)
     except jax.errors.JaxRuntimeError as error:
         if is_lost(error):
             checkpoints.abandon()
@@ -320,14 +331,16 @@ def fit(
 
 def _restore(
     trainer: Trainer, state: TrainState, checkpoints: Checkpoints, *, resume: bool
-) -> tuple[TrainState, int]:
-    step = 0
+) -> tuple[TrainState, int, float]:
+    step, seconds = 0, 0.0
     restored = checkpoints.restore() if resume else None
     if restored is not None:
         path, arrays = restored
         _check_same_sources(path, trainer)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
+        # Of an older version none: reports then leave the seconds out.
+        seconds = load_metadata(path).info.get("train_seconds", 0.0)
     else:
         state = trainer.read_init(state)
     if jax.process_count() > 1:
@@ -339,7 +352,7 @@ def _restore(
             )
     if restored is not None and jax.process_index() == 0:
         tqdm.write(f"resuming from {path}, step {step} of {trainer.steps}")
-    return state, step
+    return state, step, seconds
 
 
 def _check_same_sources(path: pathlib.Path, trainer: Trainer) -> None:
@@ -364,6 +377,7 @@ def _run(
     directory: RunDirectory,
     checkpoints: Checkpoints,
     stop: _StopSignal,
+    clock: TrainingClock,
 ) -> FitResult:
     config, spe = trainer.config, trainer.steps_per_epoch
     if trainer.has_gates and jax.process_index() == 0:
@@ -379,9 +393,9 @@ def _run(
 
     def save(evaluation: Evaluation | None) -> None:
         nonlocal last_save
-        metadata = make_metadata(trainer, evaluation)
+        metadata = make_metadata(trainer, evaluation, train_seconds=clock.seconds)
         training = training_to_dict(state)
-        checkpoints.save(step, trainer.model, state.variables, training, metadata)
+        checkpoints.save(step, trainer.model, state.result, training, metadata)
         last_save = time.monotonic()
 
     bar = tqdm(
@@ -398,6 +412,7 @@ def _run(
             bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
             has_gates = trainer.has_gates
             meter = Meter(directory, bar, config, step, has_gates=has_gates)
+            clock.start()
             for inputs in trainer.inputs(epoch, step - epoch * spe):
                 state, totals = trainer.train_call(state, inputs)
                 before, step = step, step + inputs[2].shape[1]
@@ -415,7 +430,8 @@ def _run(
                     meter.flush()
                     save(None)
             meter.flush()
-            words = meter.log_epoch(epoch)
+            clock.stop()
+            words = meter.log_epoch(epoch, clock.seconds)
             evaluation = trainer.evaluate(state)
             directory.log(step, "test", {"epoch": epoch + 1, **evaluation.metrics()})
             if jax.process_index() == 0:
@@ -451,7 +467,9 @@ def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bo
     return is_late
 
 
-def make_metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
+def make_metadata(
+    trainer: Trainer, evaluation: Evaluation | None, *, train_seconds: float
+) -> Metadata:
     """Returns what a checkpoint of the run says of itself."""
     teacher = trainer.teacher_sha256
     return Metadata(
@@ -461,6 +479,7 @@ def make_metadata(trainer: Trainer, evaluation: Evaluation | None) -> Metadata:
             "config": config_to_json(trainer.config),
             "data": trainer.data.describe(),
             "evaluation": evaluation.metrics() if evaluation else None,
+            "train_seconds": train_seconds,
             **({"teacher_sha256": teacher} if teacher else {}),
         },
     )
@@ -526,11 +545,17 @@ class Meter:
             self._since, self._logged = now, step
         self._step = step
 
-    def log_epoch(self, epoch: int) -> str:
-        """Logs the epoch that has ended, and returns it in words."""
+    def log_epoch(self, epoch: int, train_seconds: float) -> str:
+        """Logs the epoch that has ended, and returns it in words.
+
+        Args:
+            epoch: From 0.
+            train_seconds: Of training, since the start of the run.
+        """
         images = (self._step - self._first) * self._config.batch_size
         rate = images / (time.perf_counter() - self._start)
         metrics = {"epoch": epoch + 1, **self._last, "images_per_s": rate}
+        metrics["train_seconds"] = train_seconds
         self._directory.log(self._step, "epoch", metrics)
         loss, accuracy = self._last["loss"], self._last["accuracy"]
         words = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:.0f} images/s"

@@ -1,11 +1,26 @@
 """The optimiser and its learning rate, in PyTorch's order of operations."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import optax
 
 from train.config import Optimizer
+
+
+def scale_learning_rate(config: Optimizer, *, batch_size: int) -> Optimizer:
+    """Returns the optimiser with `learning_rate * batch_size / base_batch_size`.
+
+    References:
+        Goyal et al., 2017, https://arxiv.org/abs/1706.02677, section 2.1
+    """
+    if config.base_batch_size is None:
+        return config
+    learning_rate = config.learning_rate * batch_size / config.base_batch_size
+    return dataclasses.replace(
+        config, learning_rate=learning_rate, base_batch_size=batch_size
+    )
 
 
 def make_schedule(
@@ -16,6 +31,12 @@ def make_schedule(
     def by_epoch(epoch: int) -> int:
         return epoch * steps_per_epoch
 
+    if config.schedule == "one_cycle":
+        steps = by_epoch(epochs)
+        peak = max(1, round(config.peak_share * steps))
+        rise = optax.linear_schedule(0.0, config.learning_rate, peak)
+        fall = optax.linear_schedule(config.learning_rate, 0.0, max(1, steps - peak))
+        return optax.join_schedules([rise, fall], [peak])
     warmup = by_epoch(config.warmup_epochs)
     if config.schedule == "multistep":
         factors = {by_epoch(e): config.decay for e in config.milestones}
@@ -49,13 +70,15 @@ def make_optimizer(
         update = optax.sgd(schedule, config.momentum or None, config.nesterov)
     else:
         update = optax.adadelta(schedule, rho=0.9, eps=1e-6)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=_is_decayed)
+    spared = {"threshold"}  # a level, which zero is not the natural value of
+    if not config.decay_norm_and_bias:
+        spared |= {"scale", "bias"}
+
+    def is_decayed(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) not in spared,
+            params,
+        )
+
+    decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
     return optax.chain(decay, update)
-
-
-def _is_decayed(params: Any) -> Any:
-    """Marks what weight decay pulls to zero: all but thresholds, which are levels."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != "threshold",
-        params,
-    )

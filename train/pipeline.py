@@ -242,6 +242,7 @@ def _compress(
                 crop_padding=config.data.crop_padding,
                 flip=config.data.flip,
                 resized_crop=config.data.resized_crop,
+                crop_mode=config.data.crop_mode,
             )
             variables = recalibrate_batch_norm(
                 model, variables, images, batch_size=config.batch_size

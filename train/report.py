@@ -1,18 +1,30 @@
 """A run's record and its learning curve."""
 
+import itertools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from train.errors import UsageError, user_input
 
 
-def make_record(run: pathlib.Path) -> dict[str, Any]:
+def make_record(
+    run: pathlib.Path, *, seconds_to: Sequence[float] = ()
+) -> dict[str, Any]:
     """Returns a run's configuration, machine and curve, one row an epoch.
 
+    Args:
+        run: Its directory.
+        seconds_to: Accuracies in (0, 1], whose first epochs are looked for.
+
     Raises:
-        UsageError: There is no run at `run`, or no epoch of it has ended.
+        UsageError: There is no run at `run`, no epoch of it has ended, or an accuracy
+            is none.
     """
+    for accuracy in seconds_to:
+        if not 0 < accuracy <= 1:
+            raise UsageError(f"`seconds_to` (={accuracy}) must be in (0, 1].")
     if not (run / "config.json").is_file():
         raise UsageError(f"there is no run at {run}.")
     with user_input():
@@ -31,12 +43,25 @@ def make_record(run: pathlib.Path) -> dict[str, Any]:
             "test_top1": tests[epoch]["top1"],
             "test_top5": tests[epoch]["top5"],
             "images_per_s": epochs[epoch]["images_per_s"],
+            "train_seconds": epochs[epoch].get("train_seconds"),
         }
         for epoch in sorted(set(epochs) & set(tests))
     ]
     if not curve:
         raise UsageError(f"no epoch of {run} has ended yet.")
-    return {"config": config, "starts": starts, "curve": curve}
+    for before, row in itertools.pairwise(curve):
+        if before["train_seconds"] is None:  # begun by a version that counted none
+            row["train_seconds"] = None
+    reached = {str(share): _first_epoch(curve, share) for share in seconds_to}
+    found = {"seconds_to": reached} if seconds_to else {}
+    return {"config": config, "starts": starts, "curve": curve, **found}
+
+
+def _first_epoch(curve: list[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
+    for row in curve:
+        if row["test_top1"] >= accuracy:
+            return {name: row[name] for name in ("epoch", "train_seconds")}
+    return None
 
 
 def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
@@ -70,7 +95,20 @@ def format_curve(record: dict[str, Any]) -> str:
         f"{row['test_loss']:9.4f}  {row['test_top1']:10.2%}  {row['images_per_s']:8.0f}"
         for row in record["curve"]
     ]
+    for share, reached in record.get("seconds_to", {}).items():
+        lines.append(f"{float(share):.2%} {_in_words(reached)}")
     return "\n".join(lines)
+
+
+def _in_words(reached: dict[str, Any] | None) -> str:
+    if reached is None:
+        return "was not reached"
+    seconds = reached["train_seconds"]
+    after = "unknown seconds" if seconds is None else f"{seconds:.1f} s"
+    return (
+        f"after epoch {reached['epoch']}, {after} of training alone: without "
+        f"compiling and evaluating"
+    )
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class TrainState(struct.PyTreeNode):
         collections: The model's other variables, e.g. `batch_stats`.
         opt_state: The optimiser's, of the parameters that are trained.
         totals: Of the epoch that `step` is in.
+        averages: Of `variables`, over the steps; None where none are taken.
     """
 
     step: Array
@@ -54,11 +55,27 @@ class TrainState(struct.PyTreeNode):
     collections: dict[str, Any]
     opt_state: optax.OptState
     totals: Totals
+    averages: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes."""
         return {"params": self.params, **self.collections}
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What is evaluated and saved: the averages, if there are any."""
+        return self.variables if self.averages is None else self.averages
+
+    def with_variables(self, variables: dict[str, Any]) -> "TrainState":
+        """Returns the state with other variables, which averages then start from."""
+        collections = dict(variables)
+        params = collections.pop("params")
+        averages = self.averages
+        if averages is not None:
+            # A copy: the step takes the memory of each for its results.
+            averages = jax.tree.map(jnp.copy, variables)
+        return self.replace(params=params, collections=collections, averages=averages)
 
 
 def init_state(
@@ -68,6 +85,7 @@ def init_state(
     key: Array,
     *,
     trained: frozenset[str] | None = None,
+    averaged: bool = False,
 ) -> TrainState:
     """Draws the first variables; all else starts at zero.
 
@@ -77,31 +95,35 @@ def init_state(
         image_shape: [h, w, c] of the network's input.
         key: For the parameters.
         trained: Paths of the parameters that are trained; None: all.
+        averaged: Whether averages are taken.
     """
-    variables = dict(init_variables(model, key, image_shape))
-    params = variables.pop("params")
-    return TrainState(
+    variables = init_variables(model, key, image_shape)
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        collections=variables,
-        opt_state=jax.jit(tx.init)(split_params(params, trained)[0]),
+        params={},
+        collections={},
+        opt_state=jax.jit(tx.init)(split_params(variables["params"], trained)[0]),
         totals=Totals.zeros(),
+        averages={} if averaged else None,
     )
+    return state.with_variables(variables)
 
 
 def training_to_dict(state: TrainState) -> dict[str, Any]:
-    """Returns what a checkpoint needs beside the variables, as nested dictionaries."""
+    """Returns what a checkpoint needs beside `result`, as nested dictionaries."""
     return {
         "step": state.step,
         "opt_state": serialization.to_state_dict(state.opt_state),
         "totals": serialization.to_state_dict(state.totals),
+        **({} if state.averages is None else {"variables": state.variables}),
     }
 
 
 def restore_state(template: TrainState, arrays: dict[str, Any]) -> TrainState:
     """Puts a checkpoint's arrays into a state of the same structure."""
-    variables = dict(arrays["variables"])
     training = arrays["training"]
+    averages = None if template.averages is None else arrays["variables"]
+    variables = dict((arrays if averages is None else training)["variables"])
     # Those of an older run may lack a sum, which then starts at zero.
     zeros = serialization.to_state_dict(Totals.zeros())
     totals = {**zeros, **training["totals"]}
@@ -113,4 +135,5 @@ def restore_state(template: TrainState, arrays: dict[str, Any]) -> TrainState:
             template.opt_state, training["opt_state"]
         ),
         totals=serialization.from_state_dict(template.totals, totals),
+        averages=averages,
     )

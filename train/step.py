@@ -13,7 +13,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt8
 
 from inertia_jax import Inertial, Rate
-from train.augment import Augmentation, example_keys
+from train.augment import Augmentation, alternating_mirrors, example_keys
+from train.average import moving_average
 from train.distill import Distillation
 from train.keys import run_keys
 from train.parallel import AXIS
@@ -52,6 +53,8 @@ def make_train_call(
     augmentation: Augmentation,
     *,
     label_smoothing: float,
+    alternating_flip: bool = False,
+    ema_decay: float = 0.0,
     gate_budget: float | None = None,
     gate_penalty: float = 1.0,
     trained: frozenset[str] | None = None,
@@ -65,6 +68,9 @@ def make_train_call(
     device, the examples' places in them `indices` [steps, n], and their positions in
     the global batch [n]; with `distillation`, the teacher's variables come last. It
     returns the new state and its totals.
+
+    With `alternating_flip`, images that are mirrored are so by `alternating_mirrors`.
+    The state's averages, if it has any, follow with `ema_decay`.
 
     With `gate_budget`, the loss that is followed has `gate_penalty * (mean gate rate -
     gate_budget)^2` added, the mean over the whole batch and the layers whose gates it
@@ -97,12 +103,18 @@ def make_train_call(
         step_key = jax.random.fold_in(run_keys(seed).steps, state.step)
         augment_key, dropout_key = jax.random.split(step_key)
         pixels, keys = images[indices], example_keys(augment_key, positions)
-        batch = augmentation.for_training(pixels, keys)
+        mirrored = None
+        if alternating_flip:
+            epoch, key = state.step // steps_per_epoch, run_keys(seed).mirrors
+            mirrored = alternating_mirrors(pixels, epoch, key=key)
+        batch = augmentation.for_training(pixels, keys, mirrored)
         targets = labels[indices]
         moving, fixed = split_params(state.params, trained)
         if distillation is not None:
             # The same crops, and normalised in the type that the teacher computes in.
-            seen = for_teacher.for_training(pixels, keys) if for_teacher else batch
+            seen = batch
+            if for_teacher is not None:
+                seen = for_teacher.for_training(pixels, keys, mirrored)
             teacher_logits = distillation.logits(teacher, seen)
 
         def loss_fn(moving: Any) -> tuple[Array, Any]:
@@ -156,13 +168,19 @@ def make_train_call(
             + lax.psum(gate_rate.astype(jnp.float32) * targets.shape[0], AXIS),
             bad_step=jnp.where(is_bad, state.step, totals.bad_step),
         )
-        return TrainState(
+        state = state.replace(
             step=state.step + 1,
             params=join_params(optax.apply_updates(moving, updates), fixed),
             collections=collections,
             opt_state=opt_state,
             totals=totals,
         )
+        if state.averages is None:
+            return state
+        averages = moving_average(
+            state.averages, state.variables, decay=ema_decay, step=state.step - 1
+        )
+        return state.replace(averages=averages)
 
     def call(
         state: TrainState,
@@ -187,7 +205,7 @@ def make_train_call(
 
 
 def make_eval_call(
-    model: nn.Module, augmentation: Augmentation
+    model: nn.Module, augmentation: Augmentation, *, flip_test: bool = False
 ) -> Callable[..., dict[str, Any]]:
     """Returns the function of one device that evaluates a batch.
 
@@ -195,7 +213,16 @@ def make_eval_call(
     device, and `indices` [n] into them. It returns, of every example of all devices in
     their order: `loss`, `prediction`, `rank`, the number of classes that score higher
     than the right one, and `gate_rates`, by path of the inertial layers.
+
+    With `flip_test`, logits and gate rates are the means of those of the image and of
+    its mirror image.
     """
+
+    def answer(variables: dict[str, Any], batch: Array) -> tuple[Array, Any]:
+        logits, sown = model.apply(
+            variables, batch, train=False, mutable=["intermediates"]
+        )
+        return logits, gate_rates(sown.get("intermediates", {}))
 
     def call(
         variables: dict[str, Any],
@@ -205,9 +232,13 @@ def make_eval_call(
     ) -> dict[str, Any]:
         batch = augmentation.for_evaluation(images[indices])
         targets = labels[indices]
-        logits, sown = model.apply(
-            variables, batch, train=False, mutable=["intermediates"]
-        )
+        logits, rates = answer(variables, batch)
+        if flip_test:
+            logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+            mirrored = answer(variables, batch[:, :, ::-1])
+            logits, rates = jax.tree.map(
+                lambda a, b: (a + b) / 2, (logits, rates), mirrored
+            )
         score = jnp.take_along_axis(logits, targets[:, None], axis=-1)
         # Ties go to the lower class, as in argmax. Written so that NaN counts as
         # higher: it must not pass for a right answer.
@@ -218,7 +249,7 @@ def make_eval_call(
             "loss": cross_entropy(logits, targets, label_smoothing=0.0),
             "prediction": jnp.argmax(logits, axis=-1),
             "rank": higher.sum(axis=-1),
-            "gate_rates": gate_rates(sown.get("intermediates", {})),
+            "gate_rates": rates,
         }
         return lax.all_gather(results, AXIS, tiled=True)
 

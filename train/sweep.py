@@ -129,6 +129,7 @@ def make_sweep_record(
         },
         "train_images_per_s": statistics.median(rates) if rates else None,
         "test_top1_by_epoch": [row["test_top1"] for row in record["curve"]],
+        "train_seconds_by_epoch": [row["train_seconds"] for row in record["curve"]],
         "config": config_to_json(config),
         "started": record["starts"],
     }

@@ -1,11 +1,13 @@
 """The same networks in PyTorch, for benchmarks and tests beside it."""
 
+import itertools
 import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from inertia_jax.layers import scaled
 from inertia_jax.plan import LowRank, Plan, Tucker2
@@ -202,6 +204,23 @@ def factorised(module: nn.Module, plan: Plan) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, nn.Sequential(*parts))
     return module
+
+
+def fold_batch_norm(module: nn.Module) -> None:
+    """Merges, in place, every BatchNorm into the convolution made before it.
+
+    Args:
+        module: In evaluation mode; its layers are made in the order of the computation.
+    """
+    leaves = [(n, m) for n, m in module.named_modules() if not list(m.children())]
+    for (name, conv), (after, norm) in itertools.pairwise(leaves):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            for place, layer in (
+                (name, fuse_conv_bn_eval(conv, norm)),
+                (after, nn.Identity()),
+            ):
+                parent, _, child = place.rpartition(".")
+                setattr(module.get_submodule(parent), child, layer)
 
 
 TORCH_MODELS: dict[str, Any] = {

@@ -104,6 +104,24 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
     return (32, 32, 3)
 
 
+def image_shape_of(model: nn.Module, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns `given`, or the shape that a network of this library was published for.
+
+    Raises:
+        ValueError: `given` has not three entries, or is None and must not be.
+    """
+    if given is not None:
+        if len(given) != 3:
+            raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
+        return tuple(given)
+    if isinstance(model, MODEL_CLASSES):
+        return input_shape(model)
+    raise ValueError(
+        f"`image_shape` (=None) must be given for {type(model).__name__}, which is "
+        f"none of this library's networks."
+    )
+
+
 def model_name(model: nn.Module) -> str:
     """Returns the name that `create_model` knows the network by.
 

@@ -9,8 +9,11 @@ from typing import Any, Literal
 import tyro
 
 from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
+from train.bench_infer import bench_infer, format_infer
+from train.bench_memory import bench_memory
+from train.bench_startup import bench_startup
 from train.bench_tucker import bench_tucker, format_tucker
-from train.benchmark import bench_loop, bench_model
+from train.benchmark import bench_loop, bench_model, measure_peak_gflops
 from train.config import load_config
 from train.data import load_data
 from train.errors import UsageError, user_input
@@ -21,18 +24,24 @@ from train.rundir import describe_machine
 class Benchmark:
     """Measures, in one run and in turn: medians of repeated calls."""
 
-    suite: Literal["train", "loop", "inertial", "tucker"] = "train"
-    """train: steps and evaluations of networks; loop: what a run adds to its steps;
+    suite: Literal[
+        "train", "infer", "memory", "startup", "loop", "inertial", "tucker"
+    ] = "train"
+    """train: steps and evaluations of networks; memory: peak of a process that trains;
+    startup: seconds to the first step; loop: what a run adds to its steps;
     inertial: tiled convolutions and networks beside dense ones; tucker: compressed
-    networks beside dense ones, at batch 1 and `batch_size`."""
+    networks beside dense ones, at batch 1 and `batch_size`; infer: dense, compressed
+    and tiled networks as they are exported, BatchNorm folded, at both batches."""
     models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
         "resnet18",
         "vgg16",
         "simpledla",
     )
-    """Of the suites train and tucker."""
+    """Of the suites train, infer, memory and tucker."""
     batch_size: int = 64
-    """Of the suites train, inertial and tucker."""
+    """Of the suites train, infer, memory, inertial and tucker."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation in the suite train."""
     width: float | None = None
     """Of the networks; None: the config's in the suite loop, else 1."""
     against: Literal["none", "torch"] = "none"
@@ -81,6 +90,64 @@ def _bench_tucker(args: Benchmark) -> Iterator[Any]:
         yield row
 
 
+def _bench_train(args: Benchmark) -> Iterator[Any]:
+    peak = measure_peak_gflops(args.dtype)
+    print(f"product of two large matrices: {peak:,.0f} GFLOP/s")
+    print(
+        "network     what   batch  JAX ms  images/s  of peak  PyTorch ms  JAX / PyTorch"
+    )
+    for name in args.models:
+        with user_input():
+            row = bench_model(
+                name,
+                batch_size=args.batch_size,
+                repeats=args.repeats,
+                width=args.width or 1.0,
+                against_torch=args.against == "torch",
+                dtype=args.dtype,
+                peak_gflops=peak,
+            )
+        for what in ("train", "eval"):
+            ours = row[what]["jax"]
+            line = (
+                f"{name:<11} {what:<5} {args.batch_size:6d}  {ours['median_ms']:6.1f}"
+            )
+            line += f"  {ours['images_per_s']:8,.0f}  {ours['share_of_peak']:7.1%}"
+            if "torch" in row[what]:
+                theirs = row[what]["torch"]["median_ms"]
+                line += f"  {theirs:10.1f}  {ours['median_ms'] / theirs:13.2f}"
+            print(line, flush=True)
+        yield {**row, "peak_gflops": peak}
+
+
+def _bench_memory(args: Benchmark) -> Iterator[Any]:
+    for name in args.models:
+        with user_input():
+            row = bench_memory(
+                name,
+                batch_size=args.batch_size,
+                width=args.width or 1.0,
+                against_torch=args.against == "torch",
+            )
+        found = [f"{k} {row[k]:,.0f} MB" for k in ("jax", "torch") if k in row]
+        print(f"{name:<11} batch {args.batch_size}  {', '.join(found)}", flush=True)
+        yield row
+
+
+def _bench_infer(args: Benchmark) -> Iterator[Any]:
+    for name in args.models:
+        with user_input():
+            row = bench_infer(
+                name,
+                batch_sizes=tuple(sorted({1, args.batch_size})),
+                width=args.width or 1.0,
+                repeats=args.repeats,
+                against_torch=args.against == "torch",
+            )
+        print(format_infer(row), flush=True)
+        yield row
+
+
 def run(argv: Sequence[str]) -> int:
     """Measures as the arguments say, and prints a table."""
     args = tyro.cli(Benchmark, args=argv, prog="python -m train benchmark")
@@ -88,28 +155,20 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError("`repeats`, `batch_size` and `steps` must be >= 1.")
     rows: list[Any] = []
     if args.suite == "train":
-        print("network     batch  what   JAX ms   PyTorch ms  JAX / PyTorch")
-        for name in args.models:
-            with user_input():
-                row = bench_model(
-                    name,
-                    batch_size=args.batch_size,
-                    repeats=args.repeats,
-                    width=args.width or 1.0,
-                    against_torch=args.against == "torch",
-                )
-            rows.append(row)
-            for what in ("train", "eval"):
-                ours = row[what]["jax"]["median_ms"]
-                line = f"{name:<11} {args.batch_size:5d}  {what:<5} {ours:7.1f}"
-                if "torch" in row[what]:
-                    theirs = row[what]["torch"]["median_ms"]
-                    line += f"  {theirs:11.1f}  {ours / theirs:13.2f}"
-                print(line)
+        rows += _bench_train(args)
+    elif args.suite == "memory":
+        rows += _bench_memory(args)
+    elif args.suite == "startup":
+        row = bench_startup(repeats=args.repeats)
+        rows.append(row)
+        for name, of in row.items():
+            print(f"first step, {name}: {of['median_s']:.1f} s after the command")
     elif args.suite == "inertial":
         rows += _bench_inertial(args)
     elif args.suite == "tucker":
         rows += _bench_tucker(args)
+    elif args.suite == "infer":
+        rows += _bench_infer(args)
     else:
         config = load_config(args.config)
         if args.width is not None:

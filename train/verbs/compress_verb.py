@@ -269,6 +269,7 @@ def _drawer(
             crop_padding=args.crop_padding or 0,
             flip=bool(args.flip),
             resized_crop=trained.get("resized_crop", False),
+            crop_mode=trained.get("crop_mode", Data.crop_mode),
         )
 
     return draw_some

@@ -35,6 +35,8 @@ class Evaluate:
     """Use the first so many devices; None: all."""
     resize: bool = False
     """Resize images of another size than the network was trained on."""
+    flip_test: bool = False
+    """Answer by the mean logits of each image and its mirror image."""
     against: str | None = None
     """Another checkpoint, or run, to compare with, example by example."""
     out: str | None = None
@@ -65,6 +67,7 @@ def _run(args: Evaluate) -> int:
         batch_size=args.batch_size,
         num_devices=args.devices,
         resize=args.resize,
+        flip_test=args.flip_test,
     )
     other = find_checkpoint(args.against) if args.against else None
     evaluation = evaluate(path)

@@ -102,4 +102,5 @@ def summary(result: FitResult) -> str:
         f"checkpoints  {result.workdir}/checkpoints\n"
         f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
         f"evaluate     python -m train evaluate {result.workdir}"
+        f"{' --flip-test' if evaluation.flip_test else ''}"
     )

@@ -20,13 +20,15 @@ class Report:
     """Directory of the run."""
     out: str | None = None
     """Stem of the files OUT.json and OUT.png; None: RUN/report."""
+    seconds_to: tuple[float, ...] = ()
+    """Test accuracies, in (0, 1]: how many seconds of training each took."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Reports as the arguments say, and prints where the files lie."""
     args = tyro.cli(Report, args=argv, prog="python -m train report")
     directory = pathlib.Path(args.run).expanduser()
-    record = make_record(directory)
+    record = make_record(directory, seconds_to=args.seconds_to)
     out = pathlib.Path(args.out).expanduser() if args.out else directory / "report"
     json_file, png_file = (out.with_name(out.name + e) for e in (".json", ".png"))
     with user_input():

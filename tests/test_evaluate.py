@@ -1,0 +1,53 @@
+"""Flip tests: the mean of the answers to an image and to its mirror image."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_distill import SEEN, SHAPE
+
+import inertia_jax as ij
+from inertia_jax.checkpoint import Metadata
+from train.__main__ import main
+from train.step import gate_rates
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_flip_test_is_the_mean_by_hand(dtype, tmp_path):
+    spec = ij.Inertial(1, 4, threshold=ij.Fixed(0.4))
+    plan = ij.Plan((("conv2", spec),))
+    model = ij.create_model("lenet", width=0.2, plan=plan, dtype=dtype)
+    variables = ij.init_variables(model, jax.random.key(0), SHAPE)
+    path, out = tmp_path / "checkpoint", tmp_path / "evaluation.json"
+    classes = tuple(map(str, range(10)))
+    ij.save_checkpoint(path, model, variables, metadata=Metadata(SEEN, classes))
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(23, *SHAPE), dtype=np.uint8)
+    labels = rng.integers(10, size=23)
+    np.savez(tmp_path / "set.npz", x_test=images, y_test=labels)
+    options = ["--data", f"npz:{tmp_path / 'set.npz'}", "--batch-size", "10"]
+    assert (
+        main(["evaluate", str(path), *options, "--flip-test", "--out", str(out)]) == 0
+    )
+    found = json.loads(out.read_text())
+
+    inputs = ((images / 255 - 0.5) / 0.25).astype(np.float32)
+    logits, rates = [], []
+    for seen in (inputs, inputs[:, :, ::-1]):
+        answers, sown = model.apply(
+            variables, seen.astype(model.dtype), mutable=["intermediates"]
+        )
+        logits.append(np.asarray(answers, np.float64))
+        rates.append(np.asarray(gate_rates(sown["intermediates"])["conv2"]).mean())
+    mean = np.mean(logits, axis=0)
+    losses = np.log(np.exp(mean).sum(-1)) - mean[np.arange(23), labels]
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(found["loss"], losses.mean(), rtol=tolerance)
+    np.testing.assert_allclose(found["gate_rate/conv2"], np.mean(rates), rtol=tolerance)
+    if dtype == "float32":
+        np.testing.assert_allclose(found["top1"], (mean.argmax(-1) == labels).mean())
+        # One of the two alone is something else.
+        assert abs(logits[0] - mean).max() > 1e-3 and rates[0] != rates[1]

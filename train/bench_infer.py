@@ -1,0 +1,102 @@
+"""Timing of networks as they are deployed: BatchNorm as it is, and folded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from inertia_jax import compress, create_model, fold_batch_norm, init_variables
+from inertia_jax.models import input_shape
+from train.bench_inertial import thresholds_at, tiled_model
+from train.bench_tucker import RULES, torch_call
+from train.benchmark import interleaved
+
+_TUCKER = ("budget 0.25 by 8", "ratio 0.2")
+_RATES = (0.1, 0.25)
+
+
+def bench_infer(
+    name: str,
+    *,
+    batch_sizes: tuple[int, ...],
+    width: float,
+    repeats: int,
+    against_torch: bool,
+) -> dict[str, Any]:
+    """Times a network's evaluation dense, compressed and tiled, folded and not.
+
+    Weights are constants of the compiled function, as in an exported file, and random;
+    thresholds of the tiled networks open the given share of each batch's tiles.
+    """
+    model = create_model(name, width=width)
+    dense = (model, init_variables(model, jax.random.key(0)))
+    compressed = {key: compress(*dense, **RULES[key]) for key in _TUCKER}
+    shape = input_shape(model)
+    row: dict[str, Any] = {"model": name, "width": width, "times": {}, "gaps": {}}
+    for batch_size in batch_sizes:
+        images = np.random.default_rng(0).standard_normal((batch_size, *shape))
+        images = images.astype(np.float32)
+        networks: dict[str, Any] = {"dense": dense, **compressed}
+        for rate in _RATES:
+            thresholds = thresholds_at(name, width, dense[1], images, rate)
+            tiled = tiled_model(name, width, rate)
+            networks[f"tiled {rate:g}"] = (
+                tiled,
+                {**dense[1], "thresholds": thresholds},
+            )
+        calls: dict[str, Callable[[], Any]] = {}
+        for key, network in networks.items():
+            calls[key] = _call(network, images)
+            folded = fold_batch_norm(*network, image_shape=shape)
+            calls[f"{key}, folded"] = _call(folded, images)
+        if against_torch:
+            for key, fold in (("PyTorch", False), ("PyTorch, folded", True)):
+                calls[key] = torch_call(*dense, images, fold=fold)
+        row["gaps"][str(batch_size)] = _gaps(calls)
+        times = interleaved(calls, repeats=repeats)
+        for of in times.values():
+            of["images_per_s"] = 1e3 * batch_size / of["median_ms"]
+        row["times"][str(batch_size)] = times
+    return row
+
+
+def format_infer(row: dict[str, Any]) -> str:
+    """Returns a row's medians, beside the dense network's with BatchNorm, as lines."""
+    lines = [
+        f"{row['model']}, width {row['width']:g}; the gap is that of folded logits, "
+        f"and of PyTorch's to JAX's"
+    ]
+    for batch_size, times in row["times"].items():
+        dense = times["dense"]["median_ms"]
+        gaps = row["gaps"][batch_size]
+        for name, of in times.items():
+            gap = f"  gap {gaps[name]:.1e}" if name in gaps else ""
+            lines.append(
+                f"  batch {batch_size:>3}  {name:<24} {of['median_ms']:8.2f} ms "
+                f"({of['min_ms']:.2f} to {of['max_ms']:.2f}) "
+                f"{of['images_per_s']:9.0f} images/s {dense / of['median_ms']:6.2f}x"
+                f"{gap}"
+            )
+    return "\n".join(lines)
+
+
+def _call(network: tuple[Any, Any], images: np.ndarray) -> Callable[[], Any]:
+    model, variables = network
+    apply = jax.jit(lambda x: model.apply(variables, x))
+    on_device = jax.device_put(images)
+    return lambda: jax.block_until_ready(apply(on_device))
+
+
+def _gaps(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Returns how far logits are from those of the same network, of the largest."""
+    gaps = {}
+    for name, call in calls.items():
+        of = name.removesuffix(", folded")
+        if of == "PyTorch":
+            of = "dense"
+        if name != of:
+            expected = np.asarray(calls[of]())
+            gap = np.abs(np.asarray(call()) - expected).max()
+            gaps[name] = float(gap / np.abs(expected).max())
+    return gaps

@@ -1,0 +1,44 @@
+"""Peak memory of training, in JAX and in PyTorch, each in a process of its own."""
+
+import concurrent.futures
+import multiprocessing
+import resource
+from typing import Any, Literal
+
+from train.benchmark import make_functions
+
+_STEPS = 5
+
+
+def bench_memory(
+    name: str, *, batch_size: int, width: float, against_torch: bool
+) -> dict[str, Any]:
+    """Returns the peak resident size of a process that trains, in MB.
+
+    Args:
+        name: Of the network.
+        batch_size: Images a step.
+        width: Of the network.
+        against_torch: PyTorch's, too.
+    """
+    kinds: tuple[Literal["jax", "torch"], ...] = ("jax",)
+    if against_torch:
+        kinds = ("jax", "torch")
+    row: dict[str, Any] = {"model": name, "batch_size": batch_size, "width": width}
+    for kind in kinds:
+        # Fresh, not forked: what this process holds must not count.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            row[kind] = pool.submit(_peak_mb, kind, name, batch_size, width).result()
+    return row
+
+
+def _peak_mb(
+    kind: Literal["jax", "torch"], name: str, batch_size: int, width: float
+) -> float:
+    functions = make_functions(
+        name, batch_size=batch_size, width=width, kinds=(kind,), dtype="float32"
+    )
+    for _ in range(_STEPS):
+        functions["train"][kind]()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
