@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inertia_jax.models import create_model, model_name
 from inertia_jax.plan import Plan
@@ -90,10 +91,13 @@ def save_checkpoint(
     *,
     metadata: Metadata | None = None,
     training: Mapping[str, Any] | None = None,
+    together: bool = False,
 ) -> None:
     """Writes a checkpoint; it appears at `path` whole or not at all.
 
-    With several processes, only the first may call.
+    With several processes, either one calls and writes all of it, or, `together`, all
+    call: each writes its share of the arrays, and the first commits, when all have
+    written: description, hashes of everybody's files, and the name.
 
     Args:
         path: Directory to make.
@@ -101,6 +105,8 @@ def save_checkpoint(
         variables: As `model.init` gives them.
         metadata: Stored beside the arrays.
         training: Nested dictionaries of arrays that training goes on from.
+        together: Every process calls, at its own time and from any thread, with the
+            same arrays and a `path` on a file system that all share.
 
     Raises:
         FileExistsError: There is something at `path`.
@@ -117,24 +123,52 @@ def save_checkpoint(
         "plan": json.loads(model.plan.to_json()),
         **dataclasses.asdict(metadata),
     }
-    arrays = {"variables": variables, "training": training or {}}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    tree = jax.tree.map(
+        np.asarray, {"variables": variables, "training": training or {}}
+    )
+    processes = range(jax.process_count()) if together else (jax.process_index(),)
+    commits = jax.process_index() == processes[0]
+    # Of all writers alike; the first alone makes and removes it.
+    partial = path.with_name(
+        f".{path.name}.partial-{'all' if together else os.getpid()}"
+    )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        with _checkpointer() as checkpointer:
-            tree = jax.tree.map(np.asarray, arrays)
+        if commits:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        if len(processes) > 1:
+            tree = _on_each_process(tree)
+        # Begins and ends with a barrier of those that write.
+        with _checkpointer(*processes, name=path.name) as checkpointer:
             checkpointer.save(partial / "arrays", args=ocp.args.PyTreeSave(tree))
-        text = json.dumps(description, indent=1, default=_jsonable)
-        (partial / "metadata.json").write_text(text)
-        manifest = json.dumps(_hash_files(partial), indent=1)
-        (partial / "manifest.json").write_text(manifest)
-        partial.rename(path)
+        if commits:
+            text = json.dumps(description, indent=1, default=_jsonable)
+            (partial / "metadata.json").write_text(text)
+            manifest = json.dumps(_hash_files(partial), indent=1)
+            (partial / "manifest.json").write_text(manifest)
+            partial.rename(path)
     # Tensorstore reports a full disk as ValueError or XlaRuntimeError, not as OSError.
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if commits:
+            shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointWriteError(f"could not write {path}: {error}") from error
+
+
+def _on_each_process(tree: Any) -> Any:
+    """Returns host arrays as global ones, which orbax divides among the processes."""
+    devices: dict[int, jax.Device] = {}
+    for device in jax.devices():
+        devices.setdefault(device.process_index, device)
+    mesh = Mesh(np.array(list(devices.values())), ("process",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    mine = devices[jax.process_index()]
+
+    def put(array: np.ndarray) -> jax.Array:
+        copy = jax.device_put(array, mine)
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, [copy])
+
+    return jax.tree.map(put, tree)
 
 
 def load_checkpoint(
@@ -182,10 +216,16 @@ def _read_preprocessing(fields: dict[str, Any]) -> Preprocessing:
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads `{"variables": ..., "training": ...}` as NumPy arrays, unverified."""
-    with _checkpointer() as checkpointer:
+    path = pathlib.Path(path).absolute() / "arrays"
+    with _checkpointer(jax.process_index(), name="read") as checkpointer:
+        # Not where they lay when they were written: that may have been more devices.
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         return checkpointer.restore(
-            pathlib.Path(path).absolute() / "arrays",
-            args=ocp.args.PyTreeRestore(),
+            path,
+            args=ocp.args.PyTreeRestore(
+                restore_args=jax.tree.map(lambda _: as_numpy, tree)
+            ),
         )
 
 
@@ -209,13 +249,13 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
         raise CheckpointDamagedError(f"{path} is damaged: {', '.join(files)}.")
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    # The first process writes alone, and must not wait for the others to join in.
-    index = jax.process_index()
+def _checkpointer(*processes: int, name: str) -> ocp.Checkpointer:
+    # Whoever is not among them must not be waited for. The barriers go through
+    # `jax.distributed`, not the devices: training uses those at the same time.
     options = ocp.options.MultiprocessingOptions(
-        primary_host=index,
-        active_processes={index},
-        barrier_sync_key_prefix=f"process_{index}",
+        primary_host=processes[0],
+        active_processes=set(processes),
+        barrier_sync_key_prefix=f"{name}_{'_'.join(map(str, processes))}",
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -456,40 +455,3 @@ def test_every_config_makes_its_model(file):
     model = make_model(config.model, num_classes=classes)
     assert model.num_classes == classes
     assert model.width == config.model.width
-
-
-def test_two_processes_train_stop_and_resume(data, tmp_path, subprocess_env):
-    workdir = tmp_path / "run"
-    env = {**subprocess_env, "JAX_NUM_CPU_DEVICES": "2"}
-    arguments = [*FIT, "--epochs", "15", "--data.source", data, "--resume"]
-    arguments += ["--workdir", str(workdir)]
-
-    def start_two():
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
-        joined = [*arguments, "--coordinator", address, "--num-processes", "2"]
-        return [start([*joined, "--process-id", str(i)], env) for i in range(2)]
-
-    def finish(processes):
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-        assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
-        return outputs
-
-    processes = start_two()
-    while not (workdir / "metrics.jsonl").exists():
-        assert processes[0].poll() is None
-        time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)  # one is told, both must stop
-    first, second = finish(processes)
-    assert "stopped by SIGTERM and saved at step" in first
-    assert "stopped" not in second  # the first process speaks for all
-    step = latest_steps(workdir / "checkpoints")[-1]
-    assert step < 150
-    outputs = finish(start_two())
-    assert f"step {step} of 150" in outputs[0]
-    assert (
-        json.loads((workdir / "run.jsonl").read_text().splitlines()[0])["num_processes"]
-        == 2
-    )
-    assert len([x for x in read_metrics(workdir) if x["kind"] == "test"]) == 15

@@ -1,10 +1,6 @@
-"""One device, eight devices, pmap, shard_map and processes: the same numbers."""
+"""One device, eight devices, pmap and shard_map: the same numbers."""
 
 import dataclasses
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +12,6 @@ from train.data.sets import ImageSet, Split
 from train.loop import Trainer
 from train.state import init_state
 
-ROOT = pathlib.Path(__file__).parents[1]
 SYNTHETIC = Data(source="synthetic", mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
@@ -31,12 +26,14 @@ def synthetic_set(size=32, channels=3, num_train=64, num_test=19):
     return ImageSet("synthetic", split(num_train), split(num_test), names)
 
 
-def make_config(dtype="float64", name="resnet18", batch_size=32, **options):
+def make_config(
+    dtype="float64", name="resnet18", batch_size=32, width=0.125, **options
+):
     return Config(
         batch_size=batch_size,
         epochs=10,
         data=SYNTHETIC,
-        model=Model(name=name, width=0.125, dtype=dtype),
+        model=Model(name=name, width=width, dtype=dtype),
         optimizer=Optimizer(learning_rate=0.05, label_smoothing=0.1),
         **options,
     )
@@ -173,40 +170,3 @@ def test_the_step_compiles_once():
         jax.monitoring.clear_event_listeners()
     assert counts[0] > 0
     assert counts[1] == counts[0]
-
-
-WORKER = """
-import sys
-import jax
-import numpy as np
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_enable_x64", True)
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from test_parallel import make_config, synthetic_set, train
-values = train(make_config(parallel=sys.argv[3]), synthetic_set(), 4, 20)
-np.save(sys.argv[4], values)
-"""
-
-
-@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
-def test_two_processes_of_two_devices_agree_with_one(
-    parallel, tmp_path, one_device, subprocess_env
-):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    env = {**subprocess_env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    outputs = [tmp_path / f"{index}.npy" for index in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(index), parallel, str(output)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for index, output in enumerate(outputs)
-    ]
-    logs = [process.communicate(timeout=300)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
-    for output in outputs:
-        assert relative(np.load(output), one_device) < 1e-9

@@ -29,7 +29,8 @@ class Checkpoints:
     """The checkpoints `DIRECTORY/step_N` of a run.
 
     One background thread writes, hashes and deletes; training waits only while its
-    state is copied to the host. The first process alone writes.
+    state is copied to the host. Of several processes each writes its share, and the
+    first commits the whole.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
@@ -49,14 +50,12 @@ class Checkpoints:
         training: Any,
         metadata: Metadata,
     ) -> None:
-        """Copies arrays to the host and begins to write them.
+        """Copies arrays to the host and begins to write them; all processes call.
 
         Raises:
             UsageError: The one before could not be written.
         """
         self.wait()
-        if jax.process_index() != 0:
-            return
         # A copy: on CPU the view would share memory that the next step takes over.
         variables, training = jax.tree.map(np.array, (variables, training))
         metadata = dataclasses.replace(metadata, info={**metadata.info, "step": step})
@@ -64,9 +63,15 @@ class Checkpoints:
         def write() -> None:
             path = self._directory / f"step_{step:08d}"
             save_checkpoint(
-                path, model, variables, training=training, metadata=metadata
+                path,
+                model,
+                variables,
+                training=training,
+                metadata=metadata,
+                together=True,
             )
-            self._delete_old()
+            if jax.process_index() == 0:
+                self._delete_old()
 
         self._pending = self._pool.submit(write)
 
@@ -85,6 +90,10 @@ class Checkpoints:
             kept = latest_steps(self._directory)
             where = f"the latest on disk is step {kept[-1]}" if kept else "none on disk"
             raise UsageError(f"{error} ({where}).") from error
+
+    def abandon(self) -> None:
+        """Gives up what is being written: a process that has to write it is gone."""
+        self._pending = None
 
     def _delete_old(self) -> None:
         steps = latest_steps(self._directory)

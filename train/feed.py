@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from train.data import Split
 from train.keys import run_keys
@@ -89,23 +90,27 @@ class Feed:
         indices = rows.reshape(steps, devices, -1).swapaxes(0, 1).astype(np.int32)
         if self.resident is not None:
             return (*self.resident, self.parallel.spread(indices))
-        images = np.empty(
-            (devices, indices[0].size, *self.split.images.shape[1:]), "u1"
+        # Each process reads and holds what its own devices take, and no more.
+        examples = indices[[*self.parallel.own]].reshape(len(self.parallel.own), -1)
+        images = np.empty((*examples.shape, *self.split.images.shape[1:]), "u1")
+        for row, chosen in zip(images, examples, strict=True):
+            row[...] = self.split.images[chosen]
+        labels = self.split.labels[examples]
+        places = np.arange(examples.shape[1], dtype=np.int32)
+        places = np.broadcast_to(
+            places.reshape(indices.shape[1:]), (len(examples), *indices.shape[1:])
         )
-        labels = np.empty(images.shape[:2], np.int32)
-        for device, examples in enumerate(indices):
-            if self.parallel.devices[device].process_index == jax.process_index():
-                images[device] = self.split.images[examples.ravel()]
-                labels[device] = self.split.labels[examples.ravel()]
-        places = np.arange(indices[0].size, dtype=np.int32).reshape(indices.shape[1:])
-        indices = np.broadcast_to(places, indices.shape)
-        return self.parallel.spread((images, labels, indices))
+        return self.parallel.spread_own((images, labels, places))
 
 
 def make_feed(split: Split, parallel: Parallel, *, memory_share: float) -> Feed:
     """Puts a split on every device if it takes at most `memory_share` of its memory."""
     resident = None
-    if split.images.nbytes <= memory_share * device_memory_bytes(parallel):
+    memory = device_memory_bytes(parallel)
+    if jax.process_count() > 1:
+        # One program for all, though free memory may differ from machine to machine.
+        memory = float(multihost_utils.process_allgather(np.float32(memory)).min())
+    if split.images.nbytes <= memory_share * memory:
         arrays = (np.asarray(split.images), split.labels)
         resident = parallel.replicate(arrays)
     return Feed(split, parallel, resident)
@@ -118,4 +123,4 @@ def device_memory_bytes(parallel: Parallel) -> float:
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return host / parallel.mesh.size
+    return host / len(parallel.mesh.local_devices)

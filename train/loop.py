@@ -35,6 +35,7 @@ from train.feed import epoch_order, make_feed
 from train.keys import run_keys
 from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
+from train.processes import is_lost
 from train.rundir import RunDirectory
 from train.state import TrainState, init_state, restore_state, training_to_dict
 from train.step import is_held, make_train_call
@@ -319,6 +320,10 @@ def fit(
         directory.open(step)
         with _StopSignal() as stop, TrainingClock(seconds) as clock:
             return _run(trainer, state, step, directory, checkpoints, stop, clock)
+    except jax.errors.JaxRuntimeError as error:
+        if is_lost(error):
+            checkpoints.abandon()
+        raise
     finally:
         directory.close()
         checkpoints.wait()  # also after an error: the last good one may be under way
@@ -429,11 +434,12 @@ def _run(
             words = meter.log_epoch(epoch, clock.seconds)
             evaluation = trainer.evaluate(state)
             directory.log(step, "test", {"epoch": epoch + 1, **evaluation.metrics()})
-            bar.write(
-                f"epoch {epoch + 1:3d}  {words}  "
-                f"test loss {evaluation.loss:.4f}  test top-1 {evaluation.top1:.2%}",
-                file=sys.stdout,
-            )
+            if jax.process_index() == 0:
+                bar.write(
+                    f"epoch {epoch + 1:3d}  {words}  test loss {evaluation.loss:.4f}  "
+                    f"test top-1 {evaluation.top1:.2%}",
+                    file=sys.stdout,
+                )
             save(evaluation)
             # A signal that came during the evaluation is seen here, where all processes
             # know it; of several, else after the next call.
@@ -448,11 +454,17 @@ def _run(
 
 
 def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bool:
-    # Time differs from process to process, and the first alone writes.
     every = config.checkpoint_steps
-    by_steps = every is not None and step // every > before // every
-    minutes = (time.monotonic() - last_save) / 60
-    return by_steps or minutes >= config.checkpoint_minutes
+    if every is not None and step // every > before // every:
+        return True
+    is_late = (time.monotonic() - last_save) / 60 >= config.checkpoint_minutes
+    if jax.process_count() > 1:
+        # All write, so all go by the clock of the first. They ask it only as often as
+        # metrics are logged: the devices wait meanwhile.
+        if step // config.log_steps == before // config.log_steps:
+            return False
+        is_late = bool(multihost_utils.broadcast_one_to_all(np.int32(is_late)))
+    return is_late
 
 
 def make_metadata(

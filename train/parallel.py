@@ -55,20 +55,34 @@ class Parallel:
 
         return jax.tree.map(put, tree)
 
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Places of this process's devices among all."""
+        local = jax.process_index()
+        places = enumerate(d.process_index for d in self.devices)
+        return tuple(place for place, process in places if process == local)
+
     def spread(self, tree: Any) -> Any:
         """Puts row i of host arrays [num_devices, ...] on device i.
 
-        Every process passes the same rows; those of other processes' devices are not
-        read, and need not hold anything sensible.
+        Every process passes the same rows.
         """
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        mine = [d in set(self.mesh.devices.flat) for d in self.devices]
+        return self.spread_own(jax.tree.map(lambda array: array[[*self.own]], tree))
+
+    def spread_own(self, tree: Any) -> Any:
+        """Does the same with arrays of the rows of this process's devices, `own`."""
+        mesh = self.mesh
+        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        own = {self.devices[place] for place in self.own}
+        places = [place for place, d in enumerate(mesh.devices.flat) if d in own]
 
         def put(array: np.ndarray) -> jax.Array:
-            local = array[np.array(mine)]
-            return jax.make_array_from_callback(
-                local.shape, sharding, lambda index: local[index]
-            )
+            def row(index: tuple[slice, ...] | None) -> np.ndarray:
+                start = (index[0].start or 0) if index else 0
+                return array[places.index(start)][None]
+
+            shape = (mesh.size, *array.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, row)
 
         return jax.tree.map(put, tree)
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Callable
 
 import numpy as np
@@ -32,7 +33,9 @@ def cached_set(
     if not directory.is_dir():
         splits, class_names = decode()
         make_set(name, splits, class_names)  # a broken set is not kept
-        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+        # Several machines may share the directory, and process numbers repeat.
+        writer = f"{socket.gethostname()}-{os.getpid()}"
+        partial = directory.with_name(f".{directory.name}.partial-{writer}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:

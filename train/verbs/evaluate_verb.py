@@ -1,5 +1,6 @@
 """`python -m train evaluate`: evaluate a checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
+import jax
 import tyro
 
 from train.checkpoints import find_checkpoint
@@ -14,6 +16,7 @@ from train.config import Data
 from train.errors import user_input
 from train.evaluate import paired_difference
 from train.evaluate_checkpoint import cost_at_rates, evaluate_checkpoint
+from train.processes import Processes, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,23 @@ class Evaluate:
     """Another checkpoint, or run, to compare with, example by example."""
     out: str | None = None
     """Write everything to this file, as JSON."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Processes
+    )
 
 
 def run(argv: Sequence[str]) -> int:
     """Evaluates as the arguments say, and prints what it found."""
     args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
+    with joined(args.processes):
+        if jax.process_index() != 0:
+            # It computes its share; the first speaks for all.
+            with contextlib.redirect_stdout(None):
+                return _run(args)
+        return _run(args)
+
+
+def _run(args: Evaluate) -> int:
     path = find_checkpoint(args.checkpoint)
     print(f"checkpoint  {path}")
     evaluate = functools.partial(
@@ -71,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
         }
     if evaluation.gate_rates:
         print(f"\n{cost_at_rates(path, evaluation.gate_rates)}")
-    if args.out is not None:
+    if args.out is not None and jax.process_index() == 0:
         with user_input():
             pathlib.Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 
@@ -16,6 +17,7 @@ from train.checkpoints import find_checkpoint
 from train.config import Config, Data, Model, Optimizer, load_config
 from train.errors import UsageError, user_input
 from train.loop import fit
+from train.processes import Processes, early_processes, joined
 from train.verbs.fit_verb import exit_code, summary
 
 # A tenth of the recipe's learning rate, and an end within a few epochs.
@@ -44,10 +46,19 @@ class Finetune:
     """Directory of the run; None: runs/NAME."""
     resume: bool = False
     """Go on with the run in the directory, if there is one."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Processes
+    )
 
 
 def run(argv: Sequence[str]) -> int:
     """Trains as the arguments say, and prints where things lie."""
+    # Before the checkpoint is read, which says what the other options begin from.
+    with joined(early_processes(argv)):
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     file = early.parse_known_args(argv)[0].config
@@ -74,7 +85,8 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"{path} names no data; say which with --data.source.")
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}").expanduser()
     result = fit(config, workdir=workdir, resume=args.resume)
-    print(summary(result))
+    if jax.process_index() == 0:
+        print(summary(result))
     return exit_code(result)
 
 

@@ -14,6 +14,7 @@ import tyro
 from train.config import Config, load_config
 from train.errors import UsageError
 from train.loop import FitResult, fit
+from train.processes import Processes, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,9 @@ class Fit:
     """Use the first so many devices; None: all."""
     deterministic: bool = False
     """Bitwise repeatable on GPU too, slower."""
-    coordinator: str | None = None
-    """HOST:PORT of process 0 of several; `auto` asks the cluster (SLURM, TPU, ...)."""
-    num_processes: int | None = None
-    """Processes of all hosts."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Processes
+    )
 
 
 def parse(argv: Sequence[str]) -> Fit:
@@ -60,22 +58,26 @@ def run(argv: Sequence[str]) -> int:
     if args.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
-    if args.coordinator is not None:
-        _join_processes(args)
-    elif args.num_processes is not None or args.process_id is not None:
-        raise UsageError("`--num-processes` and `--process-id` need `--coordinator`.")
-    devices = jax.devices()
-    if args.devices is not None and not 1 <= args.devices <= len(devices):
-        raise UsageError(
-            f"`--devices` (={args.devices}) must be in [1, {len(devices)}]."
+    with joined(args.processes):
+        devices = jax.devices()
+        if args.devices is not None and not 1 <= args.devices <= len(devices):
+            raise UsageError(
+                f"`--devices` (={args.devices}) must be in [1, {len(devices)}]."
+            )
+        if args.devices is not None and jax.process_count() > 1:
+            raise UsageError(
+                f"`--devices` (={args.devices}) is for one process; several use all."
+            )
+        workdir = pathlib.Path(args.workdir or f"runs/{args.run.name}").expanduser()
+        result = fit(
+            args.run,
+            workdir=workdir,
+            resume=args.resume,
+            devices=devices[: args.devices],
         )
-    workdir = pathlib.Path(args.workdir or f"runs/{args.run.name}").expanduser()
-    result = fit(
-        args.run, workdir=workdir, resume=args.resume, devices=devices[: args.devices]
-    )
-    if jax.process_index() == 0:
-        print(summary(result))
-    return exit_code(result)
+        if jax.process_index() == 0:
+            print(summary(result))
+        return exit_code(result)
 
 
 def exit_code(result: FitResult) -> int:
@@ -102,15 +104,3 @@ def summary(result: FitResult) -> str:
         f"evaluate     python -m train evaluate {result.workdir}"
         f"{' --flip-test' if evaluation.flip_test else ''}"
     )
-
-
-def _join_processes(args: Fit) -> None:
-    try:
-        if args.coordinator == "auto":
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(
-                args.coordinator, args.num_processes, args.process_id
-            )
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"could not join the other processes: {error}") from error

@@ -1,0 +1,314 @@
+"""Real processes: they train as one does, end when one dies, and go on as others."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_parallel import SYNTHETIC, make_config, relative, synthetic_set, train
+
+from inertia_jax.checkpoint import load_arrays
+from train.__main__ import main
+from train.checkpoints import latest_steps
+from train.data.sets import Split
+from train.feed import make_feed
+from train.parallel import Parallel
+from train.processes import EXIT_LOST
+
+# Of a process that JAX ends itself, when it has not heard of another for long.
+_ABORTED = -signal.SIGABRT
+_STEPS = 4
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(arguments, env):
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@contextlib.contextmanager
+def ended(processes):
+    """Leaves no process behind, whatever fails."""
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def outputs_of(processes, timeout=300):
+    return [process.communicate(timeout=timeout)[0] for process in processes]
+
+
+WORKER = """
+import sys
+import jax
+import numpy as np
+address, index, count, devices, output, kind = sys.argv[1:]
+jax.distributed.initialize(address, int(count), int(index))
+from test_processes import train_kind
+jax.config.update("jax_num_cpu_devices", int(devices))
+jax.config.update("jax_enable_x64", True)
+assert jax.device_count() == int(count) * int(devices)
+np.save(output, train_kind(kind))
+"""
+
+
+def train_kind(kind):
+    """Returns what a few steps on all devices give; BatchNorm after 20 convolutions."""
+    parallel, _, streamed = kind.partition(" ")
+    data = dataclasses.replace(SYNTHETIC, memory_share=1e-9 if streamed else 0.5)
+    config = dataclasses.replace(make_config(parallel=parallel), data=data)
+    return train(config, synthetic_set(), jax.device_count(), _STEPS)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    with jax.enable_x64(True):
+        return train(make_config(), synthetic_set(), 1, _STEPS)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "devices", "kind"),
+    [(2, 2, "pmap streamed"), (4, 1, "shard_map")],
+)
+def test_processes_agree_with_one(
+    num_processes, devices, kind, tmp_path, one_process, subprocess_env
+):
+    address = f"localhost:{free_port()}"
+    env = {**subprocess_env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    # What takes the time is compiling, and what it makes runs for a second. Not for a
+    # network with max-pooling: XLA's gradient of it on CPU is another one then.
+    env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    files = [tmp_path / f"{index}.npy" for index in range(num_processes)]
+    fixed = [str(num_processes), str(devices)]
+    processes = [
+        start(["-c", WORKER, address, str(i), *fixed, str(file), kind], env)
+        for i, file in enumerate(files)
+    ]
+    with ended(processes):
+        logs = outputs_of(processes)
+    assert [p.returncode for p in processes] == [0] * num_processes, "\n".join(logs)
+    for file in files:
+        assert relative(np.load(file), one_process) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Five epochs of 41 steps, in float64: `fit` and its options."""
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        labels = np.arange(n) % 10
+        images = rng.integers(40, size=(n, 8, 8, 1)) + 20 * labels[:, None, None, None]
+        return images.astype(np.uint8), labels
+
+    path = tmp_path_factory.mktemp("data") / "set.npz"
+    (x_train, y_train), (x_test, y_test) = split(328), split(37)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return [
+        "fit",
+        *("--data.source", f"npz:{path}", "--batch-size", "8", "--epochs", "5"),
+        *("--data.mean", "0.5", "--data.std", "0.25", "--data.crop-padding", "1"),
+        *("--model.name", "lenet", "--model.width", "0.1", "--model.dtype", "float64"),
+        *("--optimizer.learning-rate", "0.02", "--checkpoint-steps", "15"),
+        *("--log-steps", "5", "--resume"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The run of one process that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with jax.enable_x64(True):
+        assert main([*command, "--devices", "1", "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def start_run(command, num_processes, env, *, slurm=False):
+    port = free_port()
+    env = {**env, "JAX_ENABLE_X64": "1"}
+    processes = []
+    for index in range(num_processes):
+        options = ["--coordinator", f"localhost:{port}", "--process-id", str(index)]
+        options += ["--num-processes", str(num_processes)]
+        added = {}
+        if slurm:  # as srun sets them
+            options = ["--coordinator", "auto"]
+            added = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
+            added |= {"SLURM_NTASKS": str(num_processes), "SLURM_PROCID": str(index)}
+            added |= {"SLURM_LOCALID": str(index), "JAX_COORDINATOR_PORT": str(port)}
+        arguments = ["-m", "train", *command, *options, "--dead-seconds", "15"]
+        processes.append(start(arguments, {**env, **added}))
+    return processes
+
+
+def wait_for_checkpoint(workdir, processes, after=0):
+    """Waits until there is a checkpoint of a step after `after`."""
+    deadline = time.monotonic() + 300
+    while not any(s > after for s in latest_steps(workdir / "checkpoints")):
+        assert all(p.poll() is None for p in processes), outputs_of(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def latest(workdir):
+    step = latest_steps(workdir / "checkpoints")[-1]
+    arrays = load_arrays(workdir / "checkpoints" / f"step_{step:08d}")
+    values = [np.ravel(x).astype(float) for x in jax.tree.leaves(arrays)]
+    return step, np.concatenate(values)
+
+
+def evaluations_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [x["loss"] for x in map(json.loads, lines) if x["kind"] == "test"]
+
+
+def assert_same_run(workdir, whole):
+    (step, values), (last, expected) = latest(workdir), latest(whole)
+    assert step == last == 205
+    assert relative(values, expected) < 1e-9
+    np.testing.assert_allclose(
+        evaluations_of(workdir), evaluations_of(whole), rtol=1e-9
+    )
+
+
+def test_two_processes_one_killed_then_four_stopped_then_one(
+    command, whole, tmp_path, subprocess_env
+):
+    workdir = tmp_path / "run"
+    command = [*command, "--parallel", "pmap", "--workdir", str(workdir)]
+    with ended(start_run(command, 2, subprocess_env, slurm=True)) as processes:
+        wait_for_checkpoint(workdir, processes)
+        processes[1].kill()
+        # Its neighbours hear of it at once; waiting for a heartbeat takes longer.
+        output, _ = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == EXIT_LOST, output
+    assert output.count("error:") == 1
+    assert "another process of this run is gone" in output
+    assert "Traceback" not in output
+    reached = latest_steps(workdir / "checkpoints")[-1]
+    files = {p.name for p in (workdir / "checkpoints").rglob("ocdbt.process_*")}
+    assert files == {"ocdbt.process_0", "ocdbt.process_1"}  # both wrote
+    assert 0 < reached < 190
+
+    with ended(start_run(command, 4, subprocess_env)) as processes:
+        wait_for_checkpoint(workdir, processes, after=reached)
+        processes[2].send_signal(signal.SIGTERM)  # one is told, all must stop
+        logs = outputs_of(processes)
+    assert [p.returncode for p in processes] == [0] * 4, "\n".join(logs)
+    assert f"step {reached} of 205" in logs[0]
+    assert "stopped by SIGTERM and saved at step" in logs[0]
+    assert not any("stopped" in log for log in logs[1:])  # the first speaks for all
+    made = [json.loads(x) for x in (workdir / "run.jsonl").read_text().splitlines()]
+    assert [run["num_processes"] for run in made] == [2, 4]
+
+    assert reached < latest_steps(workdir / "checkpoints")[-1] < 205
+    with jax.enable_x64(True):
+        assert main([*command, "--devices", "1"]) == 0
+    assert_same_run(workdir, whole)
+
+
+def test_four_processes_one_hangs_then_two(command, whole, tmp_path, subprocess_env):
+    workdir = tmp_path / "run"
+    command = [*command, "--parallel", "shard_map", "--workdir", str(workdir)]
+    with ended(start_run(command, 4, subprocess_env)) as processes:
+        wait_for_checkpoint(workdir, processes)
+        processes[3].send_signal(signal.SIGSTOP)  # its connections stay open
+        began = time.monotonic()
+        logs = outputs_of(processes[:3], timeout=100)
+        assert time.monotonic() - began < 60
+    # Whoever hears of it first ends the rest, by JAX's own means.
+    assert {p.returncode for p in processes[:3]} <= {_ABORTED, EXIT_LOST}
+    for log in logs:
+        assert "is gone" in log or "another task died" in log, log
+    reached = latest_steps(workdir / "checkpoints")[-1]
+    assert 0 < reached < 205
+
+    env = {**subprocess_env, "JAX_NUM_CPU_DEVICES": "2"}
+    with ended(start_run(command, 2, env)) as processes:
+        logs = outputs_of(processes)
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(logs)
+    assert f"step {reached} of 205" in logs[0]
+    assert "test top-1" in logs[0] and "test top-1" not in logs[1]
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "message"),
+    [
+        ("fit", ["--coordinator", "auto"], "finds no cluster that JAX knows: SLURM"),
+        ("evaluate", ["--coordinator", "auto"], "finds no cluster"),
+        ("finetune", ["--coordinator", "auto"], "finds no cluster"),
+        ("fit", ["--coordinator", "here"], "must be HOST:PORT or `auto`"),
+        ("finetune", ["--num-processes=2"], "need `--coordinator`"),
+        ("fit", ["--coordinator", "a:1", "--dead-seconds", "0"], "`dead_seconds` .*0"),
+    ],
+)
+def test_what_cannot_be_joined_is_one_error(verb, arguments, message, capsys):
+    checkpoint = [] if verb == "fit" else ["nowhere"]
+    if "SLURM_JOB_ID" in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ:
+        pytest.skip("this is a cluster that JAX knows")
+    # As in a fresh process, where no device has been used yet.
+    initialized = "jax._src.xla_bridge.backends_are_initialized"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initialized, lambda: False)
+        assert main([verb, *checkpoint, *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_process_reads_only_the_rows_of_its_own_devices():
+    read = []
+
+    class Images(np.ndarray):
+        def __getitem__(self, index):
+            if isinstance(index, np.ndarray):
+                read.extend(index.ravel().tolist())
+            return super().__getitem__(index)
+
+    split = synthetic_set(size=4).train
+    split = Split(split.images.view(Images), split.labels)
+
+    @dataclasses.dataclass(frozen=True)
+    class Half(Parallel):
+        """The second four of eight devices are another process's."""
+
+        @property
+        def own(self):
+            return (0, 1, 2, 3)
+
+        def spread_own(self, tree):
+            return jax.tree.map(jnp.asarray, tree)
+
+    feed = make_feed(split, Half("pmap", tuple(jax.devices())), memory_share=1e-9)
+    order = np.random.default_rng(0).permutation(64)[:48].reshape(3, 16)
+    [(images, labels, indices)] = feed.calls(order, 3)
+    mine = order.reshape(3, 8, 2)[:, :4].swapaxes(0, 1).reshape(4, 6)
+    assert sorted(read) == sorted(mine.ravel().tolist())
+    np.testing.assert_array_equal(images, np.asarray(split.images)[mine])
+    np.testing.assert_array_equal(labels, split.labels[mine])
+    assert indices.shape == (4, 3, 2)

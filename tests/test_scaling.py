@@ -1,0 +1,126 @@
+"""The model of docs/scaling.md: its bytes are the compiled step's, its limits hold."""
+
+import dataclasses
+
+import jax
+import pytest
+from conftest import ROOT
+from test_parallel import make_config, synthetic_set
+
+from train.loop import Trainer
+from train.scaling import (
+    MACHINES,
+    MARKER,
+    all_steps,
+    count_step,
+    efficiency,
+    reduced_bytes,
+    step_seconds,
+    tables,
+)
+from train.state import init_state
+
+NVLINK, INFINIBAND = MACHINES[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "sync_batch_norm"),
+    [
+        ("vgg16", "pmap", True),
+        ("vgg16", "shard_map", False),
+        ("lenet", "pmap", True),  # no BatchNorm
+    ],
+)
+def test_the_bytes_are_those_of_the_compiled_step(name, parallel, sync_batch_norm):
+    config = make_config(
+        "float32",
+        name,
+        16,
+        0.0625,
+        parallel=parallel,
+        sync_batch_norm=sync_batch_norm,
+    )
+    trainer = Trainer(config, synthetic_set(num_train=16, num_test=8))
+    state = jax.eval_shape(
+        lambda: init_state(trainer.model, trainer.tx, (32, 32, 3), jax.random.key(0))
+    )
+    args = (state, *next(trainer.inputs(0, 0)), trainer._positions)
+    lowered = trainer._call.lower(*args)
+    # What is reduced is settled before code is generated, which takes long.
+    compiled = lowered.compile({"xla_backend_optimization_level": 0})
+    found = reduced_bytes(compiled.as_text())
+    assert found > 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    if name == "lenet":  # of these images, whose side counts in its linear layer
+        params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        assert found == 4 * params + 16
+        return
+    step = count_step(name, trainer.model)
+    assert found == step.gradient_bytes + step.norm_bytes * sync_batch_norm
+
+
+def test_bytes_of_all_reduces_are_read_from_hlo():
+    hlo = """
+      %a = f32[2,4]{1,0} all-reduce(%x), channel_id=1
+      %b = (bf16[3]{0}, /*index=1*/s32[], f32[]) all-reduce(%x, %y, %z), channel_id=2
+      %c = f32[8]{0} all-reduce-start(%x), channel_id=3
+      %d = f32[8]{0} all-reduce-done(%c)
+      %e = f32[100]{0} add(%all-reduce, %x)
+    """
+    assert reduced_bytes(hlo) == 32 + (6 + 4 + 4) + 32
+
+
+def test_counts_are_the_published_ones():
+    (resnet,) = all_steps(["resnet18"])
+    assert (resnet.params, resnet.macs) == (11_173_962, 555_422_720)
+    # 20 BatchNorm layers: five of 64, 128, 256 and 512 channels, the shortcuts' too.
+    assert resnet.norms == 20
+    assert resnet.statistics == 2 * (5 * 64 + 5 * 128 + 5 * 256 + 5 * 512)
+    assert resnet.flops == 6 * 555_422_720
+
+
+def test_a_step_by_hand():
+    (step,) = all_steps(["lenet"])
+    options = {"batch_size": 1024, "utilisation": 0.25}
+    compute = 6 * 11_992_448 * 128 / (989e12 * 0.25)
+    ring = 2 * 7 / 8 * (4 * 1_199_882 + 16) / 450e9 + 2 * 7 * 3e-6
+    worst = step_seconds(step, NVLINK, 8, overlap=False, **options)
+    assert worst == pytest.approx(compute + ring)
+    best = step_seconds(step, NVLINK, 8, overlap=True, **options)
+    assert best == pytest.approx(compute + max(0, ring - 2 / 3 * compute))
+    assert step_seconds(step, NVLINK, 1, overlap=True, **options) == 8 * compute
+
+
+def test_efficiency_falls_with_devices_and_rises_with_overlap_and_batch():
+    (step,) = all_steps(["resnet20"])
+
+    def at(n, overlap=False, per_device=128, sync_batch_norm=True):
+        return efficiency(
+            step,
+            INFINIBAND,
+            n,
+            batch_size=per_device * n,
+            batch_alone=per_device,
+            utilisation=0.3,
+            overlap=overlap,
+            sync_batch_norm=sync_batch_norm,
+        )
+
+    assert at(1) == pytest.approx(1)
+    assert 1 > at(2) > at(8) > at(256) > 0
+    assert at(8, overlap=True) > at(8)
+    assert at(8, per_device=1024) > at(8)
+    assert at(8, sync_batch_norm=False) > at(8)
+
+
+def test_the_document_holds_the_tables_of_the_program():
+    text = (ROOT / "docs" / "scaling.md").read_text().split(MARKER)[1]
+    steps = list(all_steps(["vgg16", "lenet"]))
+    ours = [line for line in tables(steps).splitlines() if line[:3] in ("| v", "| l")]
+    there = [line for line in text.splitlines() if line[:3] in ("| v", "| l")]
+    assert there == ours
+
+
+def test_every_machine_joins_up_to_as_many_devices_as_it_says():
+    (step,) = all_steps(["lenet"])
+    text = tables([dataclasses.replace(step, name="x")])
+    assert text.count("| x |") == 1 + 3 * len(MACHINES)
