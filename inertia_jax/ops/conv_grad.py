@@ -20,9 +20,10 @@ from inertia_jax.ops.conv import Padding, conv2d, padding_pairs, pair
 # Bytes of images and views that are worked on at a time: what caches hold. At
 # [64,32,32,64] to 64 channels 4 MiB took 21 ms, 0.5 and 16 MiB 24 and 40, XLA 63.
 _CHUNK_BYTES = 4 << 20
-# Up to this many outputs an image, XLA's form is as quick: 21 against 23 ms at
-# [64,4,4,512] to 512 channels.
-_FEW_OUTPUTS = 16
+# Up to this many outputs an image, XLA's form is quicker: 17 against 26 ms at
+# [64,8,8,256] to 256 channels, jax 0.10.2; under 0.12 34 against 25, but whole networks
+# take as long either way.
+_FEW_OUTPUTS = 64
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
