@@ -63,12 +63,15 @@ def test_factors_by_tensorly_in_pytorch_give_the_same_logits():
     pytest.importorskip("tensorly", reason=reason)
     from train.bench_tucker import tensorly_factors, torch_call
 
-    dense = ij.create_model("resnet18", width=0.2)
-    variables = ij.init_variables(dense, jax.random.key(0))
-    model, compressed = ij.compress(dense, variables, ranks=ij.Ratio(0.3))
-    factors = tensorly_factors(find_sites(dense, variables, (32, 32, 3)), model.plan)
+    dense = ij.create_model("resnet18", width=0.2, stem="imagenet")
+    shape = (64, 64, 3)
+    variables = ij.init_variables(dense, jax.random.key(0), shape)
+    model, compressed = ij.compress(
+        dense, variables, ranks=ij.Ratio(0.3), image_shape=shape
+    )
+    factors = tensorly_factors(find_sites(dense, variables, shape), model.plan)
     assert len(factors) == 3 * len(model.plan.rules) > 30
-    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    images = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
     found = torch_call(model, compressed, images, changed=factors)()
     expected = model.apply(compressed, images)
     assert relative_gap(found, expected) < 1e-5

@@ -41,19 +41,29 @@ def bench_tucker(
     width: float,
     repeats: int,
     against_torch: bool,
+    stem: str = "cifar",
 ) -> dict[str, Any]:
     """Times a network's evaluation dense and compressed, its layers, and compressing.
 
     Weights are random: ranks of a trained network under the same budget differ, what
     they cost does not.
+
+    Args:
+        name: Of the network.
+        batch_sizes: Images a call; layers are timed at the largest.
+        width: Of the network.
+        repeats: Timed calls of each.
+        against_torch: The same networks in PyTorch in turn, and TensorLy's factors.
+        stem: Of `resnet18`: `imagenet` has torchvision's 1,000 classes, at 224 x 224.
     """
-    model = create_model(name, width=width)
+    classes = 1000 if stem == "imagenet" else 10
+    model = create_model(name, width=width, stem=stem, num_classes=classes)
     variables = init_variables(model, jax.random.key(0))
     shape = input_shape(model)
     networks = {"dense": (model, variables)}
     networks |= {k: compress(*networks["dense"], **r) for k, r in RULES.items()}
     dense_macs = count_cost(model, shape).macs
-    row: dict[str, Any] = {"model": name, "width": width, "networks": {}}
+    row: dict[str, Any] = {"model": name, "stem": stem, "width": width, "networks": {}}
     for key, network in networks.items():
         cost = count_cost(network[0], shape)
         row["networks"][key] = {
@@ -142,8 +152,10 @@ def torch_call(
         import torch
     from train.torch_models import TORCH_MODELS, factorised, fold_batch_norm
 
-    width, name = model.width, type(model).__name__.lower()
-    module = factorised(TORCH_MODELS[name](model.num_classes, width), model.plan)
+    options = {"stem": model.stem} if hasattr(model, "stem") else {}
+    twin = TORCH_MODELS[type(model).__name__.lower()]
+    module = twin(model.num_classes, width=model.width, **options)
+    module = factorised(module, model.plan)
     state = {k: torch.from_numpy(v) for k, v in to_torch(model, variables).items()}
     module.load_state_dict({**state, **changed}, strict=False)
     module.eval()

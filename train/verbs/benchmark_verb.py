@@ -44,6 +44,9 @@ class Benchmark:
     """Of the suites train, infer, ops, memory, inertial and tucker."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation in the suites train and ops."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """Of resnet18 in the suite tucker; imagenet: torchvision's, with its 1,000 classes,
+    at 224 x 224."""
     width: float | None = None
     """Of the networks; None: the config's in the suite loop, else 1."""
     against: Literal["none", "torch"] = "none"
@@ -87,6 +90,7 @@ def _bench_tucker(args: Benchmark) -> Iterator[Any]:
                 width=args.width or 1.0,
                 repeats=args.repeats,
                 against_torch=args.against == "torch",
+                stem=args.stem,
             )
         print(format_tucker(row), flush=True)
         yield row
