@@ -16,7 +16,7 @@ import inertia_jax as ij
 from train.__main__ import main
 from train.average import moving_average
 from train.config import Data, Model, Optimizer
-from train.loop import Trainer
+from train.trainer import Trainer
 
 
 def test_averages_are_numpys(x64):

@@ -16,13 +16,13 @@ from test_trainable import INPUTS, LABELS, Small, flat, take_steps
 
 import inertia_jax as ij
 from inertia_jax.checkpoint import Metadata, Preprocessing
-from train import loop
+from train import stop
 from train.__main__ import main
 from train.config import Config, Model, Optimizer
 from train.distill import Distillation, distillation_loss
 from train.errors import UsageError
-from train.loop import Trainer
 from train.teacher import load_teacher
+from train.trainer import Trainer
 
 SHAPE = (8, 8, 1)
 SEEN = Preprocessing(SHAPE, (0.5,), (0.25,))
@@ -298,7 +298,7 @@ def test_finetuning_learns_the_teachers_answers(finetune, finetuned, teacher):
 def stop_at(call, monkeypatch):
     calls = iter(range(1, 1000))
     found = lambda self: signal.SIGTERM if next(calls) == call else None  # noqa: E731
-    monkeypatch.setattr(loop._StopSignal, "after_call", found)
+    monkeypatch.setattr(stop.StopSignal, "after_call", found)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(finetune, finetuned, tmp_path, monkeypatch):

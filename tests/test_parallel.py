@@ -9,8 +9,8 @@ import pytest
 
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
-from train.loop import Trainer
 from train.state import init_state
+from train.trainer import Trainer
 
 SYNTHETIC = Data(source="synthetic", mean=(0.5,) * 3, std=(0.25,) * 3)
 

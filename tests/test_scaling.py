@@ -7,7 +7,6 @@ import pytest
 from conftest import ROOT
 from test_parallel import make_config, synthetic_set
 
-from train.loop import Trainer
 from train.scaling import (
     MACHINES,
     MARKER,
@@ -19,6 +18,7 @@ from train.scaling import (
     tables,
 )
 from train.state import init_state
+from train.trainer import Trainer
 
 NVLINK, INFINIBAND = MACHINES[:2]
 

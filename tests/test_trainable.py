@@ -16,12 +16,12 @@ from inertia_jax.layers import Layers
 from train.augment import Augmentation
 from train.config import Config, Model, Optimizer
 from train.errors import UsageError
-from train.loop import Trainer
 from train.optimizer import make_optimizer
 from train.parallel import Parallel
 from train.state import init_state
 from train.step import make_train_call
 from train.trainable import describe_trained, join_params, split_params, trained_paths
+from train.trainer import Trainer
 
 IMAGES = np.random.default_rng(0).integers(256, size=(16, 6, 6, 2), dtype=np.uint8)
 LABELS = np.arange(16, dtype=np.int32) % 10

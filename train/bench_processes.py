@@ -23,10 +23,10 @@ from jax.experimental import multihost_utils
 
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
-from train.loop import Trainer
 from train.parallel import AXIS, Parallel
 from train.rundir import describe_machine
 from train.scaling import count_step
+from train.trainer import Trainer
 
 _WIDTHS = (0.25, 1.0)
 _PER_DEVICE = 16

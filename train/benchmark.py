@@ -19,9 +19,10 @@ from train.checkpoints import Checkpoints
 from train.config import Config
 from train.data import ImageSet
 from train.errors import UsageError, needs_torch
-from train.loop import Meter, Trainer, make_metadata
+from train.meter import Meter
 from train.rundir import RunDirectory
 from train.state import training_to_dict
+from train.trainer import Trainer, make_metadata
 
 _RECIPE = {"learning_rate": 0.1, "momentum": 0.9}
 _WEIGHT_DECAY = 5e-4
