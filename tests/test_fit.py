@@ -259,7 +259,7 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--model.name", "vgg16"], "at least 32 x 32"),
         (["--model.dtype", "float64"], "JAX_ENABLE_X64"),
         (["--optimizer.label-smoothing", "1"], "label_smoothing"),
-        (["--devices", "9"], "`--devices` .*in \\[1, 8\\]"),
+        (["--devices", "9"], "`devices` .*in \\[1, 8\\]"),
         (["--config", "none.py"], "no config file at none.py"),
         (["--optimizer.decay", "-1"], "`optimizer.decay`"),
         (["--optimizer.milestones", "3", "3"], "`optimizer.milestones`"),

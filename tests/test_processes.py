@@ -24,7 +24,7 @@ from train.checkpoints import latest_steps
 from train.data.sets import Split
 from train.feed import make_feed
 from train.parallel import Parallel
-from train.processes import EXIT_LOST
+from train.processes import EXIT_LOST, is_lost
 
 # Of a process that JAX ends itself, when it has not heard of another for long.
 _ABORTED = -signal.SIGABRT
@@ -257,6 +257,15 @@ def test_four_processes_one_hangs_then_two(command, whole, tmp_path, subprocess_
     assert "test top-1" in logs[0] and "test top-1" not in logs[1]
     assert_same_run(workdir, whole)
 
+    found = tmp_path / "found.json"
+    command = ["evaluate", str(workdir), "--batch-size", "10", "--out", str(found)]
+    with ended(start_run(command, 2, env)) as processes:
+        logs = outputs_of(processes)
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(logs)
+    assert "top-1" in logs[0] and "top-1" not in logs[1]
+    loss = json.loads(found.read_text())["loss"]
+    assert np.isclose(loss, evaluations_of(whole), rtol=1e-9, atol=0).any()
+
 
 @pytest.mark.parametrize(
     ("verb", "arguments", "message"),
@@ -265,7 +274,12 @@ def test_four_processes_one_hangs_then_two(command, whole, tmp_path, subprocess_
         ("evaluate", ["--coordinator", "auto"], "finds no cluster"),
         ("finetune", ["--coordinator", "auto"], "finds no cluster"),
         ("fit", ["--coordinator", "here"], "must be HOST:PORT or `auto`"),
-        ("finetune", ["--num-processes=2"], "need `--coordinator`"),
+        ("finetune", ["--num-processes=2"], "`num_processes` .*2.* needs"),
+        (
+            "evaluate",
+            ["--dead-seconds=5"],
+            "`dead_seconds` .*5.* needs `--coordinator`",
+        ),
         ("fit", ["--coordinator", "a:1", "--dead-seconds", "0"], "`dead_seconds` .*0"),
     ],
 )
@@ -279,6 +293,46 @@ def test_what_cannot_be_joined_is_one_error(verb, arguments, message, capsys):
         patch.setattr(initialized, lambda: False)
         assert main([verb, *checkpoint, *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_process_whose_first_never_comes_says_so(command, subprocess_env):
+    address = f"localhost:{free_port()}"
+    options = ["--coordinator", address, "--num-processes", "2", "--process-id", "1"]
+    arguments = ["-m", "train", *command, *options, "--join-seconds", "1"]
+    with ended([start(arguments, subprocess_env)]) as processes:
+        (output,) = outputs_of(processes, timeout=100)
+    assert processes[0].returncode == 2
+    assert output.count("error:") == 1
+    assert f"no process 0 answers at `coordinator` (={address})" in output
+
+
+def test_processes_of_different_commands_end(command, tmp_path, subprocess_env):
+    options = ["--num-processes", "2", "--coordinator", f"localhost:{free_port()}"]
+    commands = [
+        [*command, "--epochs", str(5 - i), *options, "--process-id", str(i)]
+        for i in range(2)
+    ]
+    workdir = ["--workdir", str(tmp_path / "run")]
+    with ended(
+        [start(["-m", "train", *c, *workdir], subprocess_env) for c in commands]
+    ) as processes:
+        logs = outputs_of(processes, timeout=100)
+    assert [p.returncode for p in processes] == [2, 2], "\n".join(logs)
+    for log in logs:
+        assert "the configuration of process 1 is not that of process 0" in log
+
+
+def test_what_only_looks_like_a_lost_process_is_none(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for words, lost in [
+        ("Gloo all-reduce failed: Connection closed by peer", True),
+        ("NCCL operation failed: unhandled system error", True),
+        ("ncclCommInitRank failed: invalid usage", False),
+        ("RESOURCE_EXHAUSTED: out of memory for NCCL buffers", False),
+        ("INTERNAL: a kernel failed", False),
+    ]:
+        assert is_lost(jax.errors.JaxRuntimeError(words)) == lost
+    assert not is_lost(ValueError("connection"))
 
 
 def test_a_process_reads_only_the_rows_of_its_own_devices():

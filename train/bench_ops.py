@@ -35,8 +35,8 @@ def bench_ops(
     """Times convolutions, their gradients, and what stands in for a 3x3.
 
     A gradient is that by images and kernel together, forward pass included; "XLA's" is
-    the one that layers do not take on CPU. Inertial gates open half of the windows, or
-    the given share of the tiles. Images and kernels are random.
+    the one that layers do not take on CPU where maps are large. Inertial gates open
+    half of the windows, or the given share of the tiles. Images and kernels are random.
 
     Args:
         side: Of the square images.

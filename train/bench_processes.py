@@ -2,11 +2,13 @@
 
 `python -m train.bench_processes --out FILE`. Each process has one CPU device. All of
 them time, in turn, a step of their own, without the others, a step together, and the
-all-reduce alone, of arrays of several sizes, whose times a line is fitted to.
+all-reduce alone, of arrays of several sizes. To all of these at once the document's
+form is fitted: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import socket
 import statistics
@@ -24,6 +26,7 @@ from jax.experimental import multihost_utils
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
 from train.parallel import AXIS, Parallel
+from train.platform import choose_cpu_convolutions
 from train.rundir import describe_machine
 from train.scaling import count_step
 from train.trainer import Trainer
@@ -88,21 +91,28 @@ def _measure(repeats: int) -> dict[str, Any]:
                 times[name].append(1000 * (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in times.items()}
     quartiles = {n: statistics.quantiles(v, n=4)[::2] for n, v in times.items()}
-    row: dict[str, Any] = {
+    return {
         "num_processes": jax.process_count(),
         "median_ms": medians,
         "quartiles_ms": quartiles,
         "networks": networks,
     }
-    if jax.process_count() > 1:
-        sent = [4 * size for size in _SIZES]
-        slope, offset = np.polyfit(sent, [medians[f"reduce {s}"] for s in _SIZES], 1)
-        row["fit"] = {"ms": float(offset), "MB_per_s": float(1e-3 / slope)}
-        row["predicted_ms"] = {
-            width: medians[f"alone {width}"] + offset + slope * network["bytes"]
-            for width, network in networks.items()
-        }
-    return row
+
+
+def _terms(num_processes: int, num_bytes: float) -> tuple[float, float]:
+    n = num_processes
+    return 2 * (n - 1) / n * num_bytes, 2.0 * (n - 1)
+
+
+def _fit(rows: list[dict[str, Any]]) -> np.ndarray:
+    """Returns milliseconds a byte and a message, of least relative error."""
+    terms, times = [], []
+    for row in rows:
+        for size in _SIZES if row["num_processes"] > 1 else ():
+            terms.append(_terms(row["num_processes"], 4 * size))
+            times.append(row["median_ms"][f"reduce {size}"])
+    weighed = np.asarray(terms) / np.asarray(times)[:, None]
+    return np.linalg.lstsq(weighed, np.ones(len(times)))[0]
 
 
 def _run(num_processes: int, repeats: int) -> dict[str, Any]:
@@ -111,8 +121,11 @@ def _run(num_processes: int, repeats: int) -> dict[str, Any]:
         address = f"localhost:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "train.bench_processes", "--repeats", str(repeats)]
     command += ["--worker", address, str(num_processes)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     processes = [
-        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(index)], stdout=subprocess.PIPE, text=True, env=env
+        )
         for index in range(num_processes)
     ]
     outputs = [process.communicate()[0] for process in processes]
@@ -128,19 +141,28 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error(f"--repeats (={args.repeats}) must be >= 2, for quartiles")
     if args.worker:
+        choose_cpu_convolutions()
         address, count, index = args.worker
         if int(count) > 1:
             jax.distributed.initialize(address, int(count), int(index))
         print(json.dumps(_measure(args.repeats)))
         return
     rows = [_run(count, args.repeats) for count in (1, 2, 4)]
+    per_byte, per_message = _fit(rows)
+    speed, latency = 1e-3 / per_byte, 1e3 * per_message
+    print(f"fitted: {speed:,.0f} MB/s, {latency:,.0f} us a message")
     for row in rows:
+        row["predicted_ms"] = {}
         for width, network in row["networks"].items():
             alone, together = (
                 row["median_ms"][f"{how} {width}"] for how in ("alone", "together")
             )
-            predicted = row.get("predicted_ms", {}).get(width, alone)
+            per_step = _terms(row["num_processes"], network["bytes"])
+            predicted = alone + per_step[0] * per_byte + per_step[1] * per_message
+            row["predicted_ms"][width] = predicted
             print(
                 f"{row['num_processes']} processes, {network['bytes'] / 1e6:.2f} MB: "
                 f"alone {alone:.1f} ms, together {together:.1f} ms, predicted "
@@ -150,7 +172,8 @@ def main() -> None:
         machine = describe_machine()
         machine["command"] = f"python -m train.bench_processes --out {args.out}"
         settings = {"batch_per_device": _PER_DEVICE, "repeats": args.repeats}
-        record = {**machine, **settings, "model": "lenet", "rows": rows}
+        fit = {"MB_per_s": speed, "us_per_message": latency}
+        record = {**machine, **settings, "model": "lenet", "fit": fit, "rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

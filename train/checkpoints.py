@@ -76,7 +76,7 @@ class Checkpoints:
         self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
-        """Waits until everything is on disk.
+        """Waits until this process has written its share; the first also the whole.
 
         Raises:
             UsageError: It could not be written; the ones before are left.

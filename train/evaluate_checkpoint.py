@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -17,6 +16,7 @@ from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
 from train.feed import make_feed
 from train.parallel import Parallel
+from train.processes import first_devices
 
 
 def cost_at_rates(path: pathlib.Path, gate_rates: Mapping[str, float]) -> CostTable:
@@ -45,10 +45,7 @@ def evaluate_checkpoint(
     """
     if batch_size < 1:
         raise UsageError(f"`batch_size` (={batch_size}) must be >= 1.")
-    if num_devices is not None and not 1 <= num_devices <= jax.device_count():
-        raise UsageError(
-            f"`devices` (={num_devices}) must be in [1, {jax.device_count()}]."
-        )
+    first_devices(num_devices)  # before anything is read
     with user_input():
         model, variables = load_checkpoint(path)
         metadata = load_metadata(path)
@@ -94,7 +91,7 @@ def evaluator_for(
     size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
     data = load_data(source, cache_dir=cache_dir, image_size=size if resize else None)
     _check_fit(data, metadata, model.num_classes, resize=resize)
-    parallel = Parallel("pmap", tuple(jax.devices()[:num_devices]))
+    parallel = Parallel("pmap", tuple(first_devices(num_devices)))
     evaluate = make_evaluator(
         model,
         Augmentation(

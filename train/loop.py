@@ -1,6 +1,8 @@
 """The training loop: epochs, logging, evaluation, checkpoints, signals."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 import sys
 import time
@@ -15,8 +17,8 @@ from inertia_jax import count_cost
 from inertia_jax.checkpoint import load_metadata
 from train.checkpoints import Checkpoints
 from train.clock import TrainingClock
-from train.config import Config, differing_fields
-from train.data import load_data
+from train.config import Config, config_to_json, differing_fields
+from train.data import ImageSet, load_data
 from train.errors import UsageError
 from train.evaluate import Evaluation
 from train.meter import Meter
@@ -68,6 +70,7 @@ def fit(
         cache_dir=config.data.cache_dir,
         image_size=config.data.load_size,
     )
+    _check_agreement(config, data)
     trainer = Trainer(config, data, devices)
     state = trainer.init_state()
     directory.lock()
@@ -82,8 +85,34 @@ def fit(
             checkpoints.abandon()
         raise
     finally:
-        directory.close()
-        checkpoints.wait()  # also after an error: the last good one may be under way
+        try:
+            # Also after an error: the last good one may be under way, and until it is
+            # done nobody else may have the directory.
+            checkpoints.wait()
+        finally:
+            directory.close()
+
+
+def _check_agreement(config: Config, data: ImageSet) -> None:
+    """Raises UsageError where processes were given other runs: they would hang."""
+    if jax.process_count() == 1:
+        return
+    # Places may differ from machine to machine; what lies there may not.
+    places = dataclasses.replace(config.data, source="", cache_dir="")
+    said = {
+        "configuration": config_to_json(dataclasses.replace(config, data=places)),
+        "data": data.describe(),
+    }
+    for name, value in said.items():
+        text = json.dumps(value, sort_keys=True).encode()
+        digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+        digests = np.asarray(multihost_utils.process_allgather(digest))
+        differing = np.flatnonzero((digests != digests[0]).any(1)).tolist()
+        if differing:
+            raise UsageError(
+                f"the {name} of process {differing[0]} is not that of process 0; all "
+                f"must run the same command on the same data."
+            )
 
 
 def _restore(

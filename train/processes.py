@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import socket
 import sys
 import time
 import traceback
@@ -17,12 +18,16 @@ from train.errors import UsageError
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, it may be run again.
 EXIT_LOST = 75
+# Between two tries to reach process 0.
+_RETRY_SECONDS = 0.2
 # How long process 0, whose end ends the others, lets them say what happened.
 _GRACE_SECONDS = 2
 # Of collectives on CPU (Gloo) and GPU (NCCL), and of the service that counts processes.
 _LOST = re.compile(
     r"gloo|nccl|coordination|barrier|heartbeat|socket|connection|deadline", re.I
 )
+# Of the same libraries, but again and again: wrong use, or too little memory.
+_NOT_LOST = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|ncclCommInit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +58,30 @@ def early_processes(argv: Sequence[str]) -> Processes:
 
 
 @contextlib.contextmanager
-def joined(options: Processes) -> Iterator[None]:
+def joined(options: Processes, *, saves_on_sigterm: bool = True) -> Iterator[None]:
     """Joins the other processes, if there are any; an error inside ends this one.
 
     It ends at once, with one message: a program that ends as usual waits for all others
     in `jax.distributed`'s last barrier, while they wait for it in a collective.
 
+    Args:
+        options: Who the others are.
+        saves_on_sigterm: JAX notes the signal, for the loop to ask; else it ends the
+            process.
+
     Raises:
-        UsageError: The others cannot be joined.
+        UsageError: The others cannot be joined. (Where process 0 is there and another
+            never comes, JAX itself ends those that wait, with exit code 134.)
     """
     if options.coordinator is None:
-        if options.num_processes is not None or options.process_id is not None:
-            raise UsageError(
-                "`--num-processes` and `--process-id` need `--coordinator`."
-            )
+        default = Processes()
+        for field in dataclasses.fields(Processes):
+            given = getattr(options, field.name)
+            if given != getattr(default, field.name):
+                raise UsageError(f"`{field.name}` (={given}) needs `--coordinator`.")
         yield
         return
+    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
     _join(options)
     try:
         yield
@@ -76,10 +89,28 @@ def joined(options: Processes) -> Iterator[None]:
         _end(error)
 
 
+def first_devices(number: int | None) -> list[jax.Device]:
+    """Returns the devices to run on: the first so many, or all.
+
+    Raises:
+        UsageError: There are not so many, or other processes have some of them.
+    """
+    devices = jax.devices()
+    if number is not None and not 1 <= number <= len(devices):
+        raise UsageError(f"`devices` (={number}) must be in [1, {len(devices)}].")
+    if number is not None and jax.process_count() > 1:
+        raise UsageError(f"`devices` (={number}) is for one process; several use all.")
+    return devices[:number]
+
+
 def is_lost(error: BaseException) -> bool:
     """Returns whether an error says that another process is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and bool(
-        jax.process_count() > 1 and _LOST.search(str(error))
+    said = str(error)
+    return (
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and jax.process_count() > 1
+        and _LOST.search(said) is not None
+        and _NOT_LOST.search(said) is None
     )
 
 
@@ -92,6 +123,14 @@ def _join(options: Processes) -> None:
         address = None
     elif not re.fullmatch(r".+:\d+", address or ""):
         raise UsageError(f"`coordinator` (={address}) must be HOST:PORT or `auto`.")
+    # What JAX says when it gives up is an abort that names nobody.
+    print(
+        f"joining the other processes by {options.coordinator}, for at most "
+        f"{options.join_seconds} s",
+        file=sys.stderr,
+    )
+    if address is not None and options.process_id != 0:
+        _wait_for(address, options.join_seconds)
     try:
         jax.distributed.initialize(
             address,
@@ -111,7 +150,26 @@ def _join(options: Processes) -> None:
         raise UsageError(f"could not join the other processes: {error}") from error
 
 
+def _wait_for(address: str, seconds: int) -> None:
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"no process 0 answers at `coordinator` (={address}) within "
+                    f"`join_seconds` (={seconds}): {error}."
+                ) from error
+        time.sleep(_RETRY_SECONDS)
+
+
 def _end(error: BaseException) -> NoReturn:
+    if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+        # Options that the parser refuses, which has said so, and its help.
+        _leave(error.code or 0)
     if is_lost(error):
         reason = str(error).splitlines()[0]
         code = EXIT_LOST
@@ -128,6 +186,10 @@ def _end(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
         code, message = 1, f"{type(error).__name__}; the others are ended, too."
     print(f"error: process {jax.process_index()}: {message}", file=sys.stderr)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:

@@ -8,21 +8,20 @@ import argparse
 import dataclasses
 import math
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 
-from inertia_jax import Fixed, Inertial, Plan, Tucker2, count_cost, create_model
+from inertia_jax import Conv, Fixed, Inertial, Plan, Tucker2, count_cost, create_model
 from inertia_jax.models import abstract_variables, input_shape
+from inertia_jax.sites import find_sites
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MARKER = "<!-- tables of python -m train.scaling -->"
 # Loss and gate rate in float32; right answers and examples in int32.
 _METRIC_BYTES = 16
-_HLO_BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +32,27 @@ class Step:
         name: Of the network.
         params: Parameters, all trained, whose gradients are float32.
         statistics: Running means and variances of BatchNorm, two a channel, float32.
-        norms: BatchNorm layers.
+        averages: Other numbers that are averaged: thresholds.
+        norms: BatchNorm layers whose statistics are those of the whole batch.
         macs: Multiply-accumulates of a forward pass of one image.
     """
 
     name: str
     params: int
     statistics: int
+    averages: int
     norms: int
     macs: int
 
     @property
     def gradient_bytes(self) -> int:
         """Reduced once a step: gradients, running statistics and metrics."""
-        return 4 * (self.params + self.statistics) + _METRIC_BYTES
+        return 4 * (self.params + self.statistics + self.averages) + _METRIC_BYTES
 
     @property
     def norm_bytes(self) -> int:
         """Reduced layer by layer: BatchNorm's statistics, and their gradients."""
-        return 2 * 4 * self.statistics
+        return 2 * 4 * self.statistics if self.norms else 0
 
     @property
     def flops(self) -> int:
@@ -68,21 +69,23 @@ class Machine:
         flops_per_s: Peak of one device, bfloat16.
         bytes_per_s: That a device sends, in one direction, while it receives as many.
         latency_s: Of one message between neighbours.
-        most: Devices that such links join.
+        fewest: Devices that such links join, more than one.
+        most: Likewise.
     """
 
     name: str
     flops_per_s: float
     bytes_per_s: float
     latency_s: float
+    fewest: int
     most: int
 
 
 MACHINES = (
-    Machine("H100, NVLink", 989e12, 450e9, 3e-6, 8),
-    Machine("H100, InfiniBand NDR", 989e12, 50e9, 5e-6, 256),
-    Machine("H100, 100 Gb/s Ethernet", 989e12, 12.5e9, 30e-6, 256),
-    Machine("TPU v5e, ICI", 197e12, 200e9, 1e-6, 256),
+    Machine("H100, NVLink", 989e12, 450e9, 3e-6, 2, 8),
+    Machine("H100, InfiniBand NDR", 989e12, 50e9, 5e-6, 2, 256),
+    Machine("H100, 100 Gb/s Ethernet", 989e12, 12.5e9, 30e-6, 2, 256),
+    Machine("TPU v5e, ICI", 197e12, 200e9, 1e-6, 4, 256),
 )
 
 
@@ -90,13 +93,15 @@ def count_step(name: str, model: nn.Module, *, dense: bool = False) -> Step:
     """Counts a network's step; `dense` takes the MACs of the form that is trained."""
     shape = input_shape(model)
     variables = abstract_variables(model, shape)
-    flat = traverse_util.flatten_dict(variables.get("batch_stats", {}), sep="/")
-    statistics = {path: leaf for path, leaf in flat.items() if leaf.ndim}
+    params = jax.tree.leaves(variables.pop("params"))
+    others = jax.tree.leaves(variables)
+    statistics = [leaf.size for leaf in others if leaf.ndim]
     cost = count_cost(model, shape)
     return Step(
         name=name,
-        params=sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        statistics=sum(leaf.size for leaf in statistics.values()),
+        params=sum(leaf.size for leaf in params),
+        statistics=sum(statistics),
+        averages=len(others) - len(statistics),
         norms=len(statistics) // 2,
         macs=cost.dense_macs if dense else cost.macs,
     )
@@ -109,28 +114,32 @@ def tucker_model(name: str, share: float) -> nn.Module:
     keeps to the share; the first convolution stays.
     """
     dense = create_model(name)
-    most = share * count_cost(dense, input_shape(dense)).macs
-    params = traverse_util.flatten_dict(abstract_variables(dense)["params"], sep="/")
-    kernels = {
-        path.removesuffix("/kernel"): leaf.shape
-        for path, leaf in params.items()
-        if leaf.ndim == 4 and leaf.shape[0] > 1 and leaf.shape[2] > 3
+    shape = input_shape(dense)
+    variables = abstract_variables(dense, shape)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+    total = count_cost(dense, shape).macs
+    sites = {
+        path: site
+        for path, site in find_sites(dense, zeros, shape).items()
+        if site.kernel.shape[0] > 1 and site.kernel.shape[2] > 3
     }
 
-    def at(part: int) -> nn.Module:
+    def specs(part: int) -> dict[str, Tucker2]:
         ranks = {
-            path: [max(1, channels * part // 64) for channels in shape[2:]]
-            for path, shape in kernels.items()
+            path: [max(1, channels * part // 64) for channels in site.kernel.shape[2:]]
+            for path, site in sites.items()
         }
-        rules = tuple((path, Tucker2(*both)) for path, both in ranks.items())
-        return create_model(name, plan=Plan(rules))
+        return {path: Tucker2(*both) for path, both in ranks.items()}
 
-    low, high = 1, 64
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = count_cost(at(middle), input_shape(dense)).macs <= most
-        low, high = (middle, high) if fits else (low, middle)
-    return at(low)
+    def macs(part: int) -> int:
+        saved = sum(
+            sites[path].macs(Conv()) - sites[path].macs(spec)
+            for path, spec in specs(part).items()
+        )
+        return total - saved
+
+    most = max(part for part in range(1, 65) if macs(part) <= share * total)
+    return create_model(name, plan=Plan(tuple(specs(most).items())))
 
 
 def all_steps(names: Sequence[str] | None = None) -> Iterator[Step]:
@@ -147,6 +156,31 @@ def all_steps(names: Sequence[str] | None = None) -> Iterator[Step]:
         tiled = Inertial(3, 4, reading="tiled", threshold=Fixed(0.1))
         model = create_model("resnet18", plan=Plan((("layer*conv*", tiled),)))
         yield count_step(label, model, dense=True)
+    label = "resnet18, --no-sync-batch-norm"
+    if names is None or label in names:
+        step = count_step(label, create_model("resnet18"))
+        yield dataclasses.replace(step, norms=0)
+
+
+def sending_seconds(
+    step: Step, machine: Machine, num_devices: int
+) -> tuple[float, float]:
+    """Predicts how long gradients, and statistics of BatchNorm, take to be reduced.
+
+    Gradients go round a ring: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
+    Statistics of BatchNorm, a few kilobytes, go up and down a tree: `2 ceil(log2 n)
+    latency` each, forward and backward, and never overlap: the next layer waits.
+
+    Args:
+        step: What is sent and computed.
+        machine: Devices and links.
+        num_devices: n.
+    """
+    n = num_devices
+    ring = 2 * (n - 1) / n / machine.bytes_per_s
+    gradients = ring * step.gradient_bytes + 2 * (n - 1) * machine.latency_s
+    hops = 2 * math.ceil(math.log2(n)) * machine.latency_s
+    return gradients, ring * step.norm_bytes + 2 * step.norms * hops
 
 
 def step_seconds(
@@ -157,35 +191,21 @@ def step_seconds(
     batch_size: int,
     utilisation: float,
     overlap: bool,
-    sync_batch_norm: bool = True,
 ) -> float:
     """Predicts the time of a step.
-
-    Gradients go round a ring: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
-    Statistics of BatchNorm, a few kilobytes, go up and down a tree: `2 ceil(log2 n)
-    latency` each, forward and backward, and never overlap: the next layer waits.
 
     Args:
         step: What is sent and computed.
         machine: Devices and links.
-        num_devices: n.
+        num_devices: Of them.
         batch_size: Of all devices together.
         utilisation: Share of the peak that computing reaches.
         overlap: Whether gradients are sent while others are computed, at best, or
             after them, at worst.
-        sync_batch_norm: Whether statistics are those of the whole batch.
     """
-    n = num_devices
     rate = machine.flops_per_s * utilisation
-    compute = step.flops * batch_size / n / rate
-    if n == 1:
-        return compute
-    ring = 2 * (n - 1) / n / machine.bytes_per_s
-    gradients = ring * step.gradient_bytes + 2 * (n - 1) * machine.latency_s
-    norms = 0.0
-    if sync_batch_norm:
-        hops = 2 * math.ceil(math.log2(n)) * machine.latency_s
-        norms = ring * step.norm_bytes + 2 * step.norms * hops
+    compute = step.flops * batch_size / num_devices / rate
+    gradients, norms = sending_seconds(step, machine, num_devices)
     if overlap:
         # Gradients come with the backward pass, two thirds of the whole.
         return norms + compute + max(0.0, gradients - 2 / 3 * compute)
@@ -201,7 +221,6 @@ def efficiency(
     batch_alone: int,
     utilisation: float,
     overlap: bool,
-    sync_batch_norm: bool = True,
 ) -> float:
     """Returns images a second of n devices over n times those of one.
 
@@ -213,7 +232,6 @@ def efficiency(
         batch_alone: Images a step of the one device compared with.
         utilisation: Likewise.
         overlap: Likewise.
-        sync_batch_norm: Likewise.
     """
 
     def images_per_s(n: int, batch_size: int) -> float:
@@ -224,23 +242,10 @@ def efficiency(
             batch_size=batch_size,
             utilisation=utilisation,
             overlap=overlap,
-            sync_batch_norm=sync_batch_norm,
         )
 
     together = images_per_s(num_devices, batch_size)
     return together / (num_devices * images_per_s(1, batch_alone))
-
-
-def reduced_bytes(hlo: str) -> int:
-    """Returns the bytes that a compiled program's all-reduces take, of each device."""
-    total = 0
-    for line in hlo.splitlines():
-        found = re.search(r"= (.*?) all-reduce(?:-start)?\(", line)
-        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", found[1] if found else ""):
-            total += _HLO_BYTES[kind] * math.prod(
-                map(int, filter(None, sizes.split(",")))
-            )
-    return total
 
 
 def tables(steps: Sequence[Step]) -> str:
@@ -256,6 +261,15 @@ def tables(steps: Sequence[Step]) -> str:
             f"| {step.name} | {step.params:,} | {step.gradient_bytes:,} B | "
             f"{step.norm_bytes:,} B | {total / 1e6:.3f} MB | {step.flops / 1e9:.3f} |"
         )
+    lines += ["", "**Milliseconds on 8 devices: gradients + BatchNorm**", ""]
+    lines.append("| network | " + " | ".join(m.name for m in MACHINES) + " |")
+    lines.append("|---" * (1 + len(MACHINES)) + "|")
+    for step in steps:
+        cells = [
+            " + ".join(f"{1e3 * s:.2f}" for s in sending_seconds(step, machine, 8))
+            for machine in MACHINES
+        ]
+        lines.append(f"| {step.name} | " + " | ".join(cells) + " |")
     for title, per_device, in_all in (
         ("Weak scaling, 128 images a device", 128, None),
         ("Strong scaling, 1024 images in all", None, 1024),
@@ -263,7 +277,7 @@ def tables(steps: Sequence[Step]) -> str:
     ):
         for machine in MACHINES:
             most = min(machine.most, in_all or machine.most)
-            devices = [n for n in DEVICES if n <= most]
+            devices = [n for n in DEVICES if n == 1 or machine.fewest <= n <= most]
             lines += ["", f"**{title}: {machine.name}**", ""]
             lines.append("| network | " + " | ".join(map(str, devices)) + " |")
             lines.append("|---" * (1 + len(devices)) + "|")

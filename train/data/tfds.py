@@ -1,5 +1,6 @@
 """TensorFlow Datasets: prepared once with TensorFlow, read without it."""
 
+import fcntl
 import importlib
 import pathlib
 import re
@@ -29,6 +30,14 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
         OSError: The download failed; says what to do without a network.
     """
     cache = pathlib.Path(cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    # One process at a time: TFDS fails where another has prepared the set meanwhile.
+    with (cache / ".tfds.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _load(name, cache=cache, image_size=image_size)
+
+
+def _load(name: str, *, cache: pathlib.Path, image_size: int | None) -> ImageSet:
     stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
     resized = stored.with_name(f"{stored.name}-{image_size}")
     builder = None

@@ -211,8 +211,13 @@ _SUITES: dict[str, Callable[[Benchmark], Iterator[Any]]] = {
 def run(argv: Sequence[str]) -> int:
     """Measures as the arguments say, and prints a table."""
     args = tyro.cli(Benchmark, args=argv, prog="python -m train benchmark")
-    if args.repeats < 1 or args.batch_size < 1 or args.steps < 1:
-        raise UsageError("`repeats`, `batch_size` and `steps` must be >= 1.")
+    for name in ("repeats", "batch_size", "steps"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 1.")
+    if args.stem != "cifar" and (args.suite, args.models) != ("tucker", ("resnet18",)):
+        raise UsageError(
+            f"`stem` (={args.stem}) is for `suite` (=tucker) and `models` (=resnet18)."
+        )
     rows = list(_SUITES[args.suite](args))
     if args.out is not None:
         with user_input():

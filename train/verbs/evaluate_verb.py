@@ -49,7 +49,7 @@ class Evaluate:
 def run(argv: Sequence[str]) -> int:
     """Evaluates as the arguments say, and prints what it found."""
     args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
-    with joined(args.processes):
+    with joined(args.processes, saves_on_sigterm=False):
         if jax.process_index() != 0:
             # It computes its share; the first speaks for all.
             with contextlib.redirect_stdout(None):

@@ -53,6 +53,8 @@ class Finetune:
 
 def run(argv: Sequence[str]) -> int:
     """Trains as the arguments say, and prints where things lie."""
+    if {"-h", "--help"} & set(argv):  # for which nobody has to come
+        return _run(argv)
     # Before the checkpoint is read, which says what the other options begin from.
     with joined(early_processes(argv)):
         return _run(argv)

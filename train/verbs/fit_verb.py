@@ -12,9 +12,8 @@ import jax
 import tyro
 
 from train.config import Config, load_config
-from train.errors import UsageError
 from train.loop import FitResult, fit
-from train.processes import Processes, joined
+from train.processes import Processes, first_devices, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,21 +58,13 @@ def run(argv: Sequence[str]) -> int:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     with joined(args.processes):
-        devices = jax.devices()
-        if args.devices is not None and not 1 <= args.devices <= len(devices):
-            raise UsageError(
-                f"`--devices` (={args.devices}) must be in [1, {len(devices)}]."
-            )
-        if args.devices is not None and jax.process_count() > 1:
-            raise UsageError(
-                f"`--devices` (={args.devices}) is for one process; several use all."
-            )
+        devices = first_devices(args.devices)
         workdir = pathlib.Path(args.workdir or f"runs/{args.run.name}").expanduser()
         result = fit(
             args.run,
             workdir=workdir,
             resume=args.resume,
-            devices=devices[: args.devices],
+            devices=devices,
         )
         if jax.process_index() == 0:
             print(summary(result))
