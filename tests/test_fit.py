@@ -263,7 +263,7 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--config", "none.py"], "no config file at none.py"),
         (["--optimizer.decay", "-1"], "`optimizer.decay`"),
         (["--optimizer.milestones", "3", "3"], "`optimizer.milestones`"),
-        (["--process-id", "1"], "need `--coordinator`"),
+        (["--process-id", "1"], "needs `--coordinator`"),
         (["--optimizer.ema-decay", "1"], "`optimizer.ema_decay` .* must be < 1"),
         (["--optimizer.peak-share", "0"], "`optimizer.peak_share` .* must be > 0"),
         (["--optimizer.base-batch-size", "0"], "`optimizer.base_batch_size` .* >= 1"),
