@@ -1,7 +1,6 @@
 """Tiles of outputs: their geometry, and the two ways to fill them."""
 
 import dataclasses
-import itertools
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -12,9 +11,6 @@ from inertia_jax.ops.conv import Padding, conv2d, explicit_padding
 from inertia_jax.ops.views import Pads, square_offsets, sum_views, total
 
 Low = Literal["mean", "sample"]
-
-# Terms of a sum below which a matrix product is slower than a convolution on CPU.
-_LEAST_PRODUCT = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +97,6 @@ def fill_low(
     padded: Float[Array, "n hp wp c_in"],
     core: Float[Array, "m m c_in c_out"],
     tiling: Tiling,
-    *,
-    by_products: bool,
 ) -> Float[Array, "n rows columns c_out"]:
     """Returns what fills a closed tile, from one core evaluation a tile, in float32.
 
@@ -110,36 +104,16 @@ def fill_low(
         padded: Images with the tiling's padding.
         core: Filters.
         tiling: The tiles.
-        by_products: Convolve by matrix products over the rows of the core where those
-            are large enough: on CPU XLA's convolution at strides > 1 then takes twice
-            as long (64 channels; with 16, half as long).
     """
     m, n = tiling.core_size, tiling.tile_size
     spans = [(count - 1) * n + m for count in tiling.tiles]
-    wide = jnp.promote_types(padded.dtype, jnp.float32)
     if tiling.low == "sample":
         start = (n - 1) // 2
         image = padded[:, start : start + spans[0], start : start + spans[1]]
     else:
         image = sum_views(padded, None, side=n) / n**2
-    if not by_products or n * padded.shape[-1] < _LEAST_PRODUCT:
-        return conv2d(image, core, strides=n, padding="VALID").astype(wide)
-
-    # Rows and columns are split by n; then the taps b..b+n-1 of a row of the core see
-    # n neighbouring pixels, which lie side by side in memory: one product for them all.
-    images, c_in, c_out = image.shape[0], core.shape[2], core.shape[3]
-    rows, columns = tiling.tiles
-    spare = [-span % n for span in spans]
-    image = jnp.pad(image, ((0, 0), (0, spare[0]), (0, spare[1]), (0, 0)))
-    image = image.reshape(images, image.shape[1] // n, n, image.shape[2] // n, -1)
-    products = []
-    for a, b in itertools.product(range(m), range(0, m, n)):
-        taps = min(n, m - b)
-        row = image[:, a // n : a // n + rows, a % n, b // n : b // n + columns]
-        pixels = row[..., : taps * c_in].reshape(-1, taps * c_in)
-        taps_of_row = core[a, b : b + taps].reshape(-1, c_out)
-        products.append(jnp.dot(pixels, taps_of_row, preferred_element_type=wide))
-    return total(products).reshape(images, rows, columns, c_out)
+    wide = jnp.promote_types(padded.dtype, jnp.float32)
+    return conv2d(image, core, strides=n, padding="VALID").astype(wide)
 
 
 def spared_output(tiling: Tiling, dtype: Any) -> int | None:
@@ -175,7 +149,7 @@ def fill_open(
     """
     m, n = tiling.core_size, tiling.tile_size
     rows, columns = tiling.tiles
-    images, height, width, c_in = padded.shape
+    _, height, width, c_in = padded.shape
     (tile,) = jnp.nonzero(gate.reshape(-1), size=capacity, fill_value=gate.size)
     image, place = tile // (rows * columns), tile % (rows * columns)
     row, column = place // columns, place % columns
@@ -199,9 +173,14 @@ def fill_open(
             known = n * n * known - high.sum(1)
         parts = [high[:, :spared], known[:, None], high[:, spared:]]
         high = jnp.concatenate(parts, axis=1)
-    high = high.reshape(capacity, n, n, -1)
-    shape = (images, rows, n, columns, n, core.shape[-1])
-    y = jnp.broadcast_to(low[:, :, None, :, None], shape)
-    # Places beyond the last open tile have an image that does not exist.
-    y = y.at[image, row, :, column].set(high, mode="drop")
-    return y.reshape(images, rows * n, columns * n, -1).astype(core.dtype)
+    # Row by row of pixels, each a copy of all channels.
+    first = (image * rows * n + row * n) * columns * n + column * n
+    steps = jnp.asarray([i * columns * n + j for i, j in outputs])
+    places = first[:, None] + steps[None]
+    y = spread(low, n)
+    pixels = y.reshape(-1, y.shape[-1])
+    # Places beyond the last open tile are of an image that does not exist.
+    pixels = pixels.at[places.reshape(-1)].set(
+        high.reshape(-1, y.shape[-1]), mode="drop"
+    )
+    return pixels.reshape(y.shape).astype(core.dtype)

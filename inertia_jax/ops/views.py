@@ -74,15 +74,23 @@ def shifted_views(
     channel_stride: int = 1,
 ) -> Iterator[Float[Array, "n h_out w_out c_out"]]:
     """Yields, for each offset, the pixels that lie there in every region."""
-    n, _, _, c = x.shape
-    spans = [(size - 1) * s + 1 for size, s in zip(output_size, strides, strict=True)]
+    # Rows and columns are split by the strides: views are then plain slices, from which
+    # friction of 2x2 tiles takes half as long on CPU as from strided ones.
+    n, height, width, c = x.shape
+    down, across = strides
+    x = pad_image(x, ((0, -height % down), (0, -width % across)))
+    x = x.reshape(n, -(-height // down), down, -(-width // across), across, c)
+    rows, columns = output_size
     for i, j in offsets:
-        yield lax.slice(
-            x,
-            (0, i, j, 0),
-            (n, i + spans[0], j + spans[1], c),
-            (1, *strides, channel_stride),
-        )
+        row, column = i // down, j // across
+        view = x[
+            :,
+            row : row + rows,
+            i % down,
+            column : column + columns,
+            j % across,
+        ]
+        yield view[..., ::channel_stride]
 
 
 def sum_views(
