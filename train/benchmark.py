@@ -27,6 +27,7 @@ from train.trainer import Trainer, make_metadata
 _RECIPE = {"learning_rate": 0.1, "momentum": 0.9}
 _WEIGHT_DECAY = 5e-4
 _SHAPE = (32, 32, 3)
+_PAUSE_SECONDS = 0.02
 
 
 def interleaved(
@@ -34,7 +35,8 @@ def interleaved(
 ) -> dict[str, dict[str, float]]:
     """Times functions in turn and returns medians and spreads, in milliseconds.
 
-    In turn, because machines slow down and speed up over minutes.
+    In turn, because machines slow down and speed up over minutes; with a pause before
+    each call, because a library's threads go on spinning for a while after theirs.
 
     Args:
         functions: Each blocks until its work is done.
@@ -44,6 +46,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(-warmup, repeats):
         for name, function in functions.items():
+            time.sleep(_PAUSE_SECONDS)
             start = time.perf_counter()
             function()
             if repeat >= 0:
