@@ -19,7 +19,7 @@ from train.benchmark import interleaved
 # Images, side, channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
 # Rungs above the shares that are asked for, since those of chunks of images vary.
-_SPEC = Inertial(3, 4, reading="tiled", capacities=(1 / 8, 0.28, 1))
+TILED = Inertial(3, 4, reading="tiled", capacities=(1 / 8, 0.28, 1))
 
 
 def bench_op(
@@ -34,9 +34,9 @@ def bench_op(
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (images, side, side, channels))
     core = jax.random.normal(keys[1], (3, 3, channels, channels))
-    settings: dict[str, Any] = {"region_size": _SPEC.region_size, "padding": 1}
+    settings: dict[str, Any] = {"region_size": TILED.region_size, "padding": 1}
     tiling = make_tiling(
-        (side, side), core_size=3, region_size=4, padding=1, low=_SPEC.low
+        (side, side), core_size=3, region_size=4, padding=1, low=TILED.low
     )
     friction = jax.jit(
         lambda x: ops.friction(
@@ -47,7 +47,7 @@ def bench_op(
 
     @jax.jit
     def tiled(x: Any, core: Any, threshold: Any) -> Any:
-        capacities = _SPEC.capacities
+        capacities = TILED.capacities
         return ops.inertial_conv_tiled(
             x, core, threshold=threshold, capacities=capacities, **settings
         ).y
@@ -142,7 +142,7 @@ def tiled_model(name: str, width: float, rate: float) -> Any:
     return create_model(
         name,
         width=width,
-        plan=Plan((("*", dataclasses.replace(_SPEC, threshold=Rate(rate))),)),
+        plan=Plan((("*", dataclasses.replace(TILED, threshold=Rate(rate))),)),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from inertia_jax import ops
 from inertia_jax.ops.conv_grad import conv2d_to_train
+from train.bench_inertial import TILED
 from train.benchmark import interleaved
 from train.errors import needs_torch
 
@@ -17,7 +18,11 @@ STAGES = ((32, 64), (16, 128), (8, 256), (4, 512))
 # Of Tucker-2, of the channels: about a quarter of the MACs.
 _RANK_SHARE = 0.4
 _WINDOW: dict[str, Any] = {"region_size": 3, "combine": "weighted_channel"}
-_TILED: dict[str, Any] = {"region_size": 4, "padding": 1}
+_TILED: dict[str, Any] = {
+    "region_size": 4,
+    "padding": 1,
+    "capacities": TILED.capacities,
+}
 
 Calls = dict[str, Callable[[], Any]]
 
