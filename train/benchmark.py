@@ -27,7 +27,7 @@ from train.trainer import Trainer, make_metadata
 _RECIPE = {"learning_rate": 0.1, "momentum": 0.9}
 _WEIGHT_DECAY = 5e-4
 _SHAPE = (32, 32, 3)
-_PAUSE_SECONDS = 0.02
+_SHORT_MS = 100
 
 
 def interleaved(
@@ -35,8 +35,9 @@ def interleaved(
 ) -> dict[str, dict[str, float]]:
     """Times functions in turn and returns medians and spreads, in milliseconds.
 
-    In turn, because machines slow down and speed up over minutes; with a pause before
-    each call, because a library's threads go on spinning for a while after theirs.
+    In turn, because machines slow down and speed up over minutes. A short call follows
+    an untimed one of its own: caches are its own then, and threads of another library,
+    which go on spinning for a while, are asleep.
 
     Args:
         functions: Each blocks until its work is done.
@@ -44,20 +45,21 @@ def interleaved(
         warmup: Calls of each before, untimed: compilation, caches.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(-warmup, repeats):
+    for _ in range(warmup + repeats):
         for name, function in functions.items():
-            time.sleep(_PAUSE_SECONDS)
+            if times[name] and times[name][-1] < _SHORT_MS:
+                function()
             start = time.perf_counter()
             function()
-            if repeat >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - start))
+    timed = {name: values[warmup:] for name, values in times.items()}
     return {
         name: {
             "median_ms": statistics.median(values),
             "min_ms": min(values),
             "max_ms": max(values),
         }
-        for name, values in times.items()
+        for name, values in timed.items()
     }
 
 
