@@ -182,20 +182,20 @@ def tensorly_factors(sites: Mapping[str, Site], plan: Plan) -> dict[str, Any]:
         import tensorly
         import torch
         from tensorly.decomposition import partial_tucker
-    tensorly.set_backend("pytorch")
     state = {}
     for path, site in sites.items():
         spec = plan.spec(path)
         if isinstance(spec, Tucker2):
             kernel = torch.tensor(site.kernel).permute(3, 2, 0, 1).contiguous()
-            (core, (u_out, u_in)), _ = partial_tucker(
-                kernel,
-                rank=[spec.rank_out, spec.rank_in],
-                modes=[0, 1],
-                init="svd",
-                # Each iteration would be one of HOOI.
-                n_iter_max=0,
-            )
+            with tensorly.backend_context("pytorch"):
+                (core, (u_out, u_in)), _ = partial_tucker(
+                    kernel,
+                    rank=[spec.rank_out, spec.rank_in],
+                    modes=[0, 1],
+                    init="svd",
+                    # Each iteration would be one of HOOI.
+                    n_iter_max=0,
+                )
             layer = torch_key((*path.split("/"), "kernel")).removesuffix("weight")
             state[f"{layer}0.weight"] = u_in.T[:, :, None, None]
             state[f"{layer}1.weight"] = core
