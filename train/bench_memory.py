@@ -33,6 +33,12 @@ def bench_memory(
     return row
 
 
+def format_memory(row: dict[str, Any]) -> str:
+    """Returns a row's peaks as a line."""
+    found = [f"{kind} {row[kind]:,.0f} MB" for kind in ("jax", "torch") if kind in row]
+    return f"{row['model']:<11} batch {row['batch_size']}  {', '.join(found)}"
+
+
 def _peak_mb(
     kind: Literal["jax", "torch"], name: str, batch_size: int, width: float
 ) -> float:

@@ -30,16 +30,24 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
         OSError: The download failed; says what to do without a network.
     """
     cache = pathlib.Path(cache_dir).expanduser()
+    stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
+    resized = stored.with_name(f"{stored.name}-{image_size}")
+    if stored.is_dir() or resized.is_dir():  # read, and may be read-only
+        return _load(name, cache, stored, resized, image_size)
     cache.mkdir(parents=True, exist_ok=True)
     # One process at a time: TFDS fails where another has prepared the set meanwhile.
     with (cache / ".tfds.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _load(name, cache=cache, image_size=image_size)
+        return _load(name, cache, stored, resized, image_size)
 
 
-def _load(name: str, *, cache: pathlib.Path, image_size: int | None) -> ImageSet:
-    stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
-    resized = stored.with_name(f"{stored.name}-{image_size}")
+def _load(
+    name: str,
+    cache: pathlib.Path,
+    stored: pathlib.Path,
+    resized: pathlib.Path,
+    image_size: int | None,
+) -> ImageSet:
     builder = None
     if not stored.is_dir() and not resized.is_dir():
         builder = _prepared_builder(name, cache / "tfds")

@@ -10,7 +10,7 @@ import tyro
 
 from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
 from train.bench_infer import bench_infer, format_infer
-from train.bench_memory import bench_memory
+from train.bench_memory import bench_memory, format_memory
 from train.bench_ops import STAGES, bench_ops, format_ops
 from train.bench_startup import bench_startup
 from train.bench_tucker import bench_tucker, format_tucker
@@ -81,19 +81,40 @@ def _bench_inertial(args: Benchmark) -> Iterator[Any]:
         yield row
 
 
-def _bench_tucker(args: Benchmark) -> Iterator[Any]:
+def _each_model(
+    args: Benchmark,
+    measure: Callable[..., Any],
+    describe: Callable[[Any], str],
+    **options: Any,
+) -> Iterator[Any]:
     for name in args.models:
         with user_input():
-            row = bench_tucker(
+            row = measure(
                 name,
-                batch_sizes=tuple(sorted({1, args.batch_size})),
                 width=args.width or 1.0,
-                repeats=args.repeats,
                 against_torch=args.against == "torch",
-                stem=args.stem,
+                **options,
             )
-        print(format_tucker(row), flush=True)
+        print(describe(row), flush=True)
         yield row
+
+
+def _both_batches(args: Benchmark) -> dict[str, Any]:
+    sizes = tuple(sorted({1, args.batch_size}))
+    return {"batch_sizes": sizes, "repeats": args.repeats}
+
+
+def _bench_tucker(args: Benchmark) -> Iterator[Any]:
+    options = {**_both_batches(args), "stem": args.stem}
+    return _each_model(args, bench_tucker, format_tucker, **options)
+
+
+def _bench_infer(args: Benchmark) -> Iterator[Any]:
+    return _each_model(args, bench_infer, format_infer, **_both_batches(args))
+
+
+def _bench_memory(args: Benchmark) -> Iterator[Any]:
+    return _each_model(args, bench_memory, format_memory, batch_size=args.batch_size)
 
 
 def _bench_train(args: Benchmark) -> Iterator[Any]:
@@ -124,34 +145,6 @@ def _bench_train(args: Benchmark) -> Iterator[Any]:
                 line += f"  {theirs:10.1f}  {ours['median_ms'] / theirs:13.2f}"
             print(line, flush=True)
         yield {**row, "peak_gflops": peak}
-
-
-def _bench_memory(args: Benchmark) -> Iterator[Any]:
-    for name in args.models:
-        with user_input():
-            row = bench_memory(
-                name,
-                batch_size=args.batch_size,
-                width=args.width or 1.0,
-                against_torch=args.against == "torch",
-            )
-        found = [f"{k} {row[k]:,.0f} MB" for k in ("jax", "torch") if k in row]
-        print(f"{name:<11} batch {args.batch_size}  {', '.join(found)}", flush=True)
-        yield row
-
-
-def _bench_infer(args: Benchmark) -> Iterator[Any]:
-    for name in args.models:
-        with user_input():
-            row = bench_infer(
-                name,
-                batch_sizes=tuple(sorted({1, args.batch_size})),
-                width=args.width or 1.0,
-                repeats=args.repeats,
-                against_torch=args.against == "torch",
-            )
-        print(format_infer(row), flush=True)
-        yield row
 
 
 def _bench_ops(args: Benchmark) -> Iterator[Any]:
