@@ -7,7 +7,8 @@ from inertia_jax.checkpoint import (
     save_checkpoint,
 )
 from inertia_jax.compress import compress, decompress
-from inertia_jax.cost import CostTable, LayerCost, count_cost
+from inertia_jax.cost import count_cost
+from inertia_jax.cost_table import CostTable, LayerCost
 from inertia_jax.exported import (
     ExportDamagedError,
     ExportedNetwork,
@@ -19,20 +20,12 @@ from inertia_jax.fold import Folded, fold_batch_norm
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.interop import load_torch, to_torch
 from inertia_jax.models import MODEL_NAMES, create_model, init_variables
-from inertia_jax.plan import (
-    Conv,
-    Fixed,
-    Inertial,
-    Learned,
-    LowRank,
-    Plan,
-    Rate,
-    Tucker2,
-)
+from inertia_jax.plan import Plan
 from inertia_jax.planned import Planned
 from inertia_jax.post_training import make_inertial
 from inertia_jax.ranks import Budget, Energy, Evbmf, Ratio
 from inertia_jax.recalibrate import recalibrate_batch_norm
+from inertia_jax.specs import Conv, Fixed, Inertial, Learned, LowRank, Rate, Tucker2
 from inertia_jax.variants import published_variant
 
 __version__ = "0.1.0"

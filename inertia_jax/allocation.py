@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from inertia_jax.ops.ranks import kept_energy, lower_hull, mode_spectra
-from inertia_jax.ops.tucker import max_ranks, split_groups, tucker2
-from inertia_jax.plan import Conv, LowRank, Tucker2
+from inertia_jax.ops.tucker import tucker2
+from inertia_jax.ops.unfold import max_ranks, split_groups
 from inertia_jax.sites import Factorised, Site
+from inertia_jax.specs import Conv, LowRank, Tucker2
 
 # Steps into which a layer's channels are cut.
 _RANK_STEPS = 64

@@ -21,9 +21,9 @@ from inertia_jax.cost import count_cost
 from inertia_jax.factorise import Weighed
 from inertia_jax.latency import model_latency_ms, site_latencies_ms
 from inertia_jax.ops.ranks import lower_hull
-from inertia_jax.plan import Conv
 from inertia_jax.ranks import Budget
 from inertia_jax.sites import Factorised, Site, leaves_at, with_leaves
+from inertia_jax.specs import Conv
 
 # Lost shares of energy at which a layer's effect on the outputs is measured.
 _PROBES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)

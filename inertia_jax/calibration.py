@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from inertia_jax.cost import first_argument
+from inertia_jax.calls import first_argument
 from inertia_jax.sites import Site
 
 # Of eigenvalues, relative to their mean: inputs that hardly ever occur must not make

@@ -15,10 +15,11 @@ from inertia_jax.calibration import batched, checked_images, input_moments
 from inertia_jax.factorise import Weighed
 from inertia_jax.models import image_shape_of
 from inertia_jax.ops.tucker import Method
-from inertia_jax.plan import Conv, Plan, Spec, Tucker2
+from inertia_jax.plan import Plan
 from inertia_jax.planned import Planned
 from inertia_jax.ranks import Budget, RankRule, rank_by_rule
 from inertia_jax.sites import Site, bias_of, find_sites, leaves_at, with_leaves
+from inertia_jax.specs import Conv, Spec, Tucker2
 
 
 def compress(

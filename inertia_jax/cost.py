@@ -1,161 +1,19 @@
 """Parameters and multiply-accumulates of a network, layer by layer."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.factorised import LowRankConv, Pointwise, Tucker2Conv
+from inertia_jax.calls import Call, record_calls
+from inertia_jax.cost_table import CONVOLUTIONS, CostTable, Kind, LayerCost
+from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_cost import count_inertial
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.plan import Plan, Rate, stays_dense
-
-Kind = Literal["conv", "inertial", "tucker2", "low_rank", "dense", "other"]
-CONVOLUTIONS = ("conv", "inertial", "tucker2", "low_rank")
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCost:
-    """What one layer costs.
-
-    Attributes:
-        path: Where the layer stands, e.g. `layer1_0/conv1`.
-        kind: `conv`, `inertial`, `tucker2`, `low_rank`, `dense`, or `other` for layers
-            counted by parameters alone.
-        output_shape: Of one image, without the batch; empty for `other`.
-        params: Number of parameters.
-        macs: Multiply-accumulates an image, without bias (FLOPs = 2 x MACs), at the
-            gate rate: core evaluations of an inertial layer, closed tiles' included.
-        dense_macs: Of the dense convolution that the layer replaces.
-        core_macs: Of an inertial layer with every gate closed.
-        ladder_macs: Of the capacity that holds the gate rate: what a compiled tiled
-            layer multiplies in evaluation, or more where a batch has more open tiles.
-        other_ops: Additions, differences, magnitudes and products of friction, box
-            means and joins, which are no MACs of a core; two of them count as one MAC.
-        gate_rate: Share of open gates that `macs` is counted at.
-        ranks: (rank_in, rank_out) of a Tucker-2 layer, (rank,) of two factors.
-        note: Why the layer is not what the plan has for it.
-    """
-
-    path: str
-    kind: Kind
-    output_shape: tuple[int, ...]
-    params: int
-    macs: int
-    dense_macs: int | None = None
-    core_macs: int | None = None
-    ladder_macs: int | None = None
-    other_ops: int = 0
-    gate_rate: float | None = None
-    ranks: tuple[int, ...] = ()
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class CostTable:
-    """What a network costs; prints as a table.
-
-    Attributes:
-        rows: One a layer that has parameters, in the order of the computation.
-    """
-
-    rows: tuple[LayerCost, ...]
-
-    @property
-    def params(self) -> int:
-        """Number of parameters of the network."""
-        return sum(row.params for row in self.rows)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates an image, of convolutions and linear layers."""
-        return sum(row.macs for row in self.rows)
-
-    @property
-    def dense_macs(self) -> int:
-        """The same with the dense convolutions that other kinds replace."""
-        return sum(_or(row.dense_macs, row.macs) for row in self.rows)
-
-    @property
-    def ladder_macs(self) -> int:
-        """What compiled evaluation multiplies, capacities included."""
-        return sum(_or(row.ladder_macs, row.macs) for row in self.rows)
-
-    @property
-    def other_ops(self) -> int:
-        """Operations of friction, box means and joins."""
-        return sum(row.other_ops for row in self.rows)
-
-    @property
-    def total_macs(self) -> int:
-        """Everything counted: `macs`, and `other_ops` at two for one."""
-        return self.macs + math.ceil(self.other_ops / 2)
-
-    def __str__(self) -> str:
-        gated = any(row.gate_rate is not None for row in self.rows)
-        ranked = any(row.ranks for row in self.rows)
-        noted = any(row.note for row in self.rows)
-        columns: dict[str, Callable[[LayerCost], str]] = {
-            "layer": lambda r: r.path,
-            "output": lambda r: "x".join(map(str, r.output_shape)),
-        }
-        if ranked:
-            columns["ranks"] = lambda r: ",".join(map(str, r.ranks))
-        columns["parameters"] = lambda r: f"{r.params:,}"
-        if gated or ranked:
-            columns["dense MACs"] = lambda r: f"{_or(r.dense_macs, r.macs):,}"
-        if gated:
-            columns["core MACs"] = lambda r: _number(r.core_macs)
-            columns["gate rate"] = lambda r: (
-                "" if r.gate_rate is None else f"{r.gate_rate:.3f}"
-            )
-        columns["MACs"] = lambda r: f"{r.macs:,}"
-        if gated:
-            columns["as compiled"] = lambda r: f"{_or(r.ladder_macs, r.macs):,}"
-            columns["other ops"] = lambda r: _number(r.other_ops or None)
-        if noted:
-            columns[""] = lambda r: f"  stays dense: {r.note}" if r.note else ""
-        totals = {
-            "layer": "total",
-            "parameters": f"{self.params:,}",
-            "dense MACs": f"{self.dense_macs:,}",
-            "MACs": f"{self.macs:,}",
-            "as compiled": f"{self.ladder_macs:,}",
-            "other ops": f"{self.other_ops:,}",
-        }
-        body = [tuple(show(row) for show in columns.values()) for row in self.rows]
-        last = tuple(totals.get(name, "") for name in columns)
-        text = _aligned([tuple(columns), *body, last])
-        share = self.total_macs / max(1, self.dense_macs)
-        if gated:
-            compiled = (self.ladder_macs + self.other_ops / 2) / max(1, self.dense_macs)
-            text += (
-                f"\n{self.total_macs:,} MACs with two other ops counted as one, "
-                f"{share:.3f} of the dense network's; as compiled {compiled:.3f}"
-            )
-        elif ranked:
-            text += f"\n{share:.3f} of the dense network's MACs"
-        return text
-
-
-def _number(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = [f"{{:<{width}}}" for width in widths[:2]]
-    row = "  ".join([*left, *(f"{{:>{width}}}" for width in widths[2:])])
-    return "\n".join(row.format(*line).rstrip() for line in lines)
+from inertia_jax.plan import Plan
+from inertia_jax.specs import Rate, stays_dense
 
 
 def count_cost(
@@ -231,70 +89,6 @@ def count_cost(
             fields["note"] = _note(plan, path, call.module)
         rows.append(LayerCost(path, kind, call.output_shape, params, macs, **fields))
     return CostTable(tuple(rows))
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """How a layer is called.
-
-    Attributes:
-        module: The layer; None for one whose operations are not counted.
-        input_shape: [n, h, w, c_in].
-        output_shape: Of one image.
-    """
-
-    module: Any
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-
-    @property
-    def is_factorised(self) -> bool:
-        """Whether the layer's parts are layers themselves."""
-        return isinstance(self.module, (Tucker2Conv, LowRankConv))
-
-
-_COUNTED = (nn.Conv, nn.Dense, Pointwise, InertialConv, Tucker2Conv, LowRankConv)
-
-
-def record_calls(
-    model: nn.Module, shape: tuple[int, ...]
-) -> tuple[dict[str, Call], Any]:
-    """Returns how every layer is called, by path, and the shapes of all variables.
-
-    Nothing is computed.
-
-    Args:
-        model: Called as `model(images)`.
-        shape: Of one image [h, w, c], or of a batch.
-    """
-    calls: dict[str, Call] = {}
-
-    def record(
-        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ):
-        output = call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.path:
-            path = "/".join(context.module.path)
-            known = calls.get(path)
-            if isinstance(context.module, _COUNTED):
-                # What stands in for a layer is recorded before it, at the same path.
-                if known is None or not known.is_factorised:
-                    x = first_argument(args, kwargs)
-                    calls[path] = Call(context.module, x.shape, output.shape[1:])
-            else:
-                # Keeps the order of the computation; dropped if it owns nothing.
-                calls.setdefault(path, Call(None, (), ()))
-        return output
-
-    with nn.intercept_methods(record):
-        images = jax.ShapeDtypeStruct((1, *shape[-3:]), jnp.float32)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return calls, variables
-
-
-def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Returns what a layer is called on, whether by place or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _kind(module: Any) -> Kind:

@@ -9,19 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from inertia_jax.calibration import weighing
-from inertia_jax.ops.tucker import (
-    LowRankFactors,
-    Method,
-    Tucker2Factors,
-    factor_kernels,
-    low_rank,
-    low_rank_to_kernel,
-    split_groups,
-    tucker2,
-    tucker2_to_kernel,
-)
-from inertia_jax.plan import Conv, LowRank
+from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors, factor_kernels
+from inertia_jax.ops.low_rank import low_rank, low_rank_to_kernel
+from inertia_jax.ops.tucker import Method, tucker2, tucker2_to_kernel
+from inertia_jax.ops.unfold import split_groups
 from inertia_jax.sites import Factorised, Site, bias_of
+from inertia_jax.specs import Conv, LowRank
 
 
 class Weighed:

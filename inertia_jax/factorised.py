@@ -13,8 +13,9 @@ from jaxtyping import Float
 
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.conv import conv_for_linen, pair
-from inertia_jax.ops.tucker import max_ranks, pointwise
-from inertia_jax.plan import Conv, Inertial
+from inertia_jax.ops.factors import pointwise
+from inertia_jax.ops.unfold import max_ranks
+from inertia_jax.specs import Conv, Inertial
 
 
 class Pointwise(nn.Module):
@@ -67,7 +68,7 @@ class Tucker2Conv(nn.Module):
         features: Output channels.
         kernel_size: Sides of the core, or one of a square one.
         rank_in: Channels before the core, of each group, in [1, c_in / groups], and at
-            most what the kernel's unfolding can have (`ops.tucker.max_ranks`).
+            most what the kernel's unfolding can have (`ops.unfold.max_ranks`).
         rank_out: Channels after it, of each group, in [1, features / groups], likewise.
         strides: As `nn.Conv` has it, as all below; of the core.
         padding: Of the core.

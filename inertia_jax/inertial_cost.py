@@ -7,7 +7,7 @@ from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.conv import pair
 from inertia_jax.ops.friction import periphery_offsets
 from inertia_jax.ops.tiling import make_tiling, spared_output
-from inertia_jax.plan import Inertial
+from inertia_jax.specs import Inertial
 
 
 def count_inertial(

@@ -19,7 +19,7 @@ from inertia_jax.ops.inertial import InertialOutput, inertial_conv, weights_shap
 from inertia_jax.ops.tiled import inertial_conv_tiled
 from inertia_jax.ops.tiling import make_tiling
 from inertia_jax.ops.views import stride_pair
-from inertia_jax.plan import Fixed, Inertial, Learned, Threshold
+from inertia_jax.specs import Fixed, Inertial, Learned, Threshold
 
 # Of running means, counted as Flax does: the share of the past that stays.
 _MOMENTUM = 0.9

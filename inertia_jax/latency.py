@@ -12,14 +12,11 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax.ops.conv import conv2d
-from inertia_jax.ops.tucker import (
-    LowRankFactors,
-    Tucker2Factors,
-    low_rank_conv,
-    tucker2_conv,
-)
-from inertia_jax.plan import Conv, LowRank
+from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors
+from inertia_jax.ops.low_rank import low_rank_conv
+from inertia_jax.ops.tucker import tucker2_conv
 from inertia_jax.sites import Factorised, Site, stack_groups
+from inertia_jax.specs import Conv, LowRank
 
 _REPEATS = 7
 # A call is repeated until it takes this long, so that the clock does not matter.

@@ -11,11 +11,13 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jaxtyping import Float
 
+from inertia_jax.batch_norm import BatchNormToTrain
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.conv import conv_for_linen
 from inertia_jax.ops.conv_grad import conv_for_linen_to_train
-from inertia_jax.plan import Conv, Inertial, LowRank, Plan, Tucker2, stays_dense
+from inertia_jax.plan import Plan
+from inertia_jax.specs import Conv, Inertial, LowRank, Tucker2, stays_dense
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
 torch_kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -177,16 +179,18 @@ class Layers:
         self, parent: nn.Module, name: str, x: Float[Array, "n h w c"], *, train: bool
     ) -> Float[Array, "n h w c"]:
         """Applies BatchNorm with PyTorch's constants (Flax counts momentum from 1)."""
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            axis_name=self.axis_name,
-            parent=parent,
-            name=name,
-        )(x)
+        common: dict[str, Any] = {
+            "momentum": 0.9,
+            "epsilon": 1e-5,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "axis_name": self.axis_name,
+            "parent": parent,
+            "name": name,
+        }
+        if train:
+            return BatchNormToTrain(**common)(x)
+        return nn.BatchNorm(use_running_average=True, **common)(x)
 
     def dense(
         self, parent: nn.Module, name: str, x: Float[Array, "n c_in"], features: int

@@ -6,7 +6,8 @@ from flax import linen as nn
 
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.ops.conv import pair
-from inertia_jax.plan import Conv, LowRank, Plan, Tucker2
+from inertia_jax.plan import Plan
+from inertia_jax.specs import Conv, LowRank, Tucker2
 
 
 class Planned(nn.Module):

@@ -2,30 +2,23 @@
 
 import dataclasses
 import fnmatch
-import heapq
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.calibration import checked_images
-from inertia_jax.cost import CostTable, count_cost
+from inertia_jax.cost import count_cost
 from inertia_jax.ops.friction import Metric, Reference
 from inertia_jax.ops.tiling import Low
-from inertia_jax.plan import Fixed, Inertial, Plan, Rate
+from inertia_jax.plan import Plan
 from inertia_jax.recalibrate import recalibrate_batch_norm
-
-# Shares of open tiles that a layer is tried at, one after the other.
-_RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
-_BISECTIONS = 6
-# Below every friction, and above: all tiles open, all closed.
-_OPEN, _CLOSED = -1.0, 1e30
+from inertia_jax.specs import Fixed, Inertial, Rate
+from inertia_jax.threshold_search import CLOSED, OPEN, ThresholdSearch
 
 
 def make_inertial(
@@ -105,7 +98,7 @@ def make_inertial(
         "channel_stride": channel_stride,
     }
     specs = _tileable(model, variables, images.shape[1:], layers, tile_size, options)
-    search = _Search(model, variables, specs, images, batch_size)
+    search = ThresholdSearch(model, variables, specs, images, batch_size)
     state = search.run(macs)
 
     rules: list[tuple[str, Inertial]] = []
@@ -115,7 +108,7 @@ def make_inertial(
         rate, threshold = state.rates[path], state.thresholds[path]
         if rate == 1:
             continue
-        target = Rate(rate) if rate else Fixed(_CLOSED)
+        target = Rate(rate) if rate else Fixed(CLOSED)
         rules.append((path, dataclasses.replace(spec, threshold=target)))
         thresholds[(*path.split("/"), "threshold")] = jnp.asarray(threshold, wide)
     if not rules:
@@ -154,7 +147,7 @@ def _tileable(
         # Of a 1x1 convolution, friction costs about as much as tiles can save.
         if side > 1:
             region = side + tile_size - 1
-            specs[row.path] = Inertial(side, region, threshold=Fixed(_OPEN), **options)
+            specs[row.path] = Inertial(side, region, threshold=Fixed(OPEN), **options)
     tried = model.clone(plan=Plan((*specs.items(), *model.plan.rules)))
     rows = count_cost(tried, image_shape).rows
     inertial = {row.path for row in rows if row.kind == "inertial"}
@@ -164,188 +157,3 @@ def _tileable(
             f"larger than 1 x 1."
         )
     return {path: spec for path, spec in specs.items() if path in inertial}
-
-
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """Thresholds, and what they do to the calibration images.
-
-    Attributes:
-        thresholds: By path.
-        rates: Measured shares of open tiles, by path.
-        divergence: Mean Kullback-Leibler divergence from the dense network, in nats.
-        frictions: Of each layer's tiles, sorted.
-        cost: Everything counted, in MACs an image.
-    """
-
-    thresholds: dict[str, float]
-    rates: dict[str, float]
-    divergence: float
-    frictions: dict[str, np.ndarray]
-    cost: float
-
-
-class _Search:
-    """Tries thresholds, which are variables, so that one compiled call serves all."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        variables: Mapping[str, Any],
-        specs: dict[str, Inertial],
-        images: np.ndarray,
-        batch_size: int,
-    ) -> None:
-        rules = Plan((*specs.items(), *model.plan.rules)).without_ladders().rules
-        self._model = model.clone(plan=Plan(rules))
-        self._variables = variables
-        self._batches = [
-            jnp.asarray(images[i : i + batch_size])
-            for i in range(0, max(1, len(images) - batch_size + 1), batch_size)
-        ]
-        dense = jax.jit(lambda v, batch: self._logits(model, v, batch)[0])
-        self._dense = [dense(variables, batch) for batch in self._batches]
-        if not all(bool(jnp.isfinite(logits).all()) for logits in self._dense):
-            raise ValueError(
-                "the outputs on `calibration` must be finite; some are not."
-            )
-        shape = images.shape[1:]
-        self._dense_cost = count_cost(model, shape)
-        closed = count_cost(self._model, shape, gate_rates=dict.fromkeys(specs, 0.0))
-        opened = count_cost(self._model, shape)
-        self._costs = _layer_costs(self._dense_cost, closed, opened, specs)
-        self._apply = jax.jit(self._forward)
-        self._paths = list(specs)
-
-    @staticmethod
-    def _logits(model: nn.Module, variables: Mapping[str, Any], batch: Any) -> Any:
-        """Returns logits under the batch's own statistics, and what was sown."""
-        has_statistics = "batch_stats" in variables
-        return model.apply(
-            variables,
-            batch,
-            train=has_statistics,
-            mutable=["intermediates", "batch_stats"],
-            rngs={"dropout": jax.random.key(0)},
-        )
-
-    def _forward(
-        self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
-    ) -> Any:
-        nested = traverse_util.unflatten_dict(
-            {(*path.split("/"), "threshold"): t for path, t in thresholds.items()}
-        )
-        logits, sown = self._logits(
-            self._model, {**variables, "thresholds": nested}, batch
-        )
-        wide = jnp.promote_types(logits.dtype, jnp.float32)
-        p = jax.nn.log_softmax(dense.astype(wide))
-        q = jax.nn.log_softmax(logits.astype(wide))
-        divergence = (jnp.exp(p) * (p - q)).sum(-1)
-        flat = traverse_util.flatten_dict(sown.get("intermediates", {}))
-        named: dict[str, dict[str, Any]] = {"gate_rate": {}, "friction": {}}
-        for (*path, name), value in flat.items():
-            named[name]["/".join(path)] = value[0]
-        return divergence, named["gate_rate"], named["friction"]
-
-    def measure(self, thresholds: dict[str, float]) -> _State:
-        """Runs the calibration images with these thresholds."""
-        arrays = {path: jnp.float32(t) for path, t in thresholds.items()}
-        parts = [
-            jax.device_get(self._apply(self._variables, arrays, batch, dense))
-            for batch, dense in zip(self._batches, self._dense, strict=True)
-        ]
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        divergence, gate_rates, frictions = joined
-        rates = {path: float(gate_rates[path].mean()) for path in self._paths}
-        return _State(
-            thresholds=thresholds,
-            rates=rates,
-            divergence=float(divergence.mean()),
-            frictions={p: np.sort(f, axis=None) for p, f in frictions.items()},
-            cost=self.cost(rates),
-        )
-
-    def cost(self, rates: dict[str, float]) -> float:
-        """Returns the MACs of the whole network at these rates."""
-        total = float(self._dense_cost.macs)
-        for path, rate in rates.items():
-            dense, closed, opened = self._costs[path]
-            if rate < 1:
-                total += closed + rate * (opened - closed) - dense
-        return total
-
-    def with_rate(self, state: _State, path: str, rate: float) -> _State:
-        """Returns the state after one layer's threshold was set for a rate."""
-        threshold = _CLOSED
-        if rate == 1:
-            threshold = _OPEN
-        elif rate > 0:
-            threshold = float(np.quantile(state.frictions[path], 1 - rate))
-        return self.measure({**state.thresholds, path: threshold})
-
-    def run(self, macs: float) -> _State:
-        """Lowers rates until the network takes at most the share `macs`."""
-        budget = macs * self._dense_cost.macs
-        state = self.measure(dict.fromkeys(self._paths, _OPEN))
-        if state.cost <= budget:
-            return state
-        least = self.cost(dict.fromkeys(self._paths, 0.0))
-        if least > budget:
-            share = least / self._dense_cost.macs
-            raise ValueError(
-                f"`macs` (={macs}) must be at least {share:.4f}, the share with every "
-                f"tile closed."
-            )
-        levels = dict.fromkeys(self._paths, 0)
-        # Scores grow stale as other layers change; the best is measured again before it
-        # is taken, and put back if another one has become better.
-        queue = [(-np.inf, path) for path in self._paths]
-        while True:
-            _, path = heapq.heappop(queue)
-            tried = self.with_rate(state, path, _RATES[levels[path] + 1])
-            while tried.cost >= state.cost and levels[path] + 2 < len(_RATES):
-                levels[path] += 1  # friction takes what this rate saves
-                tried = self.with_rate(state, path, _RATES[levels[path] + 1])
-            saved = max(state.cost - tried.cost, 1e-9)
-            score = (tried.divergence - state.divergence) / saved
-            if queue and score > queue[0][0]:
-                heapq.heappush(queue, (score, path))
-                continue
-            if tried.cost <= budget:
-                return self._up_to(state, tried, path, levels[path], budget)
-            state = tried
-            levels[path] += 1
-            if levels[path] + 1 < len(_RATES):
-                heapq.heappush(queue, (score, path))
-
-    def _up_to(
-        self, state: _State, tried: _State, path: str, level: int, budget: float
-    ) -> _State:
-        """Returns the last move, made only as far as the budget asks."""
-        high, low = _RATES[level], _RATES[level + 1]
-        for _ in range(_BISECTIONS):
-            middle = (high + low) / 2
-            between = self.with_rate(state, path, middle)
-            if between.cost <= budget:
-                low, tried = middle, between
-            else:
-                high = middle
-        return tried
-
-
-def _layer_costs(
-    dense: CostTable, closed: CostTable, opened: CostTable, specs: dict[str, Inertial]
-) -> dict[str, tuple[float, float, float]]:
-    """Returns each layer's MACs dense, with every tile closed, and with every open."""
-    rows = {row.path: row for row in dense.rows}
-    ends = zip(closed.rows, opened.rows, strict=True)
-    return {
-        low.path: (
-            rows[low.path].macs,
-            low.macs + low.other_ops / 2,
-            high.macs + high.other_ops / 2,
-        )
-        for low, high in ends
-        if low.path in specs
-    }

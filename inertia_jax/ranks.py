@@ -11,14 +11,10 @@ from inertia_jax.ops.ranks import (
     evbmf_rank,
     mode_spectra,
 )
-from inertia_jax.ops.tucker import (
-    max_ranks,
-    split_groups,
-    unfold_in,
-    unfold_out,
-)
-from inertia_jax.plan import Conv, LowRank, Plan, Tucker2
+from inertia_jax.ops.unfold import max_ranks, split_groups, unfold_in, unfold_out
+from inertia_jax.plan import Plan
 from inertia_jax.sites import Factorised, Site
+from inertia_jax.specs import Conv, LowRank, Tucker2
 
 
 def _check_share(name: str, value: float) -> None:

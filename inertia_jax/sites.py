@@ -12,17 +12,15 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
 
-from inertia_jax.cost import Call, record_calls
+from inertia_jax.calls import Call, record_calls
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.ops.conv import pair
-from inertia_jax.ops.tucker import (
-    LowRankFactors,
-    Tucker2Factors,
-    low_rank_to_kernel,
-    tucker2_to_kernel,
-)
-from inertia_jax.plan import Conv, LowRank, Plan, Tucker2
+from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors
+from inertia_jax.ops.low_rank import low_rank_to_kernel
+from inertia_jax.ops.tucker import tucker2_to_kernel
+from inertia_jax.plan import Plan
 from inertia_jax.planned import cannot_factorise
+from inertia_jax.specs import Conv, LowRank, Tucker2
 
 Factorised = Tucker2 | LowRank
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from inertia_jax.ops.friction import check_choice, check_sizes, periphery_offsets
-from inertia_jax.plan import Fixed, Inertial, Learned, Threshold
+from inertia_jax.specs import Fixed, Inertial, Learned, Threshold
 
 Variant = Literal[
     "original", "mod1", "mod2", "mod5", "mod6", "spconv2d", "mod7", "mod8", "mod9"

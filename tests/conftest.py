@@ -1,6 +1,5 @@
 """Eight simulated devices, strict ranks, shapes checked at run time."""
 
-import contextlib
 import os
 import pathlib
 
@@ -18,21 +17,23 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the tests' time is compilation, and many compile the same.
+# Most of the tests' time is compilation. Without XLA's expensive passes it takes half
+# the time; tests of operations and of long training, and programs that tests start,
+# have them.
+jax.config.update("jax_disable_most_optimizations", True)
+# Many compile the same.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Before anything of the library is imported.
+LIBRARY = """
+    allocation batch_norm budget calibration calls checkpoint compress cost cost_table
+    exported factorise factorised fold fold_trace inertial_cost interop latency layers
+    models ops planned ranks recalibrate sites
+"""
 jaxtyping.install_import_hook(
     [
-        *(f"inertia_jax.{name}" for name in ("checkpoint", "cost", "interop")),
-        *(f"inertia_jax.{name}" for name in ("layers", "models", "ops")),
-        *(f"inertia_jax.{name}" for name in ("inertial_cost", "recalibrate")),
-        *(f"inertia_jax.{name}" for name in ("calibration", "compress", "factorise")),
-        *(f"inertia_jax.{name}" for name in ("factorised", "planned", "ranks")),
-        *(f"inertia_jax.{name}" for name in ("sites", "budget", "latency")),
-        "inertia_jax.allocation",
-        *(f"inertia_jax.{name}" for name in ("exported", "fold", "fold_trace")),
+        *(f"inertia_jax.{name}" for name in LIBRARY.split()),
         *(f"train.{name}" for name in ("augment", "distill", "feed", "step")),
     ],
     "beartype.beartype",
@@ -46,29 +47,26 @@ def x64():
         yield
 
 
-@contextlib.contextmanager
-def _compiled_quickly():
+@pytest.fixture(scope="module")
+def optimised():
+    """XLA with its expensive passes, as users have it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
     jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
-def quick_compile():
-    """For whole networks that run once: compiling them is what takes the time."""
-    with _compiled_quickly():
-        yield
+def quick_compile(optimised):
+    """For whole networks that run once, among tests that are `optimised`."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    """For what trains only to have something trained: eight devices take longer.
-
-    Compiled in half the time, too; other tests train as users do.
-    """
-    with pytest.MonkeyPatch.context() as patch, _compiled_quickly():
+    """For what trains only to have something trained: eight devices take longer."""
+    with pytest.MonkeyPatch.context() as patch:
         first = jax.devices()[:1]
         patch.setattr(jax, "devices", lambda: first)
         yield

@@ -11,7 +11,7 @@ from flax import traverse_util
 
 import inertia_jax as ij
 from inertia_jax.models.resnet_cifar import CifarResNet
-from inertia_jax.ops.tucker import max_ranks
+from inertia_jax.ops.unfold import max_ranks
 from inertia_jax.ranks import rank_by_rule
 from inertia_jax.sites import find_sites
 

@@ -12,6 +12,8 @@ import inertia_jax as ij
 from inertia_jax.ops import conv_grad
 from inertia_jax.ops.conv_grad import conv2d_to_train, kernel_gradient
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def convolve(x, kernel, strides, padding):
     dimensions = ("NHWC", "HWIO", "NHWC")

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import inertia_jax as ij
 from inertia_jax import ops
-from inertia_jax.ops.tucker import factor_kernels
+from inertia_jax.ops.factors import factor_kernels
 
 KEY = jax.random.key(0)
 # float32 products of some 40 terms, in another order.

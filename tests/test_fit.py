@@ -20,8 +20,9 @@ from conftest import ROOT, shared_file
 import inertia_jax as ij
 from inertia_jax.checkpoint import load_arrays, load_metadata
 from train.__main__ import main
+from train.build import make_model
 from train.checkpoints import best_step, latest_steps
-from train.config import load_config, make_model
+from train.config_file import load_config
 
 FIT = [
     "fit",

@@ -13,6 +13,8 @@ from jax.test_util import check_grads
 
 from inertia_jax import ops
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 WEIGHTED = ("weighted", "weighted_channel", "weighted_input")
 COMBINES = ("mean", "sum", "max", "stack", *WEIGHTED)
 METRICS = ("l1", "l2", "max")

@@ -37,7 +37,7 @@ def test_deeper_cifar_resnets_have_the_published_size(name, params):
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla", "resnet20"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_narrow_networks_run_in_every_type(name, dtype, quick_compile):
+def test_narrow_networks_run_in_every_type(name, dtype):
     model = ij.create_model(name, width=0.05, num_classes=7, dtype=dtype)
     variables = ij.init_variables(model, jax.random.key(0))
     leaves = jax.tree.leaves(variables)

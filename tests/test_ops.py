@@ -8,6 +8,8 @@ from jax import lax
 
 from inertia_jax import ops
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 CASES = [  # image, c_in, c_out, kernel, strides, padding, dilation, groups
     (9, 4, 6, 3, 1, "SAME", 1, 1),
     (9, 4, 6, 3, 2, 1, 1, 1),
@@ -128,3 +130,35 @@ def test_max_pool2d_and_its_gradient_equal_pytorchs(size):
     )
     gradient = jax.grad(lambda x: (ops.max_pool2d(x, window=2) ** 2).sum())(x)
     np.testing.assert_array_equal(gradient, their_x.grad.numpy().transpose(0, 2, 3, 1))
+
+
+def test_pixels_that_are_the_maximum_share_its_gradient():
+    x = jnp.array([[2.0, 2.0], [1.0, 0.0]]).reshape(1, 2, 2, 1)
+    gradient = jax.grad(lambda x: ops.max_pool2d(x, window=2).sum())(x)
+    np.testing.assert_array_equal(gradient[0, ..., 0], [[0.5, 0.5], [0, 0]])
+
+
+@pytest.mark.parametrize("quickly", [False, True])
+def test_the_gradient_of_max_pool2d_outlives_rounding(quickly, x64):
+    # Compiled quickly, XLA computes the pixels again for the gradient, in another loop
+    # that rounds otherwise: compared with the maximum, half of them would lose theirs.
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(8, 2, 2, 64)), rng.normal(size=(64, 10))
+    scale, bias = rng.normal(1, 1, size=(2, 1, 1, 1, 64))
+
+    def loss(x):
+        y = ops.max_pool2d(jax.nn.relu(x * scale + bias), window=2)
+        return jax.nn.logsumexp(y[:, 0, 0] @ weights, axis=-1).sum()
+
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    try:
+        gradient = jax.jit(jax.grad(loss))(x)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+    y = np.maximum(x * scale + bias, 0)
+    largest = y.max((1, 2), keepdims=True)
+    logits = largest[:, 0, 0] @ weights
+    share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = (y == largest) * (y > 0) * scale * (share @ weights.T)[:, None, None]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)

@@ -12,6 +12,8 @@ from train.data.sets import ImageSet, Split
 from train.state import init_state
 from train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SYNTHETIC = Data(source="synthetic", mean=(0.5,) * 3, std=(0.25,) * 3)
 
 

@@ -10,15 +10,8 @@ from conftest import ROOT
 from test_parallel import make_config, synthetic_set
 
 from inertia_jax import Fixed, Inertial, Plan
-from train.scaling import (
-    MACHINES,
-    MARKER,
-    all_steps,
-    count_step,
-    efficiency,
-    step_seconds,
-    tables,
-)
+from train.scaling import MARKER, all_steps, tables
+from train.scaling_model import MACHINES, count_step, efficiency, step_seconds
 from train.state import init_state
 from train.trainer import Trainer
 

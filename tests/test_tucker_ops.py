@@ -8,7 +8,9 @@ import scipy.fft
 from test_ops import CASES
 
 from inertia_jax import ops
-from inertia_jax.ops.tucker import left_singular, max_ranks, unfold_in, unfold_out
+from inertia_jax.ops.unfold import left_singular, max_ranks, unfold_in, unfold_out
+
+pytestmark = pytest.mark.usefixtures("optimised")
 
 # float64: only the order of summation differs.
 CLOSE = dict(rtol=1e-10, atol=1e-10)

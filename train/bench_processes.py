@@ -28,7 +28,7 @@ from train.data.sets import ImageSet, Split
 from train.parallel import AXIS, Parallel
 from train.platform import choose_cpu_convolutions
 from train.rundir import describe_machine
-from train.scaling import count_step
+from train.scaling_model import count_step
 from train.trainer import Trainer
 
 _WIDTHS = (0.25, 1.0)

@@ -1,21 +1,11 @@
 """The configuration of a run: every default is written here, once."""
 
 import dataclasses
-import importlib.util
 import itertools
-import json
-import pathlib
 import typing
 from typing import Any, Literal
 
-import jax.numpy as jnp
-from flax import linen as nn
-
-from inertia_jax import Plan, create_model
-from inertia_jax.checkpoint import Preprocessing
 from train.errors import UsageError
-
-Kind = typing.TypeVar("Kind")
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -240,97 +230,3 @@ class Config:
                 f"`optimizer.warmup_epochs` (={self.optimizer.warmup_epochs}) must be "
                 f"less than `epochs` (={self.epochs})."
             )
-
-
-def load_config(path: str | pathlib.Path) -> Config:
-    """Reads the `config` of a Python file.
-
-    Raises:
-        UsageError: There is no such file, it fails, or it holds no Config.
-    """
-    return load_from_file(pathlib.Path(path), "config", Config)
-
-
-def load_from_file(path: pathlib.Path, name: str, kind: type[Kind]) -> Kind:
-    """Reads what a Python file defines as `name`.
-
-    Raises:
-        UsageError: There is no such file, it fails, or it holds none of that kind.
-    """
-    if not path.is_file():
-        raise UsageError(f"there is no {name} file at {path}.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"`{name}` (={path}) must be a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UsageError:
-        raise
-    except Exception as error:  # whatever the file does, an unknown field say
-        raise UsageError(f"{path}: {type(error).__name__}: {error}.") from error
-    value = getattr(module, name, None)
-    if not isinstance(value, kind):
-        raise UsageError(
-            f"{path} must define `{name}`, a {kind.__module__}.{kind.__name__}."
-        )
-    return value
-
-
-def config_to_json(config: Config) -> dict[str, Any]:
-    """Returns the configuration as JSON has it: tuples become lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Returns a JSON config with the fields it is too old to have."""
-    filled = {**defaults, **config}
-    for name, value in defaults.items():
-        if isinstance(value, dict) and isinstance(filled[name], dict):
-            filled[name] = fill_defaults(filled[name], value)
-    return filled
-
-
-def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Returns `field: value != value` for each difference of two JSON configs."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [f"{prefix}: {a!r} there, {b!r} here"]
-    names = [*a, *(name for name in b if name not in a)]
-    join = f"{prefix}." if prefix else ""
-    return [
-        line
-        for name in names
-        for line in differing_fields(a.get(name), b.get(name), join + name)
-    ]
-
-
-def make_model(
-    config: Model, *, num_classes: int, axis_name: str | None = None
-) -> nn.Module:
-    """Makes the configured network.
-
-    Raises:
-        ValueError: An unknown name, or an option outside its range.
-    """
-    return create_model(
-        config.name,
-        num_classes=num_classes,
-        width=config.width,
-        stem=config.stem,
-        shortcut=config.shortcut,
-        plan=Plan.from_json(config.plan),
-        dtype=jnp.dtype(config.dtype),
-        axis_name=axis_name,
-    )
-
-
-def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Preprocessing:
-    """Returns how the configured data become the network's input.
-
-    Raises:
-        ValueError: Mean or deviation do not fit the stored channels.
-    """
-    height, width, channels = stored_shape
-    size = data.image_size
-    shape = (size, size, channels) if size else (height, width, channels)
-    return Preprocessing(shape, data.mean, data.std, data.eval_resize)

@@ -12,9 +12,9 @@ from flax import linen as nn
 
 from inertia_jax import Budget, Energy, Evbmf, Plan, Ratio
 from inertia_jax.latency import site_latencies_ms
-from inertia_jax.plan import LowRank, Tucker2
 from inertia_jax.ranks import RankRule
 from inertia_jax.sites import Site, find_sites
+from inertia_jax.specs import LowRank, Tucker2
 from train.errors import UsageError
 
 

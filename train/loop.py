@@ -17,7 +17,8 @@ from inertia_jax import count_cost
 from inertia_jax.checkpoint import load_metadata
 from train.checkpoints import Checkpoints
 from train.clock import TrainingClock
-from train.config import Config, config_to_json, differing_fields
+from train.config import Config
+from train.config_file import config_to_json, differing_fields
 from train.data import ImageSet, load_data
 from train.errors import UsageError
 from train.evaluate import Evaluation

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
-
-import jax
 
 from inertia_jax import (
     compress,
@@ -16,17 +13,18 @@ from inertia_jax import (
     save_checkpoint,
 )
 from inertia_jax.checkpoint import Metadata, load_metadata
+from train.build import make_model, make_preprocessing
 from train.calibration import training_inputs
 from train.checkpoints import latest_steps
-from train.config import Config, config_to_json, make_model, make_preprocessing
+from train.config import Config
+from train.config_file import config_to_json
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
-from train.evaluate import Evaluation, paired_difference
+from train.evaluate import Evaluation
 from train.evaluate_checkpoint import evaluate_checkpoint
 from train.keys import run_keys
-from train.layer_report import parse_ranks, plan_to_json
+from train.layer_report import parse_ranks
 from train.loop import fit
-from train.rundir import describe_machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,48 +264,3 @@ def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
     cost = count_cost(model, preprocessing.image_shape)
     print(f"{name}: top-1 {evaluation.top1:.2%}", flush=True)
     return Stage(name, checkpoint, evaluation, cost.params, cost.macs)
-
-
-def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, Any]:
-    """Returns what the stages found, as JSON."""
-    first = stages[0].evaluation
-    rows = []
-    for stage in stages:
-        difference, margin = paired_difference(first, stage.evaluation)
-        model, _ = load_checkpoint(stage.checkpoint)
-        rows.append(
-            {
-                "name": stage.name,
-                "top1": stage.evaluation.top1,
-                "top5": stage.evaluation.top5,
-                "loss": stage.evaluation.loss,
-                "num_examples": stage.evaluation.num_examples,
-                "difference": difference,
-                "margin_95": margin,
-                "params": stage.params,
-                "macs": stage.macs,
-                "plan": plan_to_json(model.plan),
-            }
-        )
-    config = config_to_json(pipeline.run)
-    # Where data lie on this machine is no part of what was run.
-    config["data"]["source"] = pathlib.PurePath(config["data"]["source"]).name
-    config["data"]["cache_dir"] = ""
-    return {
-        "machine": describe_machine(),
-        "backend": jax.default_backend(),
-        "pipeline": {**dataclasses.asdict(pipeline), "run": config},
-        "stages": rows,
-    }
-
-
-def summarise(stages: list[Stage]) -> str:
-    """Returns the stages as a table."""
-    width = max(len(stage.name) for stage in stages)
-    lines = [f"{'stage':<{width}}   top-1    parameters            MACs"]
-    lines += [
-        f"{stage.name:<{width}}  {stage.evaluation.top1:6.2%}  {stage.params:12,}  "
-        f"{stage.macs:14,}"
-        for stage in stages
-    ]
-    return "\n".join(lines)

@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 
 import inertia_jax
-from train.config import Config, config_to_json, differing_fields, fill_defaults
+from train.config import Config
+from train.config_file import config_to_json, differing_fields, fill_defaults
 from train.errors import UsageError, user_input
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

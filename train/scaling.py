@@ -6,7 +6,6 @@ between that file's two markers.
 
 import argparse
 import dataclasses
-import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -17,94 +16,17 @@ from flax import linen as nn
 from inertia_jax import Conv, Fixed, Inertial, Plan, Tucker2, count_cost, create_model
 from inertia_jax.models import abstract_variables, input_shape
 from inertia_jax.sites import find_sites
+from train.scaling_model import (
+    MACHINES,
+    Machine,
+    Step,
+    count_step,
+    efficiency,
+    sending_seconds,
+)
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MARKER = "<!-- tables of python -m train.scaling -->"
-# Loss and gate rate in float32; right answers and examples in int32.
-_METRIC_BYTES = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What a training step of a network needs, whatever the number of devices.
-
-    Attributes:
-        name: Of the network.
-        params: Parameters, all trained, whose gradients are float32.
-        statistics: Running means and variances of BatchNorm, two a channel, float32.
-        averages: Other numbers that are averaged: thresholds.
-        norms: BatchNorm layers whose statistics are those of the whole batch.
-        macs: Multiply-accumulates of a forward pass of one image.
-    """
-
-    name: str
-    params: int
-    statistics: int
-    averages: int
-    norms: int
-    macs: int
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Reduced once a step: gradients, running statistics and metrics."""
-        return 4 * (self.params + self.statistics + self.averages) + _METRIC_BYTES
-
-    @property
-    def norm_bytes(self) -> int:
-        """Reduced layer by layer: BatchNorm's statistics, and their gradients."""
-        return 2 * 4 * self.statistics if self.norms else 0
-
-    @property
-    def flops(self) -> int:
-        """Of one image: forward, and twice that backward; two FLOPs a MAC."""
-        return 3 * 2 * self.macs
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Accelerators and their links; what is assumed of them is in docs/scaling.md.
-
-    Attributes:
-        name: Of both.
-        flops_per_s: Peak of one device, bfloat16.
-        bytes_per_s: That a device sends, in one direction, while it receives as many.
-        latency_s: Of one message between neighbours.
-        fewest: Devices that such links join, more than one.
-        most: Likewise.
-    """
-
-    name: str
-    flops_per_s: float
-    bytes_per_s: float
-    latency_s: float
-    fewest: int
-    most: int
-
-
-MACHINES = (
-    Machine("H100, NVLink", 989e12, 450e9, 3e-6, 2, 8),
-    Machine("H100, InfiniBand NDR", 989e12, 50e9, 5e-6, 2, 256),
-    Machine("H100, 100 Gb/s Ethernet", 989e12, 12.5e9, 30e-6, 2, 256),
-    Machine("TPU v5e, ICI", 197e12, 200e9, 1e-6, 4, 256),
-)
-
-
-def count_step(name: str, model: nn.Module, *, dense: bool = False) -> Step:
-    """Counts a network's step; `dense` takes the MACs of the form that is trained."""
-    shape = input_shape(model)
-    variables = abstract_variables(model, shape)
-    params = jax.tree.leaves(variables.pop("params"))
-    others = jax.tree.leaves(variables)
-    statistics = [leaf.size for leaf in others if leaf.ndim]
-    cost = count_cost(model, shape)
-    return Step(
-        name=name,
-        params=sum(leaf.size for leaf in params),
-        statistics=sum(statistics),
-        averages=len(others) - len(statistics),
-        norms=len(statistics) // 2,
-        macs=cost.dense_macs if dense else cost.macs,
-    )
 
 
 def tucker_model(name: str, share: float) -> nn.Module:
@@ -160,92 +82,6 @@ def all_steps(names: Sequence[str] | None = None) -> Iterator[Step]:
     if names is None or label in names:
         step = count_step(label, create_model("resnet18"))
         yield dataclasses.replace(step, norms=0)
-
-
-def sending_seconds(
-    step: Step, machine: Machine, num_devices: int
-) -> tuple[float, float]:
-    """Predicts how long gradients, and statistics of BatchNorm, take to be reduced.
-
-    Gradients go round a ring: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
-    Statistics of BatchNorm, a few kilobytes, go up and down a tree: `2 ceil(log2 n)
-    latency` each, forward and backward, and never overlap: the next layer waits.
-
-    Args:
-        step: What is sent and computed.
-        machine: Devices and links.
-        num_devices: n.
-    """
-    n = num_devices
-    ring = 2 * (n - 1) / n / machine.bytes_per_s
-    gradients = ring * step.gradient_bytes + 2 * (n - 1) * machine.latency_s
-    hops = 2 * math.ceil(math.log2(n)) * machine.latency_s
-    return gradients, ring * step.norm_bytes + 2 * step.norms * hops
-
-
-def step_seconds(
-    step: Step,
-    machine: Machine,
-    num_devices: int,
-    *,
-    batch_size: int,
-    utilisation: float,
-    overlap: bool,
-) -> float:
-    """Predicts the time of a step.
-
-    Args:
-        step: What is sent and computed.
-        machine: Devices and links.
-        num_devices: Of them.
-        batch_size: Of all devices together.
-        utilisation: Share of the peak that computing reaches.
-        overlap: Whether gradients are sent while others are computed, at best, or
-            after them, at worst.
-    """
-    rate = machine.flops_per_s * utilisation
-    compute = step.flops * batch_size / num_devices / rate
-    gradients, norms = sending_seconds(step, machine, num_devices)
-    if overlap:
-        # Gradients come with the backward pass, two thirds of the whole.
-        return norms + compute + max(0.0, gradients - 2 / 3 * compute)
-    return norms + compute + gradients
-
-
-def efficiency(
-    step: Step,
-    machine: Machine,
-    num_devices: int,
-    *,
-    batch_size: int,
-    batch_alone: int,
-    utilisation: float,
-    overlap: bool,
-) -> float:
-    """Returns images a second of n devices over n times those of one.
-
-    Args:
-        step: See `step_seconds`, as all the others.
-        machine: Likewise.
-        num_devices: Likewise.
-        batch_size: Likewise.
-        batch_alone: Images a step of the one device compared with.
-        utilisation: Likewise.
-        overlap: Likewise.
-    """
-
-    def images_per_s(n: int, batch_size: int) -> float:
-        return batch_size / step_seconds(
-            step,
-            machine,
-            n,
-            batch_size=batch_size,
-            utilisation=utilisation,
-            overlap=overlap,
-        )
-
-    together = images_per_s(num_devices, batch_size)
-    return together / (num_devices * images_per_s(1, batch_alone))
 
 
 def tables(steps: Sequence[Step]) -> str:

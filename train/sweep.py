@@ -10,7 +10,8 @@ from typing import Any
 from inertia_jax import count_cost, load_checkpoint
 from inertia_jax.checkpoint import load_metadata
 from train.checkpoints import latest_steps
-from train.config import Config, config_to_json, fill_defaults, load_from_file
+from train.config import Config
+from train.config_file import config_to_json, fill_defaults, load_from_file
 from train.errors import UsageError
 from train.evaluate import Evaluation
 from train.report import make_record

@@ -11,7 +11,8 @@ import numpy as np
 from inertia_jax import load_checkpoint
 from inertia_jax.checkpoint import Preprocessing, load_metadata
 from train.checkpoints import find_checkpoint
-from train.config import Config, differing_fields
+from train.config import Config
+from train.config_file import differing_fields
 from train.distill import Distillation
 from train.errors import UsageError, user_input
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from inertia_jax.layers import scaled
-from inertia_jax.plan import LowRank, Plan, Tucker2
+from inertia_jax.plan import Plan
+from inertia_jax.specs import LowRank, Tucker2
 
 
 def conv_norm(c_in: int, c_out: int, size: int, stride: int = 1) -> list[nn.Module]:

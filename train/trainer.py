@@ -11,7 +11,9 @@ from inertia_jax import Rate, load_checkpoint
 from inertia_jax.checkpoint import Metadata
 from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
-from train.config import Config, config_to_json, make_model, make_preprocessing
+from train.build import make_model, make_preprocessing
+from train.config import Config
+from train.config_file import config_to_json
 from train.data import ImageSet
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator

@@ -3,7 +3,8 @@
 import dataclasses
 import pathlib
 
-from train.config import Config, Model, Optimizer, load_config
+from train.config import Config, Model, Optimizer
+from train.config_file import load_config
 from train.sweep import Sweep
 
 fast = load_config(pathlib.Path(__file__).parents[1] / "cifar10_resnet18_fast.py")

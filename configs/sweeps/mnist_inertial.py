@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from inertia_jax import Conv, Inertial, Plan, Rate
-from train.config import load_config
+from train.config_file import load_config
 from train.sweep import Sweep
 
 # Every batch's open tiles must fit a rung of their own: the next would cost twice.

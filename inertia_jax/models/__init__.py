@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inertia_jax.cost import CONVOLUTIONS, count_cost
+from inertia_jax.cost import count_cost
+from inertia_jax.cost_table import CONVOLUTIONS
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.resnet import ResNet18
 from inertia_jax.models.resnet_cifar import CifarResNet

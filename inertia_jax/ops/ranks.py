@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 
-from inertia_jax.ops.tucker import left_singular, unfold_in, unfold_out
+from inertia_jax.ops.unfold import left_singular, unfold_in, unfold_out
 
 # Of tau, times sqrt(alpha): Nakajima et al., 2013, after their theorem 2.
 _TAU_SLOPE = 2.5129

@@ -15,7 +15,7 @@ from train.bench_ops import STAGES, bench_ops, format_ops
 from train.bench_startup import bench_startup
 from train.bench_tucker import bench_tucker, format_tucker
 from train.benchmark import bench_loop, bench_model, measure_peak_gflops
-from train.config import load_config
+from train.config_file import load_config
 from train.data import load_data
 from train.errors import UsageError, user_input
 from train.rundir import describe_machine

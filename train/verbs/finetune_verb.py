@@ -14,7 +14,8 @@ from inertia_jax import load_checkpoint
 from inertia_jax.checkpoint import load_metadata
 from inertia_jax.models import model_name
 from train.checkpoints import find_checkpoint
-from train.config import Config, Data, Model, Optimizer, load_config
+from train.config import Config, Data, Model, Optimizer
+from train.config_file import load_config
 from train.errors import UsageError, user_input
 from train.loop import fit
 from train.processes import Processes, early_processes, joined

@@ -11,7 +11,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from train.config import Config, load_config
+from train.config import Config
+from train.config_file import load_config
 from train.loop import FitResult, fit
 from train.processes import Processes, first_devices, joined
 

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from train.config import load_from_file
+from train.config_file import load_from_file
 from train.errors import UsageError, user_input
-from train.pipeline import Pipeline, make_pipeline_record, run_pipeline, summarise
+from train.pipeline import Pipeline, run_pipeline
+from train.pipeline_report import make_pipeline_record, summarise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tyro
 
 from train.checkpoints import find_checkpoint
-from train.config import load_config
+from train.config_file import load_config
 from train.evaluate_checkpoint import evaluate_checkpoint
 from train.loop import fit
 from train.verbs import fit_verb

@@ -1,0 +1,70 @@
+"""The factors of a factorised kernel, and the convolutions that they are."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+
+class Tucker2Factors(NamedTuple):
+    """A kernel as `core` with a factor on each side; of groups, one below the other.
+
+    Attributes:
+        u_in: [c_in, r_in]; of `groups`, rows of group after group.
+        core: [kh, kw, r_in, groups * r_out], a convolution kernel of as many groups.
+        u_out: [c_out, r_out]; rows of group after group.
+    """
+
+    u_in: Float[Array, "c_in r_in"]
+    core: Float[Array, "kh kw r_in r_out_groups"]
+    u_out: Float[Array, "c_out r_out"]
+
+
+class LowRankFactors(NamedTuple):
+    """A 1x1 kernel as a product of two; of groups, one below the other.
+
+    Attributes:
+        left: [c_in, r]; of `groups`, rows of group after group.
+        right: [c_out, r], transposed so that groups stack alike.
+    """
+
+    left: Float[Array, "c_in r"]
+    right: Float[Array, "c_out r"]
+
+
+def pointwise(
+    x: Float[Array, "*batch c_in"],
+    kernel: Float[Array, "c_in_group c_out"],
+    *,
+    groups: int = 1,
+) -> Float[Array, "*batch c_out"]:
+    """Applies a 1x1 convolution, as a product of matrices.
+
+    Args:
+        x: Images, or any array with channels last.
+        kernel: [c_in / groups, c_out], as a 1x1 kernel without its first two axes.
+        groups: Of channels that do not mix.
+    """
+    if groups == 1:
+        return jnp.einsum("...i,io->...o", x, kernel)
+    x = x.reshape(*x.shape[:-1], groups, -1)
+    kernel = kernel.reshape(kernel.shape[0], groups, -1)
+    y = jnp.einsum("...gi,igo->...go", x, kernel)
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def factor_kernels(
+    factors: Tucker2Factors | LowRankFactors, *, groups: int = 1
+) -> tuple[Array | np.ndarray, ...]:
+    """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another.
+
+    Of NumPy factors without groups they are NumPy arrays: nothing is compiled.
+    """
+    into, out = factors[0], factors[-1]
+    first = into[None, None]
+    if groups > 1:
+        stacked = into.reshape(groups, -1, into.shape[1])
+        first = jnp.moveaxis(stacked, 0, 1).reshape(1, 1, stacked.shape[1], -1)
+    return first, *factors[1:-1], out.T[None, None]

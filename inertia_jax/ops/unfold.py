@@ -1,0 +1,84 @@
+"""A convolution kernel as matrices: unfoldings, their singular vectors and ranks."""
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+# On GPU and TPU the default would round factors to TF32 or bfloat16.
+exact_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int]:
+    """Returns the largest (rank_in, rank_out) that a kernel's unfoldings can have.
+
+    Args:
+        kernel_shape: [kh, kw, c_in / groups, c_out].
+        groups: Of the convolution; ranks are those of one group.
+    """
+    kh, kw, c_in, c_out = kernel_shape
+    c_out //= groups
+    return min(c_in, kh * kw * c_out), min(c_out, kh * kw * c_in)
+
+
+def left_singular(
+    matrix: Float[Array, "m n"],
+) -> tuple[Float[Array, "m k"], Float[Array, "k"]]:
+    """Returns left singular vectors, k = min(m, n), and singular values, largest first.
+
+    Of a wide matrix by its triangular factor: the singular values of R^T are those of
+    the matrix, and a 512 x 4608 unfolding becomes 512 x 512 without squaring its
+    condition as the Gram matrix would.
+    """
+    if matrix.shape[1] > matrix.shape[0]:
+        matrix = jnp.linalg.qr(matrix.T, mode="r").T
+    u, s, _ = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s
+
+
+def unfold_in(
+    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+) -> Float[Array, "c_in rest"]:
+    """Returns the kernel as a matrix, a row an input channel."""
+    kernel = jnp.asarray(kernel)
+    return jnp.moveaxis(kernel, 2, 0).reshape(kernel.shape[2], -1)
+
+
+def unfold_out(
+    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+) -> Float[Array, "c_out rest"]:
+    """Returns the kernel as a matrix, a row an output channel."""
+    kernel = jnp.asarray(kernel)
+    return kernel.reshape(-1, kernel.shape[3]).T
+
+
+def split_groups(
+    kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int
+) -> Float[Array, "g kh kw c_in c_out_group"]:
+    """Returns each group's kernel."""
+    kernel = jnp.asarray(kernel)
+    shape = (*kernel.shape[:3], groups, kernel.shape[3] // groups)
+    return jnp.moveaxis(kernel.reshape(shape), 3, 0)
+
+
+def checked_kernel(kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int) -> Array:
+    """Returns the kernel in float32 or wider, or raises ValueError."""
+    kernel = jnp.asarray(kernel)
+    if kernel.ndim != 4:
+        raise ValueError(
+            f"`kernel` (shape {kernel.shape}) must be [kh, kw, c_in, c_out]."
+        )
+    if groups < 1 or kernel.shape[3] % groups:
+        raise ValueError(
+            f"`groups` (={groups}) must divide {kernel.shape[3]}, the output channels."
+        )
+    return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+
+
+def check_rank(name: str, rank: int, most: int) -> None:
+    """Raises ValueError if `rank` is not in [1, most]."""
+    if not 1 <= rank <= most:
+        raise ValueError(f"`{name}` (={rank}) must be in [1, {most}].")

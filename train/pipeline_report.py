@@ -1,0 +1,59 @@
+"""What the stages of a pipeline found, as a table and as JSON."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from inertia_jax import load_checkpoint
+from train.config_file import config_to_json
+from train.evaluate import paired_difference
+from train.layer_report import plan_to_json
+from train.pipeline import Pipeline, Stage
+from train.rundir import describe_machine
+
+
+def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, Any]:
+    """Returns what the stages found, as JSON."""
+    first = stages[0].evaluation
+    rows = []
+    for stage in stages:
+        difference, margin = paired_difference(first, stage.evaluation)
+        model, _ = load_checkpoint(stage.checkpoint)
+        rows.append(
+            {
+                "name": stage.name,
+                "top1": stage.evaluation.top1,
+                "top5": stage.evaluation.top5,
+                "loss": stage.evaluation.loss,
+                "num_examples": stage.evaluation.num_examples,
+                "difference": difference,
+                "margin_95": margin,
+                "params": stage.params,
+                "macs": stage.macs,
+                "plan": plan_to_json(model.plan),
+            }
+        )
+    config = config_to_json(pipeline.run)
+    # Where data lie on this machine is no part of what was run.
+    config["data"]["source"] = pathlib.PurePath(config["data"]["source"]).name
+    config["data"]["cache_dir"] = ""
+    return {
+        "machine": describe_machine(),
+        "backend": jax.default_backend(),
+        "pipeline": {**dataclasses.asdict(pipeline), "run": config},
+        "stages": rows,
+    }
+
+
+def summarise(stages: list[Stage]) -> str:
+    """Returns the stages as a table."""
+    width = max(len(stage.name) for stage in stages)
+    lines = [f"{'stage':<{width}}   top-1    parameters            MACs"]
+    lines += [
+        f"{stage.name:<{width}}  {stage.evaluation.top1:6.2%}  {stage.params:12,}  "
+        f"{stage.macs:14,}"
+        for stage in stages
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The options of `python -m train compress`."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from inertia_jax.specs import Inertial
+from train.config import Data
+from train.errors import UsageError
+from train.layer_report import parse_ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress:
+    """Makes a trained network smaller, and evaluates it before and after.
+
+    With `--ranks`, convolutions become Tucker-2 factors; with `--macs`, inertial, in
+    tiles. BatchNorm is then recalibrated on training images. Nothing is trained,
+    unless `--finetune-epochs` asks for it; `python -m train finetune OUT` has more
+    options for that.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A checkpoint, or a run, whose best is taken."""
+    out: str
+    """Directory of the new checkpoint; must not exist."""
+    ranks: str | None = None
+    """ratio:0.2, energy:0.9, evbmf, budget:macs=0.5 (params, latency), plan:FILE."""
+    macs: float | None = None
+    """Inertial: share of the network's MACs to keep, friction counted, in (0, 1]."""
+    method: Literal["hosvd", "hooi", "inertial"] | None = None
+    """How factors are found (None: hosvd), or inertial, which `--macs` means."""
+    layers: str = "*"
+    """Glob over the paths of the convolutions that may change."""
+    keep_stem: bool = False
+    """Tucker-2: leave the first convolution as it is."""
+    round_to: int = 1
+    """Tucker-2: ranks become multiples of it, rounded up."""
+    weigh: bool = True
+    """Tucker-2: weigh errors by what calibration images show each layer."""
+    latency_batch: int = 0
+    """Tucker-2: measure each layer's time at so many images a call; 0: do not, and a
+    budget of latency takes 64."""
+    tile_size: int = 2
+    """Inertial: side of a tile of outputs."""
+    metric: Literal["l1", "l2", "max"] = Inertial.metric  # type: ignore[assignment]
+    """Inertial: of friction."""
+    reference: Literal["center", "core_mean"] = Inertial.reference
+    """Inertial: of friction."""
+    low: Literal["mean", "sample"] = Inertial.low
+    """Inertial: what fills a tile of low friction."""
+    channel_stride: int = Inertial.channel_stride
+    """Inertial: take friction on every so many channels."""
+    data: str | None = None
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
+    cache_dir: str = Data.cache_dir
+    """Where decoded sets are kept."""
+    calibration_images: int = 512
+    """Training images that choose ranks or thresholds, as evaluation would see them."""
+    recalibration_images: int = 4096
+    """Training images that recalibrate BatchNorm, cropped and flipped as they were."""
+    crop_padding: int | None = None
+    """Of the training that made the checkpoint; None: as it says, 0 if imported."""
+    flip: bool | None = None
+    """Likewise."""
+    also_test: tuple[str, ...] = ()
+    """Further data whose test images are evaluated before and after."""
+    finetune_epochs: int = 0
+    """Then train so many epochs, with the old network as teacher, in OUT_finetuned."""
+    finetune_learning_rate: float = 0.02
+    """Of these epochs, falling to 0 by cosine."""
+    record: str | None = None
+    """Write what was found to this file, as JSON."""
+    seed: int = 1
+    """Of the choice of images and their crops."""
+
+
+# Options of one method alone.
+_OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
+_OF_INERTIAL = ("tile_size", "metric", "reference", "low", "channel_stride")
+
+
+def check_options(args: Compress) -> bool:
+    """Returns whether convolutions become inertial.
+
+    Raises:
+        UsageError: Options that contradict each other, or outside their range.
+    """
+    is_inertial = _is_inertial(args)
+    for name in _OF_TUCKER2 if is_inertial else _OF_INERTIAL:
+        value = getattr(args, name)
+        if value != getattr(Compress, name):
+            given = "--macs" if is_inertial else "--ranks"
+            raise UsageError(f"`{name}` (={value}) does nothing with {given}.")
+    for name in ("finetune_epochs", "latency_batch", "recalibration_images"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
+    for name in ("calibration_images", "recalibration_images"):
+        least_one = is_inertial or name == "calibration_images"
+        if getattr(args, name) < 2 and (least_one or getattr(args, name)):
+            raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 2.")
+    if args.ranks is not None:
+        parse_ranks(args.ranks)
+    return is_inertial
+
+
+def _is_inertial(args: Compress) -> bool:
+    if (args.ranks is None) == (args.macs is None):
+        raise UsageError(
+            f"one of `ranks` (={args.ranks}) and `macs` (={args.macs}) must be given."
+        )
+    is_inertial = args.macs is not None
+    if args.method is not None and is_inertial != (args.method == "inertial"):
+        given = "--macs" if is_inertial else "--ranks"
+        raise UsageError(f"`method` (={args.method}) must fit {given}.")
+    return is_inertial
