@@ -205,8 +205,3 @@ class Layers:
             parent=parent,
             name=name,
         )(x)
-
-
-def scaled(channels: int, width: float) -> int:
-    """Returns the number of channels at `width`: `max(1, round(channels * width))`."""
-    return max(1, round(channels * width))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from inertia_jax.layers import scaled
+from inertia_jax.models.network import scaled
 from inertia_jax.plan import Plan
 from inertia_jax.specs import LowRank, Tucker2
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 from inertia_jax.cost import count_cost
 from inertia_jax.cost_table import CONVOLUTIONS
 from inertia_jax.models.lenet import LeNet
+from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18
 from inertia_jax.models.resnet_cifar import CifarResNet
 from inertia_jax.models.simpledla import SimpleDLA
@@ -29,7 +30,6 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     },
 }
 MODEL_NAMES = tuple(sorted(_MODELS))
-MODEL_CLASSES = (LeNet, ResNet18, CifarResNet, SimpleDLA, VGG16)
 _DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -115,7 +115,7 @@ def image_shape_of(model: nn.Module, given: tuple[int, ...] | None) -> tuple[int
         if len(given) != 3:
             raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
         return tuple(given)
-    if isinstance(model, MODEL_CLASSES):
+    if isinstance(model, Network):
         return input_shape(model)
     raise ValueError(
         f"`image_shape` (=None) must be given for {type(model).__name__}, which is "

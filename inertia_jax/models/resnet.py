@@ -1,31 +1,31 @@
 """ResNet18 with the CIFAR stem (kuangliu's) or the ImageNet stem (torchvision's)."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.layers import Layers, scaled
-from inertia_jax.plan import Plan
+from inertia_jax.layers import Layers
+from inertia_jax.models.network import Network
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, 1x1 where the shape changes.
+    """Two 3x3 convolutions and a shortcut: where the shape changes, a 1x1 or none.
 
     Attributes:
         features: Output channels.
         strides: Stride of the first convolution and of the shortcut.
         layers: Settings of the network.
-        shortcut: Name of the shortcut's layers.
+        shortcut: Name of the shortcut's layers; None: it has none (option A), but takes
+            every second pixel and pads new channels with zeros, half in front and half
+            behind.
     """
 
     features: int
     strides: int
     layers: Layers
-    shortcut: str = "shortcut"
+    shortcut: str | None = "shortcut"
 
     @nn.compact
     def __call__(
@@ -39,42 +39,41 @@ class BasicBlock(nn.Module):
         y = make.conv(self, "conv2", y, self.features, 3, padding=1, train=train)
         y = make.norm(self, "bn2", y, train=train)
         if strides != 1 or x.shape[-1] != self.features:
-            name = self.shortcut
-            x = make.conv(
-                self, f"{name}_0", x, self.features, 1, strides=strides, train=train
-            )
-            x = make.norm(self, f"{name}_1", x, train=train)
+            x = self._reshaped(x, train=train)
         return nn.relu(y + x)
 
+    def _reshaped(
+        self, x: Float[Array, "n h w c_in"], *, train: bool
+    ) -> Float[Array, "n h_out w_out c_out"]:
+        make, strides, name = self.layers, self.strides, self.shortcut
+        if name is None:
+            new = self.features - x.shape[-1]
+            x = x[:, ::strides, ::strides]
+            return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
+        x = make.conv(
+            self, f"{name}_0", x, self.features, 1, strides=strides, train=train
+        )
+        return make.norm(self, f"{name}_1", x, train=train)
 
-class ResNet18(nn.Module):
+
+class ResNet18(Network):
     """ResNet18 (He et al., 2015, https://arxiv.org/abs/1512.03385).
 
-    Attributes:
-        num_classes: Outputs.
-        width: Multiplies every number of channels.
+    Attributes: those of `Network`, and
         stem: `cifar`, a 3x3 convolution, or `imagenet`, 7x7 stride 2 and a max-pool,
             with torchvision's names for shortcut and head.
-        plan: Which kind of convolution stands where.
-        dtype: Type of the computation.
-        axis_name: Mesh axis over which BatchNorm statistics are averaged.
     """
 
-    num_classes: int = 10
-    width: float = 1.0
     stem: str = "cifar"
-    plan: Plan = Plan()
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
         y = jnp.asarray(x)
-        make = Layers(self.plan, self.dtype, self.axis_name)
+        make = self.layers()
         imagenet = self.stem == "imagenet"
-        features = scaled(64, self.width)
+        features = self.scaled(64)
         if imagenet:
             y = make.conv(
                 self, "conv1", y, features, 7, strides=2, padding=3, train=train
@@ -85,7 +84,7 @@ class ResNet18(nn.Module):
         if imagenet:
             y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage in range(4):
-            features = scaled(64 * 2**stage, self.width)
+            features = self.scaled(64 * 2**stage)
             for block in range(2):
                 strides = 2 if stage > 0 and block == 0 else 1
                 y = BasicBlock(

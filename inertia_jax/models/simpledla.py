@@ -1,16 +1,14 @@
 """SimpleDLA: deep layer aggregation without its extra links (kuangliu's)."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.layers import Layers, scaled
+from inertia_jax.layers import Layers
+from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import BasicBlock
-from inertia_jax.plan import Plan
 
 
 class Root(nn.Module):
@@ -66,36 +64,25 @@ class Tree(nn.Module):
         return Root(self.features, self.layers, name="root")(left, right, train=train)
 
 
-class SimpleDLA(nn.Module):
+class SimpleDLA(Network):
     """SimpleDLA (after Yu et al., 2017, https://arxiv.org/abs/1707.06484).
 
-    Attributes:
-        num_classes: Outputs.
-        width: Multiplies every number of channels.
-        plan: Which kind of convolution stands where.
-        dtype: Type of the computation.
-        axis_name: Mesh axis over which BatchNorm statistics are averaged.
+    Attributes: those of `Network`.
     """
-
-    num_classes: int = 10
-    width: float = 1.0
-    plan: Plan = Plan()
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
         x = jnp.asarray(x)
-        make = Layers(self.plan, self.dtype, self.axis_name)
+        make = self.layers()
         for name, channels in (("base", 16), ("layer1", 16), ("layer2", 32)):
-            features = scaled(channels, self.width)
+            features = self.scaled(channels)
             x = make.conv(self, f"{name}_0", x, features, 3, padding=1, train=train)
             x = nn.relu(make.norm(self, f"{name}_1", x, train=train))
         trees = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 1, 2))
         for index, (channels, level, strides) in enumerate(trees, start=3):
-            features = scaled(channels, self.width)
+            features = self.scaled(channels)
             tree = Tree(features, level, strides, make, name=f"layer{index}")
             x = tree(x, train=train)
         return make.dense(self, "linear", x.mean((1, 2)), self.num_classes)

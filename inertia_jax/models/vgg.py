@@ -1,38 +1,24 @@
 """VGG16 with BatchNorm and one linear layer (kuangliu's CIFAR form)."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.layers import Layers, scaled
+from inertia_jax.models.network import Network
 from inertia_jax.ops import max_pool2d
-from inertia_jax.plan import Plan
 
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-class VGG16(nn.Module):
+class VGG16(Network):
     """VGG16 (Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556).
 
     Takes images of at least 32 x 32; what five halvings leave is averaged.
 
-    Attributes:
-        num_classes: Outputs.
-        width: Multiplies every number of channels.
-        plan: Which kind of convolution stands where.
-        dtype: Type of the computation.
-        axis_name: Mesh axis over which BatchNorm statistics are averaged.
+    Attributes: those of `Network`.
     """
-
-    num_classes: int = 10
-    width: float = 1.0
-    plan: Plan = Plan()
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -43,12 +29,12 @@ class VGG16(nn.Module):
             raise ValueError(
                 f"`x` (shape {x.shape}) must be at least 32 x 32 for VGG16."
             )
-        make = Layers(self.plan, self.dtype, self.axis_name)
+        make = self.layers()
         index = 0  # of the layer in PyTorch's Sequential, ReLU and pooling included
         for stage in _STAGES:
             for channels in stage:
                 name, norm = f"features_{index}", f"features_{index + 1}"
-                features = scaled(channels, self.width)
+                features = self.scaled(channels)
                 x = make.conv(
                     self, name, x, features, 3, padding=1, use_bias=True, train=train
                 )

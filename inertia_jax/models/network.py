@@ -1,0 +1,42 @@
+"""What all networks have in common."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from inertia_jax.layers import Layers
+from inertia_jax.plan import Plan
+
+
+def scaled(channels: int, width: float) -> int:
+    """Returns the number of channels at `width`: `max(1, round(channels * width))`."""
+    return max(1, round(channels * width))
+
+
+class Network(nn.Module):
+    """A network whose convolutions a plan chooses.
+
+    Attributes:
+        num_classes: Outputs.
+        width: Multiplies every number of channels.
+        plan: Which kind of convolution stands where.
+        dtype: Type of the computation.
+        axis_name: Mesh axis over which BatchNorm statistics are averaged.
+    """
+
+    num_classes: int = 10
+    width: float = 1.0
+    plan: Plan = Plan()
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.nowrap
+    def layers(self) -> Layers:
+        """Returns what makes the network's layers."""
+        return Layers(self.plan, self.dtype, self.axis_name)
+
+    @nn.nowrap
+    def scaled(self, channels: int) -> int:
+        """Returns the number of channels at the network's width."""
+        return scaled(channels, self.width)
