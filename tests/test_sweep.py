@@ -70,3 +70,22 @@ def test_a_record_that_a_kill_cut_off_is_run_again(tmp_path):
     assert read_records(path) == []
     path.write_text('{"name": "a"}\n{"name": ')
     assert read_records(path) == [{"name": "a"}]
+
+
+def test_a_sweeps_networks_are_timed_beside_each_other(tmp_path, capsys):
+    file, out = tmp_path / "some.py", tmp_path / "record.json"
+    file.write_text(SWEEP)
+    command = ["benchmark", "--suite", "sweep", "--sweep", str(file), "--steps", "2"]
+    command += ["--repeats", "2", "--out", str(out)]
+    assert main([*command, "--batch-size", "9"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "gated"]
+    assert [list(row["gate_rates"]) for row in rows] == [[], ["conv2"]]
+    dense, gated = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert dense[0::2] == ["dense", "1.00", "1.00"]
+    for column, what in ((2, "train"), (4, "evaluate")):
+        assert all(row[what]["min_ms"] > 0 for row in rows)
+        times = [row[what]["median_ms"] for row in rows]
+        assert gated[column] == f"{times[1] / times[0]:.2f}"
+    assert main([*command, "--batch-size", "361"]) == 2
+    assert "`batch_size` (=361) must be at most 360" in capsys.readouterr().err

@@ -99,7 +99,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 epochs=config.epochs,
             )
-        augmentation = Augmentation(
+        self.augmentation = Augmentation(
             self.preprocessing,
             crop_padding=config.data.crop_padding,
             flip=config.data.flip,
@@ -125,7 +125,7 @@ class Trainer:
         call = make_train_call(
             self._trained_model,
             self.tx,
-            augmentation,
+            self.augmentation,
             label_smoothing=config.optimizer.label_smoothing,
             alternating_flip=config.data.flip
             and config.data.flip_mode == "alternating",
@@ -141,7 +141,7 @@ class Trainer:
         self._call = self.parallel.wrap(call, spread, donate=True)
         self._evaluate = make_evaluator(
             self.model,
-            augmentation,
+            self.augmentation,
             test_feed,
             self.parallel,
             batch_size=config.eval_batch_size,

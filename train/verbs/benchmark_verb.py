@@ -13,12 +13,15 @@ from train.bench_infer import bench_infer, format_infer
 from train.bench_memory import bench_memory, format_memory
 from train.bench_ops import STAGES, bench_ops, format_ops
 from train.bench_startup import bench_startup
+from train.bench_sweep import bench_sweep, format_sweep
 from train.bench_tucker import bench_tucker, format_tucker
 from train.benchmark import bench_loop, bench_model, measure_peak_gflops
+from train.config import Config
 from train.config_file import load_config
-from train.data import load_data
+from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
 from train.rundir import describe_machine
+from train.sweep import load_sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +29,23 @@ class Benchmark:
     """Measures, in one run and in turn: medians of repeated calls."""
 
     suite: Literal[
-        "train", "infer", "ops", "memory", "startup", "loop", "inertial", "tucker"
+        "train",
+        "infer",
+        "ops",
+        "memory",
+        "startup",
+        "loop",
+        "inertial",
+        "tucker",
+        "sweep",
     ] = "train"
     """train: steps and evaluations of networks; infer: dense, compressed and tiled
     networks as they are exported, BatchNorm folded, at batch 1 and `batch_size`; ops:
     convolutions, their gradients, and what stands in for them; memory: peak of a
     process that trains; startup: seconds to the first step; loop: what a run adds to
     its steps; inertial: tiled convolutions and networks beside dense ones; tucker:
-    compressed networks beside dense ones, at both batches."""
+    compressed networks beside dense ones, at both batches; sweep: a sweep's networks,
+    trained for `steps`, beside each other."""
     models: tuple[Literal["resnet18", "vgg16", "simpledla"], ...] = (
         "resnet18",
         "vgg16",
@@ -41,7 +53,8 @@ class Benchmark:
     )
     """Of the suites train, infer, memory and tucker."""
     batch_size: int = 64
-    """Of the suites train, infer, ops, memory, inertial and tucker."""
+    """Of the suites train, infer, ops, memory, inertial, tucker and, for evaluation,
+    sweep."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation in the suites train and ops."""
     stem: Literal["cifar", "imagenet"] = "cifar"
@@ -56,9 +69,11 @@ class Benchmark:
     config: str = "configs/cifar10_resnet18_small.py"
     """Of the suite loop."""
     data: str | None = None
-    """Of the suite loop; None: the config's."""
+    """Of the suites loop and sweep; None: the config's."""
     steps: int = 200
-    """Of the suite loop, a round; at most an epoch."""
+    """Of the suite loop, a round; of the suite sweep, before it; at most an epoch."""
+    sweep: str = "configs/sweeps/mnist_inertial.py"
+    """Of the suite sweep."""
     out: str | None = None
     """Write the record to this file, as JSON."""
 
@@ -177,16 +192,35 @@ def _bench_loop(args: Benchmark) -> Iterator[Any]:
     if args.width is not None:
         model = dataclasses.replace(config.model, width=args.width)
         config = dataclasses.replace(config, model=model)
-    data = load_data(
-        args.data or config.data.source,
-        cache_dir=config.data.cache_dir,
-        image_size=config.data.load_size,
-    )
-    row = bench_loop(config, data, steps=args.steps, rounds=args.repeats)
+    if args.data is not None:
+        data = dataclasses.replace(config.data, source=args.data)
+        config = dataclasses.replace(config, data=data)
+    row = bench_loop(config, _load(config), steps=args.steps, rounds=args.repeats)
     bare, whole = row["bare"]["median_ms"], row["whole"]["median_ms"]
     print(f"{row['steps']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
     print(f"input, logging and checkpoint add {100 * (whole / bare - 1):.1f}%")
     yield row
+
+
+def _bench_sweep(args: Benchmark) -> Iterator[Any]:
+    rows = bench_sweep(
+        load_sweep(pathlib.Path(args.sweep)),
+        _load,
+        source=args.data,
+        batch_size=args.batch_size,
+        steps=args.steps,
+        repeats=args.repeats,
+    )
+    print(format_sweep(rows))
+    yield from rows
+
+
+def _load(config: Config) -> ImageSet:
+    return load_data(
+        config.data.source,
+        cache_dir=config.data.cache_dir,
+        image_size=config.data.load_size,
+    )
 
 
 _SUITES: dict[str, Callable[[Benchmark], Iterator[Any]]] = {
@@ -198,6 +232,7 @@ _SUITES: dict[str, Callable[[Benchmark], Iterator[Any]]] = {
     "loop": _bench_loop,
     "inertial": _bench_inertial,
     "tucker": _bench_tucker,
+    "sweep": _bench_sweep,
 }
 
 

@@ -1,0 +1,119 @@
+"""Timing of a sweep's networks beside each other: training steps, and evaluation."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from train.benchmark import interleaved
+from train.config import Config
+from train.data import ImageSet
+from train.errors import UsageError
+from train.sweep import Sweep
+from train.trainer import Trainer
+
+
+def bench_sweep(
+    sweep: Sweep,
+    load: Callable[[Config], ImageSet],
+    *,
+    source: str | None,
+    batch_size: int,
+    steps: int,
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """Times a call of training, and an evaluation of one batch, of every network.
+
+    All of them in turn, on one device, after `steps` steps each: thresholds have
+    settled then, so that gates open as often as they do in training.
+
+    Args:
+        sweep: Whose configurations, of the first seed.
+        load: Returns a configuration's data.
+        source: In place of each `data.source`; None: as it is.
+        batch_size: Images of an evaluation.
+        steps: Taken before anything is timed.
+        repeats: Timed calls of each.
+
+    Returns:
+        A row a configuration: `name`, `train` (a step) and `evaluate`, in milliseconds,
+        and `gate_rates` on the test images.
+
+    Raises:
+        UsageError: More images than there are test images.
+    """
+    parts = []
+    for config in sweep.configs:
+        if source is not None:
+            data = dataclasses.replace(config.data, source=source)
+            config = dataclasses.replace(config, data=data)
+        parts.append(_functions(config, load(config), batch_size, steps))
+    calls = {
+        f"{what} {config.name}": call
+        for config, functions, _ in parts
+        for what, call in functions.items()
+    }
+    times = interleaved(calls, repeats=repeats)
+    return [
+        {
+            "name": config.name,
+            "batch_size": config.batch_size,
+            "eval_batch_size": batch_size,
+            **{what: times[f"{what} {config.name}"] for what in functions},
+            "gate_rates": gate_rates,
+        }
+        for config, functions, gate_rates in parts
+    ]
+
+
+def _functions(
+    config: Config, data: ImageSet, batch_size: int, steps: int
+) -> tuple[Config, dict[str, Callable[[], Any]], dict[str, float]]:
+    if len(data.test) < batch_size:
+        raise UsageError(
+            f"`batch_size` (={batch_size}) must be at most {len(data.test)}, the test "
+            f"images of {data.name}."
+        )
+    trainer = Trainer(
+        dataclasses.replace(config, steps_per_call=1), data, jax.devices()[:1]
+    )
+    state = trainer.init_state()
+    ready = list(itertools.islice(trainer.inputs(0, 0), steps))
+    for inputs in ready:
+        state, _ = trainer.train_call(state, inputs)
+    held = [state]
+
+    def train() -> None:
+        held[0], totals = trainer.train_call(held[0], ready[-1])
+        jax.block_until_ready((held[0], totals))
+
+    gate_rates = dict(trainer.evaluate(held[0]).gate_rates)
+    # A copy: the state's own arrays are given up to the next step.
+    variables = jax.tree.map(jnp.copy, held[0].result)
+    stored = jnp.asarray(data.test.images[:batch_size])
+    images = trainer.augmentation.for_evaluation(stored)
+    predict = jax.jit(lambda variables, images: trainer.model.apply(variables, images))
+
+    def evaluate() -> None:
+        jax.block_until_ready(predict(variables, images))
+
+    return config, {"train": train, "evaluate": evaluate}, gate_rates
+
+
+def format_sweep(rows: list[dict[str, Any]]) -> str:
+    """Returns the medians, beside those of the dense network, as a table."""
+    dense = next((row for row in rows if not row["gate_rates"]), rows[0])
+    lines = [f"{'run':<16}  step, ms  of {dense['name']}  forward, ms  of the same"]
+    for row in rows:
+        step, forward = (row[what]["median_ms"] for what in ("train", "evaluate"))
+        of_step = step / dense["train"]["median_ms"]
+        of_forward = forward / dense["evaluate"]["median_ms"]
+        width = len(dense["name"]) + 3
+        lines.append(
+            f"{row['name']:<16}  {step:8.1f}  {of_step:{width}.2f}  {forward:11.1f}  "
+            f"{of_forward:11.2f}"
+        )
+    return "\n".join(lines)
