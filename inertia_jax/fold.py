@@ -9,10 +9,12 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from inertia_jax.batch_norm import BatchNormToTrain
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.fold_trace import trace_layers
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.models import image_shape_of
+from inertia_jax.planned import on_scope
 
 # Layers that a scale of their outputs can be merged into, and the kernel that takes it:
 # outputs are its last axis, and the bias stands beside it.
@@ -45,9 +47,6 @@ class Folded(nn.Module):
     folded: tuple[tuple[str, str], ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
 
-    def setup(self) -> None:
-        nn.share_scope(self, self.unfolded)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layers = {layer for layer, _ in self.folded}
         norms = {norm for _, norm in self.folded}
@@ -61,7 +60,7 @@ class Folded(nn.Module):
             path = "/".join(module.path)
             if context.method_name != "__call__":
                 return call(*args, **kwargs)
-            if type(module) is nn.BatchNorm and path in norms:
+            if type(module) in (nn.BatchNorm, BatchNormToTrain) and path in norms:
                 if not _uses_running_average(module, args, kwargs):
                     raise ValueError(_no_training(self.unfolded))
                 return _as_normalised(module, args[0] if args else kwargs["x"])
@@ -73,7 +72,7 @@ class Folded(nn.Module):
             return call(*args, **kwargs)
 
         with nn.intercept_methods(replace):
-            return self.unfolded(*args, **kwargs)
+            return on_scope(self.unfolded, self.scope)(*args, **kwargs)
 
 
 def fold_batch_norm(
@@ -146,7 +145,9 @@ def _no_training(model: nn.Module) -> str:
     )
 
 
-def _uses_running_average(module: nn.BatchNorm, args: Any, kwargs: Any) -> bool:
+def _uses_running_average(module: Any, args: Any, kwargs: Any) -> bool:
+    if isinstance(module, BatchNormToTrain):
+        return False
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     return bool(module.use_running_average if given is None else given)
 

@@ -29,9 +29,6 @@ class Planned(nn.Module):
     model: nn.Module
     plan: Plan = Plan()
 
-    def setup(self) -> None:
-        nn.share_scope(self, self.model)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.plan
         # Parts of what stands in for a layer are nn.Conv themselves.
@@ -51,7 +48,16 @@ class Planned(nn.Module):
             return factorised_like(module, spec)(*args, *kwargs.values())
 
         with nn.intercept_methods(replace):
-            return self.model(*args, **kwargs)
+            return on_scope(self.model, self.scope)(*args, **kwargs)
+
+
+def on_scope(model: nn.Module, scope: Any) -> nn.Module:
+    """Returns the model where a module that wraps it stands, under its own paths.
+
+    Not `nn.share_scope`, which leaves the paths of modules that are fields of the
+    model, as those of `nn.Sequential`, below the name of the wrapper's field.
+    """
+    return model.clone(parent=scope, _deep_clone=True)
 
 
 def factorised_like(

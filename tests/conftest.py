@@ -1,5 +1,6 @@
 """Eight simulated devices, strict ranks, shapes checked at run time."""
 
+import contextlib
 import os
 import pathlib
 
@@ -18,8 +19,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the tests' time is compilation. Without XLA's expensive passes it takes half
-# the time; tests of operations and of long training, and programs that tests start,
-# have them.
+# the time. Programs that tests start have them, and modules of tests that ask for
+# `optimised`: those of operations, of steps over devices, of folding.
 jax.config.update("jax_disable_most_optimizations", True)
 # Many compile the same.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
@@ -47,20 +48,30 @@ def x64():
         yield
 
 
+@contextlib.contextmanager
+def _compiled(*, quickly: bool):
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    jax.clear_caches()  # which do not know of the setting
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def optimised():
     """XLA with its expensive passes, as users have it."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    with _compiled(quickly=False):
+        yield
 
 
 @pytest.fixture
-def quick_compile(optimised):
+def quick_compile():
     """For whole networks that run once, among tests that are `optimised`."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with _compiled(quickly=True):
+        yield
 
 
 @pytest.fixture(scope="module")

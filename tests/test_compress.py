@@ -506,7 +506,27 @@ class ForeignNorm(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-@pytest.fixture(scope="module", params=[Foreign, ForeignNorm])
+class Holder(nn.Module):
+    """A network given to it, and layers between."""
+
+    body: nn.Module
+    head: nn.Module
+
+    def __call__(self, x):
+        return self.head(nn.relu(self.body(x)).mean((1, 2)))
+
+
+def of_fields():
+    layers = [nn.Conv(6, (5, 5), strides=2), nn.relu, Block()]
+    return Holder(nn.Sequential(layers), nn.Dense(5))
+
+
+def sequential():
+    pool = lambda x: x.mean((1, 2))  # noqa: E731
+    return nn.Sequential([nn.Conv(6, (3, 3)), nn.relu, Block(), pool, nn.Dense(5)])
+
+
+@pytest.fixture(scope="module", params=[Foreign, ForeignNorm, of_fields, sequential])
 def foreign(request):
     model = request.param()
     variables = model.init(KEY, noise(1, 16, 16, 3))

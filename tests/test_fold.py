@@ -328,6 +328,32 @@ class Unpacked(nn.Module):
         return Step(name="step")(x, None)[0]
 
 
+class Given(nn.Module):
+    """A network of this library that trains under another name, and a head."""
+
+    layers: nn.Module
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        network = ij.create_model(
+            "resnet20", width=0.1, num_classes=4, dtype=jnp.float64
+        )
+        return nn.Dense(self.classes)(network(self.layers(x), train=training))
+
+
+@pytest.mark.usefixtures("x64")
+def test_modules_that_are_fields_keep_their_paths():
+    norm = nn.BatchNorm(use_running_average=True)
+    layers = nn.Sequential([nn.Conv(3, (3, 3)), norm, nn.relu])
+    folded, merged = check(layers, (6, 5, 3))
+    assert folded.folded == (("layers_0", "layers_1"),)
+    folded, merged = check(Given(layers), (8, 8, 3))
+    assert {"layers/layers_1", "CifarResNet_0/bn1"} < {n for _, n in folded.folded}
+    with pytest.raises(ValueError, match="`train` .* must be False.*Given"):
+        folded.apply(merged, images((8, 8, 3)), training=True)
+
+
 def test_errors_say_what_is_wrong():
     model = ij.create_model("resnet20", width=0.1)
     variables = random_variables(model, (8, 8, 3), np.float32)
