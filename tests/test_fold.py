@@ -12,6 +12,7 @@ from flax import traverse_util
 import inertia_jax as ij
 from train import bench_infer
 
+pytestmark = pytest.mark.usefixtures("optimised")
 KEY = jax.random.key(0)
 FIXED = ij.Fixed(0.8)
 DENSE = ij.Plan()

@@ -14,6 +14,7 @@ import inertia_jax as ij
 from inertia_jax import ops
 from train.parallel import AXIS, Parallel
 
+pytestmark = pytest.mark.usefixtures("optimised")
 WINDOW = {"core_size": 2, "region_size": 4}
 TILED = {"core_size": 3, "region_size": 4, "reading": "tiled"}
 READINGS = pytest.mark.parametrize("reading", [WINDOW, TILED], ids=["window", "tiled"])

@@ -107,6 +107,7 @@ def _batch(dtype):
     return images, rng.integers(10, size=8)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla"])
 def test_logits_equal_pytorchs_in_float32(name):
     torch, twin = _torch_twin(name, "float32")
@@ -127,6 +128,7 @@ def test_logits_equal_pytorchs_in_float32(name):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * abs(theirs).max())
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla"])
 def test_gradients_equal_pytorchs_in_float64(name, x64):
     torch, twin = _torch_twin(name, "float64")

@@ -39,8 +39,8 @@ def bench_sweep(
         repeats: Timed calls of each.
 
     Returns:
-        A row a configuration: `name`, `train` (a step) and `evaluate`, in milliseconds,
-        and `gate_rates` on the test images.
+        A row a configuration: `name`, `train` (a step of `batch_size`) and `evaluate`
+        (of `eval_batch_size`), in milliseconds, and `gate_rates` on the test images.
 
     Raises:
         UsageError: More images than there are test images.
@@ -50,7 +50,7 @@ def bench_sweep(
         if source is not None:
             data = dataclasses.replace(config.data, source=source)
             config = dataclasses.replace(config, data=data)
-        parts.append(_functions(config, load(config), batch_size, steps))
+        parts.append(_timed_calls(config, load(config), batch_size, steps))
     calls = {
         f"{what} {config.name}": call
         for config, functions, _ in parts
@@ -69,7 +69,7 @@ def bench_sweep(
     ]
 
 
-def _functions(
+def _timed_calls(
     config: Config, data: ImageSet, batch_size: int, steps: int
 ) -> tuple[Config, dict[str, Callable[[], Any]], dict[str, float]]:
     if len(data.test) < batch_size:
@@ -104,7 +104,7 @@ def _functions(
 
 
 def format_sweep(rows: list[dict[str, Any]]) -> str:
-    """Returns the medians, beside those of the dense network, as a table."""
+    """Returns the medians, beside those of a network without gates, as a table."""
     dense = next((row for row in rows if not row["gate_rates"]), rows[0])
     lines = [f"{'run':<16}  step, ms  of {dense['name']}  forward, ms  of the same"]
     for row in rows:

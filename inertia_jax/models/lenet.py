@@ -17,8 +17,6 @@ class LeNet(Network):
     The number of parameters depends on the image size: 1,199,882 at 28 x 28 x 1.
     `width` multiplies its hidden units, too; `axis_name` is without effect: there are
     no statistics to average.
-
-    Attributes: those of `Network`.
     """
 
     @nn.compact
@@ -28,9 +26,9 @@ class LeNet(Network):
         x = jnp.asarray(x)
         if min(x.shape[1:3]) < 6:
             raise ValueError(f"`x` (shape {x.shape}) must be at least 6 x 6 for LeNet.")
-        make = self.layers()
+        make = self.make_layers()
         for name, channels in (("conv1", 32), ("conv2", 64)):
-            features = self.scaled(channels)
+            features = self.channels(channels)
             x = nn.relu(
                 make.conv(self, name, x, features, 3, use_bias=True, train=train)
             )
@@ -38,6 +36,6 @@ class LeNet(Network):
         x = Dropout(0.25, name="dropout1")(x, train=train)
         # Flattened channel by channel, as PyTorch does, so that weights move both ways.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        x = nn.relu(make.dense(self, "fc1", x, self.scaled(128)))
+        x = nn.relu(make.dense(self, "fc1", x, self.channels(128)))
         x = Dropout(0.5, name="dropout2")(x, train=train)
         return make.dense(self, "fc2", x, self.num_classes)

@@ -14,7 +14,7 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-class Network(nn.Module):
+class Network(nn.Module, kw_only=True):
     """A network whose convolutions a plan chooses.
 
     Attributes:
@@ -32,11 +32,11 @@ class Network(nn.Module):
     axis_name: str | None = None
 
     @nn.nowrap
-    def layers(self) -> Layers:
+    def make_layers(self) -> Layers:
         """Returns what makes the network's layers."""
         return Layers(self.plan, self.dtype, self.axis_name)
 
     @nn.nowrap
-    def scaled(self, channels: int) -> int:
+    def channels(self, channels: int) -> int:
         """Returns the number of channels at the network's width."""
         return scaled(channels, self.width)

@@ -1,4 +1,4 @@
-"""ResNet18 with the CIFAR stem (kuangliu's) or the ImageNet stem (torchvision's)."""
+"""The residual block, and ResNet18 with kuangliu's stem or torchvision's."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,15 +11,15 @@ from inertia_jax.models.network import Network
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: where the shape changes, a 1x1 or none.
+    """Two 3x3 convolutions and a shortcut; where the shape changes, of two kinds.
 
     Attributes:
         features: Output channels.
         strides: Stride of the first convolution and of the shortcut.
         layers: Settings of the network.
-        shortcut: Name of the shortcut's layers; None: it has none (option A), but takes
-            every second pixel and pads new channels with zeros, half in front and half
-            behind.
+        shortcut: Name of the layers of a 1x1 shortcut (option B); None: one without
+            parameters (option A), every second pixel and new channels of zeros, half in
+            front and half behind.
     """
 
     features: int
@@ -39,10 +39,10 @@ class BasicBlock(nn.Module):
         y = make.conv(self, "conv2", y, self.features, 3, padding=1, train=train)
         y = make.norm(self, "bn2", y, train=train)
         if strides != 1 or x.shape[-1] != self.features:
-            x = self._reshaped(x, train=train)
+            x = self._shortcut(x, train=train)
         return nn.relu(y + x)
 
-    def _reshaped(
+    def _shortcut(
         self, x: Float[Array, "n h w c_in"], *, train: bool
     ) -> Float[Array, "n h_out w_out c_out"]:
         make, strides, name = self.layers, self.strides, self.shortcut
@@ -56,10 +56,10 @@ class BasicBlock(nn.Module):
         return make.norm(self, f"{name}_1", x, train=train)
 
 
-class ResNet18(Network):
+class ResNet18(Network, kw_only=True):
     """ResNet18 (He et al., 2015, https://arxiv.org/abs/1512.03385).
 
-    Attributes: those of `Network`, and
+    Attributes beside those of `Network`:
         stem: `cifar`, a 3x3 convolution, or `imagenet`, 7x7 stride 2 and a max-pool,
             with torchvision's names for shortcut and head.
     """
@@ -71,9 +71,9 @@ class ResNet18(Network):
         self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
         y = jnp.asarray(x)
-        make = self.layers()
+        make = self.make_layers()
         imagenet = self.stem == "imagenet"
-        features = self.scaled(64)
+        features = self.channels(64)
         if imagenet:
             y = make.conv(
                 self, "conv1", y, features, 7, strides=2, padding=3, train=train
@@ -84,7 +84,7 @@ class ResNet18(Network):
         if imagenet:
             y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage in range(4):
-            features = self.scaled(64 * 2**stage)
+            features = self.channels(64 * 2**stage)
             for block in range(2):
                 strides = 2 if stage > 0 and block == 0 else 1
                 y = BasicBlock(

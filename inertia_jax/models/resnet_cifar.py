@@ -10,10 +10,10 @@ from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import BasicBlock
 
 
-class CifarResNet(Network):
+class CifarResNet(Network, kw_only=True):
     """ResNet20/32/44/56 (He et al., 2015, https://arxiv.org/abs/1512.03385, 4.2).
 
-    Attributes: those of `Network`, and
+    Attributes beside those of `Network`:
         depth: 6 n + 2 layers, n blocks a stage.
         shortcut: `A`, padding, or `B`, a 1x1 convolution, where the shape changes.
     """
@@ -26,12 +26,12 @@ class CifarResNet(Network):
         self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
         x = jnp.asarray(x)
-        make = self.layers()
+        make = self.make_layers()
         shortcut = None if self.shortcut == "A" else "shortcut"
-        x = make.conv(self, "conv1", x, self.scaled(16), 3, padding=1, train=train)
+        x = make.conv(self, "conv1", x, self.channels(16), 3, padding=1, train=train)
         x = nn.relu(make.norm(self, "bn1", x, train=train))
         for stage in range(3):
-            features = self.scaled(16 * 2**stage)
+            features = self.channels(16 * 2**stage)
             for block in range((self.depth - 2) // 6):
                 strides = 2 if stage > 0 and block == 0 else 1
                 name = f"layer{stage + 1}_{block}"

@@ -65,24 +65,21 @@ class Tree(nn.Module):
 
 
 class SimpleDLA(Network):
-    """SimpleDLA (after Yu et al., 2017, https://arxiv.org/abs/1707.06484).
-
-    Attributes: those of `Network`.
-    """
+    """SimpleDLA (after Yu et al., 2017, https://arxiv.org/abs/1707.06484)."""
 
     @nn.compact
     def __call__(
         self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
         x = jnp.asarray(x)
-        make = self.layers()
+        make = self.make_layers()
         for name, channels in (("base", 16), ("layer1", 16), ("layer2", 32)):
-            features = self.scaled(channels)
+            features = self.channels(channels)
             x = make.conv(self, f"{name}_0", x, features, 3, padding=1, train=train)
             x = nn.relu(make.norm(self, f"{name}_1", x, train=train))
         trees = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 1, 2))
         for index, (channels, level, strides) in enumerate(trees, start=3):
-            features = self.scaled(channels)
+            features = self.channels(channels)
             tree = Tree(features, level, strides, make, name=f"layer{index}")
             x = tree(x, train=train)
         return make.dense(self, "linear", x.mean((1, 2)), self.num_classes)

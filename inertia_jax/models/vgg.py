@@ -16,8 +16,6 @@ class VGG16(Network):
     """VGG16 (Simonyan and Zisserman, 2014, https://arxiv.org/abs/1409.1556).
 
     Takes images of at least 32 x 32; what five halvings leave is averaged.
-
-    Attributes: those of `Network`.
     """
 
     @nn.compact
@@ -29,12 +27,12 @@ class VGG16(Network):
             raise ValueError(
                 f"`x` (shape {x.shape}) must be at least 32 x 32 for VGG16."
             )
-        make = self.layers()
+        make = self.make_layers()
         index = 0  # of the layer in PyTorch's Sequential, ReLU and pooling included
         for stage in _STAGES:
             for channels in stage:
                 name, norm = f"features_{index}", f"features_{index + 1}"
-                features = self.scaled(channels)
+                features = self.channels(channels)
                 x = make.conv(
                     self, name, x, features, 3, padding=1, use_bias=True, train=train
                 )

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from inertia_jax.ops.conv import pair
 from inertia_jax.ops.factors import LowRankFactors, factor_kernels, pointwise
 from inertia_jax.ops.unfold import (
+    as_wide_kernel,
     check_rank,
-    checked_kernel,
-    exact_einsum,
+    precise_einsum,
     split_groups,
 )
 
@@ -38,7 +38,7 @@ def low_rank(
     References:
         Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
     """
-    kernel = checked_kernel(kernel, groups)
+    kernel = as_wide_kernel(kernel, groups)
     if kernel.shape[:2] != (1, 1):
         raise ValueError(
             f"`kernel` (shape {kernel.shape}) must be [1, 1, c_in, c_out]."
@@ -65,7 +65,7 @@ def low_rank_to_kernel(
     left, right = map(jnp.asarray, factors)
     left = left.reshape(groups, -1, left.shape[1])
     right = right.reshape(groups, -1, right.shape[1])
-    kernel = exact_einsum("gir,gor->igo", left, right)
+    kernel = precise_einsum("gir,gor->igo", left, right)
     return kernel.reshape(1, 1, kernel.shape[0], -1)
 
 

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from inertia_jax.ops.conv import Padding, conv2d
 from inertia_jax.ops.factors import Tucker2Factors, factor_kernels, pointwise
 from inertia_jax.ops.unfold import (
+    as_wide_kernel,
     check_rank,
-    checked_kernel,
-    exact_einsum,
     left_singular,
     max_ranks,
+    precise_einsum,
     split_groups,
     unfold_in,
     unfold_out,
@@ -65,7 +65,7 @@ def tucker2(
         De Lathauwer et al., 2000, https://doi.org/10.1137/S0895479898346995 (HOOI)
         Kim et al., 2016, https://arxiv.org/abs/1511.06530, section 3.1
     """
-    kernel = checked_kernel(kernel, groups)
+    kernel = as_wide_kernel(kernel, groups)
     check_rank("rank_in", rank_in, kernel.shape[2])
     check_rank("rank_out", rank_out, kernel.shape[3] // groups)
     if method not in ("hosvd", "hooi"):
@@ -98,7 +98,7 @@ def _tucker2(
         u_out = left_singular(unfold_out(kernel))[0][:, :rank_out]
         if num_iterations:
             u_in, u_out = _hooi(kernel, u_in, u_out, num_iterations, tolerance)
-        core = exact_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
+        core = precise_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
         return Tucker2Factors(u_in, core, u_out)
 
     if groups == 1:  # as a loop of one, it takes three times as long to compile
@@ -125,8 +125,8 @@ def _hooi(
 
     def relative_error(u_in: Array, u_out: Array) -> Array:
         # The difference, not ||K||^2 - ||core||^2, which cancels at high ranks.
-        core = exact_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
-        again = exact_einsum("hwrs,ir,os->hwio", core, u_in, u_out)
+        core = precise_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
+        again = precise_einsum("hwrs,ir,os->hwio", core, u_in, u_out)
         missed = jnp.sum((kernel - again) ** 2)
         return jnp.sqrt(missed / jnp.where(total > 0, total, 1))
 
@@ -138,9 +138,9 @@ def _hooi(
         carry: tuple[Array, Array, Array, Array, Array],
     ) -> tuple[Array, Array, Array, Array, Array]:
         step, u_in, u_out, error, _ = carry
-        seen = exact_einsum("hwio,ir->hwro", kernel, u_in)
+        seen = precise_einsum("hwio,ir->hwro", kernel, u_in)
         new_out = left_singular(unfold_out(seen))[0][:, : u_out.shape[1]]
-        seen = exact_einsum("hwio,os->hwis", kernel, new_out)
+        seen = precise_einsum("hwio,os->hwis", kernel, new_out)
         new_in = left_singular(unfold_in(seen))[0][:, : u_in.shape[1]]
         new_error = relative_error(new_in, new_out)
         better = new_error < error
@@ -171,7 +171,7 @@ def tucker2_to_kernel(
     core = split_groups(core, groups)
     u_in = u_in.reshape(groups, -1, u_in.shape[1])
     u_out = u_out.reshape(groups, -1, u_out.shape[1])
-    kernel = exact_einsum("ghwrs,gir,gos->hwigo", core, u_in, u_out)
+    kernel = precise_einsum("ghwrs,gir,gos->hwigo", core, u_in, u_out)
     return kernel.reshape(*kernel.shape[:3], -1)
 
 

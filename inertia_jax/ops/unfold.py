@@ -1,4 +1,4 @@
-"""A convolution kernel as matrices: unfoldings, their singular vectors and ranks."""
+"""A convolution kernel as matrices, and what factorising one needs: checks, ranks."""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 # On GPU and TPU the default would round factors to TF32 or bfloat16.
-exact_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+precise_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def split_groups(
     return jnp.moveaxis(kernel.reshape(shape), 3, 0)
 
 
-def checked_kernel(kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int) -> Array:
+def as_wide_kernel(kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int) -> Array:
     """Returns the kernel in float32 or wider, or raises ValueError."""
     kernel = jnp.asarray(kernel)
     if kernel.ndim != 4:
