@@ -109,7 +109,7 @@ def test_one_step_in_float32_agrees(name, parallel, quick_compile):
     assert relative(eight - start, one - start) < 1e-2
 
 
-def test_dropout_and_adadelta_agree_over_devices(x64):
+def test_dropout_and_adadelta_agree_over_devices(x64, quick_compile):
     config = dataclasses.replace(
         make_config(),
         data=dataclasses.replace(SYNTHETIC, mean=(0.5,), std=(0.25,)),
@@ -141,7 +141,7 @@ def test_every_step_lowers_for_tpu(name, parallel):
     assert "all_reduce" in exported.mlir_module()
 
 
-def test_bfloat16_trains_with_float32_parameters():
+def test_bfloat16_trains_with_float32_parameters(quick_compile):
     config = make_config("bfloat16")
     trainer = Trainer(config, synthetic_set())
     state, totals = trainer.train_call(trainer.init_state(), next(trainer.inputs(0, 0)))
