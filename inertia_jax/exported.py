@@ -181,13 +181,14 @@ def save_exported(
         archive.writestr("network", bytes(exported.serialize()))
         archive.writestr("metadata.json", json.dumps(metadata, indent=1))
         archive.comment = b"0" * _HASH_LENGTH
-    content = buffer.getbuffer()[:-_HASH_LENGTH]
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.write(hashlib.sha256(content).hexdigest().encode())
+        # Given back before the buffer goes, which it would outlive from Python 3.13 on.
+        with buffer.getbuffer() as whole, whole[:-_HASH_LENGTH] as content:
+            with partial.open("wb") as stream:
+                stream.write(content)
+                stream.write(hashlib.sha256(content).hexdigest().encode())
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
