@@ -89,3 +89,5 @@ def test_a_sweeps_networks_are_timed_beside_each_other(tmp_path, capsys):
         assert gated[column] == f"{times[1] / times[0]:.2f}"
     assert main([*command, "--batch-size", "361"]) == 2
     assert "`batch_size` (=361) must be at most 360" in capsys.readouterr().err
+    assert main([*command, "--batch-size", "9", "--steps", "6"]) == 2
+    assert "`steps` (=6) must be at most 5, an epoch" in capsys.readouterr().err

@@ -1,26 +1,25 @@
 """Timing of a sweep's networks beside each other: training steps, and evaluation."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from train.benchmark import interleaved
-from train.config import Config
+from train.config import Config, Data
 from train.data import ImageSet
 from train.errors import UsageError
-from train.sweep import Sweep
 from train.trainer import Trainer
 
 
 def bench_sweep(
-    sweep: Sweep,
-    load: Callable[[Config], ImageSet],
+    configs: Sequence[Config],
+    load: Callable[[Data], ImageSet],
     *,
-    source: str | None,
     batch_size: int,
     steps: int,
     repeats: int,
@@ -31,9 +30,8 @@ def bench_sweep(
     settled then, so that gates open as often as they do in training.
 
     Args:
-        sweep: Whose configurations, of the first seed.
-        load: Returns a configuration's data.
-        source: In place of each `data.source`; None: as it is.
+        configs: The sweep's.
+        load: Returns a configuration's data; called once for all that share them.
         batch_size: Images of an evaluation.
         steps: Taken before anything is timed.
         repeats: Timed calls of each.
@@ -43,14 +41,13 @@ def bench_sweep(
         (of `eval_batch_size`), in milliseconds, and `gate_rates` on the test images.
 
     Raises:
-        UsageError: More images than there are test images.
+        UsageError: More images than there are test images, or steps than in an epoch.
     """
-    parts = []
-    for config in sweep.configs:
-        if source is not None:
-            data = dataclasses.replace(config.data, source=source)
-            config = dataclasses.replace(config, data=data)
-        parts.append(_timed_calls(config, load(config), batch_size, steps))
+    load = functools.cache(load)
+    parts = [
+        (config, *_timed_calls(config, load(config.data), batch_size, steps))
+        for config in configs
+    ]
     calls = {
         f"{what} {config.name}": call
         for config, functions, _ in parts
@@ -71,7 +68,7 @@ def bench_sweep(
 
 def _timed_calls(
     config: Config, data: ImageSet, batch_size: int, steps: int
-) -> tuple[Config, dict[str, Callable[[], Any]], dict[str, float]]:
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     if len(data.test) < batch_size:
         raise UsageError(
             f"`batch_size` (={batch_size}) must be at most {len(data.test)}, the test "
@@ -80,6 +77,11 @@ def _timed_calls(
     trainer = Trainer(
         dataclasses.replace(config, steps_per_call=1), data, jax.devices()[:1]
     )
+    if steps > trainer.steps_per_epoch:
+        raise UsageError(
+            f"`steps` (={steps}) must be at most {trainer.steps_per_epoch}, an epoch "
+            f"of {config.name}."
+        )
     state = trainer.init_state()
     ready = list(itertools.islice(trainer.inputs(0, 0), steps))
     for inputs in ready:
@@ -100,7 +102,7 @@ def _timed_calls(
     def evaluate() -> None:
         jax.block_until_ready(predict(variables, images))
 
-    return config, {"train": train, "evaluate": evaluate}, gate_rates
+    return {"train": train, "evaluate": evaluate}, gate_rates
 
 
 def format_sweep(rows: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from train.bench_startup import bench_startup
 from train.bench_sweep import bench_sweep, format_sweep
 from train.bench_tucker import bench_tucker, format_tucker
 from train.benchmark import bench_loop, bench_model, measure_peak_gflops
-from train.config import Config
+from train.config import Config, Data
 from train.config_file import load_config
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
@@ -192,10 +192,8 @@ def _bench_loop(args: Benchmark) -> Iterator[Any]:
     if args.width is not None:
         model = dataclasses.replace(config.model, width=args.width)
         config = dataclasses.replace(config, model=model)
-    if args.data is not None:
-        data = dataclasses.replace(config.data, source=args.data)
-        config = dataclasses.replace(config, data=data)
-    row = bench_loop(config, _load(config), steps=args.steps, rounds=args.repeats)
+    config = _with_data(config, args.data)
+    row = bench_loop(config, _load(config.data), steps=args.steps, rounds=args.repeats)
     bare, whole = row["bare"]["median_ms"], row["whole"]["median_ms"]
     print(f"{row['steps']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
     print(f"input, logging and checkpoint add {100 * (whole / bare - 1):.1f}%")
@@ -203,10 +201,10 @@ def _bench_loop(args: Benchmark) -> Iterator[Any]:
 
 
 def _bench_sweep(args: Benchmark) -> Iterator[Any]:
+    sweep = load_sweep(pathlib.Path(args.sweep))
     rows = bench_sweep(
-        load_sweep(pathlib.Path(args.sweep)),
+        [_with_data(config, args.data) for config in sweep.configs],
         _load,
-        source=args.data,
         batch_size=args.batch_size,
         steps=args.steps,
         repeats=args.repeats,
@@ -215,12 +213,15 @@ def _bench_sweep(args: Benchmark) -> Iterator[Any]:
     yield from rows
 
 
-def _load(config: Config) -> ImageSet:
-    return load_data(
-        config.data.source,
-        cache_dir=config.data.cache_dir,
-        image_size=config.data.load_size,
-    )
+def _with_data(config: Config, source: str | None) -> Config:
+    if source is None:
+        return config
+    data = dataclasses.replace(config.data, source=source)
+    return dataclasses.replace(config, data=data)
+
+
+def _load(data: Data) -> ImageSet:
+    return load_data(data.source, cache_dir=data.cache_dir, image_size=data.load_size)
 
 
 _SUITES: dict[str, Callable[[Benchmark], Iterator[Any]]] = {
