@@ -10,7 +10,6 @@ It appears under its name in one rename, complete, or not at all. Orbax restores
 bits without a word, so the hashes are written after its commit and checked on load.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -25,11 +24,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inertia_jax.models import create_model, model_name
-from inertia_jax.plan import Plan
-
-_FORMAT = 1
-_MODEL_OPTIONS = ("num_classes", "width", "stem", "shortcut")
+from inertia_jax.metadata import Metadata, describe, load_model
 
 
 class CheckpointDamagedError(ValueError):
@@ -38,50 +33,6 @@ class CheckpointDamagedError(ValueError):
 
 class CheckpointWriteError(OSError):
     """A checkpoint that could not be written; nothing of it is left."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How images become the network's input: `(pixels / 255 - mean) / std`.
-
-    Attributes:
-        image_shape: [h, w, c] of the network's input.
-        mean: Of each channel, of pixels in [0, 1].
-        std: Of each channel, likewise.
-        resize: Side that images are resized to before the centre is cut out; None
-            means the input's own, so that nothing is cut.
-    """
-
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: int | None = None
-
-    def __post_init__(self) -> None:
-        channels = self.image_shape[-1]
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != channels:
-                raise ValueError(
-                    f"`{name}` (={getattr(self, name)}) must have {channels} entries, "
-                    f"one a channel."
-                )
-        if min(self.std) <= 0:
-            raise ValueError(f"`std` (={self.std}) must be > 0.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What a checkpoint says of itself beside its arrays.
-
-    Attributes:
-        preprocessing: How images become the network's input.
-        class_names: One name a class, or empty.
-        info: Whatever the writer added, e.g. step, metrics and configuration; JSON.
-    """
-
-    preprocessing: Preprocessing | None = None
-    class_names: tuple[str, ...] = ()
-    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -116,13 +67,7 @@ def save_checkpoint(
     path = pathlib.Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"`path` (={path}) must not exist; it was left as it is.")
-    metadata = metadata or Metadata()
-    description = {
-        "format": _FORMAT,
-        "model": _describe(model),
-        "plan": json.loads(model.plan.to_json()),
-        **dataclasses.asdict(metadata),
-    }
+    description = describe(model, metadata or Metadata())
     tree = jax.tree.map(
         np.asarray, {"variables": variables, "training": training or {}}
     )
@@ -143,8 +88,7 @@ def save_checkpoint(
         with _checkpointer(*processes, name=path.name) as checkpointer:
             checkpointer.save(partial / "arrays", args=ocp.args.PyTreeSave(tree))
         if commits:
-            text = json.dumps(description, indent=1, default=_jsonable)
-            (partial / "metadata.json").write_text(text)
+            (partial / "metadata.json").write_text(description)
             manifest = json.dumps(_hash_files(partial), indent=1)
             (partial / "manifest.json").write_text(manifest)
             partial.rename(path)
@@ -187,31 +131,7 @@ def load_checkpoint(
         CheckpointDamagedError: A file is missing, surplus or altered.
     """
     verify_checkpoint(path)
-    description = _read_description(path)
-    options = description["model"]
-    plan = Plan.from_json(json.dumps(description["plan"]))
-    return create_model(plan=plan, **options), load_arrays(path)["variables"]
-
-
-def load_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """Reads what a checkpoint says of itself; does not check the hashes."""
-    description = _read_description(path)
-    preprocessing = description["preprocessing"]
-    return Metadata(
-        preprocessing=_read_preprocessing(preprocessing) if preprocessing else None,
-        class_names=tuple(description["class_names"]),
-        info=description["info"],
-    )
-
-
-def _read_preprocessing(fields: dict[str, Any]) -> Preprocessing:
-    height, width, channels = fields["image_shape"]
-    return Preprocessing(
-        image_shape=(height, width, channels),
-        mean=tuple(fields["mean"]),
-        std=tuple(fields["std"]),
-        resize=fields["resize"],
-    )
+    return load_model(path), load_arrays(path)["variables"]
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -261,27 +181,6 @@ def _checkpointer(*processes: int, name: str) -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
-    options = {name: getattr(model, name, None) for name in _MODEL_OPTIONS}
-    return {
-        "name": model_name(model),
-        "dtype": np.dtype(model.dtype).name,
-        **{name: value for name, value in options.items() if value is not None},
-    }
-
-
-def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    file = pathlib.Path(path) / "metadata.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}.")
-    description = json.loads(file.read_bytes())
-    if description["format"] != _FORMAT:
-        raise ValueError(
-            f"{path} has format {description['format']}; must be {_FORMAT}."
-        )
-    return description
-
-
 def _hash_files(path: pathlib.Path) -> dict[str, str]:
     hashes = {}
     for file in sorted(path.rglob("*")):
@@ -290,9 +189,3 @@ def _hash_files(path: pathlib.Path) -> dict[str, str]:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             hashes[file.relative_to(path).as_posix()] = digest
     return hashes
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return value.item() if isinstance(value, np.generic) else str(value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inertia_jax.checkpoint import Preprocessing
+from inertia_jax.metadata import Preprocessing
 from train import augment
 
 FLOAT32 = jnp.dtype("float32")

@@ -12,7 +12,7 @@ import inertia_jax as ij
 from inertia_jax.sites import find_sites
 from train import platform
 from train.__main__ import main
-from train.benchmark import relative_gap
+from train.timing import relative_gap
 from train.verbs import benchmark_verb
 
 WHAT = ("train", "eval")

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import (
-    CheckpointWriteError,
-    Metadata,
-    Preprocessing,
-    load_arrays,
-    load_metadata,
-)
+from inertia_jax.checkpoint import CheckpointWriteError, load_arrays
+from inertia_jax.metadata import Metadata, Preprocessing, load_metadata
 
 PREPROCESSING = Preprocessing((32, 32, 3), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), 40)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import Preprocessing
+from inertia_jax.metadata import Preprocessing
 from train.__main__ import main
 from train.calibration import training_inputs
 from train.data import Split

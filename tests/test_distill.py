@@ -15,7 +15,7 @@ from test_fit import assert_bitwise_equal, final_arrays
 from test_trainable import INPUTS, LABELS, Small, flat, take_steps
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import Metadata, Preprocessing
+from inertia_jax.metadata import Metadata, Preprocessing
 from train import stop
 from train.__main__ import main
 from train.config import Config, Model, Optimizer

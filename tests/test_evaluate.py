@@ -8,7 +8,7 @@ import pytest
 from test_distill import SEEN, SHAPE
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import Metadata
+from inertia_jax.metadata import Metadata
 from train.__main__ import main
 from train.step import gate_rates
 

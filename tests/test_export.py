@@ -16,7 +16,7 @@ import pytest
 
 import inertia_jax as ij
 from inertia_jax import exported
-from inertia_jax.checkpoint import Metadata, Preprocessing
+from inertia_jax.metadata import Metadata, Preprocessing
 from inertia_jax.models import abstract_variables
 from train.__main__ import main
 from train.augment import Augmentation

@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT, shared_file
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import load_arrays, load_metadata
+from inertia_jax.checkpoint import load_arrays
+from inertia_jax.metadata import load_metadata
 from train.__main__ import main
 from train.build import make_model
 from train.checkpoints import best_step, latest_steps

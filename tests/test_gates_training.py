@@ -12,8 +12,8 @@ import test_parallel
 from flax import linen as nn
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import Preprocessing
 from inertia_jax.layers import Layers
+from inertia_jax.metadata import Preprocessing
 from train.augment import Augmentation
 from train.config import Model, Optimizer
 from train.optimizer import make_optimizer

@@ -11,8 +11,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import Preprocessing
 from inertia_jax.layers import Layers
+from inertia_jax.metadata import Preprocessing
 from train.augment import Augmentation
 from train.config import Config, Model, Optimizer
 from train.errors import UsageError

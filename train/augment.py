@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
-from inertia_jax.checkpoint import Preprocessing
+from inertia_jax.metadata import Preprocessing
 
 
 def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, "n"]:

@@ -14,7 +14,7 @@ from inertia_jax.models import abstract_variables, input_shape
 from inertia_jax.ops.tiled import CHUNK_BYTES
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
 from inertia_jax.ops.views import pad_image
-from train.benchmark import interleaved
+from train.timing import interleaved
 
 # Images, side, channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))

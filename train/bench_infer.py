@@ -10,7 +10,7 @@ from inertia_jax import compress, create_model, fold_batch_norm, init_variables
 from inertia_jax.models import input_shape
 from train.bench_inertial import thresholds_at, tiled_model
 from train.bench_tucker import RULES, torch_call
-from train.benchmark import interleaved, relative_gap
+from train.timing import interleaved, relative_gap
 
 _TUCKER = ("budget 0.25 by 8", "ratio 0.2")
 _RATES = (0.1, 0.25)

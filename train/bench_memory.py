@@ -5,7 +5,7 @@ import multiprocessing
 import resource
 from typing import Any, Literal
 
-from train.benchmark import make_functions
+from train.bench_train import make_functions
 
 _STEPS = 5
 

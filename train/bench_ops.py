@@ -10,8 +10,8 @@ import numpy as np
 from inertia_jax import ops
 from inertia_jax.ops.conv_grad import conv2d_to_train
 from train.bench_inertial import TILED
-from train.benchmark import interleaved
 from train.errors import needs_torch
+from train.timing import interleaved
 
 # Side, channels.
 STAGES = ((32, 64), (16, 128), (8, 256), (4, 512))

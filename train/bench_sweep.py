@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.benchmark import interleaved
 from train.config import Config, Data
 from train.data import ImageSet
 from train.errors import UsageError
+from train.timing import interleaved
 from train.trainer import Trainer
 
 

@@ -22,9 +22,9 @@ from inertia_jax.interop import torch_key
 from inertia_jax.models import input_shape
 from inertia_jax.sites import Site, find_sites
 from inertia_jax.specs import Tucker2
-from train.benchmark import interleaved, relative_gap
 from train.errors import needs_torch
 from train.layer_report import LayerReport, format_layers, report_layers
+from train.timing import interleaved, relative_gap
 
 RULES: dict[str, dict[str, Any]] = {
     "ratio 0.2": {"ranks": Ratio(0.2)},

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inertia_jax import Plan, create_model
-from inertia_jax.checkpoint import Preprocessing
+from inertia_jax.metadata import Preprocessing
 from train.config import Data, Model
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inertia_jax.checkpoint import Preprocessing
+from inertia_jax.metadata import Preprocessing
 from train.augment import Augmentation, example_keys
 from train.data import Split
 from train.errors import UsageError

@@ -13,13 +13,8 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax import CheckpointDamagedError, save_checkpoint
-from inertia_jax.checkpoint import (
-    CheckpointWriteError,
-    Metadata,
-    load_arrays,
-    load_metadata,
-    verify_checkpoint,
-)
+from inertia_jax.checkpoint import CheckpointWriteError, load_arrays, verify_checkpoint
+from inertia_jax.metadata import Metadata, load_metadata
 from train.errors import UsageError
 
 _LATEST = 2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inertia_jax import CostTable, count_cost, load_checkpoint
-from inertia_jax.checkpoint import Metadata, load_metadata
+from inertia_jax.metadata import Metadata, load_metadata
 from train.augment import Augmentation
 from train.config import Data
 from train.data import ImageSet, load_data

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from inertia_jax import count_cost
-from inertia_jax.checkpoint import load_metadata
+from inertia_jax.metadata import load_metadata
 from train.checkpoints import Checkpoints
 from train.clock import TrainingClock
 from train.config import Config

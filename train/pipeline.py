@@ -12,7 +12,7 @@ from inertia_jax import (
     recalibrate_batch_norm,
     save_checkpoint,
 )
-from inertia_jax.checkpoint import Metadata, load_metadata
+from inertia_jax.metadata import Metadata, load_metadata
 from train.build import make_model, make_preprocessing
 from train.calibration import training_inputs
 from train.checkpoints import latest_steps

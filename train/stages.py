@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from inertia_jax.checkpoint import Metadata
+from inertia_jax.metadata import Metadata
 from train.evaluate import Evaluation, paired_difference
 from train.evaluate_checkpoint import evaluator_for
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inertia_jax import count_cost, load_checkpoint
-from inertia_jax.checkpoint import load_metadata
+from inertia_jax.metadata import load_metadata
 from train.checkpoints import latest_steps
 from train.config import Config
 from train.config_file import config_to_json, fill_defaults, load_from_file

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import load_checkpoint
-from inertia_jax.checkpoint import Preprocessing, load_metadata
+from inertia_jax.metadata import Preprocessing, load_metadata
 from train.checkpoints import find_checkpoint
 from train.config import Config
 from train.config_file import differing_fields

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import Rate, load_checkpoint
-from inertia_jax.checkpoint import Metadata
+from inertia_jax.metadata import Metadata
 from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
 from train.build import make_model, make_preprocessing

@@ -10,18 +10,20 @@ import tyro
 
 from train.bench_inertial import OP_SHAPES, bench_network, bench_op, format_times
 from train.bench_infer import bench_infer, format_infer
+from train.bench_loop import bench_loop
 from train.bench_memory import bench_memory, format_memory
 from train.bench_ops import STAGES, bench_ops, format_ops
 from train.bench_startup import bench_startup
 from train.bench_sweep import bench_sweep, format_sweep
+from train.bench_train import bench_model
 from train.bench_tucker import bench_tucker, format_tucker
-from train.benchmark import bench_loop, bench_model, measure_peak_gflops
 from train.config import Config, Data
 from train.config_file import load_config
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
 from train.rundir import describe_machine
 from train.sweep import load_sweep
+from train.timing import measure_peak_gflops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import tyro
 from flax import linen as nn
 
 from inertia_jax import fold_batch_norm, load_checkpoint, load_exported, save_exported
-from inertia_jax.checkpoint import Preprocessing, load_metadata
 from inertia_jax.exported import check_platforms
+from inertia_jax.metadata import Preprocessing, load_metadata
 from train.augment import Augmentation
 from train.checkpoints import find_checkpoint
 from train.errors import UsageError, user_input

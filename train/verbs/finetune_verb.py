@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from inertia_jax import load_checkpoint
-from inertia_jax.checkpoint import load_metadata
+from inertia_jax.metadata import load_metadata
 from inertia_jax.models import model_name
 from train.checkpoints import find_checkpoint
 from train.config import Config, Data, Model, Optimizer

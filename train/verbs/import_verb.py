@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from inertia_jax import count_cost, create_model, load_torch, save_checkpoint
-from inertia_jax.checkpoint import Metadata, Preprocessing
+from inertia_jax.metadata import Metadata, Preprocessing
 from inertia_jax.models import input_shape
 from train.errors import user_input
 

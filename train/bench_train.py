@@ -1,10 +1,5 @@
-"""Timing of training steps and evaluations, beside PyTorch's, and of the loop."""
+"""Timing of training steps and evaluations, beside PyTorch's."""
 
-import itertools
-import pathlib
-import statistics
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,61 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from inertia_jax import count_cost, create_model, init_variables
-from train.checkpoints import Checkpoints
-from train.config import Config
-from train.data import ImageSet
-from train.errors import UsageError, needs_torch
-from train.meter import Meter
-from train.rundir import RunDirectory
-from train.state import training_to_dict
-from train.trainer import Trainer, make_metadata
+from train.errors import needs_torch
+from train.timing import interleaved
 
 _RECIPE = {"learning_rate": 0.1, "momentum": 0.9}
 _WEIGHT_DECAY = 5e-4
 _SHAPE = (32, 32, 3)
-_SHORT_MS = 100
-
-
-def interleaved(
-    functions: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 2
-) -> dict[str, dict[str, float]]:
-    """Times functions in turn and returns medians and spreads, in milliseconds.
-
-    In turn, because machines slow down and speed up over minutes. A short call follows
-    an untimed one of its own: caches are its own then, and threads of another library,
-    which go on spinning for a while, are asleep.
-
-    Args:
-        functions: Each blocks until its work is done.
-        repeats: Timed calls of each.
-        warmup: Calls of each before, untimed: compilation, caches.
-    """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(warmup + repeats):
-        for name, function in functions.items():
-            if times[name] and times[name][-1] < _SHORT_MS:
-                function()
-            start = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    timed = {name: values[warmup:] for name, values in times.items()}
-    return {
-        name: {
-            "median_ms": statistics.median(values),
-            "min_ms": min(values),
-            "max_ms": max(values),
-        }
-        for name, values in timed.items()
-    }
-
-
-def relative_gap(found: Any, expected: Any) -> float:
-    """Returns the largest difference over the largest expected number."""
-    found, expected = np.asarray(found), np.asarray(expected)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 Functions = dict[str, dict[str, Callable[[], None]]]
@@ -115,15 +63,6 @@ def bench_model(
                 of["share_of_peak"] = of["gflops"] / peak_gflops
         row[what] = times
     return row
-
-
-def measure_peak_gflops(dtype: Literal["float32", "bfloat16"] = "float32") -> float:
-    """Returns the most that products of two large matrices reach, in GFLOP/s."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-    multiply = jax.jit(lambda a: a @ a)
-    times = interleaved({"a": lambda: jax.block_until_ready(multiply(a))}, repeats=20)
-    return 2e-6 * size**3 / times["a"]["min_ms"]
 
 
 def make_functions(
@@ -236,62 +175,3 @@ def _torch_functions(
         wait()
 
     return train, evaluate
-
-
-def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
-    """Times calls bare, and with input, logging, progress bar and a checkpoint.
-
-    Each round takes the same number of steps twice: on inputs that lie ready, and with
-    the loop's own feed, meter and one checkpoint, waited for. Both read the totals of
-    one call while the next one runs.
-
-    Raises:
-        UsageError: More steps than an epoch has.
-    """
-    trainer = Trainer(config, data)
-    if steps > trainer.steps_per_epoch:
-        raise UsageError(
-            f"`steps` (={steps}) must be at most {trainer.steps_per_epoch}, an epoch."
-        )
-    calls = -(-steps // trainer.steps_per_call)
-    state = trainer.init_state()
-    ready = next(trainer.inputs(0, 0))
-    rounds_done = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = RunDirectory(pathlib.Path(scratch) / "run", config, resume=False)
-        directory.lock()
-        directory.open(0)
-        checkpoints = Checkpoints(directory.checkpoints)
-
-        def bare() -> None:
-            nonlocal state
-            pending = None
-            for _ in range(calls):
-                state, totals = trainer.train_call(state, ready)
-                if pending is not None:
-                    jax.device_get(pending)
-                pending = totals
-            jax.device_get(pending)
-
-        def whole() -> None:
-            nonlocal state, rounds_done
-            step = 0
-            with tqdm(total=steps * config.batch_size, unit="img", leave=False) as bar:
-                meter = Meter(directory, bar, config, step, has_gates=trainer.has_gates)
-                inputs = trainer.inputs(0, 0)
-                for batch in itertools.islice(inputs, calls):
-                    state, totals = trainer.train_call(state, batch)
-                    step += batch[2].shape[1]
-                    meter.after_call(step, totals)
-                meter.flush()
-            rounds_done += 1
-            training = training_to_dict(state)
-            metadata = make_metadata(trainer, None, train_seconds=0.0)
-            checkpoints.save(
-                rounds_done, trainer.model, state.result, training, metadata
-            )
-            checkpoints.wait()
-
-        times = interleaved({"bare": bare, "whole": whole}, repeats=rounds, warmup=1)
-        directory.close()
-    return {"steps": calls * trainer.steps_per_call, "rounds": rounds, **times}

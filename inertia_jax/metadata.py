@@ -1,0 +1,127 @@
+"""What a checkpoint says of itself beside its arrays: `metadata.json`."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax.models import create_model, model_name
+from inertia_jax.plan import Plan
+
+_FORMAT = 1
+_MODEL_OPTIONS = ("num_classes", "width", "stem", "shortcut")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How images become the network's input: `(pixels / 255 - mean) / std`.
+
+    Attributes:
+        image_shape: [h, w, c] of the network's input.
+        mean: Of each channel, of pixels in [0, 1].
+        std: Of each channel, likewise.
+        resize: Side that images are resized to before the centre is cut out; None
+            means the input's own, so that nothing is cut.
+    """
+
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+
+    def __post_init__(self) -> None:
+        channels = self.image_shape[-1]
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != channels:
+                raise ValueError(
+                    f"`{name}` (={getattr(self, name)}) must have {channels} entries, "
+                    f"one a channel."
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"`std` (={self.std}) must be > 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of itself beside its arrays.
+
+    Attributes:
+        preprocessing: How images become the network's input.
+        class_names: One name a class, or empty.
+        info: Whatever the writer added, e.g. step, metrics and configuration; JSON.
+    """
+
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] = ()
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def describe(model: nn.Module, metadata: Metadata) -> str:
+    """Returns the text of `metadata.json`.
+
+    Raises:
+        ValueError: `model` is none of this library's.
+    """
+    options = {name: getattr(model, name, None) for name in _MODEL_OPTIONS}
+    description = {
+        "format": _FORMAT,
+        "model": {
+            "name": model_name(model),
+            "dtype": np.dtype(model.dtype).name,
+            **{name: value for name, value in options.items() if value is not None},
+        },
+        "plan": json.loads(model.plan.to_json()),
+        **dataclasses.asdict(metadata),
+    }
+    return json.dumps(description, indent=1, default=_jsonable)
+
+
+def load_model(path: str | os.PathLike[str]) -> nn.Module:
+    """Returns the network, with its plan; does not check the hashes."""
+    description = _read_description(path)
+    plan = Plan.from_json(json.dumps(description["plan"]))
+    return create_model(plan=plan, **description["model"])
+
+
+def load_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """Reads what a checkpoint says of itself; does not check the hashes."""
+    description = _read_description(path)
+    preprocessing = description["preprocessing"]
+    return Metadata(
+        preprocessing=_read_preprocessing(preprocessing) if preprocessing else None,
+        class_names=tuple(description["class_names"]),
+        info=description["info"],
+    )
+
+
+def _read_preprocessing(fields: dict[str, Any]) -> Preprocessing:
+    height, width, channels = fields["image_shape"]
+    return Preprocessing(
+        image_shape=(height, width, channels),
+        mean=tuple(fields["mean"]),
+        std=tuple(fields["std"]),
+        resize=fields["resize"],
+    )
+
+
+def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    file = pathlib.Path(path) / "metadata.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    description = json.loads(file.read_bytes())
+    if description["format"] != _FORMAT:
+        raise ValueError(
+            f"{path} has format {description['format']}; must be {_FORMAT}."
+        )
+    return description
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.item() if isinstance(value, np.generic) else str(value)
