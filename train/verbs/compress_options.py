@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from inertia_jax.ops.friction import Metric, Reference
+from inertia_jax.ops.tiling import Low
 from inertia_jax.specs import Inertial
 from train.config import Data
 from train.errors import UsageError
@@ -44,11 +46,11 @@ class Compress:
     budget of latency takes 64."""
     tile_size: int = 2
     """Inertial: side of a tile of outputs."""
-    metric: Literal["l1", "l2", "max"] = Inertial.metric  # type: ignore[assignment]
+    metric: Metric = Inertial.metric
+    """Inertial: of friction; `random` is a control, noise in its place."""
+    reference: Reference = Inertial.reference
     """Inertial: of friction."""
-    reference: Literal["center", "core_mean"] = Inertial.reference
-    """Inertial: of friction."""
-    low: Literal["mean", "sample"] = Inertial.low
+    low: Low = Inertial.low
     """Inertial: what fills a tile of low friction."""
     channel_stride: int = Inertial.channel_stride
     """Inertial: take friction on every so many channels."""
