@@ -1,6 +1,5 @@
 """What images tell a compressor: each layer's inputs, and which errors matter."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from inertia_jax.calls import first_argument
+from inertia_jax.calls import first_argument, takes_train
 from inertia_jax.sites import Site
 
 # Of eigenvalues, relative to their mean: inputs that hardly ever occur must not make
@@ -49,11 +48,7 @@ def apply_as_trained(
     Those are what recalibration will give: an error that only shifts or scales a
     channel does not count. A model whose call has no `train` is called without.
     """
-    takes_train = "train" in inspect.signature(type(model).__call__).parameters
-    wrapped = getattr(model, "model", None)
-    if isinstance(wrapped, nn.Module):
-        takes_train = "train" in inspect.signature(type(wrapped).__call__).parameters
-    if not takes_train:
+    if not takes_train(model):
         return jnp.asarray(model.apply(variables, images))
     outputs, _ = model.apply(
         variables,

@@ -1,6 +1,8 @@
 """How every layer of a network is called: its module, and the shapes it sees."""
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from flax import linen as nn
 
 from inertia_jax.factorised import LowRankConv, Pointwise, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.planned import Wrapper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +23,18 @@ class Call:
         module: The layer; None for one whose operations are not counted.
         input_shape: [n, h, w, c_in].
         output_shape: Of one image.
+        again: Further calls of the same layer.
     """
 
     module: Any
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    again: tuple["Call", ...] = ()
+
+    @property
+    def every(self) -> tuple["Call", ...]:
+        """All calls of the layer."""
+        return (self, *self.again)
 
     @property
     def is_factorised(self) -> bool:
@@ -43,7 +53,7 @@ def record_calls(
     Nothing is computed.
 
     Args:
-        model: Called as `model(images)`.
+        model: Called as `model(images)`, with `train=False` where it takes `train`.
         shape: Of one image [h, w, c], or of a batch.
     """
     calls: dict[str, Call] = {}
@@ -51,24 +61,41 @@ def record_calls(
     def record(
         call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ):
+        path = "/".join(context.module.path)
+        before = calls.get(path)
         output = call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.path:
-            path = "/".join(context.module.path)
-            known = calls.get(path)
-            if isinstance(context.module, _COUNTED):
-                # What stands in for a layer is recorded before it, at the same path.
-                if known is None or not known.is_factorised:
-                    x = first_argument(args, kwargs)
-                    calls[path] = Call(context.module, x.shape, output.shape[1:])
-            else:
-                # Keeps the order of the computation; dropped if it owns nothing.
-                calls.setdefault(path, Call(None, (), ()))
+        if context.method_name != "__call__":
+            return output
+        known = calls.get(path)
+        if not isinstance(context.module, _COUNTED):
+            # Keeps the order of the computation; dropped if it owns nothing.
+            calls.setdefault(path, Call(None, (), ()))
+        elif known is before:
+            # Else what stands in for the layer was recorded, inside it.
+            x = first_argument(args, kwargs)
+            found = Call(context.module, x.shape, output.shape[1:])
+            if known is not None and known.module is not None:
+                found = dataclasses.replace(known, again=(*known.again, found))
+            calls[path] = found
         return output
 
     with nn.intercept_methods(record):
         images = jax.ShapeDtypeStruct((1, *shape[-3:]), jnp.float32)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        init = functools.partial(model.init, **evaluating(model))
+        variables = jax.eval_shape(init, jax.random.key(0), images)
     return calls, variables
+
+
+def takes_train(model: nn.Module) -> bool:
+    """Returns whether a network, or what a module wraps, is called with `train`."""
+    while isinstance(model, Wrapper):
+        model = model.wrapped
+    return "train" in inspect.signature(type(model).__call__).parameters
+
+
+def evaluating(model: nn.Module) -> dict[str, Any]:
+    """Returns what a network is called with to evaluate, besides images."""
+    return {"train": False} if takes_train(model) else {}
 
 
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """Parameters and multiply-accumulates of a network, layer by layer."""
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_cost import count_inertial
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.plan import Plan
-from inertia_jax.specs import Rate, stays_dense
+from inertia_jax.specs import CLOSED, Fixed, Rate, Threshold, stays_dense
 
 
 def count_cost(
@@ -27,15 +28,16 @@ def count_cost(
     A convolution costs `h_out w_out c_out kh kw c_in / groups` MACs an image, a linear
     layer `c_in c_out` a row, a factorised one the sum of its parts. Any Linen model
     whose convolutions are `nn.Conv`, `InertialConv`, `Tucker2Conv` or `LowRankConv` and
-    whose linear layers are `nn.Dense` is counted; parameters count whatever holds them.
+    whose linear layers are `nn.Dense` is counted, a layer that is called twice twice;
+    parameters count whatever holds them.
 
     Args:
-        model: Called as `model(images)`.
+        model: Called as `model(images)`, with `train=False` where it takes `train`.
         input_shape: Of one image [h, w, c], or of a batch [n, h, w, c]; MACs are those
             of one image either way.
         gate_rates: Share of open gates of inertial layers by path, as evaluation
             measures it (`LAYER/core` where the core is inertial); of the others it is
-            the target of `Rate`, or 1.
+            the target of `Rate`, 0 of thresholds above all friction, or else 1.
 
     Returns:
         The table.
@@ -68,11 +70,11 @@ def count_cost(
         variables["params"], sep="/"
     ).items():
         # The parts of a factorised layer are its own.
-        owners = [path for path in calls if place.startswith(f"{path}/")]
+        owners = [path for path in calls if place.startswith(_inside(path))]
         layers = [path for path in owners if calls[path].is_factorised]
         owner, _, name = place.rpartition("/")
         if layers:
-            owner, name = layers[0], place.removeprefix(f"{layers[0]}/")
+            owner, name = layers[0], place.removeprefix(_inside(layers[0]))
         owned.setdefault(owner, {})[name] = value
     rows = []
     for path in [*calls, *(path for path in owned if path not in calls)]:
@@ -120,24 +122,24 @@ def _count_layer(
     """Returns a layer's MACs and the other fields of its row."""
     module = call.module
     if isinstance(module, InertialConv):
-        target = module.threshold
-        default = target.target if isinstance(target, Rate) else 1.0
-        rate = rates.get(path, default)
-        cost = count_inertial(module, call.input_shape, call.output_shape, rate)
+        rate = rates.get(path, _expected_rate(module.threshold))
+        cost: collections.Counter[str] = collections.Counter()
+        for one in call.every:
+            cost.update(count_inertial(module, one.input_shape, one.output_shape, rate))
         return cost.pop("macs"), {"gate_rate": rate, **cost}
     if isinstance(module, (nn.Conv, nn.Dense)):
-        return math.prod(call.output_shape) * _taps(leaves["kernel"]), {}
+        return _outputs(call) * _taps(leaves["kernel"]), {}
     if not call.is_factorised:
         return 0, {}
     fields: dict[str, Any] = {"ranks": _ranks(module)}
     macs = 0
     for name in ("u_in", "left", "core", "right", "u_out"):
-        part = calls.get(f"{path}/{name}")
+        part = calls.get(f"{_inside(path)}{name}")
         if part is None:
             continue
         if isinstance(part.module, InertialConv):
             more, fields_of_core = _count_layer(
-                f"{path}/{name}", part, calls, {}, rates
+                f"{_inside(path)}{name}", part, calls, {}, rates
             )
             del fields_of_core["dense_macs"]
             fields |= fields_of_core
@@ -145,12 +147,29 @@ def _count_layer(
             for key in ("core_macs", "ladder_macs"):
                 fields[key] -= more
         else:
-            more = math.prod(part.output_shape) * _taps(leaves[f"{name}/kernel"])
+            more = _outputs(part) * _taps(leaves[f"{name}/kernel"])
         macs += more
     for key in ("core_macs", "ladder_macs"):
         if key in fields:
             fields[key] += macs
     return macs, fields
+
+
+def _inside(path: str) -> str:
+    """Returns what paths inside a layer begin with; the network itself has none."""
+    return f"{path}/" if path else ""
+
+
+def _expected_rate(threshold: Threshold) -> float:
+    if isinstance(threshold, Rate):
+        return threshold.target
+    is_closed = isinstance(threshold, Fixed) and threshold.value >= CLOSED
+    return 0.0 if is_closed else 1.0
+
+
+def _outputs(call: Call) -> int:
+    """Returns how many numbers all calls of a layer give."""
+    return sum(math.prod(one.output_shape) for one in call.every)
 
 
 def _taps(kernel: Any) -> int:

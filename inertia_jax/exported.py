@@ -33,6 +33,8 @@ from jax import Array, export
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
+from inertia_jax.metadata import jsonable
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _FORMAT = 1
 _HASH_LENGTH = 64
@@ -179,7 +181,8 @@ def save_exported(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("network", bytes(exported.serialize()))
-        archive.writestr("metadata.json", json.dumps(metadata, indent=1))
+        text = json.dumps(metadata, indent=1, default=jsonable)
+        archive.writestr("metadata.json", text)
         archive.comment = b"0" * _HASH_LENGTH
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

@@ -31,6 +31,7 @@ class Pointwise(nn.Module):
         param_dtype: Of the parameters.
         kernel_init: Of the kernel.
         bias_init: Of the bias.
+        precision: Of the product, as `nn.Conv` has it.
     """
 
     features: int
@@ -40,6 +41,7 @@ class Pointwise(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c_in"]) -> Float[Array, "*batch c_out"]:
@@ -52,7 +54,12 @@ class Pointwise(nn.Module):
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = pointwise(jnp.asarray(x), jnp.asarray(kernel)[0, 0], groups=groups)
+        y = pointwise(
+            jnp.asarray(x),
+            jnp.asarray(kernel)[0, 0],
+            groups=groups,
+            precision=self.precision,
+        )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -79,6 +86,7 @@ class Tucker2Conv(nn.Module):
         param_dtype: Of the parameters.
         kernel_init: Of each of the three kernels.
         bias_init: Of the bias.
+        precision: Of all three, as `nn.Conv` has it.
         core: What the core is: a `Conv`, or an `Inertial`, whose `core_size` is then
             `kernel_size` and whose region `padding` is of in the window reading.
         axis_name: See `InertialConv`.
@@ -101,16 +109,17 @@ class Tucker2Conv(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
+    precision: Any = None
     core: Conv | Inertial = Conv()
     axis_name: str | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
+        self, inputs: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
     ) -> Float[Array, "*batch h_out w_out features"]:
-        x = jnp.asarray(x)
+        x = jnp.asarray(inputs)
         groups = self.feature_group_count
-        size = pair(self.kernel_size)
+        size = pair(self.kernel_size, "kernel_size", least=1)
         c_in = x.shape[-1]
         check_groups(groups, c_in, self.features)
         most_in, most_out = max_ranks(
@@ -127,8 +136,13 @@ class Tucker2Conv(nn.Module):
             "param_dtype": self.param_dtype,
             "kernel_init": self.kernel_init,
         }
+        precise = {"precision": self.precision}
         x = Pointwise(
-            groups * self.rank_in, feature_group_count=groups, name="u_in", **common
+            groups * self.rank_in,
+            feature_group_count=groups,
+            name="u_in",
+            **common,
+            **precise,
         )(x)
         core_features = groups * self.rank_out
         core = self.core
@@ -150,6 +164,7 @@ class Tucker2Conv(nn.Module):
                 use_bias=False,
                 conv_general_dilated=conv_for_linen,
                 name="core",
+                precision=self.precision,
                 **common,
             )(x)
         return Pointwise(
@@ -157,6 +172,7 @@ class Tucker2Conv(nn.Module):
             use_bias=self.use_bias,
             feature_group_count=groups,
             bias_init=self.bias_init,
+            precision=self.precision,
             name="u_out",
             **common,
         )(x)
@@ -203,6 +219,7 @@ class LowRankConv(nn.Module):
         param_dtype: Of the parameters.
         kernel_init: Of both kernels.
         bias_init: Of the bias.
+        precision: Of both, as `nn.Conv` has it.
 
     Raises:
         ValueError: A rank outside its range, or groups that do not divide the channels.
@@ -218,12 +235,13 @@ class LowRankConv(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
+    precision: Any = None
 
     @nn.compact
     def __call__(
-        self, x: Float[ArrayLike, "*batch h w c_in"]
+        self, inputs: Float[ArrayLike, "*batch h w c_in"]
     ) -> Float[Array, "*batch h_out w_out features"]:
-        x = jnp.asarray(x)
+        x = jnp.asarray(inputs)
         groups = self.feature_group_count
         check_groups(groups, x.shape[-1], self.features)
         most = min(x.shape[-1], self.features) // groups
@@ -234,6 +252,7 @@ class LowRankConv(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
             "kernel_init": self.kernel_init,
+            "precision": self.precision,
         }
         x = nn.Conv(
             groups * self.rank,

@@ -14,7 +14,7 @@ from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.fold_trace import trace_layers
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.models import image_shape_of
-from inertia_jax.planned import on_scope
+from inertia_jax.planned import Wrapper, on_scope
 
 # Layers that a scale of their outputs can be merged into, and the kernel that takes it:
 # outputs are its last axis, and the bias stands beside it.
@@ -27,7 +27,7 @@ _KERNELS: dict[type, str] = {
 }
 
 
-class Folded(nn.Module):
+class Folded(Wrapper):
     """A network in evaluation mode without the BatchNorm that its kernels contain.
 
     Variables are those of the network, under the same names, but for the parameters and
@@ -46,6 +46,10 @@ class Folded(nn.Module):
     unfolded: nn.Module
     folded: tuple[tuple[str, str], ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def wrapped(self) -> nn.Module:
+        return self.unfolded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layers = {layer for layer, _ in self.folded}

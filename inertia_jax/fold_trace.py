@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from inertia_jax.calls import evaluating
 
 _MARK = "inertia_jax.fold"
 
@@ -78,9 +79,7 @@ def trace_layers(
         outputs[path] = checkpoint_name(output, f"{_MARK}:layer:{path}")
         return outputs[path]
 
-    options: dict[str, Any] = {}
-    if "train" in inspect.signature(type(model).__call__).parameters:
-        options["train"] = False
+    options = evaluating(model)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with nn.intercept_methods(mark):
         init = jax.make_jaxpr(lambda key, x: model.init(key, x, **options))

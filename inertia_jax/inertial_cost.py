@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.ops.conv import pair
 from inertia_jax.ops.friction import periphery_offsets
 from inertia_jax.ops.tiling import make_tiling, spared_output
+from inertia_jax.ops.views import stride_pair
 from inertia_jax.specs import Inertial
 
 
@@ -72,7 +72,7 @@ def _count_window(
     output_shape: tuple[int, ...],
     taps: int,
 ) -> dict[str, Any]:
-    positions, strides = output_shape[:2], pair(layer.strides)
+    positions, strides = output_shape[:2], stride_pair(layer.strides)
     regions = math.prod(positions)
     m, k = spec.core_size, spec.region_size - spec.core_size
     # A product and a sum a term, or a sum alone where all weigh the same.

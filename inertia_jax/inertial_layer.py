@@ -107,9 +107,9 @@ class InertialConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
+        self, inputs: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
     ) -> Float[Array, "*batch h_out w_out features"]:
-        x = jnp.asarray(x)
+        x = jnp.asarray(inputs)
         spec = self.spec
         if spec.reading == "tiled" and stride_pair(self.strides) != (1, 1):
             raise ValueError(

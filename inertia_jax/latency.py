@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from inertia_jax.calls import evaluating
 from inertia_jax.ops.conv import conv2d
 from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors
 from inertia_jax.ops.low_rank import low_rank_conv
@@ -68,15 +69,21 @@ def site_latencies_ms(
         repeats: See `time_interleaved`.
     """
     key = jax.random.key(0)
-    x = jax.random.normal(key, (batch_size, *site.input_shape), dtype)
+    images = [
+        jax.random.normal(key, (batch_size, *input_shape), dtype)
+        for input_shape, _ in site.calls
+    ]
     calls = []
     for spec in specs:
         kernels = [
             jax.random.normal(key, shape, dtype) for shape in site.kernel_shapes(spec)
         ]
         forward = jax.jit(functools.partial(_forward, site, spec))
-        calls.append(functools.partial(forward, x, kernels))
-    return time_interleaved(calls, repeats=repeats)
+        calls += [functools.partial(forward, x, kernels) for x in images]
+    times = time_interleaved(calls, repeats=repeats)
+    # Of a layer that is called several times, all of them.
+    each = len(images)
+    return [sum(times[i : i + each]) for i in range(0, len(times), each)]
 
 
 def _forward(
@@ -112,7 +119,7 @@ def model_latency_ms(
     """Returns the time of a network's evaluation, in milliseconds a call.
 
     Args:
-        model: Called as `model(images)`.
+        model: Called as `model(images)`, with `train=False` where it takes `train`.
         variables: Its variables.
         image_shape: [h, w, c].
         batch_size: Images a call.
@@ -122,5 +129,5 @@ def model_latency_ms(
         np.random.default_rng(0).standard_normal((batch_size, *image_shape)),
         jnp.float32,
     )
-    forward = jax.jit(lambda v, x: model.apply(v, x))
+    forward = jax.jit(lambda v, x: model.apply(v, x, **evaluating(model)))
     return time_interleaved([lambda: forward(variables, images)], repeats=repeats)[0]

@@ -78,7 +78,7 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
         "plan": json.loads(model.plan.to_json()),
         **dataclasses.asdict(metadata),
     }
-    return json.dumps(description, indent=1, default=_jsonable)
+    return json.dumps(description, indent=1, default=jsonable)
 
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
@@ -121,7 +121,8 @@ def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Returns what JSON has for a value that it does not know."""
     if isinstance(value, Mapping):
         return dict(value)
     return value.item() if isinstance(value, np.generic) else str(value)

@@ -10,7 +10,16 @@ from inertia_jax.plan import Plan
 from inertia_jax.specs import Conv, LowRank, Tucker2
 
 
-class Planned(nn.Module):
+class Wrapper(nn.Module):
+    """A module that stands around a network, and is called as the network is."""
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The network."""
+        raise NotImplementedError
+
+
+class Planned(Wrapper):
     """A model of `nn.Conv` layers, some of which a plan replaces.
 
     Variables are those of the model itself, under the same names, but for the layers
@@ -18,7 +27,7 @@ class Planned(nn.Module):
     Every call of such a layer is intercepted (`flax.linen.intercept_methods`).
 
     Attributes:
-        model: Any Linen model.
+        unplanned: Any Linen model.
         plan: Which of its `nn.Conv` layers become `Tucker2` (with an ordinary core) or
             `LowRank`.
 
@@ -26,8 +35,13 @@ class Planned(nn.Module):
         ValueError: A rule of another kind, or for a layer that cannot be factorised.
     """
 
-    model: nn.Module
+    # Not `model`: children of a model that has such a field would share the name.
+    unplanned: nn.Module
     plan: Plan = Plan()
+
+    @property
+    def wrapped(self) -> nn.Module:
+        return self.unplanned
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.plan
@@ -48,7 +62,7 @@ class Planned(nn.Module):
             return factorised_like(module, spec)(*args, *kwargs.values())
 
         with nn.intercept_methods(replace):
-            return on_scope(self.model, self.scope)(*args, **kwargs)
+            return on_scope(self.unplanned, self.scope)(*args, **kwargs)
 
 
 def on_scope(model: nn.Module, scope: Any) -> nn.Module:
@@ -83,6 +97,7 @@ def factorised_like(
         "param_dtype": module.param_dtype,
         "kernel_init": module.kernel_init,
         "bias_init": module.bias_init,
+        "precision": module.precision,
         # A layer called twice makes its parts twice, in the same places.
         "parent": module.scope.rewound(),
     }

@@ -17,8 +17,8 @@ from inertia_jax.ops.friction import Metric, Reference
 from inertia_jax.ops.tiling import Low
 from inertia_jax.plan import Plan
 from inertia_jax.recalibrate import recalibrate_batch_norm
-from inertia_jax.specs import Fixed, Inertial, Rate
-from inertia_jax.threshold_search import CLOSED, OPEN, ThresholdSearch
+from inertia_jax.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python
+from inertia_jax.threshold_search import ThresholdSearch
 
 
 def make_inertial(
@@ -78,8 +78,11 @@ def make_inertial(
             that matches no convolution that can be tiled, a network that is inertial
             already, or outputs that are not finite.
     """
-    if not 0 < macs <= 1:
-        raise ValueError(f"`macs` (={macs}) must be in (0, 1].")
+    macs = as_python(macs)
+    if not isinstance(macs, (int, float)) or not 0 < macs <= 1:
+        raise ValueError(f"`macs` (={macs!r}) must be in (0, 1].")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
     if tile_size < 2:
         raise ValueError(f"`tile_size` (={tile_size}) must be >= 2.")
     plan = getattr(model, "plan", None)

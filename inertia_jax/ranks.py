@@ -14,13 +14,15 @@ from inertia_jax.ops.ranks import (
 from inertia_jax.ops.unfold import max_ranks, split_groups, unfold_in, unfold_out
 from inertia_jax.plan import Plan
 from inertia_jax.sites import Factorised, Site
-from inertia_jax.specs import Conv, LowRank, Tucker2
+from inertia_jax.specs import Conv, LowRank, Tucker2, as_python
 
 
-def _check_share(name: str, value: float) -> None:
+def _set_share(rule: object, name: str) -> None:
+    value = as_python(getattr(rule, name))
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= 1:
         raise ValueError(f"`{name}` (={value!r}) must be in (0, 1].")
+    object.__setattr__(rule, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Ratio:
     ratio: float
 
     def __post_init__(self) -> None:
-        _check_share("ratio", self.ratio)
+        _set_share(self, "ratio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Energy:
     share: float
 
     def __post_init__(self) -> None:
-        _check_share("share", self.share)
+        _set_share(self, "share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Budget:
             raise ValueError(
                 f"a Budget must have one of macs, params and latency; it has {given}."
             )
-        _check_share(*next(iter(given.items())))
+        _set_share(self, next(iter(given)))
 
     @property
     def of(self) -> str:

@@ -41,6 +41,7 @@ class Site:
         output_shape: Of one image [h_out, w_out, c_out].
         spec: What stands there.
         core: An ordinary convolution there, of the filters the plan has for it.
+        again: Input and output shape of each further call of the layer.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Site:
     output_shape: tuple[int, ...]
     spec: Conv | Tucker2 | LowRank
     core: Conv
+    again: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def is_pointwise(self) -> bool:
@@ -63,13 +65,17 @@ class Site:
     def geometry(self) -> tuple[Any, ...]:
         """What its time depends on, besides its form."""
         shapes = (self.kernel.shape, self.groups, self.input_shape, self.output_shape)
-        return (*shapes, self.strides, self.dilation, str(self.padding))
+        return (*shapes, self.again, self.strides, self.dilation, str(self.padding))
+
+    @property
+    def calls(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """Input and output shape of every call."""
+        return ((self.input_shape, self.output_shape), *self.again)
 
     def macs(self, spec: Conv | Factorised) -> int:
         """Returns the multiply-accumulates of an image in this form."""
         return sum(
-            math.prod(positions) * math.prod(kernel[:-1]) * kernel[-1]
-            for positions, kernel in self._parts(spec)
+            positions * math.prod(kernel) for positions, kernel in self._parts(spec)
         )
 
     def params(self, spec: Conv | Factorised) -> int:
@@ -80,12 +86,11 @@ class Site:
         """Returns the shapes of the kernels that are applied one after another."""
         return [kernel for _, kernel in self._parts(spec)]
 
-    def _parts(
-        self, spec: Conv | Factorised
-    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Returns where each kernel is applied, and its shape."""
+    def _parts(self, spec: Conv | Factorised) -> list[tuple[int, tuple[int, ...]]]:
+        """Returns at how many positions each kernel is applied, and its shape."""
         kh, kw, c_in, c_out = self.kernel.shape
-        before, after = self.input_shape[:2], self.output_shape[:2]
+        before = sum(math.prod(into[:2]) for into, _ in self.calls)
+        after = sum(math.prod(out[:2]) for _, out in self.calls)
         if isinstance(spec, Tucker2):
             r_in, r_out = spec.rank_in, self.groups * spec.rank_out
             return [
@@ -105,18 +110,20 @@ def find_sites(
     """Returns the convolutions that can be factorised, by path, first to last.
 
     Args:
-        model: Called as `model(images)`.
+        model: Called as `model(images)`, with `train=False` where it takes `train`.
         variables: Its variables.
         image_shape: [h, w, c].
 
     Raises:
-        ValueError: A kernel that is not finite.
+        ValueError: A kernel that is not finite, or variables of another network.
     """
-    calls, _ = record_calls(model, image_shape)
+    calls, expected = record_calls(model, image_shape)
+    check_variables(variables, expected)
     inside = {path for path, call in calls.items() if call.is_factorised}
     sites = {}
     for path, call in calls.items():
-        if path.rpartition("/")[0] in inside:
+        # A plan has no name for the network itself.
+        if not path or path.rpartition("/")[0] in inside:
             continue
         leaves = leaves_at(variables, path)
         kernel = _dense_kernel(call, leaves)
@@ -137,8 +144,35 @@ def find_sites(
             output_shape=tuple(call.output_shape),
             spec=_spec(module),
             core=_core(model, path),
+            again=tuple((a.input_shape[1:], a.output_shape) for a in call.again),
         )
     return sites
+
+
+def check_variables(variables: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError unless parameters have the names and shapes of a network's.
+
+    Args:
+        variables: As given.
+        expected: As `model.init` would give them, or their shapes.
+    """
+    found = _shapes(variables)
+    wanted = _shapes(expected)
+    differing = [
+        f"{path} {found.get(path, 'missing')}, must be {wanted.get(path, 'absent')}"
+        for path in sorted({*found, *wanted})
+        if found.get(path) != wanted.get(path)
+    ]
+    if differing:
+        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"`variables` do not belong to `model`: {'; '.join(differing[:3])}{more}."
+        )
+
+
+def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    flat = traverse_util.flatten_dict(dict(variables.get("params", {})), sep="/")
+    return {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
 
 
 def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:

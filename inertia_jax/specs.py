@@ -1,7 +1,8 @@
 """What can stand at a layer of a network: kinds of convolution, kinds of threshold."""
 
 import dataclasses
-from typing import Literal
+import operator
+from typing import Any, Literal
 
 from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
 from inertia_jax.ops.gates import GateGradient, check_slope
@@ -12,15 +13,33 @@ from inertia_jax.ops.tiling import Low
 Reading = Literal["window", "tiled"]
 
 
-def _check_at_least(name: str, value: object, least: int) -> None:
+# Thresholds below and above all friction, which is >= 0.
+OPEN, CLOSED = -1.0, 1e30
+
+
+def as_python(value: Any) -> Any:
+    """Returns the number that a NumPy scalar or an array without axes holds."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _set_integer(spec: Any, name: str, least: int) -> None:
+    value = as_python(getattr(spec, name))
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}` (={value!r}) must be an integer >= {least}.")
+    object.__setattr__(spec, name, operator.index(value))
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
+def _set_number(spec: Any, name: str, low: float, high: float) -> None:
+    value = as_python(getattr(spec, name))
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:  # type: ignore[operator]
+    if not is_number or not low <= value <= high:
         raise ValueError(f"`{name}` (={value!r}) must be a number in [{low}, {high}].")
+    object.__setattr__(spec, name, value)
+
+
+def _check_flag(spec: Any, name: str) -> None:
+    if not isinstance(getattr(spec, name), bool):
+        raise ValueError(f"`{name}` (={getattr(spec, name)!r}) must be True or False.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +53,7 @@ class Fixed:
     value: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_number("value", self.value, float("-inf"), float("inf"))
+        _set_number(self, "value", float("-inf"), float("inf"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +69,8 @@ class Learned:
     per_channel: bool = False
 
     def __post_init__(self) -> None:
-        _check_number("init", self.init, float("-inf"), float("inf"))
+        _set_number(self, "init", float("-inf"), float("inf"))
+        _check_flag(self, "per_channel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +85,7 @@ class Rate:
     target: float
 
     def __post_init__(self) -> None:
-        _check_number("target", self.target, 0.0, 1.0)
+        _set_number(self, "target", 0.0, 1.0)
         if not self.target:
             raise ValueError(f"`target` (={self.target}) must be > 0.")
 
@@ -85,7 +105,7 @@ class Conv:
 
     def __post_init__(self) -> None:
         if self.kernel_size is not None:
-            _check_at_least("kernel_size", self.kernel_size, 1)
+            _set_integer(self, "kernel_size", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +149,11 @@ class Inertial:
     capacities: tuple[float, ...] | None = (1 / 16, 1 / 8, 3 / 16, 5 / 16, 1 / 2, 1)
 
     def __post_init__(self) -> None:
-        _check_at_least("core_size", self.core_size, 1)
-        _check_at_least("region_size", self.region_size, 2)
+        _set_integer(self, "core_size", 1)
+        _set_integer(self, "region_size", 2)
         check_sizes(core_size=self.core_size, region_size=self.region_size)
+        for flag in ("relative", "zero_middle"):
+            _check_flag(self, flag)
         check_choice("reading", self.reading, Reading)
         check_choice("metric", self.metric, Metric)
         check_choice("reference", self.reference, Reference)
@@ -143,7 +165,7 @@ class Inertial:
                 f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
             )
         check_slope(self.slope)
-        _check_at_least("channel_stride", self.channel_stride, 1)
+        _set_integer(self, "channel_stride", 1)
         check_capacities(self.capacities)
         if self.capacities is not None:
             object.__setattr__(self, "capacities", tuple(self.capacities))
@@ -181,8 +203,8 @@ class Tucker2:
     core: Conv | Inertial = Conv()
 
     def __post_init__(self) -> None:
-        _check_at_least("rank_in", self.rank_in, 1)
-        _check_at_least("rank_out", self.rank_out, 1)
+        _set_integer(self, "rank_in", 1)
+        _set_integer(self, "rank_out", 1)
         if not isinstance(self.core, (Conv, Inertial)):
             raise ValueError(f"`core` (={self.core!r}) must be a Conv or an Inertial.")
 
@@ -202,7 +224,7 @@ class LowRank:
     rank: int
 
     def __post_init__(self) -> None:
-        _check_at_least("rank", self.rank, 1)
+        _set_integer(self, "rank", 1)
 
 
 Spec = Conv | Inertial | Tucker2 | LowRank

@@ -14,13 +14,12 @@ from flax import traverse_util
 from inertia_jax.cost import count_cost
 from inertia_jax.cost_table import CostTable
 from inertia_jax.plan import Plan
-from inertia_jax.specs import Inertial
+from inertia_jax.specs import CLOSED, OPEN, Inertial
 
 # Shares of open tiles that a layer is tried at, one after the other.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
 _BISECTIONS = 6
 # Below every friction, and above: all tiles open, all closed.
-OPEN, CLOSED = -1.0, 1e30
 
 
 @dataclasses.dataclass(frozen=True)

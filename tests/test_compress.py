@@ -540,7 +540,7 @@ def test_a_foreign_network_at_full_rank_is_the_same(foreign):
     model, variables = compress_foreign(
         *foreign, ranks=ij.Ratio(1.0), only_cheaper=False
     )
-    assert isinstance(model, ij.Planned) and model.model is foreign[0]
+    assert isinstance(model, ij.Planned) and model.unplanned is foreign[0]
     x = noise(2, 16, 16, 3)
     assert_same_outputs(foreign, (model, variables), x)
     # Layers keep their names; what is no factorised layer keeps its parameters.
@@ -595,6 +595,49 @@ def test_a_foreign_network_is_counted_and_kept_to_a_budget(foreign):
         assert np.isfinite(outputs(model, variables, noise(2, 16, 16, 3))).all()
     with pytest.raises(ValueError, match="`image_shape` .*must be given"):
         ij.compress(*foreign, ranks=ij.Ratio(0.5))
+
+
+class _Holder(nn.Module):
+    """A network whose field has the name that a wrapper's might have."""
+
+    model: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.model(x)
+
+
+class _LowerCase(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), padding="same", precision="highest")(x)
+        return nn.Conv(8, (3, 3), padding="SAME_LOWER", strides=2)(x)
+
+
+@pytest.mark.parametrize("make", [lambda: _Holder(_LowerCase()), _LowerCase])
+def test_fields_and_paddings_of_any_name_are_taken(make):
+    x = noise(2, 8, 8, 4)
+    variables = make().init(KEY, x)
+    model, changed = ij.compress(
+        make(),
+        variables,
+        ranks=ij.Ratio(1.0),
+        only_cheaper=False,
+        image_shape=(8, 8, 4),
+    )
+    found = model.apply(changed, x)
+    np.testing.assert_allclose(found, make().apply(variables, x), rtol=1e-4, atol=1e-5)
+    assert ij.count_cost(model, (8, 8, 4)).params > 0
+
+
+def test_variables_of_another_network_are_refused():
+    model = ij.create_model("resnet20", width=0.25)
+    wide = ij.init_variables(ij.create_model("resnet20", width=0.5), KEY)
+    for variables in (wide, {}, {"params": {}}):
+        with pytest.raises(ValueError, match="`variables` do not belong to `model`"):
+            ij.compress(model, variables, ranks=ij.Ratio(0.5))
+    with pytest.raises(ValueError, match="`variables` do not belong to `model`"):
+        ij.to_torch(model, wide)
 
 
 @pytest.mark.parametrize(

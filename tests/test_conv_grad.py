@@ -140,3 +140,11 @@ def test_evaluation_mode_keeps_forward_mode():
     x = jnp.ones((1, 12, 12, 1))
     _, tangent = jax.jvp(lambda x: model.apply(variables, x), (x,), (x,))
     assert tangent.shape == (1, 10)
+
+
+def test_no_images_have_no_gradient():
+    x, kernel = jnp.zeros((0, 16, 16, 3)), jnp.ones((3, 3, 3, 4))
+    gradient = jax.grad(
+        lambda kernel: conv2d_to_train(x, kernel, (1, 1), ((1, 1), (1, 1))).sum()
+    )(kernel)
+    np.testing.assert_array_equal(gradient, np.zeros_like(kernel))

@@ -1,5 +1,6 @@
 """The cost table, by hand."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
@@ -46,3 +47,45 @@ def test_the_table_prints_totals():
 def test_bad_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="`input_shape`"):
         ij.count_cost(ij.create_model("resnet20"), shape)
+
+
+class _Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        shared = nn.Conv(8, (3, 3), name="shared")
+        x = shared(shared(nn.Conv(8, (1, 1))(x)))
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x).mean((1, 2)))
+
+
+def test_a_layer_called_twice_counts_twice_and_train_needs_no_default():
+    table = ij.count_cost(_Twice(), (8, 8, 8))
+    assert table.macs == 64 * 64 + 2 * 64 * 9 * 64 + 24
+    assert table.params == 72 + 584 + 16 + 27
+    # Also where something stands in for it, whose parts are called twice.
+    variables = _Twice().init(jax.random.key(0), jnp.ones((1, 8, 8, 8)), False)
+    model, changed = ij.compress(
+        _Twice(), variables, ranks=ij.Ratio(0.25), image_shape=(8, 8, 8)
+    )
+    row = {row.path: row for row in ij.count_cost(model, (8, 8, 8)).rows}["shared"]
+    assert row.dense_macs == 2 * 64 * 9 * 64
+    assert row.macs == 2 * 64 * (8 * 2 + 9 * 2 * 2 + 2 * 8)
+    assert model.apply(changed, jnp.ones((1, 8, 8, 8)), train=False).shape == (1, 3)
+    folded, merged = ij.fold_batch_norm(_Twice(), variables, image_shape=(8, 8, 8))
+    assert ij.count_cost(folded, (8, 8, 8)).macs == table.macs
+
+
+def test_a_layer_by_itself_is_counted():
+    assert ij.count_cost(nn.Conv(4, (3, 3)), (8, 8, 8)).macs == 64 * 72 * 4
+    layer = ij.Tucker2Conv(4, 3, 2, 2)
+    assert ij.count_cost(layer, (8, 8, 8)).macs == 64 * (8 * 2 + 9 * 2 * 2 + 2 * 4)
+    strided = ij.InertialConv(4, 1, 3, strides=None)
+    assert ij.count_cost(strided, (8, 8, 8)).rows[0].kind == "inertial"
+
+
+def test_a_layer_with_closed_gates_is_counted_closed():
+    spec = ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed(1e30))
+    plan = ij.Plan((("layer2_1/conv?", spec),))
+    model = ij.create_model("resnet20", plan=plan)
+    rows = {r.path: r for r in ij.count_cost(model, (32, 32, 3)).rows}
+    assert rows["layer2_1/conv1"].gate_rate == 0
+    assert rows["layer2_1/conv1"].macs == rows["layer2_1/conv1"].core_macs

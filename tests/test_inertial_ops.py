@@ -580,3 +580,38 @@ def test_friction_holds_no_patches(metric):
     jaxpr = jax.make_jaxpr(f)(jnp.zeros((2, 16, 16, 32)))
     # The padded images are the largest; patches would be 25 times as large.
     assert max(sizes(jaxpr)) == 2 * 20 * 20 * 32
+
+
+def test_gates_and_outputs_agree_in_any_type_of_threshold(x64, no_shape_checks):
+    x = np.zeros((1, 2, 2, 1), np.float32)
+    x[0, 1, 1] = 0.2
+    core = np.ones((1, 1, 1, 1), np.float32)
+    options = {"region_size": 2, "padding": "VALID"}
+    friction = ops.friction(x, core_size=1, strides=2, **options)
+    # Between float32 and the double next to it; and integers of friction.
+    between = np.float64(friction.item()) - 1e-12
+    for known, threshold in ((None, between), (np.zeros((1, 1, 1), int), -0.5)):
+        results = [
+            ops.inertial_conv_tiled(
+                x,
+                core,
+                threshold=threshold,
+                friction=known,
+                capacities=capacities,
+                **options,
+            )
+            for capacities in (None, (1 / 2, 1))
+        ]
+        for y, gate, _ in results:
+            expected = x if bool(gate.all()) else np.full_like(x, x.mean())
+            np.testing.assert_allclose(y, expected, rtol=1e-6)
+        np.testing.assert_array_equal(results[0].gate, results[1].gate)
+
+
+def test_an_integer_threshold_has_a_gradient(no_shape_checks):
+    friction = jnp.array([0.9, 1.1])
+    gate = lambda friction, at: ops.hard_gate(friction, at, slope=10.0).sum()  # noqa: E731
+    expected = jax.grad(gate)(friction, 1.0)
+    np.testing.assert_array_equal(jax.grad(gate)(friction, 1), expected)
+    with pytest.raises(ValueError, match="`slope`"):
+        ops.hard_gate(friction, 1.0, slope=-1.0)

@@ -118,6 +118,36 @@ def test_conv2d_refuses_what_does_not_fit(kernel_shape, padding, message):
         ops.conv2d(np.zeros((1, 8, 8, 4)), np.zeros(kernel_shape), padding=padding)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strides": 0}, r"`strides` \(=0\) must be one or two integers >= 1"),
+        ({"strides": 1.5}, "`strides`"),
+        ({"strides": (1, 2, 3)}, "`strides`"),
+        ({"dilation": (1, 0)}, "`dilation`"),
+        ({"padding": None}, "`padding`"),
+        ({"padding": ((1, 2, 3), (1, 1))}, "`padding`"),
+        ({"groups": 3}, r"`groups` \(=3\) must divide the 4 output"),
+    ],
+)
+def test_conv2d_refuses_bad_geometry(options, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        ops.conv2d(np.zeros((1, 8, 8, 3)), np.zeros((3, 3, 1, 4)), **options)
+
+
+def test_conv2d_takes_what_lax_takes():
+    x = np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
+    kernel = np.ones((2, 3, 3, 4), np.float32)
+    for padding in ("same", "SAME_LOWER", "valid"):
+        expected = lax.conv_general_dilated(
+            x, kernel, (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        found = ops.conv2d(x, kernel, strides=np.int64(2), padding=padding)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    small = ops.conv2d(x[:, :1, :1], kernel, padding="VALID")
+    assert small.shape == (2, 0, 0, 4)
+
+
 @pytest.mark.parametrize("size", [8, 9])
 def test_max_pool2d_and_its_gradient_equal_pytorchs(size):
     torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
@@ -136,6 +166,10 @@ def test_of_equal_pixels_one_has_the_gradient_and_nan_is_largest():
     x = jnp.array([[2.0, 2.0], [1.0, 2.0]]).reshape(1, 2, 2, 1)
     gradient = jax.grad(lambda x: ops.max_pool2d(x, window=2).sum())(x)
     np.testing.assert_array_equal(gradient[0, ..., 0], [[1, 0], [0, 0]])
+    # In reading order, as in PyTorch.
+    x = jnp.array([[1.0, 2.0], [2.0, 1.0]]).reshape(1, 2, 2, 1)
+    gradient = jax.grad(lambda x: ops.max_pool2d(x, window=2).sum())(x)
+    np.testing.assert_array_equal(gradient[0, ..., 0], [[0, 1], [0, 0]])
     for row in range(2):
         for column in range(2):
             y = ops.max_pool2d(x.at[0, row, column].set(jnp.nan), window=2)

@@ -1,5 +1,7 @@
 """The plan: rules, JSON, and what it refuses."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import inertia_jax as ij
@@ -57,6 +59,9 @@ def test_lists_become_tuples():
         (lambda: ij.Tucker2(3, 3, core=ij.LowRank(2)), "`core`"),
         (lambda: ij.LowRank(1.5), "`rank`"),
         (lambda: ij.Rate(1.5), "`target`"),
+        (lambda: ij.Inertial(1, 3, relative="no"), "`relative`"),
+        (lambda: ij.Learned(per_channel="no"), "`per_channel`"),
+        (lambda: ij.Inertial(1, 3, capacities=1), "`capacities`"),
         (lambda: ij.Plan((("*", "conv"),)), "`rules`"),
         (lambda: ij.Plan(("*",)), "`rules`"),
         (lambda: ij.Plan.from_json("{"), "must be JSON"),
@@ -73,6 +78,17 @@ def test_lists_become_tuples():
 def test_bad_plans_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_numpys_and_jaxs_numbers_are_numbers():
+    for number in (np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
+        assert ij.Fixed(number) == ij.Fixed(0.5)
+        assert ij.Rate(number) == ij.Rate(0.5)
+        assert ij.Ratio(number) == ij.Ratio(0.5)
+    spec = ij.Inertial(np.int64(1), 3, capacities=np.array([0.5, 1]))
+    assert spec == ij.Inertial(1, 3, capacities=(0.5, 1))
+    plan = ij.Plan((("*", spec),))
+    assert ij.Plan.from_json(plan.to_json()) == plan
 
 
 def test_a_glob_that_matches_nothing_is_refused():

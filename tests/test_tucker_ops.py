@@ -228,7 +228,7 @@ def test_an_unknown_method_is_refused(no_shape_checks):
 
 def test_tucker2_conv_refuses_other_channels_and_paddings():
     factors = ops.tucker2(np.ones((3, 3, 4, 6)), rank_in=1, rank_out=1)
-    with pytest.raises(ValueError, match=r"`factors.u_in` .*must take 5 channels"):
+    with pytest.raises(ValueError, match=r"`factors` .*must take 5 channels"):
         ops.tucker2_conv(np.ones((1, 8, 8, 5)), factors)
     with pytest.raises(ValueError, match="`padding`"):
         ops.tucker2_conv(np.ones((1, 8, 8, 4)), factors, padding="CIRCULAR")
@@ -416,3 +416,26 @@ def test_unfoldings_have_a_row_a_channel():
         assert set(np.asarray(into[channel])) == set(kernel[:, :, channel].ravel())
     for channel in range(5):
         assert set(np.asarray(out[channel])) == set(kernel[..., channel].ravel())
+
+
+def test_factors_that_do_not_fit_are_refused():
+    x, kernel = np.ones((2, 6, 6, 4), np.float32), np.ones((3, 3, 4, 6), np.float32)
+    two = ops.tucker2(kernel, rank_in=2, rank_out=2)
+    low = ops.low_rank(kernel[:1, :1], rank=2)
+    cases = [
+        # Lengths of 1 would broadcast.
+        (ops.tucker2_conv, x, two._replace(u_out=two.u_out[:, :1])),
+        (ops.tucker2_conv, x, two._replace(u_in=two.u_in[:, :1])),
+        (ops.tucker2_conv, x[..., :1], two),
+        (ops.low_rank_conv, x, low._replace(right=low.right[:, :1])),
+        (ops.low_rank_conv, x[..., :1], low),
+    ]
+    for apply, images, factors in cases:
+        with pytest.raises(ValueError, match="`factors`"):
+            apply(images, factors)
+    with pytest.raises(ValueError, match="`factors`"):
+        ops.tucker2_to_kernel(two._replace(u_out=two.u_out[:, :1]))
+    with pytest.raises(ValueError, match="`factors`"):
+        ops.low_rank_to_kernel(low._replace(left=low.left[:, :1]))
+    with pytest.raises(ValueError, match="`groups`"):
+        ops.low_rank_conv(x, low, groups=4)

@@ -18,6 +18,7 @@ from inertia_jax.models.resnet_cifar import CifarResNet
 from inertia_jax.models.simpledla import SimpleDLA
 from inertia_jax.models.vgg import VGG16
 from inertia_jax.plan import Plan
+from inertia_jax.specs import as_python
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": ResNet18,
@@ -58,7 +59,8 @@ def create_model(
         axis_name: Mesh axis over which BatchNorm statistics are averaged.
 
     Returns:
-        A Linen module: `model.apply(variables, x_nhwc, train=False) -> logits`.
+        A Linen module: `model.apply(variables, x_nhwc, train=False) -> logits`. With
+        `train=True` it has reverse-mode gradients alone (`ops.conv_grad`).
 
     Raises:
         ValueError: An argument outside its range, or a plan whose glob matches no
@@ -66,8 +68,11 @@ def create_model(
     """
     if name not in _MODELS:
         raise ValueError(f"`name` (={name!r}) must be one of {', '.join(MODEL_NAMES)}.")
-    if num_classes < 1:
-        raise ValueError(f"`num_classes` (={num_classes}) must be >= 1.")
+    num_classes = as_python(num_classes)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer >= 1.")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"`plan` (={plan!r}) must be an inertia_jax.Plan, or None.")
     if not 0 < width < float("inf"):
         raise ValueError(f"`width` (={width}) must be > 0.")
     if stem not in ("cifar", "imagenet"):
@@ -76,12 +81,15 @@ def create_model(
         raise ValueError(f"`shortcut` (={shortcut!r}) must be A or B.")
     if stem != "cifar" and name != "resnet18":
         raise ValueError(f"`stem` (={stem!r}) must be cifar for {name}.")
-    if jnp.dtype(dtype).name not in _DTYPES:
+    is_cifar_resnet = name.startswith("resnet") and name != "resnet18"
+    if shortcut != "A" and not is_cifar_resnet:
+        raise ValueError(f"`shortcut` (={shortcut!r}) must be A for {name}.")
+    if _dtype_name(dtype) not in _DTYPES:
         raise ValueError(f"`dtype` (={dtype}) must be one of {', '.join(_DTYPES)}.")
     options = {}
     if name == "resnet18":
         options = {"stem": stem}
-    elif name.startswith("resnet"):
+    elif is_cifar_resnet:
         options = {"shortcut": shortcut}
     model = _MODELS[name](
         num_classes=num_classes,
@@ -94,6 +102,13 @@ def create_model(
     if model.plan.rules:
         _check_plan(model)
     return model
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return None
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:

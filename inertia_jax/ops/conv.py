@@ -1,9 +1,12 @@
 """Two-dimensional convolution, NHWC by HWIO, on `lax.conv_general_dilated`."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -11,27 +14,50 @@ from jaxtyping import Float
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Returns `value` as (vertical, horizontal)."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def pair(
+    value: int | Sequence[int], name: str = "value", *, least: int | None = None
+) -> tuple[int, int]:
+    """Returns `value` as (vertical, horizontal).
+
+    Args:
+        value: One integer, or two.
+        name: Of what it is, for the message.
+        least: The least that both may be; None: any.
+
+    Raises:
+        ValueError: It is neither, or below `least`.
+    """
+    try:
+        sizes = [operator.index(size) for size in np.atleast_1d(np.asarray(value))]
+    except TypeError:
+        sizes = []
+    if len(sizes) == 1:
+        sizes *= 2
+    if len(sizes) != 2 or (least is not None and min(sizes) < least):
+        rule = "" if least is None else f" >= {least}"
+        raise ValueError(f"`{name}` (={value!r}) must be one or two integers{rule}.")
+    return (sizes[0], sizes[1])
 
 
 def padding_pairs(padding: Padding) -> str | tuple[tuple[int, int], tuple[int, int]]:
-    """Returns `padding` as `((top, bottom), (left, right))`, or as "SAME" or "VALID".
+    """Returns `padding` as `((top, bottom), (left, right))`, or in capital letters.
 
     Raises:
         ValueError: A padding that is none of these.
     """
     if isinstance(padding, str):
-        if padding not in ("SAME", "VALID"):
-            raise ValueError(f"`padding` (={padding!r}) must be SAME, VALID or pairs.")
-        return padding
-    if isinstance(padding, int):
-        return ((padding, padding), (padding, padding))
-    if len(padding) != 2:
+        if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
+            raise ValueError(
+                f"`padding` (={padding!r}) must be SAME, SAME_LOWER, VALID or pairs."
+            )
+        return padding.upper()
+    if padding is not None and np.ndim(padding) == 0:
+        both = pair(padding, "padding")  # type: ignore[arg-type]
+        return (both, both)
+    if not isinstance(padding, Sequence | np.ndarray) or len(padding) != 2:
         raise ValueError(f"`padding` (={padding!r}) must have one entry a dimension.")
-    top, left = padding
-    return (pair(top), pair(left))
+    top, left = (pair(around, "padding") for around in padding)  # type: ignore[arg-type]
+    return (top, left)
 
 
 def conv2d(
@@ -42,6 +68,7 @@ def conv2d(
     padding: Padding = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    precision: Any = None,
 ) -> Float[Array, "n h_out w_out c_out"]:
     """Convolves images with a kernel (cross-correlation, as in every network library).
 
@@ -49,18 +76,27 @@ def conv2d(
         x: Images.
         kernel: Filters; `c_in_group` is `c_in / groups`.
         strides: Distance between output positions, in pixels.
-        padding: Zeros around the image: "SAME" (XLA's rule), "VALID", an integer, or
-            pairs `((top, bottom), (left, right))`.
+        padding: Zeros around the image: "SAME" (XLA's rule), "SAME_LOWER", "VALID", an
+            integer, or pairs `((top, bottom), (left, right))`.
         dilation: Distance between filter taps, in pixels.
         groups: Number of groups of channels that do not mix.
+        precision: Of the products, as `jax.lax.conv_general_dilated` has it.
 
     Returns:
         The output map, in the type that `x` and `kernel` promote to.
 
     Raises:
-        ValueError: Channels of `x` and `kernel` do not match, or a bad padding.
+        ValueError: Channels of `x` and `kernel` do not match, or an argument outside
+            its range.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    for name, array in (("x", x), ("kernel", kernel)):
+        if array.ndim != 4:
+            raise ValueError(f"`{name}` (shape {array.shape}) must have four axes.")
+    if groups < 1 or kernel.shape[3] % groups:
+        raise ValueError(
+            f"`groups` (={groups}) must divide the {kernel.shape[3]} output channels."
+        )
     dtype = jnp.result_type(x, kernel)
     if x.shape[-1] != kernel.shape[2] * groups:
         raise ValueError(
@@ -68,7 +104,8 @@ def conv2d(
             f"{x.shape[-1]} channels, as `x` (shape {x.shape}) has."
         )
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    window_strides, taps = pair(strides), pair(dilation)
+    window_strides = pair(strides, "strides", least=1)
+    taps = pair(dilation, "dilation", least=1)
     direct = functools.partial(
         lax.conv_general_dilated,
         window_strides=window_strides,
@@ -76,19 +113,28 @@ def conv2d(
         rhs_dilation=taps,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
+        precision=precision,
     )
     size = kernel.shape[:2]
-    is_small = any(
-        n < 1 + (k - 1) * d for n, k, d in zip(x.shape[1:3], size, taps, strict=True)
-    )
+    spans = [1 + (k - 1) * d for k, d in zip(size, taps, strict=True)]
+    is_small = any(n < span for n, span in zip(x.shape[1:3], spans, strict=True))
     pads = explicit_padding(x.shape[1:3], size, window_strides, padding, taps)
+    if any(
+        n + sum(around) < span
+        for n, around, span in zip(x.shape[1:3], pads, spans, strict=True)
+    ):
+        return direct(x, kernel)  # an empty map
     # On CPU, XLA has slow cases. Elsewhere these forms are not measured, so not used.
     on_cpu: Callable[[Array, Array], Array] | None = None
     if groups == 1 and (size == (1, 1) or is_small):
         # 409 ms against 4 for 3x3 at [64,2,2,512], an image smaller than the kernel;
         # and 4 times as long for the gradient of a 1x1 convolution.
         on_cpu = functools.partial(
-            _conv2d_as_product, strides=window_strides, pads=pads, dilation=taps
+            _conv2d_as_product,
+            strides=window_strides,
+            pads=pads,
+            dilation=taps,
+            precision=precision,
         )
     elif window_strides == (1, 1) and pads == ((0, 0), (0, 0)):
         # 30 ms without padding against 10 with it for 3x3 at [64,26,26,32] to 64.
@@ -107,6 +153,7 @@ def conv_for_linen(
     *,
     rhs_dilation: Sequence[int],
     feature_group_count: int,
+    precision: Any = None,
     **_: object,
 ) -> Array:
     """`conv2d` in the form in which `nn.Conv` takes its convolution."""
@@ -117,6 +164,7 @@ def conv_for_linen(
         padding=padding,
         dilation=rhs_dilation,
         groups=feature_group_count,
+        precision=precision,
     )
 
 
@@ -143,6 +191,7 @@ def _conv2d_as_product(
     strides: tuple[int, int],
     pads: tuple[tuple[int, int], tuple[int, int]],
     dilation: tuple[int, int],
+    precision: Any,
 ) -> Array:
     """Convolves by one matrix product over all taps side by side."""
     kh, kw, c_in, c_out = kernel.shape
@@ -162,4 +211,5 @@ def _conv2d_as_product(
         for j in range(kw)
     ]
     patches = jnp.concatenate(views, axis=-1) if len(views) > 1 else views[0]
-    return jnp.einsum("nhwp,po->nhwo", patches, kernel.reshape(-1, c_out))
+    flat = kernel.reshape(-1, c_out)
+    return jnp.einsum("nhwp,po->nhwo", patches, flat, precision=precision)

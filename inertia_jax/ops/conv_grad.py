@@ -104,6 +104,8 @@ def kernel_gradient(
     """
     n, _, _, c_out = cotangent.shape
     _, h, w, c_in = x.shape
+    if n == 0:
+        return jnp.zeros((*kernel_size, c_in, c_out), x.dtype)
     around = ((0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0))
     is_unit = strides == (1, 1)
     part = _unit_stride_part if is_unit else _strided_part

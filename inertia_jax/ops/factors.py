@@ -1,6 +1,6 @@
 """The factors of a factorised kernel, and the convolutions that they are."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +34,45 @@ class LowRankFactors(NamedTuple):
     right: Float[Array, "c_out r"]
 
 
+def check_factors(
+    factors: Tucker2Factors | LowRankFactors,
+    *,
+    groups: int,
+    channels: int | None = None,
+) -> None:
+    """Raises ValueError unless the factors fit each other, and an input.
+
+    Args:
+        factors: Of one kernel.
+        groups: Of the convolution.
+        channels: Of the input; None: any.
+    """
+    shapes = {name: np.shape(factor) for name, factor in factors._asdict().items()}
+    found = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
+    axes = [len(shape) for shape in shapes.values()]
+    if axes not in ([2, 4, 2], [2, 2]):
+        raise ValueError(f"`factors` ({found}) must have axes (2, 4, 2), or (2, 2).")
+    (c_in, rank_in), *between, (c_out, rank_out) = shapes.values()
+    inner = between[0][2:] if between else (rank_out, groups * rank_out)
+    if inner != (rank_in, groups * rank_out):
+        raise ValueError(
+            f"`factors` ({found}) must have the same ranks where they meet, with "
+            f"{groups} groups."
+        )
+    if groups < 1 or c_in % groups or c_out % groups:
+        raise ValueError(f"`groups` (={groups}) must divide the channels of {found}.")
+    if channels is not None and channels != c_in:
+        raise ValueError(
+            f"`factors` ({found}) must take {channels} channels, as `x` has."
+        )
+
+
 def pointwise(
     x: Float[Array, "*batch c_in"],
     kernel: Float[Array, "c_in_group c_out"],
     *,
     groups: int = 1,
+    precision: Any = None,
 ) -> Float[Array, "*batch c_out"]:
     """Applies a 1x1 convolution, as a product of matrices.
 
@@ -46,12 +80,13 @@ def pointwise(
         x: Images, or any array with channels last.
         kernel: [c_in / groups, c_out], as a 1x1 kernel without its first two axes.
         groups: Of channels that do not mix.
+        precision: Of the product, as `jax.numpy.einsum` has it.
     """
     if groups == 1:
-        return jnp.einsum("...i,io->...o", x, kernel)
+        return jnp.einsum("...i,io->...o", x, kernel, precision=precision)
     x = x.reshape(*x.shape[:-1], groups, -1)
     kernel = kernel.reshape(kernel.shape[0], groups, -1)
-    y = jnp.einsum("...gi,igo->...go", x, kernel)
+    y = jnp.einsum("...gi,igo->...go", x, kernel, precision=precision)
     return y.reshape(*y.shape[:-2], -1)
 
 

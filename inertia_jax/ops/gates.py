@@ -48,7 +48,17 @@ def hard_gate(
     References:
         Bengio et al., 2013, https://arxiv.org/abs/1308.3432
     """
-    return _hard_gate(slope, jnp.asarray(friction), jnp.asarray(threshold))
+    check_slope(slope)
+    return _hard_gate(slope, *_as_floats(friction, threshold))
+
+
+def _as_floats(*values: ArrayLike) -> list[Array]:
+    # Integers have no tangents that could be subtracted.
+    arrays = [jnp.asarray(value) for value in values]
+    return [
+        a if jnp.issubdtype(a.dtype, jnp.floating) else a.astype(jnp.float32)
+        for a in arrays
+    ]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -137,7 +147,8 @@ def select(
     """
     if gate_gradient == "none":
         return jnp.where(is_open(friction, threshold), high, low)
-    return _ste_select(slope, high, low, friction, threshold)
+    check_slope(slope)
+    return _ste_select(slope, high, low, *_as_floats(friction, threshold))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -140,7 +140,7 @@ def inertial_conv(
             reference=reference,
             channel_stride=channel_stride,
         )
-    friction = jnp.asarray(friction)
+    friction = as_friction(friction)
     threshold = threshold.astype(friction.dtype)
     x = pad_image(x, pads)
     size = ((x.shape[1] - d) // steps[0] + 1, (x.shape[2] - d) // steps[1] + 1)
@@ -171,6 +171,12 @@ def inertial_conv(
     else:
         y = choose(high, low)
     return InertialOutput(y, region_gate(friction, threshold), friction)
+
+
+def as_friction(friction: ArrayLike) -> Array:
+    """Returns known friction as friction is computed: in float32 at least."""
+    known = jnp.asarray(friction)
+    return known.astype(jnp.promote_types(known.dtype, jnp.float32))
 
 
 def region_gate(friction: Array, threshold: Array) -> Array:

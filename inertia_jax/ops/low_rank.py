@@ -10,7 +10,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.ops.conv import pair
-from inertia_jax.ops.factors import LowRankFactors, factor_kernels, pointwise
+from inertia_jax.ops.factors import (
+    LowRankFactors,
+    check_factors,
+    factor_kernels,
+    pointwise,
+)
 from inertia_jax.ops.unfold import (
     as_wide_kernel,
     check_rank,
@@ -61,7 +66,12 @@ def _low_rank(kernel: Array, *, rank: int, groups: int) -> LowRankFactors:
 def low_rank_to_kernel(
     factors: LowRankFactors, *, groups: int = 1
 ) -> Float[Array, "1 1 c_in c_out"]:
-    """Returns the 1x1 kernel that the factors stand for."""
+    """Returns the 1x1 kernel that the factors stand for.
+
+    Raises:
+        ValueError: The factors do not fit each other.
+    """
+    check_factors(factors, groups=groups)
     left, right = map(jnp.asarray, factors)
     left = left.reshape(groups, -1, left.shape[1])
     right = right.reshape(groups, -1, right.shape[1])
@@ -83,9 +93,13 @@ def low_rank_conv(
         factors: As `low_rank` gives them.
         strides: Distance between output positions, in pixels.
         groups: Of the convolution.
+
+    Raises:
+        ValueError: The factors do not fit each other, or `x`.
     """
     x = jnp.asarray(x)
-    down, across = pair(strides)
+    check_factors(factors, groups=groups, channels=x.shape[-1])
+    down, across = pair(strides, "strides", least=1)
     first, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
     x = pointwise(x[:, ::down, ::across], first[0, 0], groups=groups)
     return pointwise(x, last[0, 0], groups=groups)

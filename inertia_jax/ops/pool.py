@@ -28,14 +28,17 @@ def max_pool2d(
         ValueError: `window` is less than 1 or larger than the images.
     """
     x = jnp.asarray(x)
+    if x.ndim != 4:
+        raise ValueError(f"`x` (shape {x.shape}) must be [n, h, w, c].")
     n, h, w, c = x.shape
     if not 1 <= window <= min(h, w):
         raise ValueError(f"`window` (={window}) must be in [1, {min(h, w)}].")
     rows, columns = h // window, w // window
     x = x[:, : rows * window, : columns * window]
     x = x.reshape(n, rows, window, columns, window, c)
-    x = functools.reduce(_larger, [x[:, :, i] for i in range(window)])
-    return functools.reduce(_larger, [x[:, :, :, i] for i in range(window)])
+    # Row by row, so that of equal pixels the first in reading order is chosen.
+    x = functools.reduce(_larger, [x[:, :, :, :, j] for j in range(window)])
+    return functools.reduce(_larger, [x[:, :, i] for i in range(window)])
 
 
 def _larger(a: Array, b: Array) -> Array:

@@ -16,7 +16,7 @@ from inertia_jax.ops.conv import Padding, conv2d
 from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
-from inertia_jax.ops.inertial import InertialOutput, check_core
+from inertia_jax.ops.inertial import InertialOutput, as_friction, check_core
 from inertia_jax.ops.tiling import (
     Low,
     Tiling,
@@ -79,9 +79,10 @@ def inertial_conv_tiled(
         padding: Of the m x m convolution.
         capacities: Shares of tiles, rising to 1, that detail is compiled for; the
             smallest that holds a batch's open tiles is run (on CPU, a chunk's), so that
-            the result does not depend on them. (But for one output of an open tile that
-            is not finite if the tile's mean is not.) None computes every tile and then
-            selects. Derivatives and `vmap` always do that.
+            the result does not depend on them but for rounding. (One output of an open
+            tile comes from the tile's mean: its rounding is relative to the tile's
+            largest output, and it is not finite if the mean is not.) None computes
+            every tile and then selects. Derivatives and `vmap` always do that.
         gate_gradient: `none`, or `ste`: see `select`.
         slope: Of `ste`, per unit of friction.
         channel_stride: Friction reads every so many channels.
@@ -99,6 +100,7 @@ def inertial_conv_tiled(
     check_choice("low", low, Low)
     check_choice("gate_gradient", gate_gradient, GateGradient)
     check_capacities(capacities)
+    capacities = None if capacities is None else tuple(capacities)
     check_slope(slope)
     if threshold.shape != ():
         raise ValueError(f"`threshold` (shape {threshold.shape}) must be one number.")
@@ -122,7 +124,7 @@ def inertial_conv_tiled(
         channel_stride=channel_stride,
     )
     if friction is not None:
-        known = jnp.asarray(friction)
+        known = as_friction(friction)
         if known.shape != (x.shape[0], *tiling.tiles):
             raise ValueError(
                 f"`friction` (shape {known.shape}) must have shape "
@@ -132,6 +134,10 @@ def inertial_conv_tiled(
         per_image: tuple[Array, ...] = (x, known)
     else:
         per_image = (x,)
+    # Compared in one type everywhere, so that no form sees other gates.
+    threshold = threshold.astype(
+        jnp.promote_types(x.dtype, jnp.float32) if friction is None else known.dtype
+    )
 
     def friction_of(per_image: tuple[Array, ...], padded: Array) -> Array:
         return per_image[1] if len(per_image) == 2 else measure(padded)
@@ -139,7 +145,6 @@ def inertial_conv_tiled(
     def dense(per_image: tuple[Array, ...], core: Array, threshold: Array) -> _Result:
         high = conv2d(per_image[0], core, padding=tiling.pads)
         friction = friction_of(per_image, pad_image(per_image[0], tiling.pads))
-        threshold = threshold.astype(friction.dtype)
         y = select(
             high,
             spread(tile_means(high, tiling), tiling.tile_size),
@@ -154,7 +159,7 @@ def inertial_conv_tiled(
         padded = pad_image(per_image[0], tiling.pads)
         friction = friction_of(per_image, padded)
         gate = is_open(friction, threshold)
-        y = _fill(per_image[0], padded, core, gate, tiling, tuple(capacities or ()))
+        y = _fill(per_image[0], padded, core, gate, tiling, capacities or ())
         return y, friction
 
     compute = dense
@@ -169,7 +174,12 @@ def check_capacities(capacities: Sequence[float | int] | None) -> None:
     """Raises ValueError unless `capacities` is None or rises within (0, 1] to 1."""
     if capacities is None:
         return
-    capacities = tuple(capacities)
+    try:
+        capacities = tuple(capacities)
+    except TypeError:
+        raise ValueError(
+            f"`capacities` (={capacities!r}) must be a sequence of numbers, or None."
+        ) from None
     rising = all(a < b for a, b in itertools.pairwise(capacities))
     if not capacities or not rising or capacities[0] <= 0 or capacities[-1] != 1:
         raise ValueError(

@@ -136,8 +136,8 @@ def fill_open(
 
     Of an open tile's n^2 outputs, n^2 - 1 are computed: `low` is the one left out, or
     with the others gives it, as their mean. (Where that mean is not finite, neither is
-    the output that it gives.) In bfloat16 the mean's rounding, times n^2, would show:
-    there all n^2 are computed.
+    the output that it gives, and its rounding is relative to the tile's largest.) In
+    bfloat16 the mean's rounding, times n^2, would show: there all n^2 are computed.
 
     Args:
         padded: Images with the tiling's padding.

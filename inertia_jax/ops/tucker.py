@@ -11,7 +11,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.ops.conv import Padding, conv2d
-from inertia_jax.ops.factors import Tucker2Factors, factor_kernels, pointwise
+from inertia_jax.ops.factors import (
+    Tucker2Factors,
+    check_factors,
+    factor_kernels,
+    pointwise,
+)
 from inertia_jax.ops.unfold import (
     as_wide_kernel,
     check_rank,
@@ -42,7 +47,8 @@ def tucker2(
     channels, U_out those along the output channels, and the core is the kernel
     multiplied by both transposes. `hooi` then improves each factor in turn, given the
     other, until the relative error ||K - K'|| / ||K|| changes by less than `tolerance`;
-    it is never worse.
+    it is never worse. Reverse-mode gradients go through `hosvd` alone: how many times
+    `hooi` iterates is known only when it has.
 
     Args:
         kernel: [kh, kw, c_in / groups, c_out]; types below float32 are raised to it.
@@ -166,7 +172,11 @@ def tucker2_to_kernel(
     Args:
         factors: As `tucker2` gives them, or trained since.
         groups: Of the convolution.
+
+    Raises:
+        ValueError: The factors do not fit each other.
     """
+    check_factors(factors, groups=groups)
     u_in, core, u_out = map(jnp.asarray, factors)
     core = split_groups(core, groups)
     u_in = u_in.reshape(groups, -1, u_in.shape[1])
@@ -198,15 +208,11 @@ def tucker2_conv(
         The output map, in the type that `x` and the factors promote to.
 
     Raises:
-        ValueError: Channels of `x` and `u_in` do not match, or a bad padding.
+        ValueError: The factors do not fit each other, or `x`; or a bad padding.
     """
     x = jnp.asarray(x)
+    check_factors(factors, groups=groups, channels=x.shape[-1])
     u_in, core, u_out = map(jnp.asarray, factors)
-    if x.shape[-1] != u_in.shape[0]:
-        raise ValueError(
-            f"`factors.u_in` (shape {u_in.shape}) must take {x.shape[-1]} channels, as "
-            f"`x` (shape {x.shape}) has."
-        )
     parts = factor_kernels(Tucker2Factors(u_in, core, u_out), groups=groups)
     first, core, last = map(jnp.asarray, parts)
     x = pointwise(x, first[0, 0], groups=groups)

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, explicit_padding
+from inertia_jax.ops.conv import Padding, explicit_padding, pair
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -30,11 +29,7 @@ def stride_pair(strides: int | Sequence[int] | None) -> tuple[int, int]:
     Raises:
         ValueError: They are not one or two integers >= 1.
     """
-    sizes = np.atleast_1d(1 if strides is None else strides)
-    given = tuple(int(size) for size in (*sizes, *sizes)[: max(2, len(sizes))])
-    if len(given) != 2 or min(given) < 1:
-        raise ValueError(f"`strides` (={strides}) must be one or two integers >= 1.")
-    return (given[0], given[1])
+    return pair(1 if strides is None else strides, "strides", least=1)
 
 
 def region_pads(
