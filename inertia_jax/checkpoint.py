@@ -155,14 +155,16 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
         CheckpointDamagedError: A file is missing, surplus or altered; says which.
+        OSError: A file could not be read, which says nothing of what is in it.
     """
     path = pathlib.Path(path)
     if not (path / "arrays").is_dir():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    found = _hash_files(path)
     try:
         expected = json.loads((path / "manifest.json").read_bytes())
-        differing = set(expected.items()) ^ set(_hash_files(path).items())
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        differing = set(expected.items()) ^ set(found.items())
+    except (FileNotFoundError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointDamagedError(f"{path} is damaged: {error}.") from error
     if differing:
         files = sorted({name for name, _ in differing})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from inertia_jax.models import create_model, model_name
 from inertia_jax.plan import Plan
 
 _FORMAT = 1
+_FIELDS = {"model", "plan", "preprocessing", "class_names", "info"}
 _MODEL_OPTIONS = ("num_classes", "width", "stem", "shortcut")
 
 
@@ -27,6 +29,10 @@ class Preprocessing:
         std: Of each channel, likewise.
         resize: Side that images are resized to before the centre is cut out; None
             means the input's own, so that nothing is cut.
+
+    Raises:
+        ValueError: Entries that do not fit the channels or are not finite, or a
+            `resize` below the input's side.
     """
 
     image_shape: tuple[int, int, int]
@@ -35,15 +41,24 @@ class Preprocessing:
     resize: int | None = None
 
     def __post_init__(self) -> None:
-        channels = self.image_shape[-1]
+        height, width, channels = self.image_shape
+        if min(self.image_shape) < 1:
+            raise ValueError(f"`image_shape` (={self.image_shape}) must be >= 1.")
         for name in ("mean", "std"):
-            if len(getattr(self, name)) != channels:
+            values = getattr(self, name)
+            if len(values) != channels:
                 raise ValueError(
-                    f"`{name}` (={getattr(self, name)}) must have {channels} entries, "
-                    f"one a channel."
+                    f"`{name}` (={values}) must have {channels} entries, one a channel."
                 )
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"`{name}` (={values}) must be finite.")
         if min(self.std) <= 0:
             raise ValueError(f"`std` (={self.std}) must be > 0.")
+        if self.resize is not None and self.resize < max(height, width):
+            raise ValueError(
+                f"`resize` (={self.resize}) must be at least the input's "
+                f"{max(height, width)} pixels, or None."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +128,19 @@ def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = pathlib.Path(path) / "metadata.json"
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
-    description = json.loads(file.read_bytes())
-    if description["format"] != _FORMAT:
+    try:
+        description = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{file} describes no checkpoint.")
+    if description.get("format") != _FORMAT:
         raise ValueError(
-            f"{path} has format {description['format']}; must be {_FORMAT}."
+            f"{path} has format {description.get('format')}; must be {_FORMAT}."
         )
+    missing = sorted(_FIELDS - set(description))
+    if missing:
+        raise ValueError(f"{file} lacks {missing}.")
     return description
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole, self-contained, and checked."""
 
+import hashlib
 import json
 import pathlib
 
@@ -91,6 +92,25 @@ def test_a_failed_write_leaves_nothing(saved, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint"]
 
 
+def test_a_failed_read_is_not_damage(saved, monkeypatch):
+    path, _, _ = saved
+
+    def fail(file, digest):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        ij.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "", '{"format": 1, "info": {}}'])
+def test_a_broken_description_is_said_so(saved, text):
+    path, _, _ = saved
+    (path / "metadata.json").write_text(text)
+    with pytest.raises(ValueError, match="metadata.json|format None"):
+        load_metadata(path)
+
+
 def test_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         ij.load_checkpoint(tmp_path / "none")
@@ -111,6 +131,9 @@ def test_a_later_format_is_refused(saved):
         (((32, 32, 3), (0.5,), (0.2,) * 3), "`mean`.*3 entries"),
         (((32, 32, 1), (0.5,), (0.2,) * 3), "`std`.*1 entries"),
         (((32, 32, 1), (0.5,), (0.0,)), "`std`.*> 0"),
+        (((32, 32, 1), (float("nan"),), (0.2,)), "`mean`.*finite"),
+        (((32, 0, 1), (0.5,), (0.2,)), "`image_shape`.*>= 1"),
+        (((32, 32, 1), (0.5,), (0.2,), 31), "`resize` .=31. must be at least .* 32"),
     ],
 )
 def test_bad_preprocessing_is_refused(arguments, message):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from train.calibration import training_inputs
 from train.data import Split
 from train.errors import UsageError
 from train.layer_report import parse_ranks, report_layers
+from train.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_device")
 FIT = [
@@ -149,6 +152,13 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
         (["--macs", "0.8", "--round-to", "8"], "`round_to` .*does nothing with --macs"),
         (["--ranks", "ratio:0.5", "--latency-batch", "-1"], "`latency_batch` .*>= 0"),
         (["--ranks", "half"], "`ranks` .=half. must be"),
+        (["--macs", "0.9", "--seed", "-1"], "`seed` .* must be >= 0"),
+        (["--macs", "0.9", "--crop-padding", "-1"], "`crop_padding` .* must be >= 0"),
+        (["--macs", "0.9", "--finetune-learning-rate", "-1"], "must be > 0"),
+        (
+            ["--macs", "0.9", "--finetune-learning-rate", "0.5"],
+            "does nothing without `finetune_epochs`",
+        ),
     ],
 )
 def test_what_cannot_be_compressed(run, arguments, message, tmp_path, capsys):
@@ -207,3 +217,25 @@ def test_training_inputs_come_in_the_order_of_the_draw():
     assert len(set(numbers)) == 20
     # Sets may lie class by class: batches must not.
     assert list(numbers) != sorted(numbers)
+
+
+def test_fine_tuning_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["--ranks", "ratio:0.5", "--no-weigh", *IMAGES, "--out", str(out)]
+    arguments += ["--finetune-epochs", "2", "--seed", "3", "--cache-dir", str(tmp_path)]
+    first = StopSignal.after_call
+    calls = iter(range(10**6))
+
+    def stop_at_the_third(self):
+        return signal.SIGTERM if next(calls) == 2 else first(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "after_call", stop_at_the_third)
+        assert main(["compress", str(run), *arguments]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "stopped and saved at step 3" in said[-2]
+    command = shlex.split(said[-1])
+    assert command[:3] == ["python", "-m", "train"]
+    assert main(command[3:]) == 0
+    printed = capsys.readouterr()
+    assert "step 3 of 44" in printed.out + printed.err

@@ -70,7 +70,7 @@ def test_a_layer_called_twice_counts_twice_and_train_needs_no_default():
     assert row.dense_macs == 2 * 64 * 9 * 64
     assert row.macs == 2 * 64 * (8 * 2 + 9 * 2 * 2 + 2 * 8)
     assert model.apply(changed, jnp.ones((1, 8, 8, 8)), train=False).shape == (1, 3)
-    folded, merged = ij.fold_batch_norm(_Twice(), variables, image_shape=(8, 8, 8))
+    folded, _ = ij.fold_batch_norm(_Twice(), variables, image_shape=(8, 8, 8))
     assert ij.count_cost(folded, (8, 8, 8)).macs == table.macs
 
 

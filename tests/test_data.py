@@ -71,6 +71,8 @@ def test_npz_of_gray_images_and_without_training_images(tmp_path):
         ({"y_train": np.arange(20)}, r"span \[0, 19\]; must be in \[0, 2\]"),
         ({"y_test": np.arange(5) - 1}, r"span \[-1, 3\]"),
         ({"y_test": None}, "must hold 'y_test'"),
+        ({"y_test": np.array(list("abcde"))}, "labels have type"),
+        ({"x_test": np.zeros((5, 0, 8, 3), np.uint8)}, "must have pixels"),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path, changes, message):
@@ -78,6 +80,27 @@ def test_bad_arrays_are_refused(tmp_path, changes, message):
     np.savez(tmp_path / "set.npz", **made)
     with pytest.raises(UsageError, match=message):
         load(f"npz:{tmp_path / 'set.npz'}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": np.array(list("abcde"))}, "labels have type"),
+        ({"y_train": np.full(20, np.nan)}, "labels have type"),
+        ({"y_test": np.arange(5) * 10**6}, "label 4000000; must be below 100000"),
+        ({"y_train": np.zeros(20, int), "y_test": np.zeros(5, int)}, "one class"),
+        ({"label_names": np.array("abc")}, r"shape \(\); must be \[classes\]"),
+    ],
+)
+def test_classes_without_names_come_from_sound_labels(tmp_path, changes, message):
+    np.savez(tmp_path / "set.npz", **arrays(**changes))
+    with pytest.raises(UsageError, match=message):
+        load(f"npz:{tmp_path / 'set.npz'}")
+
+
+def test_names_of_bytes_are_names(tmp_path):
+    np.savez(tmp_path / "set.npz", **arrays(label_names=[b"a", b"b", b"c"]))
+    assert load(f"npz:{tmp_path / 'set.npz'}").class_names == ("a", "b", "c")
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
@@ -112,6 +135,8 @@ def test_an_image_folder_is_read_resized_and_cached(folder, tmp_path):
     np.testing.assert_array_equal(data.train.labels, [0, 0, 0, 1, 1, 1])
     np.testing.assert_array_equal(data.test.images[:, 2, 2, 0], [0, 40, 100, 140])
     assert isinstance(load(f"imagefolder:{folder}", cache, 5).train.images, np.memmap)
+    (folder / "train" / ".hidden").mkdir()
+    assert load(f"imagefolder:{folder}", cache, 5).class_names == ("cat", "dog")
     # Another file is another set.
     Image.new("RGB", (10, 12)).save(folder / "train" / "dog" / "new.png")
     assert len(load(f"imagefolder:{folder}", cache, 5).train) == 7
@@ -122,11 +147,19 @@ def test_bad_image_folders_are_refused(folder, tmp_path):
     Image.new("RGB", (9, 9)).save(folder / "train" / "dog" / "small.png")
     with pytest.raises(UsageError, match=r"small.png has shape .*data.image_size"):
         load(source, cache)
+    deep = Image.fromarray(np.zeros((10, 12), np.uint16))
+    deep.save(folder / "train" / "dog" / "small.png")
+    with pytest.raises(UsageError, match=r"small.png has pixels of mode 'I;16'"):
+        load(source, cache, 5)
     (folder / "train" / "dog" / "small.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"cannot read .*small.png"):
         load(source, cache, 5)
     (folder / "val" / "bird").mkdir()
     with pytest.raises(UsageError, match=r"classes \['bird'\]"):
+        load(source, cache, 5)
+    (folder / "val" / "bird").rmdir()
+    (folder / "train" / "fish").mkdir()
+    with pytest.raises(UsageError, match=r"no images in .*fish"):
         load(source, cache, 5)
     with pytest.raises(UsageError, match="needs PATH/train/CLASS"):
         load(f"imagefolder:{tmp_path / 'none'}", cache, 5)

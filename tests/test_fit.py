@@ -229,6 +229,35 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     assert main(["evaluate", str(latest)]) == 0
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
+    run, data, tmp_path, capsys
+):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        (checkpoint / "manifest.json").write_text("{}")
+    before = sorted(copy.rglob("*"))
+    for _ in range(2):
+        arguments = [*FIT, "--data.source", data, "--workdir", str(copy), "--resume"]
+        assert main(arguments) == 2
+        assert "is damaged; nothing was changed" in capsys.readouterr().err
+        assert sorted(copy.rglob("*")) == before
+
+
+def test_what_cannot_be_read_is_not_put_aside(run, data, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+
+    def fail(file, digest):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    arguments = [*FIT, "--data.source", data, "--workdir", str(copy), "--resume"]
+    assert main(arguments) == 2
+    assert "cannot read" in capsys.readouterr().err
+    assert not list((copy / "checkpoints").glob("damaged*"))
+
+
 def test_another_config_is_refused_and_nothing_changed(run, data, capsys):
     before = {f: f.stat().st_mtime_ns for f in run.rglob("*")}
     arguments = [*FIT, "--data.source", data, "--workdir", str(run)]
@@ -257,6 +286,13 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--batch-size", "12"], "multiple of the 8 devices"),
         (["--batch-size", "800"], "at most 165"),
         (["--epochs", "0"], "`epochs`"),
+        (["--seed", "-1"], "`seed` .* must be >= 0"),
+        (["--data.std", "nan"], "`data.std` .=nan. must be finite"),
+        (["--optimizer.learning-rate", "inf"], "`optimizer.learning_rate` .* finite"),
+        (["--distill-weight", "0.3"], "`distill_weight` .*nothing without `teacher`"),
+        (["--gate-penalty", "2"], "`gate_penalty` .*nothing without `gate_budget`"),
+        (["--model.shortcut", "B"], "`shortcut` .='B'. must be A for lenet"),
+        (["--data.image-size", "16", "--data.eval-resize", "4"], "`resize` .* 16"),
         (["--data.mean", "0.5", "0.5"], "`mean`"),
         (["--model.name", "vgg16"], "at least 32 x 32"),
         (["--model.dtype", "float64"], "JAX_ENABLE_X64"),
@@ -353,6 +389,12 @@ def test_an_infinite_loss_stops_and_keeps_the_last_good_checkpoint(
     assert "not finite at step 11; stopped" in capsys.readouterr().err
     assert latest_steps(workdir / "checkpoints") == [10]
     assert main(["evaluate", str(workdir)]) == 0
+    # A run that saved nothing leaves its place to the next.
+    workdir = tmp_path / "nothing"
+    arguments = [*FIT, "--data.source", data, "--workdir", str(workdir)]
+    assert main([*arguments, "--optimizer.learning-rate", "1e30"]) == 2
+    assert "no checkpoint had been saved yet" in capsys.readouterr().err
+    assert main([*arguments, "--epochs", "1"]) == 0
 
 
 def fill(disk, process):
@@ -457,3 +499,58 @@ def test_every_config_makes_its_model(file):
     model = make_model(config.model, num_classes=classes)
     assert model.num_classes == classes
     assert model.width == config.model.width
+
+
+def test_checkpoints_are_compared_on_the_same_images(run, data, tmp_path, capsys):
+    other, source = tmp_path / "run", tmp_path / "other.npz"
+    archive = dict(np.load(data.removeprefix("npz:")))
+    archive["x_test"] = 255 - archive["x_test"]
+    np.savez(source, **archive)
+    arguments = [*FIT, "--epochs", "1", "--data.source", f"npz:{source}"]
+    assert main([*arguments, "--workdir", str(other)]) == 0
+    found = {}
+    for place in (other, run):
+        out = tmp_path / "evaluation.json"
+        arguments = ["evaluate", str(place), "--data", data, "--out", str(out)]
+        assert main(arguments) == 0
+        found[place] = json.loads(out.read_text())["top1"]
+    assert main(["evaluate", str(run), "--against", str(other), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["against"] == found[other]
+
+
+def test_other_names_of_classes_are_said(run, data, tmp_path, capsys):
+    archive = dict(np.load(data.removeprefix("npz:")))
+    names = {"one": list("abcdefghij"), "two": list("abdcefghij")}
+    for name, listed in names.items():
+        np.savez(tmp_path / f"{name}.npz", **archive, label_names=listed)
+    arguments = [*FIT, "--epochs", "1", "--workdir", str(tmp_path / "run")]
+    assert main([*arguments, "--data.source", f"npz:{tmp_path / 'one.npz'}"]) == 0
+    capsys.readouterr()
+    arguments = ["evaluate", str(tmp_path / "run"), "--data"]
+    assert main([*arguments, f"npz:{tmp_path / 'two.npz'}"]) == 0
+    assert "label 2 is 'd' in two and 'c' in the checkpoint" in capsys.readouterr().err
+    assert main([*arguments, data]) == 0  # unnamed: numbers alone
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_training_starts_from_a_run_of_the_same_normalisation(
+    run, data, tmp_path, capsys
+):
+    arguments = [*FIT, "--data.source", data, "--epochs", "1", "--init", str(run)]
+    assert main([*arguments, "--workdir", str(tmp_path / "a")]) == 0
+    arguments += ["--data.mean", "0.4", "--workdir", str(tmp_path / "b")]
+    assert main(arguments) == 2
+    assert "was trained with `mean` (0.5,)" in capsys.readouterr().err
+
+
+def test_outputs_are_looked_at_before_the_work(run, tmp_path, capsys):
+    out = str(tmp_path / "none" / "x.json")
+    for arguments in (
+        ["evaluate", str(run), "--out", out],
+        ["compress", str(run), "--macs", "0.9", "--out", "x", "--record", out],
+        ["benchmark", "--suite", "ops", "--out", out],
+        ["benchmark", "--suite", "ops", "--models", "vgg16"],
+    ):
+        assert main(arguments) == 2
+        found = capsys.readouterr().err
+        assert "does not exist" in found or "does nothing in the suite ops" in found

@@ -117,6 +117,37 @@ def test_other_settings_in_the_same_place_are_refused(done, capsys):
     assert "other settings; nothing was changed" in capsys.readouterr().err
 
 
+def test_other_weights_in_the_same_place_are_refused(done, tmp_path, capsys):
+    workdir, _ = done
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other")
+    assert pipeline(workdir, "--weights", str(other)) == 2
+    assert "of other weights than" in capsys.readouterr().err
+    assert pipeline(workdir, "--weights", str(tmp_path / "none")) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_bad_input_claims_no_directory(weights, tmp_path, capsys):
+    workdir, given = tmp_path / "run", ["--weights", str(weights)]
+    for options, message in (
+        (["--run.data.source", "npz:none.npz", *given], "no file none.npz"),
+        (["--run.batch-size", "8000", *given], "`batch_size`"),
+        (["--weights", str(tmp_path / "none.safetensors")], "no weights file"),
+        (["--record", str(tmp_path / "no" / "x.json"), *given], "does not exist"),
+    ):
+        assert pipeline(workdir, *options) == 2
+        assert message in capsys.readouterr().err
+        assert not workdir.exists()
+    workdir.mkdir()
+    (workdir / "notes.txt").write_text("mine")
+    assert pipeline(workdir, *given) == 2
+    assert "exists and holds no pipeline" in capsys.readouterr().err
+    (workdir / "notes.txt").unlink()
+    (workdir / "pipeline.json").write_text("")
+    assert pipeline(workdir, *given) == 2
+    assert "pipeline.json is no JSON" in capsys.readouterr().err
+
+
 def test_what_stages_set_themselves_is_refused(tmp_path, capsys):
     assert pipeline(tmp_path / "a", "--run.teacher", "somewhere") == 2
     assert "`run.teacher` (=somewhere) must not be set" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from train.__main__ import main
-from train.sweep import read_records
+from train.sweep import append_record, read_records
 
 pytestmark = pytest.mark.usefixtures("one_device")
 SWEEP = """
@@ -68,8 +68,39 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
 def test_a_record_that_a_kill_cut_off_is_run_again(tmp_path):
     path = tmp_path / "records.jsonl"
     assert read_records(path) == []
-    path.write_text('{"name": "a"}\n{"name": ')
-    assert read_records(path) == [{"name": "a"}]
+    whole = {"name": "a", "seed": 1, "config": {}}
+    path.write_text(json.dumps(whole) + '\n{"name": ')
+    assert read_records(path) == [whole]
+    append_record(path, {**whole, "seed": 2})
+    assert [record["seed"] for record in read_records(path)] == [1, 2]
+    # A whole one is kept, with or without the end of its line.
+    path.write_text(json.dumps(whole))
+    append_record(path, {**whole, "seed": 2})
+    assert [record["seed"] for record in read_records(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["my notes, no record", '{"name": "a"}\n', "[1]\n"])
+def test_a_file_of_something_else_is_left_alone(text, tmp_path, capsys):
+    file, out = tmp_path / "some.py", tmp_path / "notes.txt"
+    file.write_text(SWEEP)
+    out.write_text(text)
+    assert main(["sweep", str(file), "--out", str(out)]) == 2
+    assert "line 1, holds no record of a sweep" in capsys.readouterr().err
+    assert out.read_text() == text
+
+
+def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path, capsys):
+    file, out = tmp_path / "some.py", tmp_path / "records.jsonl"
+    worse = "sweep = Sweep((dataclasses.replace(dense, name='bad', optimizer="
+    worse += "dataclasses.replace(dense.optimizer, learning_rate=1e30)), dense), (1,))"
+    file.write_text(SWEEP + worse)
+    command = ["sweep", str(file), "--out", str(out)]
+    command += ["--workdir", str(tmp_path / "runs")]
+    assert main(command) == 1
+    bad, dense = read_records(out)
+    assert "not finite" in bad["failed"] and dense["top1"] > 0
+    assert "bad, seed 1, failed: loss or gradient" in capsys.readouterr().out
+    assert main(command) == 0  # nothing is left to run
 
 
 def test_a_sweeps_networks_are_timed_beside_each_other(tmp_path, capsys):

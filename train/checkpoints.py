@@ -1,11 +1,13 @@
 """A run's checkpoints: written in the background, the best and the latest two kept."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -105,29 +107,54 @@ class Checkpoints:
         is no checkpoint yet.
 
         Raises:
-            UsageError: There are checkpoints, and every one is damaged.
+            UsageError: There are checkpoints, and every one is damaged, or one cannot
+                be read; nothing was changed.
         """
-        steps = latest_steps(self._directory)
-        for step in reversed(steps):
+        damaged: list[pathlib.Path] = []
+        for step in reversed(latest_steps(self._directory)):
             path = self._directory / f"step_{step:08d}"
             try:
-                verify_checkpoint(path)
+                with _unreadable(path):
+                    verify_checkpoint(path)
             except (CheckpointDamagedError, FileNotFoundError) as error:
-                aside = path.with_name(f"damaged_{path.name}")
-                print(
-                    f"warning: {error} It is put aside as {aside.name}, and the one "
-                    f"before is used.",
-                    file=sys.stderr,
-                )
-                if jax.process_index() == 0:
-                    # Among the others it would count as the latest or the best.
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
+                print(f"warning: {error}", file=sys.stderr)
+                damaged.append(path)
                 continue
+            # Only now, so that a run that lost all does not look like a new one.
+            self._put_aside(damaged)
             return path, load_arrays(path)
-        if steps:
-            raise UsageError(f"every checkpoint in {self._directory} is damaged.")
+        if damaged or any(self._directory.glob("damaged_step_*")):
+            raise UsageError(
+                f"every checkpoint in {self._directory} is damaged; nothing was "
+                f"changed. Another --workdir starts anew."
+            )
         return None
+
+    def _put_aside(self, damaged: list[pathlib.Path]) -> None:
+        for path in damaged:
+            aside = path.with_name(f"damaged_{path.name}")
+            print(
+                f"warning: {path.name} is put aside as {aside.name}, and the one "
+                f"before is used.",
+                file=sys.stderr,
+            )
+            if jax.process_index() == 0:
+                # Among the others it would count as the latest or the best.
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+
+
+@contextlib.contextmanager
+def _unreadable(path: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to read into `UsageError`: the disk's fault, not the file's."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error}; nothing was changed."
+        ) from error
 
 
 def latest_steps(directory: pathlib.Path) -> list[int]:
@@ -144,11 +171,12 @@ def best_step(directory: pathlib.Path) -> int | None:
     for step in latest_steps(directory):
         try:
             info = load_metadata(directory / f"step_{step:08d}").info
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             continue  # damaged
-        if info["evaluation"] is None:
+        evaluation = info.get("evaluation")
+        if not evaluation:
             continue  # saved inside an epoch
-        top1 = info["evaluation"]["top1"]
+        top1 = evaluation["top1"]
         if best is None or top1 > best[0]:
             best = (top1, step)
     return best[1] if best else None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import typing
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ def _check_range(
     if value is None:
         return
     rules = {
+        "finite": math.isfinite(value),
         f">= {least}": least is None or value >= least,
         f"> {above}": above is None or value > above,
         f"< {below}": below is None or value < below,
@@ -70,6 +72,10 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        for name in ("mean", "std"):
+            for value in getattr(self, name):
+                above = 0 if name == "std" else None
+                _check_range(f"data.{name}", value, above=above)
         _check_range("data.memory_share", self.memory_share, above=0)
         _check_range("data.crop_padding", self.crop_padding, least=0)
         _check_range("data.image_size", self.image_size, least=1)
@@ -182,7 +188,8 @@ class Config:
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     init: str | None = None
-    """Checkpoint of the same network that training starts from; None: drawn anew."""
+    """Checkpoint of the same network, or a run, whose best is taken, that training
+    starts from; None: drawn anew."""
     train_only: tuple[str, ...] = ()
     """Globs over paths of parameters or layers, to train these alone; none: all."""
     freeze: tuple[str, ...] = ()
@@ -212,6 +219,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        _check_range("seed", self.seed, least=0, below=2**32)
         for name in ("epochs", "batch_size", "eval_batch_size", "log_steps"):
             _check_range(name, getattr(self, name), least=1)
         for name in ("steps_per_call", "checkpoint_steps"):
@@ -230,3 +238,21 @@ class Config:
                 f"`optimizer.warmup_epochs` (={self.optimizer.warmup_epochs}) must be "
                 f"less than `epochs` (={self.epochs})."
             )
+
+
+# Fields that do nothing where another one is None.
+_IDLE = {
+    "teacher": ("distill_weight", "distill_temperature"),
+    "gate_budget": ("gate_penalty",),
+}
+
+
+def check_used(config: Config) -> None:
+    """Raises UsageError where a field is set that does nothing in this run."""
+    for needed, names in _IDLE.items():
+        for name in names:
+            value = getattr(config, name)
+            if getattr(config, needed) is None and value != getattr(Config, name):
+                raise UsageError(
+                    f"`{name}` (={value}) does nothing without `{needed}`."
+                )

@@ -8,6 +8,10 @@ class UsageError(Exception):
     """Bad input or surroundings; shown as one line, exit code 2, no traceback."""
 
 
+class DivergedError(UsageError):
+    """A loss or gradient that is not finite; the same run would have it again."""
+
+
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
     """Turns the errors of code that checks the user's input into `UsageError`.

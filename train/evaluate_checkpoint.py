@@ -1,9 +1,11 @@
 """Evaluation of a checkpoint: its network, its preprocessing, any data that fit."""
 
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -28,6 +30,13 @@ def cost_at_rates(path: pathlib.Path, gate_rates: Mapping[str, float]) -> CostTa
     return count_cost(model, preprocessing.image_shape, gate_rates=gate_rates)
 
 
+def recorded_source(path: pathlib.Path) -> str | None:
+    """Returns the data that a checkpoint says it was trained on, if it says."""
+    with user_input():
+        info = load_metadata(path).info
+    return info.get("config", {}).get("data", {}).get("source") or None
+
+
 def evaluate_checkpoint(
     path: pathlib.Path,
     *,
@@ -49,7 +58,7 @@ def evaluate_checkpoint(
     with user_input():
         model, variables = load_checkpoint(path)
         metadata = load_metadata(path)
-    source = source or metadata.info.get("config", {}).get("data", {}).get("source")
+    source = source or recorded_source(path)
     if source is None:
         raise UsageError(f"{path} names no data; say which with --data.")
     if metadata.preprocessing is None:
@@ -127,11 +136,31 @@ def _check_fit(
             f"{data.name} has images of {data.image_shape[0]} x {data.image_shape[1]}; "
             f"the network was trained on {height} x {width} (--resize resizes them)."
         )
+    warn_of_other_names(data, metadata)
     highest = int(data.test.labels.max())
     if highest >= num_classes:
         raise UsageError(
             f"{data.name} has label {highest}; the network has {num_classes} classes."
         )
+
+
+def warn_of_other_names(data: ImageSet, metadata: Metadata) -> None:
+    """Says on standard error where data name a class otherwise than a checkpoint."""
+    theirs = metadata.class_names
+    pairs = list(zip(data.class_names, theirs, strict=False))
+    numbers = [(str(i), str(i)) for i in range(len(pairs))]
+    named = all(
+        [pair[side] for pair in pairs] != [pair[side] for pair in numbers]
+        for side in (0, 1)
+    )
+    for label, (ours, name) in enumerate(pairs):
+        if named and ours != name and jax.process_index() == 0:
+            print(
+                f"warning: label {label} is {ours!r} in {data.name} and {name!r} in "
+                f"the checkpoint.",
+                file=sys.stderr,
+            )
+            return
 
 
 def _class_names(

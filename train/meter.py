@@ -7,7 +7,7 @@ import jax
 from tqdm import tqdm
 
 from train.config import Config
-from train.errors import UsageError
+from train.errors import DivergedError
 from train.rundir import RunDirectory
 
 
@@ -45,11 +45,12 @@ class Meter:
         (step, totals), self._pending = self._pending, None
         totals = jax.device_get(totals)
         if totals.bad_step >= 0:
-            raise UsageError(
+            kept = f"the last good checkpoint is left in {self._directory.checkpoints}"
+            if not self._directory.has_checkpoints:
+                kept = "no checkpoint had been saved yet"
+            raise DivergedError(
                 f"loss or gradient is not finite at step {int(totals.bad_step)}; "
-                f"stopped. The last good checkpoint is left in "
-                f"{self._directory.checkpoints}. A lower learning rate or a warm-up "
-                f"may help."
+                f"stopped; {kept}. A lower learning rate or a warm-up may help."
             )
         batch_size = self._config.batch_size
         self._last = {

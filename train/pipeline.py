@@ -1,8 +1,10 @@
 """From PyTorch weights through compression to a fine-tuned network, and its control."""
 
 import dataclasses
-import json
 import pathlib
+from typing import Any
+
+from flax import linen as nn
 
 from inertia_jax import (
     compress,
@@ -25,50 +27,8 @@ from train.evaluate_checkpoint import evaluate_checkpoint
 from train.keys import run_keys
 from train.layer_report import parse_ranks
 from train.loop import fit
-
-
-@dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """What happens to a network, one stage after another.
-
-    New head, head alone trained; then compress and fine-tune, once a rule of `ranks`;
-    and, as a control, the dense network fine-tuned as often for as long, from labels
-    alone.
-    """
-
-    run: Config
-    """Every stage's training; its epochs are those of each fine-tuning."""
-    head: str = "fc"
-    """Layer that is drawn anew for the data's classes."""
-    head_epochs: int = 5
-    """Epochs in which the head alone is trained."""
-    ranks: tuple[str, ...] = ("ratio:0.2",)
-    """Rules as `compress` takes them; of several, each starts from the one before."""
-    recalibration_images: int = 0
-    """Training images that recalibrate BatchNorm after compressing; 0: it is not."""
-    distill: bool = False
-    """Fine-tune with the network after head training as a teacher."""
-    control: bool = True
-    """Fine-tune the dense network, too."""
-
-    def __post_init__(self) -> None:
-        if self.head_epochs < 1:
-            raise UsageError(f"`head_epochs` (={self.head_epochs}) must be >= 1.")
-        if not self.ranks:
-            raise UsageError("`ranks` must have at least one rule.")
-        if self.recalibration_images < 0 or self.recalibration_images == 1:
-            raise UsageError(
-                f"`recalibration_images` (={self.recalibration_images}) must be 0 or "
-                f">= 2."
-            )
-        for name in ("init", "teacher", "train_only"):
-            if getattr(self.run, name):
-                raise UsageError(
-                    f"`run.{name}` (={getattr(self.run, name)}) must not be set: the "
-                    f"stages set it themselves."
-                )
-        for rule in self.ranks:
-            parse_ranks(rule)
+from train.pipeline_config import Pipeline, check_claim, claim
+from train.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +66,7 @@ def run_pipeline(
     Raises:
         UsageError: Bad input, or another pipeline in `workdir`.
     """
-    _claim(pipeline, workdir)
+    check_claim(pipeline, weights, workdir)
     config = pipeline.run
     data = load_data(
         config.data.source,
@@ -115,7 +75,11 @@ def run_pipeline(
     )
     imported = workdir / "imported"
     if not imported.is_dir():
-        _import(pipeline, weights, data, imported)
+        network = _read_weights(pipeline, weights, data)
+        Trainer(config, data)  # refuses what no stage could be trained with
+        claim(pipeline, weights, workdir)
+        with user_input():
+            save_checkpoint(imported, *network[:2], metadata=network[2])
     head_config = dataclasses.replace(
         config,
         name="head",
@@ -151,26 +115,9 @@ def run_pipeline(
     return stages
 
 
-def _claim(pipeline: Pipeline, workdir: pathlib.Path) -> None:
-    """Notes what runs here, or checks that it is the same."""
-    file = workdir / "pipeline.json"
-    said = {**dataclasses.asdict(pipeline), "run": config_to_json(pipeline.run)}
-    said = json.loads(json.dumps(said))
-    if file.is_file():
-        if json.loads(file.read_text()) != said:
-            raise UsageError(
-                f"{workdir} holds a pipeline with other settings; nothing was changed. "
-                f"Give another --workdir."
-            )
-        return
-    with user_input():
-        workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(said, indent=1) + "\n")
-
-
-def _import(
-    pipeline: Pipeline, weights: str | None, data: ImageSet, out: pathlib.Path
-) -> None:
+def _read_weights(
+    pipeline: Pipeline, weights: str | None, data: ImageSet
+) -> tuple[nn.Module, dict[str, Any], Metadata]:
     if weights is None:
         raise UsageError("`weights` must name a .pth, .pt or .safetensors file.")
     config = pipeline.run
@@ -185,8 +132,7 @@ def _import(
             image_shape=preprocessing.image_shape,
         )
         info = {"imported_from": weights, "config": config_to_json(config)}
-        metadata = Metadata(preprocessing, data.class_names, info)
-        save_checkpoint(out, model, variables, metadata=metadata)
+        return model, variables, Metadata(preprocessing, data.class_names, info)
 
 
 def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path | None:

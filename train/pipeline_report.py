@@ -10,7 +10,8 @@ from inertia_jax import load_checkpoint
 from train.config_file import config_to_json
 from train.evaluate import paired_difference
 from train.layer_report import plan_to_json
-from train.pipeline import Pipeline, Stage
+from train.pipeline import Stage
+from train.pipeline_config import Pipeline
 from train.rundir import describe_machine
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.errors import UsageError, user_input
+from train.rundir import read_json
 
 
 def make_record(
@@ -27,10 +28,9 @@ def make_record(
             raise UsageError(f"`seconds_to` (={accuracy}) must be in (0, 1].")
     if not (run / "config.json").is_file():
         raise UsageError(f"there is no run at {run}.")
-    with user_input():
-        config = json.loads((run / "config.json").read_text())
-        starts = _read_lines(run / "run.jsonl")
-        lines = _read_lines(run / "metrics.jsonl")
+    config = read_json(run / "config.json")
+    starts = _read_lines(run / "run.jsonl")
+    lines = _read_lines(run / "metrics.jsonl")
     epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
     tests = {line["epoch"]: line for line in lines if line["kind"] == "test"}
     curve = [
@@ -112,4 +112,9 @@ def _in_words(reached: dict[str, Any] | None) -> str:
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Reads lines of JSON; a run that was killed may have left half a line."""
+    if not path.is_file():
+        return []
+    with user_input():
+        lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -70,9 +70,8 @@ class RunDirectory:
         self._is_writer = jax.process_index() == 0
         self._config = config
         config_file = path / "config.json"
-        if config_file.is_file():
-            with user_input():
-                there = json.loads(config_file.read_text())
+        if config_file.is_file() and (resume or self.has_checkpoints):
+            there = read_json(config_file)
             there = fill_defaults(there, config_to_json(Config()))
             differing = differing_fields(there, config_to_json(config))
             if differing:
@@ -86,8 +85,15 @@ class RunDirectory:
                     f"{path} holds this run already; --resume goes on with it, another "
                     f"--workdir starts a new one. Nothing was changed."
                 )
-        elif path.exists() and not _is_empty_directory(path):
+        elif config_file.is_file():
+            pass  # a run that saved nothing: there is nothing to lose
+        elif path.exists() and not is_empty_directory(path):
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the run has saved any, also such as are damaged by now."""
+        return any(self.checkpoints.glob("*step_*"))
 
     def lock(self) -> None:
         """Makes the directory and keeps other runs out of it while this one lives.
@@ -117,7 +123,7 @@ class RunDirectory:
             self._open(step)
 
     def _open(self, step: int) -> None:
-        _write_whole(
+        write_whole(
             self.path / "config.json",
             json.dumps(config_to_json(self._config), indent=1),
         )
@@ -130,7 +136,7 @@ class RunDirectory:
                 for line in self._metrics.read_text().splitlines(keepends=True)
                 if line.endswith("\n") and json.loads(line)["step"] <= step
             ]
-            _write_whole(self._metrics, "".join(kept))
+            write_whole(self._metrics, "".join(kept))
         self._writer = SummaryWriter(
             str(self.path / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -152,12 +158,28 @@ class RunDirectory:
             self._lock.close()
 
 
-def _is_empty_directory(path: pathlib.Path) -> bool:
+def read_json(path: pathlib.Path) -> Any:
+    """Reads a file of JSON.
+
+    Raises:
+        UsageError: It cannot be read, or is none.
+    """
+    with user_input():
+        text = path.read_text()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON: {error}.") from error
+
+
+def is_empty_directory(path: pathlib.Path) -> bool:
+    """Returns whether nothing is in a directory that a user would miss."""
     # Hidden files may be what a killed run left of its start.
     return path.is_dir() and all(p.name.startswith(".") for p in path.iterdir())
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)

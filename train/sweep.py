@@ -12,7 +12,7 @@ from inertia_jax.metadata import load_metadata
 from train.checkpoints import latest_steps
 from train.config import Config
 from train.config_file import config_to_json, fill_defaults, load_from_file
-from train.errors import UsageError
+from train.errors import UsageError, user_input
 from train.evaluate import Evaluation
 from train.report import make_record
 
@@ -51,19 +51,45 @@ def load_sweep(path: pathlib.Path) -> Sweep:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records so far; a line cut off by a kill is left out."""
+    """Returns the records so far; a line cut off by a kill is left out.
+
+    Raises:
+        UsageError: The file holds something else.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    with user_input():
+        lines = path.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        record = _parsed(line)
+        if record is None and line.startswith("{") and not line.endswith("\n"):
+            continue
+        if record is None or not {"name", "seed", "config"} <= set(record):
+            raise UsageError(f"{path}, line {number}, holds no record of a sweep.")
+        records.append(record)
+    return records
 
 
 def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Adds a record, after cutting off a line that a kill left unfinished."""
     text = path.read_bytes()
+    start = text.rfind(b"\n") + 1
+    last = text[start:]
     with path.open("ab") as file:
-        file.truncate(text.rfind(b"\n") + 1)
+        if last and _parsed(last) is None:
+            file.truncate(start)
+        elif last:
+            file.write(b"\n")
         file.write(json.dumps(record).encode() + b"\n")
+
+
+def _parsed(line: str | bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def find_record(
@@ -136,12 +162,23 @@ def make_sweep_record(
     }
 
 
+def make_failed_record(config: Config, error: Exception) -> dict[str, Any]:
+    """Returns the record of a run that diverged, and would again."""
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "failed": str(error),
+        "config": config_to_json(config),
+    }
+
+
 def summarise(records: list[dict[str, Any]]) -> str:
     """Returns a table, a row a name: mean and spread over seeds."""
     header = f"{'run':<28} seeds  top-1 mean  std     MACs in all  params"
     lines = [header]
-    for name in dict.fromkeys(record["name"] for record in records):
-        mine = [record for record in records if record["name"] == name]
+    ended = [record for record in records if "failed" not in record]
+    for name in dict.fromkeys(record["name"] for record in ended):
+        mine = [record for record in ended if record["name"] == name]
         top1 = [100 * record["top1"] for record in mine]
         spread = statistics.stdev(top1) if len(top1) > 1 else float("nan")
         macs = statistics.mean(record["cost"]["total_macs"] for record in mine)
@@ -149,4 +186,9 @@ def summarise(records: list[dict[str, Any]]) -> str:
             f"{name:<28} {len(mine):5d}  {statistics.mean(top1):9.2f}%  {spread:4.2f}  "
             f"{macs:14,.0f}  {mine[0]['cost']['params']:,}"
         )
+    lines += [
+        f"{record['name']}, seed {record['seed']}, failed: {record['failed']}"
+        for record in records
+        if "failed" in record
+    ]
     return "\n".join(lines)

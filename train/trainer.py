@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import Rate, load_checkpoint
-from inertia_jax.metadata import Metadata
+from inertia_jax.metadata import Metadata, load_metadata
 from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
 from train.build import make_model, make_preprocessing
+from train.checkpoints import find_checkpoint
 from train.config import Config
 from train.config_file import config_to_json
 from train.data import ImageSet
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
+from train.evaluate_checkpoint import warn_of_other_names
 from train.feed import epoch_order, make_feed
 from train.keys import run_keys
 from train.optimizer import make_optimizer, scale_learning_rate
@@ -173,12 +175,22 @@ class Trainer:
         """Returns the first state with the variables of `config.init`, if that is set.
 
         Raises:
-            UsageError: No checkpoint is there, or one of another network.
+            UsageError: No checkpoint is there, or one of another network, or one that
+                was trained with another normalisation.
         """
         if self.config.init is None:
             return state
+        path = find_checkpoint(self.config.init)
         with user_input():
-            model, variables = load_checkpoint(self.config.init)
+            model, variables = load_checkpoint(path)
+            metadata = load_metadata(path)
+        warn_of_other_names(self.data, metadata)
+        own, theirs = self.preprocessing, metadata.preprocessing
+        if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
+            raise UsageError(
+                f"`init` (={self.config.init}) was trained with `mean` {theirs.mean} "
+                f"and `std` {theirs.std}; the run has {own.mean} and {own.std}."
+            )
         if model != self.model:
             raise UsageError(
                 f"`init` (={self.config.init}) has another network than `model` and "

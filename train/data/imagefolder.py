@@ -20,7 +20,7 @@ def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> Im
     the sub-folders of `train`, sorted.
 
     Raises:
-        FileNotFoundError: A folder is missing or empty.
+        FileNotFoundError: A folder, or that of a class, is missing or empty.
         ValueError: Images of several sizes, an unreadable image, or test classes that
             training lacks.
     """
@@ -34,7 +34,7 @@ def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> Im
                 f"there is no folder {folder}; imagefolder:PATH needs "
                 f"PATH/train/CLASS/*.png and PATH/test/CLASS/*.png (or PATH/val)."
             )
-    classes = tuple(sorted(p.name for p in folders["train"].iterdir() if p.is_dir()))
+    classes = tuple(_class_folders(folders["train"]))
     files = {split: _list_files(folder, classes) for split, folder in folders.items()}
 
     fingerprint = hashlib.sha256(repr((image_size, classes)).encode())
@@ -61,7 +61,7 @@ def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> Im
 def _list_files(
     folder: pathlib.Path, classes: tuple[str, ...]
 ) -> list[tuple[pathlib.Path, int]]:
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    found = _class_folders(folder)
     unknown = sorted(set(found) - set(classes))
     if unknown:
         raise ValueError(f"{folder} holds classes {unknown} that train/ does not have.")
@@ -74,7 +74,19 @@ def _list_files(
     ]
     if not files:
         raise FileNotFoundError(f"there are no images in {folder}/CLASS/.")
+    empty = sorted({*found} - {classes[label] for _, label in files})
+    if empty:
+        raise FileNotFoundError(f"there are no images in {folder / empty[0]}.")
     return files
+
+
+def _class_folders(folder: pathlib.Path) -> list[str]:
+    """Returns the names of sub-folders; hidden ones are an editor's, or a system's."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    )
 
 
 def _decode_all(files: list[pathlib.Path], image_size: int | None) -> np.ndarray:
@@ -104,5 +116,10 @@ def _decode(file: pathlib.Path, image_size: int | None) -> np.ndarray:
     from PIL import Image
 
     with Image.open(file) as opened:
+        # Pillow cuts these to 8 bits, it does not scale them.
+        if opened.mode == "F" or opened.mode.startswith("I"):
+            raise ValueError(
+                f"{file} has pixels of mode {opened.mode!r}; must have 8 bits each."
+            )
         image = np.asarray(opened.convert("RGB"))
     return image if image_size is None else resize_square(image, image_size)

@@ -6,7 +6,10 @@ import zlib
 
 import numpy as np
 
-from train.data.sets import ImageSet, make_set
+from train.data.sets import ImageSet, check_labels, make_set
+
+# A label of nonsense must not make as many classes.
+_MOST_UNNAMED = 100_000
 
 
 def load_npz(path: str) -> ImageSet:
@@ -41,9 +44,16 @@ def load_npz(path: str) -> ImageSet:
         if f"x_{split}" in arrays
     }
     if "label_names" in arrays:
-        names = tuple(str(name) for name in arrays["label_names"])
+        names = _as_names(arrays["label_names"])
     else:
+        for split, (_, labels) in splits.items():
+            check_labels(f"{file.stem} {split}", labels)
         highest = max(int(labels.max(initial=0)) for _, labels in splits.values())
+        if highest >= _MOST_UNNAMED:
+            raise ValueError(
+                f"{file} has label {highest}; must be below {_MOST_UNNAMED} without "
+                f"'label_names'."
+            )
         names = tuple(str(label) for label in range(highest + 1))
     # Keras stores gray images without a channel axis.
     splits = {
@@ -51,3 +61,12 @@ def load_npz(path: str) -> ImageSet:
         for split, (images, labels) in splits.items()
     }
     return make_set(file.stem, splits, names)
+
+
+def _as_names(names: np.ndarray) -> tuple[str, ...]:
+    if names.ndim != 1:
+        raise ValueError(f"'label_names' has shape {names.shape}; must be [classes].")
+    return tuple(
+        name.decode() if isinstance(name, bytes) else str(name)
+        for name in names.tolist()
+    )

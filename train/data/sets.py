@@ -80,20 +80,27 @@ def make_split(
         )
     if len(images) == 0:
         raise ValueError(f"{name}: there are no images.")
+    if images.size == 0:
+        raise ValueError(f"{name}: images have shape {images.shape}; must have pixels.")
     if labels.shape == (len(images), 1):
         labels = labels[:, 0]
     if labels.shape != (len(images),):
         raise ValueError(
             f"{name}: labels have shape {labels.shape}; must be ({len(images)},)."
         )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: labels have type {labels.dtype}; must be integer.")
+    check_labels(name, labels)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"{name}: labels span [{low}, {high}]; must be in [0, {num_classes - 1}]."
         )
     return Split(images, np.asarray(labels, np.int32))
+
+
+def check_labels(name: str, labels: np.ndarray) -> None:
+    """Raises ValueError unless labels are integers."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: labels have type {labels.dtype}; must be integer.")
 
 
 def make_set(
@@ -111,6 +118,8 @@ def make_set(
         for key, (images, labels) in splits.items()
     }
     train, test = made.get("train"), made["test"]
+    if train is not None and len(class_names) < 2:
+        raise ValueError(f"{name}: there is one class; training needs two or more.")
     if train is not None and train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError(
             f"{name}: training images are {train.images.shape[1:]}, test images "

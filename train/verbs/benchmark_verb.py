@@ -21,6 +21,7 @@ from train.config import Config, Data
 from train.config_file import load_config
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
+from train.outputs import check_output_file
 from train.rundir import describe_machine
 from train.sweep import load_sweep
 from train.timing import measure_peak_gflops
@@ -226,6 +227,19 @@ def _load(data: Data) -> ImageSet:
     return load_data(data.source, cache_dir=data.cache_dir, image_size=data.load_size)
 
 
+# Options that some suites alone look at.
+_OF_SUITES = {
+    "models": ("train", "infer", "memory", "tucker"),
+    "batch_size": ("train", "infer", "ops", "memory", "inertial", "tucker", "sweep"),
+    "dtype": ("train", "ops"),
+    "stem": ("tucker",),
+    "width": ("train", "infer", "memory", "tucker", "inertial", "loop"),
+    "against": ("train", "infer", "ops", "memory", "tucker"),
+    "config": ("loop",),
+    "data": ("loop", "sweep"),
+    "steps": ("loop", "sweep"),
+    "sweep": ("sweep",),
+}
 _SUITES: dict[str, Callable[[Benchmark], Iterator[Any]]] = {
     "train": _bench_train,
     "infer": _bench_infer,
@@ -245,6 +259,13 @@ def run(argv: Sequence[str]) -> int:
     for name in ("repeats", "batch_size", "steps"):
         if getattr(args, name) < 1:
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 1.")
+    check_output_file("out", args.out)
+    for name, suites in _OF_SUITES.items():
+        value = getattr(args, name)
+        if args.suite not in suites and value != getattr(Benchmark, name):
+            raise UsageError(
+                f"`{name}` (={value}) does nothing in the suite {args.suite}."
+            )
     if args.stem != "cifar" and (args.suite, args.models) != ("tucker", ("resnet18",)):
         raise UsageError(
             f"`stem` (={args.stem}) is for `suite` (=tucker) and `models` (=resnet18)."

@@ -11,6 +11,7 @@ from inertia_jax.specs import Inertial
 from train.config import Data
 from train.errors import UsageError
 from train.layer_report import parse_ranks
+from train.outputs import check_output, check_output_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Compress:
 
 # Options of one method alone.
 _OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
+_OF_DATA = ("also_test", "recalibration_images", "crop_padding", "flip")
 _OF_INERTIAL = ("tile_size", "metric", "reference", "low", "channel_stride")
 
 
@@ -95,16 +97,40 @@ def check_options(args: Compress) -> bool:
         if value != getattr(Compress, name):
             given = "--macs" if is_inertial else "--ranks"
             raise UsageError(f"`{name}` (={value}) does nothing with {given}.")
-    for name in ("finetune_epochs", "latency_batch", "recalibration_images"):
+    check_output("out", args.out)
+    check_output_file("record", args.record)
+    if not 0 < args.finetune_learning_rate < float("inf"):
+        raise UsageError(
+            f"`finetune_learning_rate` (={args.finetune_learning_rate}) must be > 0."
+        )
+    default = Compress.finetune_learning_rate
+    if not args.finetune_epochs and args.finetune_learning_rate != default:
+        raise UsageError(
+            f"`finetune_learning_rate` (={args.finetune_learning_rate}) does nothing "
+            f"without `finetune_epochs`."
+        )
+    for name in ("finetune_epochs", "latency_batch", "recalibration_images", "seed"):
         if getattr(args, name) < 0:
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
     for name in ("calibration_images", "recalibration_images"):
         least_one = is_inertial or name == "calibration_images"
         if getattr(args, name) < 2 and (least_one or getattr(args, name)):
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 2.")
+    if args.crop_padding is not None and args.crop_padding < 0:
+        raise UsageError(f"`crop_padding` (={args.crop_padding}) must be >= 0.")
     if args.ranks is not None:
         parse_ranks(args.ranks)
     return is_inertial
+
+
+def check_options_without_data(args: Compress) -> None:
+    """Raises UsageError where an option is set that needs data, and there are none."""
+    for name in _OF_DATA:
+        value = getattr(args, name)
+        if value != getattr(Compress, name):
+            raise UsageError(
+                f"`{name}` (={value}) does nothing without data; say which with --data."
+            )
 
 
 def _is_inertial(args: Compress) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,12 +28,16 @@ from train.config import Data
 from train.data import load_data
 from train.errors import UsageError, user_input
 from train.layer_report import format_layers, parse_ranks, plan_to_json, report_layers
-from train.loop import fit
+from train.loop import FitResult, fit
 from train.rundir import describe_machine
 from train.stages import Network, compare_stages, evaluate_stages, in_words
-from train.verbs.compress_options import Compress, check_options
+from train.verbs.compress_options import (
+    Compress,
+    check_options,
+    check_options_without_data,
+)
 from train.verbs.finetune_verb import DEFAULTS, from_checkpoint
-from train.verbs.fit_verb import summary
+from train.verbs.fit_verb import exit_code
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
     if source is None and (is_inertial or args.finetune_epochs):
         raise UsageError(f"{path} names no data; say which with --data.")
     if source is None:
+        check_options_without_data(args)
         print(
             f"{path} names no data: errors are not weighed, BatchNorm is not "
             f"recalibrated, accuracy is not measured; --data says which to use."
@@ -88,9 +94,9 @@ def run(argv: Sequence[str]) -> int:
         save_checkpoint(out, model, variables, metadata=metadata)
     if args.finetune_epochs:
         tuned = _finetune(args, path, out, source)
-        if tuned is None:
-            print(f"the compressed checkpoint is {out}; python -m train finetune {out}")
-            return 130
+        if isinstance(tuned, FitResult):
+            print(_how_to_go_on(args, path, out, source, tuned))
+            return exit_code(tuned)
         stages["fine-tuned"] = tuned
     after = evaluate(stages)
     tests = compare_stages(sources, before, after)
@@ -222,8 +228,8 @@ def _make_tucker2(
 
 def _finetune(
     args: Compress, teacher: pathlib.Path, out: pathlib.Path, source: str | None
-) -> Network | None:
-    """Trains the compressed checkpoint; None if a signal stopped it."""
+) -> Network | FitResult:
+    """Trains the compressed checkpoint; returns how it ended if a signal stopped it."""
     if source is None:
         raise UsageError("`finetune_epochs` needs data; say which with --data.")
     config = from_checkpoint(DEFAULTS, out, keep_data=False)
@@ -248,12 +254,33 @@ def _finetune(
     workdir = out.with_name(f"{out.name}_finetuned")
     result = fit(config, workdir=workdir, resume=False)
     if result.stopped_by is not None:
-        print(summary(result))
-        return None
+        return result
     checkpoints = workdir / "checkpoints"
     last = checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
     print(f"fine-tuned checkpoint {last}")
     return load_checkpoint(last)
+
+
+def _how_to_go_on(
+    args: Compress,
+    teacher: pathlib.Path,
+    out: pathlib.Path,
+    source: str | None,
+    result: FitResult,
+) -> str:
+    """Returns the command that goes on with the fine-tuning that was stopped."""
+    flip = "flip" if args.flip else "no-flip"
+    words = ["python", "-m", "train", "finetune", str(out), "--resume"]
+    words += ["--workdir", str(result.workdir), "--name", out.name]
+    words += ["--epochs", str(args.finetune_epochs), "--seed", str(args.seed)]
+    words += ["--teacher", str(teacher.absolute()), "--data.source", str(source)]
+    words += ["--data.cache-dir", args.cache_dir, f"--data.{flip}"]
+    words += ["--data.crop-padding", str(args.crop_padding or 0)]
+    words += ["--optimizer.learning-rate", str(args.finetune_learning_rate)]
+    return (
+        f"stopped and saved at step {result.step}; the compressed checkpoint is {out}; "
+        f"this goes on with its fine-tuning:\n{shlex.join(words)}"
+    )
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -15,7 +15,12 @@ from train.checkpoints import find_checkpoint
 from train.config import Data
 from train.errors import user_input
 from train.evaluate import paired_difference
-from train.evaluate_checkpoint import cost_at_rates, evaluate_checkpoint
+from train.evaluate_checkpoint import (
+    cost_at_rates,
+    evaluate_checkpoint,
+    recorded_source,
+)
+from train.outputs import check_output_file
 from train.processes import Processes, joined
 
 
@@ -38,7 +43,7 @@ class Evaluate:
     flip_test: bool = False
     """Answer by the mean logits of each image and its mirror image."""
     against: str | None = None
-    """Another checkpoint, or run, to compare with, example by example."""
+    """Another checkpoint, or run, to compare with on the same data, image by image."""
     out: str | None = None
     """Write everything to this file, as JSON."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
@@ -58,11 +63,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(args: Evaluate) -> int:
+    check_output_file("out", args.out)
     path = find_checkpoint(args.checkpoint)
     print(f"checkpoint  {path}")
     evaluate = functools.partial(
         evaluate_checkpoint,
-        source=args.data,
+        # Of both checkpoints, if there are two: they are compared image by image.
+        source=args.data or recorded_source(path),
         cache_dir=args.cache_dir,
         batch_size=args.batch_size,
         num_devices=args.devices,

@@ -14,7 +14,7 @@ from inertia_jax import load_checkpoint
 from inertia_jax.metadata import load_metadata
 from inertia_jax.models import model_name
 from train.checkpoints import find_checkpoint
-from train.config import Config, Data, Model, Optimizer
+from train.config import Config, Data, Model, Optimizer, check_used
 from train.config_file import load_config
 from train.errors import UsageError, user_input
 from train.loop import fit
@@ -80,6 +80,7 @@ def _run(argv: Sequence[str]) -> int:
     if path is None:
         raise UsageError("`checkpoint` must come before the options.")
     config = args.run
+    check_used(config)
     for name in ("init", "model"):
         _check_kept(name, getattr(default, name), getattr(config, name))
     for name in _ITS_OWN:

@@ -11,7 +11,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from train.config import Config
+from train.config import Config, check_used
 from train.config_file import load_config
 from train.loop import FitResult, fit
 from train.processes import Processes, first_devices, joined
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str]) -> Fit:
 def run(argv: Sequence[str]) -> int:
     """Trains as the arguments say, and prints where things lie."""
     args = parse(argv)
+    check_used(args.run)
     if args.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"

@@ -59,7 +59,11 @@ def run(argv: Sequence[str]) -> int:
                 f"`class_names` has {len(args.class_names)} entries; must have "
                 f"{args.num_classes}."
             )
-        side = args.image_size or input_shape(model)[0]
+        side = args.image_size
+        if side is None:
+            side = input_shape(model)[0]
+        if side < 1:
+            raise ValueError(f"`image_size` (={side}) must be >= 1.")
         shape = (side, side, len(args.mean))
         preprocessing = Preprocessing(shape, args.mean, args.std, args.resize)
         variables = load_torch(model, args.weights, image_shape=shape)

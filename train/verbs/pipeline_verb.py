@@ -11,7 +11,9 @@ import tyro
 
 from train.config_file import load_from_file
 from train.errors import UsageError, user_input
-from train.pipeline import Pipeline, run_pipeline
+from train.outputs import check_output_file
+from train.pipeline import run_pipeline
+from train.pipeline_config import Pipeline
 from train.pipeline_report import make_pipeline_record, summarise
 
 
@@ -50,6 +52,7 @@ def run(argv: Sequence[str]) -> int:
     )
     pipeline = args.pipeline
     workdir = pathlib.Path(args.workdir or f"runs/{pipeline.run.name}").expanduser()
+    check_output_file("record", args.record)
     stages = run_pipeline(pipeline, weights=args.weights, workdir=workdir)
     if stages is None:
         print("stopped and saved; the same command goes on.")

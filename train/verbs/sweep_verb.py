@@ -2,17 +2,19 @@
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from train.errors import UsageError, user_input
+from train.errors import DivergedError, UsageError, user_input
 from train.loop import fit
 from train.sweep import (
     append_record,
     find_record,
     load_sweep,
+    make_failed_record,
     make_sweep_record,
     read_records,
     summarise,
@@ -39,7 +41,7 @@ class SweepArguments:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs what is missing and prints the table so far."""
+    """Runs what is missing and prints the table so far; 1: a run diverged."""
     args = tyro.cli(SweepArguments, args=argv, prog="python -m train sweep")
     path, out = pathlib.Path(args.sweep), pathlib.Path(args.out)
     sweep = load_sweep(path)
@@ -51,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"`max_runs` (={args.max_runs}) must be >= 1.")
     with user_input(), out.open("a"):
         pass  # before hours of training: the file can be written
-    done = 0
+    done, failed = 0, False
     for config in sweep.runs():
         if args.only and config.name not in args.only:
             continue
@@ -65,7 +67,14 @@ def run(argv: Sequence[str]) -> int:
         print(f"{config.name}, seed {config.seed}", flush=True)
         workdir = pathlib.Path(args.workdir) / path.stem
         workdir = workdir / f"{config.name}_seed{config.seed}"
-        result = fit(config, workdir=workdir, resume=True)
+        try:
+            result = fit(config, workdir=workdir, resume=True)
+        except DivergedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            with user_input():
+                append_record(out, make_failed_record(config, error))
+            failed, done = True, done + 1
+            continue
         if result.evaluation is None:
             print(f"stopped at step {result.step}; the same command goes on.")
             return exit_code(result)
@@ -74,4 +83,4 @@ def run(argv: Sequence[str]) -> int:
             append_record(out, record)
         done += 1
     print(summarise(read_records(out)))
-    return 0
+    return 1 if failed else 0

@@ -1,0 +1,33 @@
+"""Places to write to, looked at before the work whose result goes there."""
+
+import os
+import pathlib
+
+from train.errors import UsageError
+
+
+def check_output(name: str, path: str | pathlib.Path | None) -> None:
+    """Raises UsageError where a file, or a directory to be made, could not be written.
+
+    Args:
+        name: Of the option.
+        path: What it says; None: nothing will be written.
+    """
+    if path is None:
+        return
+    place = pathlib.Path(path).expanduser().absolute()
+    above = place.parent
+    while not above.exists():
+        above = above.parent
+    if place.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"`{name}` (={path}) cannot be written.")
+
+
+def check_output_file(name: str, path: str | pathlib.Path | None) -> None:
+    """Raises UsageError where a file could not be written, or has no directory."""
+    check_output(name, path)
+    if (
+        path is not None
+        and not pathlib.Path(path).expanduser().absolute().parent.is_dir()
+    ):
+        raise UsageError(f"`{name}` (={path}) is in a directory that does not exist.")

@@ -1,0 +1,100 @@
+"""What a pipeline does, and the directory that it claims."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from train.config import Config
+from train.config_file import config_to_json
+from train.errors import UsageError, user_input
+from train.layer_report import parse_ranks
+from train.rundir import is_empty_directory, read_json, write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What happens to a network, one stage after another.
+
+    New head, head alone trained; then compress and fine-tune, once a rule of `ranks`;
+    and, as a control, the dense network fine-tuned as often for as long, from labels
+    alone.
+    """
+
+    run: Config
+    """Every stage's training; its epochs are those of each fine-tuning."""
+    head: str = "fc"
+    """Layer that is drawn anew for the data's classes."""
+    head_epochs: int = 5
+    """Epochs in which the head alone is trained."""
+    ranks: tuple[str, ...] = ("ratio:0.2",)
+    """Rules as `compress` takes them; of several, each starts from the one before."""
+    recalibration_images: int = 0
+    """Training images that recalibrate BatchNorm after compressing; 0: it is not."""
+    distill: bool = False
+    """Fine-tune with the network after head training as a teacher."""
+    control: bool = True
+    """Fine-tune the dense network, too."""
+
+    def __post_init__(self) -> None:
+        if self.head_epochs < 1:
+            raise UsageError(f"`head_epochs` (={self.head_epochs}) must be >= 1.")
+        if not self.ranks:
+            raise UsageError("`ranks` must have at least one rule.")
+        if self.recalibration_images < 0 or self.recalibration_images == 1:
+            raise UsageError(
+                f"`recalibration_images` (={self.recalibration_images}) must be 0 or "
+                f">= 2."
+            )
+        for name in ("init", "teacher", "train_only"):
+            if getattr(self.run, name):
+                raise UsageError(
+                    f"`run.{name}` (={getattr(self.run, name)}) must not be set: the "
+                    f"stages set it themselves."
+                )
+        for rule in self.ranks:
+            parse_ranks(rule)
+
+
+def _describe(pipeline: Pipeline) -> dict[str, Any]:
+    said = {**dataclasses.asdict(pipeline), "run": config_to_json(pipeline.run)}
+    return json.loads(json.dumps(said))
+
+
+def _hash_weights(weights: str) -> str:
+    with user_input(), pathlib.Path(weights).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) -> None:
+    """Checks that the directory is free, or holds this pipeline and these weights."""
+    file = workdir / "pipeline.json"
+    if not file.is_file():
+        if workdir.exists() and not is_empty_directory(workdir):
+            raise UsageError(
+                f"{workdir} exists and holds no pipeline; nothing was changed."
+            )
+        return
+    there = read_json(file)
+    known = there.pop("weights_sha256", None)
+    if there != _describe(pipeline):
+        raise UsageError(
+            f"{workdir} holds a pipeline with other settings; nothing was changed. "
+            f"Give another --workdir."
+        )
+    if weights is not None and known not in (None, _hash_weights(weights)):
+        raise UsageError(
+            f"{workdir} holds a pipeline of other weights than {weights}; nothing was "
+            f"changed. Give another --workdir."
+        )
+
+
+def claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) -> None:
+    """Notes what runs here."""
+    said = _describe(pipeline)
+    if weights is not None:
+        said["weights_sha256"] = _hash_weights(weights)
+    with user_input():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(workdir / "pipeline.json", json.dumps(said, indent=1) + "\n")
