@@ -73,7 +73,7 @@ class InertialConv(nn.Module):
     features: int
     core_size: int
     region_size: int
-    strides: int | Sequence[int] = 1
+    strides: int | Sequence[int] | None = 1
     padding: Padding = "SAME"
     use_bias: bool = True
     dtype: Any = None
@@ -172,7 +172,7 @@ class InertialConv(nn.Module):
         return weights
 
     def _friction(self, spec: Inertial, x: Array, *, train: bool) -> Array:
-        strides, padding = self.strides, self.padding
+        strides, padding = stride_pair(self.strides), self.padding
         if spec.reading == "tiled":
             tiling = make_tiling(
                 (x.shape[1], x.shape[2]),
@@ -254,7 +254,7 @@ class InertialConv(nn.Module):
                 kernel,
                 combine=spec.combine,
                 weights=weights,
-                strides=self.strides,
+                strides=stride_pair(self.strides),
                 **common,
             )
         capacities = None if train else spec.capacities

@@ -75,12 +75,12 @@ def test_lists_become_tuples():
         (lambda: ij.Plan.from_json('[["*", {"type": "LowRank"}]]'), "incomplete"),
     ],
 )
-def test_bad_plans_are_refused(make, message):
+def test_bad_plans_are_refused(make, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_numpys_and_jaxs_numbers_are_numbers():
+def test_numpys_and_jaxs_numbers_are_numbers(no_shape_checks):
     for number in (np.float32(0.5), np.array(0.5), jnp.float32(0.5)):
         assert ij.Fixed(number) == ij.Fixed(0.5)
         assert ij.Rate(number) == ij.Rate(0.5)
