@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from inertia_jax.models import abstract_variables, init_variables, input_shape
-from inertia_jax.models.lenet import LeNet
 
 _LEAVES = {
     "kernel": "weight",
@@ -139,14 +138,14 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     """
     flat = traverse_util.flatten_dict(dict(variables))
     expected = traverse_util.flatten_dict(abstract_variables(model))
-    # The sizes of LeNet's linear layer go by those of its images.
-    any_size = isinstance(model, LeNet)
+    # What a layer takes may go by the images; what it gives may not.
+    gives = lambda leaf: (np.ndim(leaf), np.shape(leaf)[-1:])  # noqa: E731
     differing = sorted(
         "/".join(path)
         for path in {*flat, *expected}
         if path not in flat
         or path not in expected
-        or (np.shape(flat[path]) != expected[path].shape and not any_size)
+        or gives(flat[path]) != gives(expected[path])
     )
     if differing:
         raise ValueError(f"`variables` do not belong to `model`: {differing}.")

@@ -238,4 +238,4 @@ def test_fine_tuning_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys
     assert command[:3] == ["python", "-m", "train"]
     assert main(command[3:]) == 0
     printed = capsys.readouterr()
-    assert "step 3 of 44" in printed.out + printed.err
+    assert "step 3 of 22" in printed.out + printed.err

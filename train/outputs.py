@@ -7,7 +7,7 @@ from train.errors import UsageError
 
 
 def check_output(name: str, path: str | pathlib.Path | None) -> None:
-    """Raises UsageError where a file, or a directory to be made, could not be written.
+    """Raises UsageError where a file, or a directory to be made, has no place.
 
     Args:
         name: Of the option.
@@ -19,15 +19,17 @@ def check_output(name: str, path: str | pathlib.Path | None) -> None:
     above = place.parent
     while not above.exists():
         above = above.parent
-    if place.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+    if not above.is_dir() or not os.access(above, os.W_OK):
         raise UsageError(f"`{name}` (={path}) cannot be written.")
 
 
 def check_output_file(name: str, path: str | pathlib.Path | None) -> None:
     """Raises UsageError where a file could not be written, or has no directory."""
     check_output(name, path)
-    if (
-        path is not None
-        and not pathlib.Path(path).expanduser().absolute().parent.is_dir()
-    ):
+    if path is None:
+        return
+    place = pathlib.Path(path).expanduser().absolute()
+    if place.is_dir():
+        raise UsageError(f"`{name}` (={path}) must be a file; it is a directory.")
+    if not place.parent.is_dir():
         raise UsageError(f"`{name}` (={path}) is in a directory that does not exist.")

@@ -51,8 +51,8 @@ def padding_pairs(padding: Padding) -> str | tuple[tuple[int, int], tuple[int, i
                 f"`padding` (={padding!r}) must be SAME, SAME_LOWER, VALID or pairs."
             )
         return padding.upper()
-    if padding is not None and np.ndim(padding) == 0:
-        both = pair(padding, "padding")  # type: ignore[arg-type]
+    if isinstance(padding, int | np.integer):
+        both = pair(int(padding), "padding")
         return (both, both)
     if not isinstance(padding, Sequence | np.ndarray) or len(padding) != 2:
         raise ValueError(f"`padding` (={padding!r}) must have one entry a dimension.")
