@@ -181,7 +181,8 @@ class InertialConv(nn.Module):
                 padding=self.padding,
                 low=spec.low,
             )
-            strides, padding = tiling.tile_size, tiling.pads
+            strides = (tiling.tile_size, tiling.tile_size)
+            padding = tiling.pads
         friction = region_friction(
             x,
             region_size=spec.region_size,

@@ -15,7 +15,7 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 
 
 def pair(
-    value: int | Sequence[int], name: str = "value", *, least: int | None = None
+    value: Any, name: str = "value", *, least: int | None = None
 ) -> tuple[int, int]:
     """Returns `value` as (vertical, horizontal).
 
@@ -56,7 +56,7 @@ def padding_pairs(padding: Padding) -> str | tuple[tuple[int, int], tuple[int, i
         return (both, both)
     if not isinstance(padding, Sequence | np.ndarray) or len(padding) != 2:
         raise ValueError(f"`padding` (={padding!r}) must have one entry a dimension.")
-    top, left = (pair(around, "padding") for around in padding)  # type: ignore[arg-type]
+    top, left = (pair(around, "padding") for around in padding)
     return (top, left)
 
 
