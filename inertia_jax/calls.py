@@ -57,6 +57,8 @@ def record_calls(
         shape: Of one image [h, w, c], or of a batch.
     """
     calls: dict[str, Call] = {}
+    # Inside `nn.scan` and its like, a layer is traced anew, below a scope of its own.
+    roots: dict[str, Any] = {}
 
     def record(
         call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -74,6 +76,10 @@ def record_calls(
             # Else what stands in for the layer was recorded, inside it.
             x = first_argument(args, kwargs)
             found = Call(context.module, x.shape, output.shape[1:])
+            scope = context.module.scope
+            root = None if scope is None else scope.root
+            if roots.setdefault(path, root) is not root:
+                return output
             if known is not None and known.module is not None:
                 found = dataclasses.replace(known, again=(*known.again, found))
             calls[path] = found

@@ -129,6 +129,7 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
         CheckpointDamagedError: A file is missing, surplus or altered.
+        OSError: A file could not be read.
     """
     verify_checkpoint(path)
     return load_model(path), load_arrays(path)["variables"]

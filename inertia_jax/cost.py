@@ -28,7 +28,8 @@ def count_cost(
     A convolution costs `h_out w_out c_out kh kw c_in / groups` MACs an image, a linear
     layer `c_in c_out` a row, a factorised one the sum of its parts. Any Linen model
     whose convolutions are `nn.Conv`, `InertialConv`, `Tucker2Conv` or `LowRankConv` and
-    whose linear layers are `nn.Dense` is counted, a layer that is called twice twice;
+    whose linear layers are `nn.Dense` is counted, a layer that is called twice twice
+    (but once inside `nn.scan`, `nn.remat` and their like, with what its kernels hold);
     parameters count whatever holds them.
 
     Args:

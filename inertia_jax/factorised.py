@@ -86,7 +86,7 @@ class Tucker2Conv(nn.Module):
         param_dtype: Of the parameters.
         kernel_init: Of each of the three kernels.
         bias_init: Of the bias.
-        precision: Of all three, as `nn.Conv` has it.
+        precision: Of all three, as `nn.Conv` has it; None with an inertial core.
         core: What the core is: a `Conv`, or an `Inertial`, whose `core_size` is then
             `kernel_size` and whose region `padding` is of in the window reading.
         axis_name: See `InertialConv`.
@@ -188,6 +188,10 @@ class Tucker2Conv(nn.Module):
     ) -> Array:
         if self.feature_group_count != 1 or pair(self.kernel_dilation or 1) != (1, 1):
             raise ValueError(f"`core` (={core}) must have neither groups nor dilation.")
+        if self.precision is not None:
+            raise ValueError(
+                f"`precision` (={self.precision}) must be None with `core` (={core})."
+            )
         names = Inertial.__dataclass_fields__
         return InertialConv(
             features,

@@ -138,14 +138,12 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     """
     flat = traverse_util.flatten_dict(dict(variables))
     expected = traverse_util.flatten_dict(abstract_variables(model))
-    # What a layer takes may go by the images; what it gives may not.
-    gives = lambda leaf: (np.ndim(leaf), np.shape(leaf)[-1:])  # noqa: E731
     differing = sorted(
         "/".join(path)
         for path in {*flat, *expected}
         if path not in flat
         or path not in expected
-        or gives(flat[path]) != gives(expected[path])
+        or _gives(flat[path]) != _gives(expected[path])
     )
     if differing:
         raise ValueError(f"`variables` do not belong to `model`: {differing}.")
@@ -153,6 +151,12 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
         torch_key(path[1:]): _transposed(np.asarray(value), to_torch_layout=True)
         for path, value in flat.items()
     }
+
+
+def _gives(leaf: Any) -> tuple[int, ...]:
+    """Returns axes and outputs; what a layer takes may go by its images."""
+    shape = np.shape(leaf)
+    return (len(shape), *shape[-1:])
 
 
 def _prefixes(names: Sequence[str]) -> tuple[str, ...]:

@@ -104,14 +104,22 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """Reads what a checkpoint says of itself; does not check the hashes."""
+    """Reads what a checkpoint says of itself; does not check the hashes.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint at `path`.
+        ValueError: Its description is broken, or of another version.
+    """
     description = _read_description(path)
     preprocessing = description["preprocessing"]
-    return Metadata(
-        preprocessing=_read_preprocessing(preprocessing) if preprocessing else None,
-        class_names=tuple(description["class_names"]),
-        info=description["info"],
-    )
+    try:
+        return Metadata(
+            preprocessing=_read_preprocessing(preprocessing) if preprocessing else None,
+            class_names=tuple(description["class_names"]),
+            info=dict(description["info"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
 
 
 def _read_preprocessing(fields: dict[str, Any]) -> Preprocessing:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import meta
 from jaxtyping import Float
 
 from inertia_jax.calls import Call, record_calls
@@ -118,17 +119,18 @@ def find_sites(
         ValueError: A kernel that is not finite, or variables of another network.
     """
     calls, expected = record_calls(model, image_shape)
-    check_variables(variables, expected)
+    expected = meta.unbox(expected)
     inside = {path for path, call in calls.items() if call.is_factorised}
     sites = {}
     for path, call in calls.items():
         # A plan has no name for the network itself.
         if not path or path.rpartition("/")[0] in inside:
             continue
-        leaves = leaves_at(variables, path)
-        kernel = _dense_kernel(call, leaves)
-        if kernel is None:
+        if not _has_kernel(call):
             continue
+        leaves = leaves_at(variables, path)
+        _check_leaves(path, leaves, leaves_at(expected, path))
+        kernel = _dense_kernel(call, leaves)
         if not np.isfinite(kernel).all():
             raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
         module = call.module
@@ -149,35 +151,22 @@ def find_sites(
     return sites
 
 
-def check_variables(variables: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises ValueError unless parameters have the names and shapes of a network's.
-
-    Args:
-        variables: As given.
-        expected: As `model.init` would give them, or their shapes.
-    """
-    found = _shapes(variables)
-    wanted = _shapes(expected)
-    differing = [
-        f"{path} {found.get(path, 'missing')}, must be {wanted.get(path, 'absent')}"
-        for path in sorted({*found, *wanted})
-        if found.get(path) != wanted.get(path)
-    ]
-    if differing:
-        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ValueError(
-            f"`variables` do not belong to `model`: {'; '.join(differing[:3])}{more}."
-        )
-
-
-def _shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    flat = traverse_util.flatten_dict(dict(variables.get("params", {})), sep="/")
-    return {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
+def _check_leaves(
+    path: str, leaves: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Raises ValueError unless a layer's parameters are there, in its shapes."""
+    for name, leaf in expected.items():
+        found = np.shape(leaves[name]) if name in leaves else "missing"
+        if found != tuple(leaf.shape):
+            raise ValueError(
+                f"`variables` do not belong to `model`: {path}/{name} is {found}, must "
+                f"be {tuple(leaf.shape)}."
+            )
 
 
 def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns the parameters of a layer, those of its parts as `PART/kernel`."""
-    node: Any = variables["params"]
+    node: Any = variables.get("params", {})
     for name in path.split("/"):
         node = node.get(name, {}) if isinstance(node, Mapping) else {}
     return traverse_util.flatten_dict(dict(node), sep="/") if node else {}
@@ -226,12 +215,19 @@ def _core(model: nn.Module, path: str) -> Conv:
     return core if isinstance(core, Conv) else Conv()
 
 
-def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray | None:
-    """Returns a layer's kernel, multiplied out; None if it is no such layer."""
+def _has_kernel(call: Call) -> bool:
+    """Returns whether a layer is, or stands in for, a convolution of one kernel."""
     module = call.module
     if isinstance(module, Tucker2Conv):
-        if not isinstance(module.core, Conv):
-            return None
+        return isinstance(module.core, Conv)
+    is_plain = type(module) is nn.Conv and cannot_factorise(module) is None
+    return isinstance(module, LowRankConv) or is_plain
+
+
+def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray:
+    """Returns a layer's kernel, multiplied out."""
+    module = call.module
+    if isinstance(module, Tucker2Conv):
         factors = Tucker2Factors(
             stack_groups(leaves["u_in/kernel"], module.feature_group_count),
             jnp.asarray(leaves["core/kernel"]),
@@ -244,10 +240,8 @@ def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray | None:
             jnp.asarray(leaves["right/kernel"])[0, 0].T,
         )
         kernel = low_rank_to_kernel(two, groups=module.feature_group_count)
-    elif type(module) is nn.Conv and cannot_factorise(module) is None:
-        kernel = leaves["kernel"]
     else:
-        return None
+        kernel = leaves["kernel"]
     return np.asarray(jax.device_get(kernel))
 
 

@@ -1,7 +1,6 @@
 """What can stand at a layer of a network: kinds of convolution, kinds of threshold."""
 
 import dataclasses
-import operator
 from typing import Any, Literal
 
 from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
@@ -26,7 +25,7 @@ def _set_integer(spec: Any, name: str, least: int) -> None:
     value = as_python(getattr(spec, name))
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}` (={value!r}) must be an integer >= {least}.")
-    object.__setattr__(spec, name, operator.index(value))
+    object.__setattr__(spec, name, value)
 
 
 def _set_number(spec: Any, name: str, low: float, high: float) -> None:
@@ -164,11 +163,13 @@ class Inertial:
             raise ValueError(
                 f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
             )
+        object.__setattr__(self, "slope", as_python(self.slope))
         check_slope(self.slope)
         _set_integer(self, "channel_stride", 1)
         check_capacities(self.capacities)
         if self.capacities is not None:
-            object.__setattr__(self, "capacities", tuple(self.capacities))
+            shares = tuple(as_python(share) for share in self.capacities)
+            object.__setattr__(self, "capacities", shares)
         if self.zero_middle and self.combine != "weighted":
             raise ValueError(
                 f"`zero_middle` (=True) must go with `combine` (={self.combine!r}) "

@@ -630,6 +630,30 @@ def test_fields_and_paddings_of_any_name_are_taken(make):
     assert ij.count_cost(model, (8, 8, 4)).params > 0
 
 
+class _Auxiliary(nn.Module):
+    """A head that is there in training alone."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (3, 3))(x)
+        if train:
+            nn.Dense(3, name="aux")(x)
+        return x.mean((1, 2))
+
+
+def test_what_evaluation_does_not_use_is_kept():
+    x = noise(2, 8, 8, 4)
+    variables = _Auxiliary().init(KEY, x, train=True)
+    _, changed = ij.compress(
+        _Auxiliary(), variables, ranks=ij.Ratio(0.5), image_shape=(8, 8, 4)
+    )
+    assert changed["params"]["aux"] == variables["params"]["aux"]
+    lenet = ij.create_model("lenet", width=0.25)
+    variables = ij.init_variables(lenet, KEY, (32, 32, 1))
+    model, _ = ij.compress(lenet, variables, ranks=ij.Ratio(0.5))
+    assert model.plan.rules
+
+
 def test_variables_of_another_network_are_refused():
     model = ij.create_model("resnet20", width=0.25)
     wide = ij.init_variables(ij.create_model("resnet20", width=0.5), KEY)

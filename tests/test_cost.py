@@ -89,3 +89,22 @@ def test_a_layer_with_closed_gates_is_counted_closed():
     rows = {r.path: r for r in ij.count_cost(model, (32, 32, 3)).rows}
     assert rows["layer2_1/conv1"].gate_rate == 0
     assert rows["layer2_1/conv1"].macs == rows["layer2_1/conv1"].core_macs
+
+
+class _Row(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Conv(8, (3, 3), name="conv")(x), None
+
+
+class _Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(
+            _Row, variable_axes={"params": 0}, split_rngs={"params": True}, length=4
+        )
+        return scan(name="rows")(x, None)[0]
+
+
+def test_scanned_layers_count_by_their_kernels():
+    assert ij.count_cost(_Scanned(), (8, 8, 8)).macs == 4 * 64 * 72 * 8

@@ -244,6 +244,22 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
         assert sorted(copy.rglob("*")) == before
 
 
+def test_a_broken_description_is_not_the_best(run, tmp_path):
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", copy)
+    steps = latest_steps(copy)
+    best = best_step(copy)
+    broken = []
+    for old, new in (('"std"', '"stt"'), ('"top1"', '"tpp1"')):
+        if best is not None:
+            file = copy / f"step_{best:08d}" / "metadata.json"
+            file.write_text(file.read_text().replace(old, new))
+            broken.append(best)
+            best = best_step(copy)
+            assert best not in broken and (best is None or best in steps)
+    assert broken
+
+
 def test_what_cannot_be_read_is_not_put_aside(run, data, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -394,7 +410,9 @@ def test_an_infinite_loss_stops_and_keeps_the_last_good_checkpoint(
     arguments = [*FIT, "--data.source", data, "--workdir", str(workdir)]
     assert main([*arguments, "--optimizer.learning-rate", "1e30"]) == 2
     assert "no checkpoint had been saved yet" in capsys.readouterr().err
-    assert main([*arguments, "--epochs", "1"]) == 0
+    assert main([*arguments, "--epochs", "1", "--resume"]) == 0
+    starts = (workdir / "run.jsonl").read_text().splitlines()
+    assert len(starts) == 1  # nothing of the other run
 
 
 def fill(disk, process):

@@ -610,8 +610,13 @@ def test_gates_and_outputs_agree_in_any_type_of_threshold(x64, no_shape_checks):
 
 def test_an_integer_threshold_has_a_gradient(no_shape_checks):
     friction = jnp.array([0.9, 1.1])
-    gate = lambda friction, at: ops.hard_gate(friction, at, slope=10.0).sum()  # noqa: E731
+
+    def gate(friction, at):
+        return ops.hard_gate(friction, at, slope=10.0).sum()
+
     expected = jax.grad(gate)(friction, 1.0)
     np.testing.assert_array_equal(jax.grad(gate)(friction, 1), expected)
     with pytest.raises(ValueError, match="`slope`"):
         ops.hard_gate(friction, 1.0, slope=-1.0)
+    traced = jax.jit(lambda slope: ops.hard_gate(friction, 1.0, slope=slope))
+    np.testing.assert_array_equal(traced(5.0), [0, 1])

@@ -85,8 +85,9 @@ def test_numpys_and_jaxs_numbers_are_numbers(no_shape_checks):
         assert ij.Fixed(number) == ij.Fixed(0.5)
         assert ij.Rate(number) == ij.Rate(0.5)
         assert ij.Ratio(number) == ij.Ratio(0.5)
-    spec = ij.Inertial(np.int64(1), 3, capacities=np.array([0.5, 1]))
-    assert spec == ij.Inertial(1, 3, capacities=(0.5, 1))
+    capacities = jnp.array([0.5, 1], jnp.float32)
+    spec = ij.Inertial(np.int64(1), 3, slope=np.float32(5), capacities=capacities)
+    assert spec == ij.Inertial(1, 3, slope=5, capacities=(0.5, 1))
     plan = ij.Plan((("*", spec),))
     assert ij.Plan.from_json(plan.to_json()) == plan
 

@@ -100,7 +100,8 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path, capsys):
     bad, dense = read_records(out)
     assert "not finite" in bad["failed"] and dense["top1"] > 0
     assert "bad, seed 1, failed: loss or gradient" in capsys.readouterr().out
-    assert main(command) == 0  # nothing is left to run
+    assert main(command) == 1  # nothing is left to run, and one had failed
+    assert main([*command, "--only", "dense"]) == 0
 
 
 def test_a_sweeps_networks_are_timed_beside_each_other(tmp_path, capsys):

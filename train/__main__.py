@@ -25,7 +25,9 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns the exit code: 0, or 2 after bad input."""
+    """Runs a verb and returns the exit code: 0, 1 where a sweep's run failed, 2 after
+    bad input, 130 after Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
     hint = "`python -m train VERB --help` says more."

@@ -171,12 +171,12 @@ def best_step(directory: pathlib.Path) -> int | None:
     for step in latest_steps(directory):
         try:
             info = load_metadata(directory / f"step_{step:08d}").info
-        except (OSError, ValueError):
+            evaluation = info.get("evaluation")
+            if not evaluation:
+                continue  # saved inside an epoch
+            top1 = float(evaluation["top1"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged
-        evaluation = info.get("evaluation")
-        if not evaluation:
-            continue  # saved inside an epoch
-        top1 = evaluation["top1"]
         if best is None or top1 > best[0]:
             best = (top1, step)
     return best[1] if best else None

@@ -27,11 +27,12 @@ def _check_range(
     *,
     above: float | None = None,
     below: float | None = None,
+    finite: bool = True,
 ) -> None:
     if value is None:
         return
     rules = {
-        "finite": math.isfinite(value),
+        "finite": math.isfinite(value) or not finite,
         f">= {least}": least is None or value >= least,
         f"> {above}": above is None or value > above,
         f"< {below}": below is None or value < below,
@@ -76,7 +77,7 @@ class Data:
             for value in getattr(self, name):
                 above = 0 if name == "std" else None
                 _check_range(f"data.{name}", value, above=above)
-        _check_range("data.memory_share", self.memory_share, above=0)
+        _check_range("data.memory_share", self.memory_share, above=0, finite=False)
         _check_range("data.crop_padding", self.crop_padding, least=0)
         _check_range("data.image_size", self.image_size, least=1)
         _check_range("data.eval_resize", self.eval_resize, least=1)
@@ -224,7 +225,9 @@ class Config:
             _check_range(name, getattr(self, name), least=1)
         for name in ("steps_per_call", "checkpoint_steps"):
             _check_range(name, getattr(self, name), least=1)
-        _check_range("checkpoint_minutes", self.checkpoint_minutes, above=0)
+        _check_range(
+            "checkpoint_minutes", self.checkpoint_minutes, above=0, finite=False
+        )
         _check_range("gate_penalty", self.gate_penalty, above=0)
         _check_range("distill_temperature", self.distill_temperature, above=0)
         if not 0 < self.distill_weight <= 1:

@@ -1,17 +1,16 @@
 """Evaluation of a checkpoint: its network, its preprocessing, any data that fit."""
 
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from inertia_jax import CostTable, count_cost, load_checkpoint
 from inertia_jax.metadata import Metadata, load_metadata
 from train.augment import Augmentation
+from train.class_names import warn_of_other_names
 from train.config import Data
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
@@ -142,25 +141,6 @@ def _check_fit(
         raise UsageError(
             f"{data.name} has label {highest}; the network has {num_classes} classes."
         )
-
-
-def warn_of_other_names(data: ImageSet, metadata: Metadata) -> None:
-    """Says on standard error where data name a class otherwise than a checkpoint."""
-    theirs = metadata.class_names
-    pairs = list(zip(data.class_names, theirs, strict=False))
-    numbers = [(str(i), str(i)) for i in range(len(pairs))]
-    named = all(
-        [pair[side] for pair in pairs] != [pair[side] for pair in numbers]
-        for side in (0, 1)
-    )
-    for label, (ours, name) in enumerate(pairs):
-        if named and ours != name and jax.process_index() == 0:
-            print(
-                f"warning: label {label} is {ours!r} in {data.name} and {name!r} in "
-                f"the checkpoint.",
-                file=sys.stderr,
-            )
-            return
 
 
 def _class_names(

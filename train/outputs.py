@@ -16,6 +16,10 @@ def check_output(name: str, path: str | pathlib.Path | None) -> None:
     if path is None:
         return
     place = pathlib.Path(path).expanduser().absolute()
+    if place.exists():
+        if not os.access(place, os.W_OK):
+            raise UsageError(f"`{name}` (={path}) cannot be written.")
+        return
     above = place.parent
     while not above.exists():
         above = above.parent
@@ -31,5 +35,5 @@ def check_output_file(name: str, path: str | pathlib.Path | None) -> None:
     place = pathlib.Path(path).expanduser().absolute()
     if place.is_dir():
         raise UsageError(f"`{name}` (={path}) must be a file; it is a directory.")
-    if not place.parent.is_dir():
+    if not place.exists() and not place.parent.is_dir():
         raise UsageError(f"`{name}` (={path}) is in a directory that does not exist.")

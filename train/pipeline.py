@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from inertia_jax import (
@@ -28,7 +29,7 @@ from train.keys import run_keys
 from train.layer_report import parse_ranks
 from train.loop import fit
 from train.pipeline_config import Pipeline, check_claim, claim
-from train.trainer import Trainer
+from train.trainer import check_trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def run_pipeline(
     imported = workdir / "imported"
     if not imported.is_dir():
         network = _read_weights(pipeline, weights, data)
-        Trainer(config, data)  # refuses what no stage could be trained with
+        check_trainable(config, data, jax.device_count())
         claim(pipeline, weights, workdir)
         with user_input():
             save_checkpoint(imported, *network[:2], metadata=network[2])

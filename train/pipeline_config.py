@@ -83,7 +83,11 @@ def check_claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) 
             f"{workdir} holds a pipeline with other settings; nothing was changed. "
             f"Give another --workdir."
         )
-    if weights is not None and known not in (None, _hash_weights(weights)):
+    if weights is None or known is None:
+        return
+    if not pathlib.Path(weights).expanduser().is_file():
+        print(f"{weights} is not there any more; what was read of it before is used.")
+    elif known != _hash_weights(weights):
         raise UsageError(
             f"{workdir} holds a pipeline of other weights than {weights}; nothing was "
             f"changed. Give another --workdir."

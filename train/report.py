@@ -117,4 +117,11 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     with user_input():
         lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.endswith("\n"):
+                found.append(json.loads(line))
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}, is no JSON: {error}.") from error
+    return found

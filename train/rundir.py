@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import sys
 import time
 from typing import IO, Any
@@ -70,7 +71,9 @@ class RunDirectory:
         self._is_writer = jax.process_index() == 0
         self._config = config
         config_file = path / "config.json"
-        if config_file.is_file() and (resume or self.has_checkpoints):
+        # What was begun and saved nothing leaves its place: there is nothing to lose.
+        self._is_new = not self.has_checkpoints
+        if config_file.is_file() and not self._is_new:
             there = read_json(config_file)
             there = fill_defaults(there, config_to_json(Config()))
             differing = differing_fields(there, config_to_json(config))
@@ -85,15 +88,17 @@ class RunDirectory:
                     f"{path} holds this run already; --resume goes on with it, another "
                     f"--workdir starts a new one. Nothing was changed."
                 )
-        elif config_file.is_file():
-            pass  # a run that saved nothing: there is nothing to lose
-        elif path.exists() and not is_empty_directory(path):
+        elif (
+            path.exists() and not config_file.is_file() and not is_empty_directory(path)
+        ):
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
 
     @property
     def has_checkpoints(self) -> bool:
         """Whether the run has saved any, also such as are damaged by now."""
-        return any(self.checkpoints.glob("*step_*"))
+        return any(
+            any(self.checkpoints.glob(names)) for names in ("step_*", "damaged_step_*")
+        )
 
     def lock(self) -> None:
         """Makes the directory and keeps other runs out of it while this one lives.
@@ -114,6 +119,9 @@ class RunDirectory:
         except OSError as error:
             self._lock.close()
             raise UsageError(f"another process is training in {self.path}.") from error
+        if self._is_new and self.has_checkpoints:
+            self._lock.close()
+            raise UsageError(f"another run was in {self.path} meanwhile.")
 
     def open(self, step: int) -> None:
         """Begins to write, after `step`: later lines of metrics are dropped."""
@@ -123,6 +131,10 @@ class RunDirectory:
             self._open(step)
 
     def _open(self, step: int) -> None:
+        if self._is_new:
+            for name in ("run.jsonl", "metrics.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         write_whole(
             self.path / "config.json",
             json.dumps(config_to_json(self._config), indent=1),

@@ -86,10 +86,11 @@ def load_teacher(
     distillation = Distillation(
         model, weight=config.distill_weight, temperature=config.distill_temperature
     )
-    return Teacher(distillation, variables, _hash(variables))
+    return Teacher(distillation, variables, hash_variables(variables))
 
 
-def _hash(variables: dict[str, Any]) -> str:
+def hash_variables(variables: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a network's variables: names, types, shapes, numbers."""
     # Not of the files: the same numbers written anew are the same teacher.
     digest = hashlib.sha256()
     for path, value in jax.tree.leaves_with_path(variables):

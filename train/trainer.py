@@ -1,11 +1,13 @@
 """A run on its devices: its compiled calls, what they take and what they begin with."""
 
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from inertia_jax import Rate, load_checkpoint
 from inertia_jax.metadata import Metadata, load_metadata
@@ -13,19 +15,19 @@ from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
 from train.build import make_model, make_preprocessing
 from train.checkpoints import find_checkpoint
+from train.class_names import warn_of_other_names
 from train.config import Config
 from train.config_file import config_to_json
-from train.data import ImageSet
+from train.data import ImageSet, Split
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
-from train.evaluate_checkpoint import warn_of_other_names
 from train.feed import epoch_order, make_feed
 from train.keys import run_keys
 from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
 from train.state import TrainState, init_state, restore_state
 from train.step import is_held, make_train_call
-from train.teacher import load_teacher
+from train.teacher import hash_variables, load_teacher
 from train.trainable import trained_paths
 
 _STEPS_PER_CALL = {"cpu": 1}
@@ -52,18 +54,7 @@ class Trainer:
         self.data = data
         self.parallel = Parallel(config.parallel, tuple(devices or jax.devices()))
         num_devices = self.parallel.num_devices
-        if data.train is None:
-            raise UsageError(f"{data.name} has no training images.")
-        if config.batch_size % num_devices:
-            raise UsageError(
-                f"`batch_size` (={config.batch_size}) must be a multiple of the "
-                f"{num_devices} devices."
-            )
-        if config.batch_size > len(data.train):
-            raise UsageError(
-                f"`batch_size` (={config.batch_size}) must be at most "
-                f"{len(data.train)}, the training images of {data.name}."
-            )
+        train = check_trainable(config, data, num_devices)
         if config.model.dtype == "float64" and jnp.result_type(float) != "float64":
             raise UsageError("`model.dtype` (=float64) needs JAX_ENABLE_X64=1.")
         with user_input():
@@ -93,7 +84,7 @@ class Trainer:
         self._teacher = (self.parallel.replicate(teacher.variables),) if teacher else ()
         axis_name = AXIS if config.sync_batch_norm and num_devices > 1 else None
         self._trained_model = self.model.clone(axis_name=axis_name)
-        self.steps_per_epoch = len(data.train) // config.batch_size
+        self.steps_per_epoch = len(train) // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
         with user_input():
             self.tx = make_optimizer(
@@ -110,14 +101,14 @@ class Trainer:
             crop_mode=config.data.crop_mode,
         )
         share = config.data.memory_share
-        self.feed = make_feed(data.train, self.parallel, memory_share=share)
+        self.feed = make_feed(train, self.parallel, memory_share=share)
         test_feed = make_feed(data.test, self.parallel, memory_share=share)
         platform = self.parallel.devices[0].platform
         self.steps_per_call = config.steps_per_call or _STEPS_PER_CALL.get(
             platform, _STEPS_PER_CALL_ELSEWHERE
         )
         if self.feed.resident is None:
-            step_bytes = config.batch_size * data.train.images[0].nbytes
+            step_bytes = config.batch_size * train.images[0].nbytes
             most = max(1, _STREAMED_BYTES * num_devices // step_bytes)
             self.steps_per_call = min(self.steps_per_call, most)
         local = config.batch_size // num_devices
@@ -184,6 +175,7 @@ class Trainer:
         with user_input():
             model, variables = load_checkpoint(path)
             metadata = load_metadata(path)
+        _check_same_everywhere(path, variables)
         warn_of_other_names(self.data, metadata)
         own, theirs = self.preprocessing, metadata.preprocessing
         if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
@@ -223,6 +215,41 @@ class Trainer:
     def evaluate(self, state: TrainState) -> Evaluation:
         """Evaluates the test images."""
         return self._evaluate(state.result)
+
+
+def check_trainable(config: Config, data: ImageSet, num_devices: int) -> Split:
+    """Returns the training images.
+
+    Raises:
+        UsageError: There are none, or batches of them that the devices cannot share.
+    """
+    if data.train is None:
+        raise UsageError(f"{data.name} has no training images.")
+    if config.batch_size % num_devices:
+        raise UsageError(
+            f"`batch_size` (={config.batch_size}) must be a multiple of the "
+            f"{num_devices} devices."
+        )
+    if config.batch_size > len(data.train):
+        raise UsageError(
+            f"`batch_size` (={config.batch_size}) must be at most {len(data.train)}, "
+            f"the training images of {data.name}."
+        )
+    return data.train
+
+
+def _check_same_everywhere(path: pathlib.Path, variables: dict[str, Any]) -> None:
+    """Raises UsageError where processes read other numbers than the first."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(bytes.fromhex(hash_variables(variables)), np.uint8)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    differing = np.flatnonzero((digests != digests[0]).any(1)).tolist()
+    if differing:
+        raise UsageError(
+            f"process {differing[0]} reads other variables for `init` than process 0, "
+            f"which has {path}; name one checkpoint."
+        )
 
 
 def _check_budget(specs: Sequence[Any]) -> None:

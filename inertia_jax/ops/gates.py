@@ -24,8 +24,8 @@ def is_open(
 
 
 def check_slope(slope: float) -> None:
-    """Raises ValueError unless `slope` > 0."""
-    if not slope > 0:
+    """Raises ValueError unless `slope` > 0; of a traced one nothing is known."""
+    if not isinstance(slope, jax.core.Tracer) and not slope > 0:
         raise ValueError(f"`slope` (={slope}) must be > 0.")
 
 

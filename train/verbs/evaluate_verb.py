@@ -63,7 +63,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(args: Evaluate) -> int:
-    check_output_file("out", args.out)
+    if jax.process_index() == 0:  # the others write nothing
+        check_output_file("out", args.out)
     path = find_checkpoint(args.checkpoint)
     print(f"checkpoint  {path}")
     evaluate = functools.partial(

@@ -41,7 +41,7 @@ class SweepArguments:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs what is missing and prints the table so far; 1: a run diverged."""
+    """Runs what is missing and prints the table so far; 1: one of them diverged."""
     args = tyro.cli(SweepArguments, args=argv, prog="python -m train sweep")
     path, out = pathlib.Path(args.sweep), pathlib.Path(args.out)
     sweep = load_sweep(path)
@@ -60,7 +60,9 @@ def run(argv: Sequence[str]) -> int:
         if args.data is not None:
             data = dataclasses.replace(config.data, source=args.data)
             config = dataclasses.replace(config, data=data)
-        if find_record(read_records(out), config) is not None:
+        known = find_record(read_records(out), config)
+        if known is not None:
+            failed = failed or "failed" in known
             continue
         if done == args.max_runs:
             break
