@@ -66,7 +66,7 @@ def network_of(checkpoint):
 def logits(checkpoint, images):
     """What the checkpoint's own network and preprocessing give."""
     if images.dtype == np.uint8:
-        metadata = ij.checkpoint.load_metadata(checkpoint)
+        metadata = ij.metadata.load_metadata(checkpoint)
         augmentation = Augmentation(
             metadata.preprocessing,
             crop_padding=0,
