@@ -33,8 +33,6 @@ from jax import Array, export
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
-from inertia_jax.metadata import jsonable
-
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _FORMAT = 1
 _HASH_LENGTH = 64
@@ -181,7 +179,8 @@ def save_exported(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("network", bytes(exported.serialize()))
-        text = json.dumps(metadata, indent=1, default=jsonable)
+        # NumPy's numbers as Python's.
+        text = json.dumps(metadata, indent=1, default=lambda value: value.item())
         archive.writestr("metadata.json", text)
         archive.comment = b"0" * _HASH_LENGTH
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -93,7 +93,7 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
         "plan": json.loads(model.plan.to_json()),
         **dataclasses.asdict(metadata),
     }
-    return json.dumps(description, indent=1, default=jsonable)
+    return json.dumps(description, indent=1, default=_jsonable)
 
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
@@ -152,8 +152,7 @@ def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
-def jsonable(value: Any) -> Any:
-    """Returns what JSON has for a value that it does not know."""
+def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return value.item() if isinstance(value, np.generic) else str(value)
