@@ -244,6 +244,21 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
         assert sorted(copy.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "config"), [("config.json", '{"hidden": 3}'), ("notes.txt", '{"seed": 1}')]
+)
+def test_another_programs_directory_is_left_alone(name, config, data, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    (tmp_path / name).write_text(config)
+    before = {file: file.read_text() for file in tmp_path.iterdir()}
+    arguments = [*FIT, "--data.source", data, "--workdir", str(tmp_path)]
+    for options in ([], ["--resume"]):
+        assert main([*arguments, *options]) == 2
+        assert "holds no run; nothing was changed" in capsys.readouterr().err
+    assert {file: file.read_text() for file in tmp_path.iterdir()} == before
+
+
 def test_a_broken_description_is_not_the_best(run, tmp_path):
     copy = tmp_path / "checkpoints"
     shutil.copytree(run / "checkpoints", copy)

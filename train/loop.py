@@ -23,7 +23,7 @@ from train.data import ImageSet, load_data
 from train.errors import UsageError
 from train.evaluate import Evaluation
 from train.meter import Meter
-from train.processes import is_lost
+from train.processes import differing_process, is_lost
 from train.rundir import RunDirectory
 from train.state import TrainState, training_to_dict
 from train.stop import StopSignal
@@ -96,8 +96,6 @@ def fit(
 
 def _check_agreement(config: Config, data: ImageSet) -> None:
     """Raises UsageError where processes were given other runs: they would hang."""
-    if jax.process_count() == 1:
-        return
     # Places may differ from machine to machine; what lies there may not.
     places = dataclasses.replace(config.data, source="", cache_dir="")
     said = {
@@ -106,12 +104,10 @@ def _check_agreement(config: Config, data: ImageSet) -> None:
     }
     for name, value in said.items():
         text = json.dumps(value, sort_keys=True).encode()
-        digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
-        digests = np.asarray(multihost_utils.process_allgather(digest))
-        differing = np.flatnonzero((digests != digests[0]).any(1)).tolist()
-        if differing:
+        other = differing_process(hashlib.sha256(text).digest())
+        if other is not None:
             raise UsageError(
-                f"the {name} of process {differing[0]} is not that of process 0; all "
+                f"the {name} of process {other} is not that of process 0; all "
                 f"must run the same command on the same data."
             )
 

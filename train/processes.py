@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from train.errors import UsageError
 
@@ -195,3 +197,16 @@ def _leave(code: int) -> NoReturn:
     if jax.process_index() == 0:
         time.sleep(_GRACE_SECONDS)
     os._exit(code)
+
+
+def differing_process(digest: bytes) -> int | None:
+    """Returns a process whose digest is not that of process 0, or None.
+
+    All processes call, with digests of one length, and all are told the same.
+    """
+    if jax.process_count() == 1:
+        return None
+    mine = np.frombuffer(digest, np.uint8)
+    digests = np.asarray(multihost_utils.process_allgather(mine))
+    differing = np.flatnonzero((digests != digests[0]).any(1)).tolist()
+    return differing[0] if differing else None

@@ -22,6 +22,9 @@ from train.errors import UsageError, user_input
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
+# What a run's directory holds.
+_FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
+
 
 def describe_machine() -> dict[str, Any]:
     """Returns hardware, versions and the command, as records hold them."""
@@ -88,10 +91,18 @@ class RunDirectory:
                     f"{path} holds this run already; --resume goes on with it, another "
                     f"--workdir starts a new one. Nothing was changed."
                 )
-        elif (
-            path.exists() and not config_file.is_file() and not is_empty_directory(path)
-        ):
+        elif path.exists() and not (is_empty_directory(path) or self._is_begun()):
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
+
+    def _is_begun(self) -> bool:
+        """Whether nothing but a run is here: another's `config.json` is not ours."""
+        if not (self.path / "config.json").is_file():
+            return False
+        names = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
+        if not names <= _FILES:
+            return False
+        config = read_json(self.path / "config.json")
+        return isinstance(config, dict) and set(config) <= set(config_to_json(Config()))
 
     @property
     def has_checkpoints(self) -> bool:

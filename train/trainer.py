@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from inertia_jax import Rate, load_checkpoint
 from inertia_jax.metadata import Metadata, load_metadata
@@ -25,6 +24,7 @@ from train.feed import epoch_order, make_feed
 from train.keys import run_keys
 from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
+from train.processes import differing_process
 from train.state import TrainState, init_state, restore_state
 from train.step import is_held, make_train_call
 from train.teacher import hash_variables, load_teacher
@@ -175,7 +175,8 @@ class Trainer:
         with user_input():
             model, variables = load_checkpoint(path)
             metadata = load_metadata(path)
-        _check_same_everywhere(path, variables)
+        if jax.process_count() > 1:
+            _check_same_everywhere(path, variables)
         warn_of_other_names(self.data, metadata)
         own, theirs = self.preprocessing, metadata.preprocessing
         if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
@@ -240,14 +241,10 @@ def check_trainable(config: Config, data: ImageSet, num_devices: int) -> Split:
 
 def _check_same_everywhere(path: pathlib.Path, variables: dict[str, Any]) -> None:
     """Raises UsageError where processes read other numbers than the first."""
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(bytes.fromhex(hash_variables(variables)), np.uint8)
-    digests = np.asarray(multihost_utils.process_allgather(digest))
-    differing = np.flatnonzero((digests != digests[0]).any(1)).tolist()
-    if differing:
+    other = differing_process(bytes.fromhex(hash_variables(variables)))
+    if other is not None:
         raise UsageError(
-            f"process {differing[0]} reads other variables for `init` than process 0, "
+            f"process {other} reads other variables for `init` than process 0, "
             f"which has {path}; name one checkpoint."
         )
 
