@@ -25,6 +25,7 @@ from inertia_jax.planned import Planned
 from inertia_jax.post_training import make_inertial
 from inertia_jax.ranks import Budget, Energy, Evbmf, Ratio
 from inertia_jax.recalibrate import recalibrate_batch_norm
+from inertia_jax.reconstruct import reconstruct
 from inertia_jax.specs import Conv, Fixed, Inertial, Learned, LowRank, Rate, Tucker2
 from inertia_jax.variants import published_variant
 
@@ -67,6 +68,7 @@ __all__ = [
     "ops",
     "published_variant",
     "recalibrate_batch_norm",
+    "reconstruct",
     "save_checkpoint",
     "save_exported",
     "to_torch",

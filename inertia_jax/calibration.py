@@ -18,8 +18,8 @@ from inertia_jax.sites import Site
 _RIDGE = 1e-3
 
 
-def checked_images(calibration: Any) -> np.ndarray:
-    """Returns calibration images as an array.
+def checked_images(calibration: Any, name: str = "calibration") -> np.ndarray:
+    """Returns images as an array; errors call them `name`.
 
     Raises:
         ValueError: No batch of images, or such that are not finite.
@@ -27,10 +27,10 @@ def checked_images(calibration: Any) -> np.ndarray:
     images = np.asarray(calibration)
     if images.ndim != 4 or not len(images):
         raise ValueError(
-            f"`calibration` (shape {images.shape}) must be [n, h, w, c], n >= 1."
+            f"`{name}` (shape {images.shape}) must be [n, h, w, c], n >= 1."
         )
     if not np.isfinite(images).all():
-        raise ValueError("`calibration` must be finite; some of it is not.")
+        raise ValueError(f"`{name}` must be finite; some of it is not.")
     return images
 
 

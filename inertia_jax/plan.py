@@ -3,9 +3,10 @@
 import dataclasses
 import fnmatch
 import json
+from collections.abc import Callable
 from typing import Any, get_args
 
-from inertia_jax.specs import Conv, Inertial, Spec, Threshold, Tucker2
+from inertia_jax.specs import Conv, Fixed, Inertial, Rate, Spec, Threshold, Tucker2
 
 _JSON_TYPES = {cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))}
 
@@ -72,7 +73,32 @@ class Plan:
         Where a network runs a few times only, ladders save less than compiling them
         takes.
         """
-        return Plan(tuple((glob, _without_ladder(spec)) for glob, spec in self.rules))
+        return self._with_inertial(
+            lambda spec: dataclasses.replace(spec, capacities=None)
+        )
+
+    def with_fixed_thresholds(self) -> "Plan":
+        """Returns the plan where no batch moves a threshold, in training mode either.
+
+        Values are variables and stay; learned ones stay learned.
+        """
+
+        def fixed(spec: Inertial) -> Inertial:
+            is_rate = isinstance(spec.threshold, Rate)
+            threshold = Fixed() if is_rate else spec.threshold
+            return dataclasses.replace(spec, threshold=threshold)
+
+        return self._with_inertial(fixed)
+
+    def _with_inertial(self, change: Callable[[Inertial], Inertial]) -> "Plan":
+        """Returns the plan with its inertial layers and cores changed."""
+
+        def changed(spec: Spec) -> Spec:
+            if isinstance(spec, Tucker2) and isinstance(spec.core, Inertial):
+                return dataclasses.replace(spec, core=change(spec.core))
+            return change(spec) if isinstance(spec, Inertial) else spec
+
+        return Plan(tuple((glob, changed(spec)) for glob, spec in self.rules))
 
     def __str__(self) -> str:
         if not self.rules:
@@ -102,15 +128,6 @@ class Plan:
             if not isinstance(rule, list) or len(rule) != 2:
                 raise ValueError(f"a plan holds {rule!r}; must be pairs [glob, spec].")
         return cls(tuple((glob, _from_jsonable(spec)) for glob, spec in rules))
-
-
-def _without_ladder(spec: Spec) -> Spec:
-    if isinstance(spec, Tucker2) and isinstance(spec.core, Inertial):
-        core = dataclasses.replace(spec.core, capacities=None)
-        return dataclasses.replace(spec, core=core)
-    if isinstance(spec, Inertial):
-        return dataclasses.replace(spec, capacities=None)
-    return spec
 
 
 def _to_jsonable(value: Any) -> Any:

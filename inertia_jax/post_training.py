@@ -120,10 +120,9 @@ def make_inertial(
     changed = {**variables, "thresholds": traverse_util.unflatten_dict(thresholds)}
     if "batch_stats" in variables:
         # The measured thresholds, not the quantiles of each batch of the recalibration.
-        fixed = tuple((path, specs[path]) for path, _ in rules)
         seen = images if recalibration is None else recalibration
         stats = recalibrate_batch_norm(
-            model.clone(plan=Plan((*fixed, *plan.rules))),
+            inertial.clone(plan=inertial.plan.with_fixed_thresholds()),
             changed,
             seen,
             batch_size=batch_size,

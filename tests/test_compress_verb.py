@@ -68,6 +68,24 @@ def test_the_record_says_what_the_checkpoint_is(compressed, tmp_path):
     assert test["stages"]["raw"]["top1"] < test["stages"]["recalibrated"]["top1"]
 
 
+@pytest.mark.parametrize(
+    "how",
+    [["--ranks", "ratio:0.5"], ["--macs", "0.97", "--layers", "layer1_0*"]],
+)
+def test_kernels_are_fitted_to_the_dense_layers(run, how, tmp_path):
+    out, record = tmp_path / "fitted", tmp_path / "record.json"
+    arguments = [*how, *IMAGES, "--reconstruction-images", "256", "--out", str(out)]
+    assert main(["compress", str(run), *arguments, "--record", str(record)]) == 0
+    (test,) = json.loads(record.read_text())["tests"]
+    stages = list(test["stages"])
+    assert stages[-1] == "reconstructed"
+    assert test["stages"]["reconstructed"]["top1"] == evaluate(out, tmp_path)["top1"]
+    if how[0] == "--ranks":
+        top1 = [test["stages"][stage]["top1"] for stage in stages]
+        assert stages == ["raw", "recalibrated", "reconstructed"]
+        assert top1[0] < top1[1] < top1[2]
+
+
 def test_evaluation_beside_another_checkpoint(compressed, run, tmp_path, capsys):
     out, record = compressed
     file = tmp_path / "evaluation.json"
@@ -144,6 +162,10 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
         ([], "one of `ranks` .* must be given"),
         (["--ranks", "ratio:0.5", "--macs", "0.5"], "one of `ranks`"),
         (["--macs", "0.5", "--method", "hooi"], "`method` .* must fit --macs"),
+        (
+            ["--ranks", "evbmf", "--reconstruction-images", "1"],
+            r"`reconstruction_images` \(=1\) must be >= 2",
+        ),
         (["--ranks", "evbmf", "--method", "inertial"], "must fit --ranks"),
         (["--ranks", "budget:macs=0.001"], "must be at least 0\\.\\d+"),
         (["--ranks", "ratio:1.5"], "`ratio` .*must be in \\(0, 1\\]"),

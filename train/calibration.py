@@ -39,7 +39,7 @@ def training_inputs(
     """
     if count < 2:
         raise UsageError(
-            f"`calibration_images` and `recalibration_images` (={count}) must be >= 2."
+            f"the number of images to calibrate on (={count}) must be >= 2."
         )
     chosen = np.random.default_rng(seed).permutation(len(split))[:count]
     augmentation = Augmentation(

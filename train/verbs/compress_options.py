@@ -19,9 +19,10 @@ class Compress:
     """Makes a trained network smaller, and evaluates it before and after.
 
     With `--ranks`, convolutions become Tucker-2 factors; with `--macs`, inertial, in
-    tiles. BatchNorm is then recalibrated on training images. Nothing is trained,
-    unless `--finetune-epochs` asks for it; `python -m train finetune OUT` has more
-    options for that.
+    tiles. BatchNorm is then recalibrated on training images; with
+    `--reconstruction-images`, kernels are first fitted to what the dense layers put
+    out. Nothing is trained, unless `--finetune-epochs` asks for it; `python -m train
+    finetune OUT` has more options for that.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
@@ -63,6 +64,9 @@ class Compress:
     """Training images that choose ranks or thresholds, as evaluation would see them."""
     recalibration_images: int = 4096
     """Training images that recalibrate BatchNorm, cropped and flipped as they were."""
+    reconstruction_images: int = 0
+    """Training images on which every layer's kernels are fitted to what the dense layer
+    puts out, by least squares; 0: they are not."""
     crop_padding: int | None = None
     """Of the training that made the checkpoint; None: as it says, 0 if imported."""
     flip: bool | None = None
@@ -81,7 +85,13 @@ class Compress:
 
 # Options of one method alone.
 _OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
-_OF_DATA = ("also_test", "recalibration_images", "crop_padding", "flip")
+_OF_DATA = (
+    "also_test",
+    "recalibration_images",
+    "reconstruction_images",
+    "crop_padding",
+    "flip",
+)
 _OF_INERTIAL = ("tile_size", "metric", "reference", "low", "channel_stride")
 
 
@@ -109,12 +119,20 @@ def check_options(args: Compress) -> bool:
             f"`finetune_learning_rate` (={args.finetune_learning_rate}) does nothing "
             f"without `finetune_epochs`."
         )
-    for name in ("finetune_epochs", "latency_batch", "recalibration_images", "seed"):
+    for name in (
+        "finetune_epochs",
+        "latency_batch",
+        "recalibration_images",
+        "reconstruction_images",
+        "seed",
+    ):
         if getattr(args, name) < 0:
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
-    for name in ("calibration_images", "recalibration_images"):
-        least_one = is_inertial or name == "calibration_images"
-        if getattr(args, name) < 2 and (least_one or getattr(args, name)):
+    for name in ("calibration_images", "recalibration_images", "reconstruction_images"):
+        is_needed = name == "calibration_images" or (
+            is_inertial and name == "recalibration_images"
+        )
+        if getattr(args, name) < 2 and (is_needed or getattr(args, name)):
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 2.")
     if args.crop_padding is not None and args.crop_padding < 0:
         raise UsageError(f"`crop_padding` (={args.crop_padding}) must be >= 0.")

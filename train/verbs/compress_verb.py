@@ -6,28 +6,17 @@ import json
 import pathlib
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
-from flax import linen as nn
 
-from inertia_jax import (
-    Budget,
-    compress,
-    count_cost,
-    load_checkpoint,
-    make_inertial,
-    recalibrate_batch_norm,
-    save_checkpoint,
-)
+from inertia_jax import count_cost, load_checkpoint, save_checkpoint
 from inertia_jax.metadata import Metadata, load_metadata
-from train.calibration import training_inputs
 from train.checkpoints import find_checkpoint, latest_steps
-from train.config import Data
-from train.data import load_data
+from train.compress_stages import compressed_stages, drawer
 from train.errors import UsageError, user_input
-from train.layer_report import format_layers, parse_ranks, plan_to_json, report_layers
+from train.layer_report import format_layers, plan_to_json, report_layers
 from train.loop import FitResult, fit
 from train.rundir import describe_machine
 from train.stages import Network, compare_stages, evaluate_stages, in_words
@@ -73,15 +62,11 @@ def run(argv: Sequence[str]) -> int:
     evaluate = functools.partial(
         evaluate_stages, metadata=metadata, sources=sources, cache_dir=args.cache_dir
     )
-    draw = _drawer(args, source, dense[0], metadata)
+    draw = drawer(args, source, dense[0], metadata)
     before = evaluate({"before": dense})["before"]
     start = time.perf_counter()
     with user_input():
-        if is_inertial:
-            stages = {"inertial": _make_inertial(args, dense, draw)}
-        else:
-            shape = preprocessing.image_shape
-            stages = _make_tucker2(args, dense, draw, shape)
+        stages = compressed_stages(args, dense, draw, preprocessing.image_shape)
     seconds = time.perf_counter() - start
     model, variables = next(reversed(stages.values()))
     info = {
@@ -141,89 +126,6 @@ def run(argv: Sequence[str]) -> int:
         with user_input():
             pathlib.Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
     return 0
-
-
-def _drawer(
-    args: Compress, source: str | None, model: nn.Module, metadata: Metadata
-) -> Callable[..., Any] | None:
-    """Returns a function that draws training images; None if no data are known."""
-    if source is None:
-        return None
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise ValueError("checked by the caller.")
-    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
-    data = load_data(source, cache_dir=args.cache_dir, image_size=size)
-    if data.train is None:
-        raise UsageError(f"{data.name} has no training images to calibrate on.")
-    trained = metadata.info.get("config", {}).get("data", {})
-    draw = functools.partial(
-        training_inputs, data.train, preprocessing, seed=args.seed, dtype=model.dtype
-    )
-
-    def draw_some(count: int, *, augmented: bool) -> Any:
-        if not augmented:
-            return draw(count)
-        return draw(
-            count,
-            crop_padding=args.crop_padding or 0,
-            flip=bool(args.flip),
-            resized_crop=trained.get("resized_crop", False),
-            crop_mode=trained.get("crop_mode", Data.crop_mode),
-        )
-
-    return draw_some
-
-
-def _make_inertial(
-    args: Compress, dense: Network, draw: Callable[..., Any] | None
-) -> Network:
-    if draw is None or args.macs is None:
-        raise ValueError("checked by the caller.")
-    return make_inertial(
-        *dense,
-        macs=args.macs,
-        calibration=draw(args.calibration_images, augmented=False),
-        recalibration=draw(args.recalibration_images, augmented=True),
-        layers=args.layers,
-        tile_size=args.tile_size,
-        metric=args.metric,
-        reference=args.reference,
-        low=args.low,
-        channel_stride=args.channel_stride,
-    )
-
-
-def _make_tucker2(
-    args: Compress,
-    dense: Network,
-    draw: Callable[..., Any] | None,
-    image_shape: tuple[int, int, int],
-) -> dict[str, Network]:
-    """Returns the compressed network as it comes, and recalibrated if it can be."""
-    rule = parse_ranks(args.ranks or "")
-    if isinstance(rule, Budget) and rule.of == "latency" and args.latency_batch:
-        rule = dataclasses.replace(rule, batch_size=args.latency_batch)
-    calibration = None
-    if args.weigh and draw is not None:
-        calibration = draw(args.calibration_images, augmented=False)
-    raw = compress(
-        *dense,
-        ranks=rule,
-        method="hooi" if args.method == "hooi" else "hosvd",
-        calibration=calibration,
-        layers=args.layers,
-        keep_stem=args.keep_stem,
-        round_to=args.round_to,
-        image_shape=image_shape,
-    )
-    if draw is None or not args.recalibration_images or "batch_stats" not in raw[1]:
-        return {"raw": raw}
-    images = draw(args.recalibration_images, augmented=True)
-    return {
-        "raw": raw,
-        "recalibrated": (raw[0], recalibrate_batch_norm(*raw, images)),
-    }
 
 
 def _finetune(

@@ -1,0 +1,146 @@
+"""What `python -m train compress` does to a network, stage after stage."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+
+from inertia_jax import (
+    Budget,
+    compress,
+    make_inertial,
+    recalibrate_batch_norm,
+    reconstruct,
+)
+from inertia_jax.metadata import Metadata
+from train.calibration import training_inputs
+from train.config import Data
+from train.data import load_data
+from train.errors import UsageError
+from train.layer_report import parse_ranks
+from train.stages import Network
+from train.verbs.compress_options import Compress
+
+
+def drawer(
+    args: Compress, source: str | None, model: nn.Module, metadata: Metadata
+) -> Callable[..., Any] | None:
+    """Returns a function that draws training images; None if no data are known."""
+    if source is None:
+        return None
+    preprocessing = metadata.preprocessing
+    if preprocessing is None:
+        raise ValueError("checked by the caller.")
+    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
+    data = load_data(source, cache_dir=args.cache_dir, image_size=size)
+    if data.train is None:
+        raise UsageError(f"{data.name} has no training images to calibrate on.")
+    trained = metadata.info.get("config", {}).get("data", {})
+    draw = functools.partial(
+        training_inputs, data.train, preprocessing, seed=args.seed, dtype=model.dtype
+    )
+
+    def draw_some(count: int, *, augmented: bool) -> Any:
+        if not augmented:
+            return draw(count)
+        return draw(
+            count,
+            crop_padding=args.crop_padding or 0,
+            flip=bool(args.flip),
+            resized_crop=trained.get("resized_crop", False),
+            crop_mode=trained.get("crop_mode", Data.crop_mode),
+        )
+
+    return draw_some
+
+
+def compressed_stages(
+    args: Compress,
+    dense: Network,
+    draw: Callable[..., Any] | None,
+    image_shape: tuple[int, int, int],
+) -> dict[str, Network]:
+    """Returns the network after each stage, by name: the last is the one to keep.
+
+    Args:
+        args: Checked.
+        dense: The network as it was.
+        draw: Of `drawer`.
+        image_shape: [h, w, c].
+    """
+    if args.macs is None:
+        stages = _make_tucker2(args, dense, draw, image_shape)
+    else:
+        stages = {"inertial": _make_inertial(args, dense, draw)}
+    if draw is not None and args.reconstruction_images:
+        model, variables = next(reversed(stages.values()))
+        variables = reconstruct(
+            model,
+            variables,
+            dense=dense,
+            images=draw(args.reconstruction_images, augmented=True),
+            layers=args.layers,
+        )
+        stages["reconstructed"] = _recalibrated(args, (model, variables), draw)
+    return stages
+
+
+def _make_inertial(
+    args: Compress, dense: Network, draw: Callable[..., Any] | None
+) -> Network:
+    if draw is None or args.macs is None:
+        raise ValueError("checked by the caller.")
+    return make_inertial(
+        *dense,
+        macs=args.macs,
+        calibration=draw(args.calibration_images, augmented=False),
+        recalibration=draw(args.recalibration_images, augmented=True),
+        layers=args.layers,
+        tile_size=args.tile_size,
+        metric=args.metric,
+        reference=args.reference,
+        low=args.low,
+        channel_stride=args.channel_stride,
+    )
+
+
+def _make_tucker2(
+    args: Compress,
+    dense: Network,
+    draw: Callable[..., Any] | None,
+    image_shape: tuple[int, int, int],
+) -> dict[str, Network]:
+    """Returns the compressed network as it comes, and recalibrated if it can be."""
+    rule = parse_ranks(args.ranks or "")
+    if isinstance(rule, Budget) and rule.of == "latency" and args.latency_batch:
+        rule = dataclasses.replace(rule, batch_size=args.latency_batch)
+    calibration = None
+    if args.weigh and draw is not None:
+        calibration = draw(args.calibration_images, augmented=False)
+    raw = compress(
+        *dense,
+        ranks=rule,
+        method="hooi" if args.method == "hooi" else "hosvd",
+        calibration=calibration,
+        layers=args.layers,
+        keep_stem=args.keep_stem,
+        round_to=args.round_to,
+        image_shape=image_shape,
+    )
+    if draw is None or not args.recalibration_images or "batch_stats" not in raw[1]:
+        return {"raw": raw}
+    return {"raw": raw, "recalibrated": _recalibrated(args, raw, draw)}
+
+
+def _recalibrated(
+    args: Compress, network: Network, draw: Callable[..., Any]
+) -> Network:
+    """Returns a network with statistics of training images, thresholds as they are."""
+    model, variables = network
+    if not args.recalibration_images or "batch_stats" not in variables:
+        return network
+    still = model.clone(plan=model.plan.with_fixed_thresholds())
+    images = draw(args.recalibration_images, augmented=True)
+    return model, recalibrate_batch_norm(still, variables, images)
