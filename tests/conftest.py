@@ -30,8 +30,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # Before anything of the library is imported.
 LIBRARY = """
     allocation batch_norm budget calibration calls checkpoint compress cost cost_table
-    exported factorise factorised fold fold_trace inertial_cost interop latency layers
-    metadata models ops planned ranks recalibrate reconstruct sites
+    exported factorise factorised fold fold_trace inertial_cost interop latency
+    layer_fit layers metadata models ops planned ranks recalibrate reconstruct sites
 """
 jaxtyping.install_import_hook(
     [
