@@ -227,6 +227,25 @@ def test_two_processes_one_killed_then_four_stopped_then_one(
     assert_same_run(workdir, whole)
 
 
+def test_two_processes_tune_a_checkpoint_as_one(whole, tmp_path, subprocess_env):
+    command = ["finetune", str(whole), "--teacher", str(whole), "--epochs", "1"]
+    command += ["--freeze", "conv1", "--batch-size", "8"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    with jax.enable_x64(True):
+        assert main([*command, "--workdir", str(alone)]) == 0
+    command += ["--workdir", str(together)]
+    with ended(start_run(command, 2, subprocess_env)) as processes:
+        logs = outputs_of(processes)
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(logs)
+    (step, values), (last, expected) = latest(together), latest(alone)
+    assert step == last == 41
+    assert relative(values, expected) < 1e-9
+    assert evaluations_of(alone)[-1] != evaluations_of(whole)[-1]
+    np.testing.assert_allclose(
+        evaluations_of(together), evaluations_of(alone), rtol=1e-9
+    )
+
+
 def test_four_processes_one_hangs_then_two(command, whole, tmp_path, subprocess_env):
     workdir = tmp_path / "run"
     command = [*command, "--parallel", "shard_map", "--workdir", str(workdir)]
