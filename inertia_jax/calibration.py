@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from jax import Array
 from jaxtyping import Float
 
-from inertia_jax.calls import first_argument, takes_train
+from inertia_jax.calls import check_in_view, first_argument, takes_train
 from inertia_jax.sites import Site
 
 # Of eigenvalues, relative to their mean: inputs that hardly ever occur must not make
@@ -50,10 +51,12 @@ def apply_as_trained(
     """
     if not takes_train(model):
         return jnp.asarray(model.apply(variables, images))
+    # A mean friction alone is no reason to drop units out.
+    kept = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
     outputs, _ = model.apply(
         variables,
         images,
-        train="batch_stats" in variables,
+        train=any(path[-1] != "friction_mean" for path in kept),
         mutable=["batch_stats", "thresholds", "intermediates"],
         rngs={"dropout": jax.random.key(0)},
     )
@@ -77,18 +80,22 @@ def input_moments(
         batches: Of its inputs.
 
     Raises:
-        ValueError: Inputs that are not finite.
+        ValueError: Inputs that are not finite, or a layer inside `nn.scan` or its like.
     """
 
     @jax.jit
     def of_batch(variables: Any, batch: Array) -> dict[str, Array]:
         found: dict[str, tuple[Array, int]] = {}
+        roots: list[Any] = []
 
         def record(
             call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
         ) -> Any:
             path = "/".join(context.module.path)
-            if context.method_name == "__call__" and path in sites:
+            is_site = context.method_name == "__call__" and path in sites
+            if is_site or not roots:
+                check_in_view(context.module, roots)
+            if is_site:
                 x = jnp.asarray(first_argument(args, kwargs))
                 groups = sites[path].groups
                 rows = x.reshape(-1, groups, x.shape[-1] // groups)

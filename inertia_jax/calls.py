@@ -92,6 +92,27 @@ def record_calls(
     return calls, variables
 
 
+def check_in_view(module: nn.Module, roots: list[Any]) -> None:
+    """Checks that what a layer sees is there when the network has been called.
+
+    Args:
+        module: What an interceptor of methods was given.
+        roots: Of the scopes seen so far; empty before the network itself is called.
+
+    Raises:
+        ValueError: The layer is inside a lifted transformation.
+    """
+    root = None if module.scope is None else module.scope.root
+    if not roots:
+        roots.append(root)
+    if root is not roots[0]:
+        path = "/".join(module.path)
+        raise ValueError(
+            f"{path!r} is called inside nn.scan, nn.remat, nn.vmap or nn.jit, where "
+            f"its inputs cannot be seen; leave it out with `layers`."
+        )
+
+
 def takes_train(model: nn.Module) -> bool:
     """Returns whether a network, or what a module wraps, is called with `train`."""
     while isinstance(model, Wrapper):

@@ -1,5 +1,6 @@
 """The kernels of one layer, fitted by least squares to given outputs."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ from inertia_jax.specs import Inertial
 
 # Layers whose parts are layers themselves.
 OF_PARTS = (Tucker2Conv, LowRankConv)
-# Less than this share of the dense outputs' square is rounding.
+# Less than this share of the dense outputs' square is rounding, of float32; of a
+# narrower type, the square of its precision.
 _NO_ERROR = 1e-9
+
+Leaves = Mapping[str, Any]
 
 
 def linear_parts(module: Any) -> tuple[str, ...]:
@@ -51,93 +55,119 @@ class Seen(NamedTuple):
 class LayerFit:
     """A layer by itself, whose parts are fitted one at a time."""
 
-    def __init__(self, module: Any, others: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, module: Any, others: Mapping[str, Leaves]) -> None:
         """Takes the layer outside its network, to compute in float32 or wider.
 
         Args:
             module: As it stands in the network.
             others: Its variables that are no parameters, by collection.
         """
-        wide = jnp.promote_types(module.dtype or module.param_dtype, jnp.float32)
-        # Ladders are not for gradients.
-        plain = {"capacities": None} if isinstance(module, InertialConv) else {}
-        self._module = module.clone(parent=None, dtype=wide, **plain)
+        dtype = jnp.dtype(module.dtype or module.param_dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        changes: dict[str, Any] = {"parent": None, "name": None, "dtype": wide}
+        if isinstance(module, InertialConv):
+            changes["capacities"] = None  # ladders are not for gradients
+        self._module = module.clone(**changes)
         self._others = {
             collection: traverse_util.unflatten_dict(dict(leaves), sep="/")
             for collection, leaves in others.items()
             if leaves
         }
-
-    def _apply(
-        self, fitted: Mapping[str, Any], leaves: Mapping[str, Any], x: Array
-    ) -> Array:
-        params = traverse_util.unflatten_dict({**leaves, **fitted}, sep="/")
-        return jnp.asarray(self._module.apply({**self._others, "params": params}, x))
+        self._no_error = max(_NO_ERROR, float(jnp.finfo(dtype).eps) ** 2)
 
     def fit(
         self,
-        leaves: dict[str, Any],
+        leaves: Leaves,
         part: str,
         seen: list[Seen],
         held_out: list[Seen],
         iterations: int,
-    ) -> dict[str, Any]:
+    ) -> Leaves:
         """Returns the layer's parameters, one part of them fitted.
 
         Of the steps, those after the least error on what is held out are dropped.
+
+        Args:
+            leaves: The layer's parameters, those of its parts as `PART/kernel`.
+            part: Of `linear_parts`.
+            seen: What it is fitted to.
+            held_out: What says when to stop.
+            iterations: Most steps.
         """
         names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
-        wide = jnp.promote_types(seen[0].x.dtype, jnp.float32)
+        wide = seen[0].x.dtype
         start = {
             name: jnp.asarray(leaves[name], wide) for name in names if name in leaves
         }
         flat, unravel = ravel_pytree(start)
+        rest = {name: leaf for name, leaf in leaves.items() if name not in start}
         # A bias that stays is no part of what is linear.
         unbiased = {
             name: jnp.zeros_like(leaf) if name.endswith("bias") else leaf
-            for name, leaf in leaves.items()
+            for name, leaf in rest.items()
         }
+        normal = functools.partial(_normal, self._module, self._others, unbiased)
+        error = functools.partial(_squared_error, self._module, self._others, rest)
+        slope = functools.partial(_slope, self._module, self._others, rest)
 
-        @jax.jit
-        def squared_error(vector: Array, x: Array, y: Array) -> Array:
-            return jnp.square(y - self._apply(unravel(vector), leaves, x)).sum()
-
-        @jax.jit
-        def normal(vector: Array, x: Array) -> Array:
-            """The normal equations' matrix, A^T A, times a vector."""
-            out, transpose = jax.vjp(
-                lambda v: self._apply(unravel(v), unbiased, x), vector
-            )
-            return transpose(out)[0]
+        def total(trees: list[Any]) -> np.ndarray:
+            return np.sum([np.asarray(ravel_pytree(t)[0]) for t in trees], axis=0)
 
         def matvec(vector: np.ndarray) -> np.ndarray:
-            step = jnp.asarray(vector, flat.dtype)
-            return np.sum([np.asarray(normal(step, x)) for x, _ in seen], axis=0)
+            step = unravel(jnp.asarray(vector, flat.dtype))
+            return total([normal(step, x) for x, _ in seen])
 
         def error_held_out(step: np.ndarray) -> float:
-            moved = flat + jnp.asarray(step, flat.dtype)
-            errors = [squared_error(moved, *one) for one in held_out]
-            return float(np.sum(jax.device_get(errors), dtype=np.float64))
+            moved = unravel(flat + jnp.asarray(step, flat.dtype))
+            errors = jax.device_get([error(moved, *one) for one in held_out])
+            return float(np.sum(errors, dtype=np.float64))
 
         best = np.zeros(flat.size, flat.dtype)
         least = error_held_out(best)
-        if least <= _NO_ERROR * float(sum(jnp.square(y).sum() for _, y in held_out)):
+        if least <= self._no_error * float(
+            sum(jnp.square(y).sum() for _, y in held_out)
+        ):
             return leaves
 
         def keep_if_better(step: np.ndarray) -> None:
             nonlocal best, least
-            error = error_held_out(step)
-            if error < least:
-                best, least = step.copy(), error
+            found = error_held_out(step)
+            if found < least:
+                best, least = step.copy(), found
 
-        slope = jax.jit(jax.grad(squared_error))
-        b = np.sum([np.asarray(slope(flat, *one)) for one in seen], axis=0) / -2
+        b = total([slope(start, *one) for one in seen]) / -2
         operator = LinearOperator((flat.size,) * 2, matvec=matvec, dtype=flat.dtype)
         cg(operator, b, maxiter=iterations, rtol=1e-6, callback=keep_if_better)
         if not best.any():
             return leaves
         fitted = unravel(flat + jnp.asarray(best, flat.dtype))
-        return leaves | {
+        return {**leaves} | {
             name: value.astype(jnp.asarray(leaves[name]).dtype)
             for name, value in fitted.items()
         }
+
+
+# Compiled once for all layers of one form.
+
+
+def _apply(module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array) -> Array:
+    params = traverse_util.unflatten_dict({**rest, **fitted}, sep="/")
+    return jnp.asarray(module.apply({**others, "params": params}, x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _squared_error(
+    module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array, y: Array
+) -> Array:
+    return jnp.square(y - _apply(module, others, rest, fitted, x)).sum()
+
+
+_slope = jax.jit(jax.grad(_squared_error, argnums=3), static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array) -> Leaves:
+    """Returns the normal equations' matrix, A^T A, times some parameters."""
+    out, transpose = jax.vjp(lambda f: _apply(module, others, rest, f, x), fitted)
+    (product,) = transpose(out)
+    return dict(product)

@@ -8,22 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.calibration import apply_as_trained, batched, checked_images
-from inertia_jax.calls import first_argument, record_calls
+from inertia_jax.calls import check_in_view, first_argument, record_calls
+from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.layer_fit import OF_PARTS, LayerFit, Seen, linear_parts
 from inertia_jax.plan import Plan
 from inertia_jax.sites import leaves_at, with_leaves
+
+# So that two are held out, which BatchNorm needs.
+LEAST_IMAGES = 8
+
+Network = tuple[nn.Module, Mapping[str, Any]]
 
 
 def reconstruct(
     model: nn.Module,
     variables: Mapping[str, Any],
     *,
-    dense: tuple[nn.Module, Mapping[str, Any]],
+    dense: Network,
     images: Float[ArrayLike, "n h w c"],
     layers: str = "*",
     iterations: int = 12,
@@ -41,30 +48,34 @@ def reconstruct(
     that a few steps of conjugate gradients, from the kernel as it is, go most of the
     way. A quarter of the images is held out, to choose after how many steps to stop: a
     kernel that no step improves there stays. The factors of a layer are fitted one
-    after another; gates stay where friction and threshold put them.
+    after another. Layers whose gates choose a maximum (`combine="max"`) are left as
+    they are, and what stands before an inertial core.
 
-    Labels are not needed, and costs stay as they are. `recalibrate_batch_norm` comes
-    after. BatchNorm normalises with the statistics of each batch meanwhile.
+    Labels are not needed. BatchNorm normalises with the statistics of each batch
+    meanwhile; `recalibrate_batch_norm` comes after. Thresholds and the mean of relative
+    friction are taken as they are stored, and stay; rates of open gates follow the
+    layers' inputs, by little.
 
     Args:
         model: A network that `compress` or `make_inertial` returned.
         variables: Its variables.
         dense: (model, variables) of the network that it was made from.
         images: Some thousand of the network's inputs, as training saw them, at least
-            two; of those held out and of the others, what fills no whole batch is left
+            8; of those held out and of the others, what fills no whole batch is left
             out. Inputs and outputs of one layer are in memory for all of them.
         layers: Glob over the paths of the convolutions that may change. Layers that
             already put out what the dense ones do stay bit for bit.
         iterations: Most steps of conjugate gradients for each factor, >= 1.
-        batch_size: Images a call.
+        batch_size: Images a call, >= 2; a quarter of all if that is less.
 
     Returns:
         Variables with other kernels, and biases where layers have them.
 
     Raises:
-        ValueError: A glob that matches no convolution, a dense network that has other
-            layers or other shapes, fewer than two images, or images or outputs that are
-            not finite.
+        ValueError: A glob that matches no convolution, one inside `nn.scan`, `nn.remat`
+            or their like, a dense network that has other layers, other shapes or
+            BatchNorm elsewhere, too few images, or images or outputs that are not
+            finite.
 
     References:
         Zhang et al., 2016, https://arxiv.org/abs/1505.06798, section 3.3 (asymmetric
@@ -72,58 +83,88 @@ def reconstruct(
     """
     if iterations < 1:
         raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
+    if batch_size < 2:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
     checked = checked_images(images, "images")
-    if len(checked) < 2:
-        raise ValueError(f"`images` (={len(checked)}) must be at least 2.")
-    held_out = max(1, len(checked) // 4)
-    batches = batched(checked[:-held_out], batch_size)
-    batches_held_out = batched(checked[-held_out:], batch_size)
-    model = _with_still_gates(model)
+    if len(checked) < LEAST_IMAGES:
+        raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
+    if _normalised(variables) != _normalised(dense[1]):
+        raise ValueError(
+            "`dense` must have BatchNorm where `model` has it; fold after fitting."
+        )
+    num_held_out = len(checked) // 4
+    size = min(batch_size, num_held_out)
+    fitting = batched(checked[:-num_held_out], size)
+    held_out = batched(checked[-num_held_out:], size)
+    model, dense = _without_ladders(model), (_without_ladders(dense[0]), dense[1])
     calls, _ = record_calls(model, checked.shape[1:])
-    found = {path: call.module for path, call in calls.items()}
-    parts = {
-        path: linear_parts(module)
-        for path, module in found.items()
+    modules = {path: call.module for path, call in calls.items()}
+    paths = [
+        path
+        for path, module in modules.items()
         if path
         and fnmatch.fnmatchcase(path, layers)
-        and not isinstance(found.get(path.rpartition("/")[0]), OF_PARTS)
-    }
-    parts = {path: names for path, names in parts.items() if names}
-    if not parts:
+        and linear_parts(module)
+        and not isinstance(modules.get(path.rpartition("/")[0]), OF_PARTS)
+    ]
+    if not paths:
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution that can be fitted."
         )
     changed = dict(variables)
-    for path, names in parts.items():
+    for path in paths:
         see = _watcher(path, (model, changed), dense)
-        seen, seen_held_out = see(batches), see(batches_held_out)
-        leaves = leaves_at(changed, path)
         others = {
             collection: leaves_at({"params": tree}, path)
             for collection, tree in changed.items()
             if collection != "params"
         }
-        layer = LayerFit(found[path], others)
-        for name in names:
-            leaves = layer.fit(leaves, name, seen, seen_held_out, iterations)
+        leaves = _fitted(
+            LayerFit(modules[path], others),
+            linear_parts(modules[path]),
+            leaves_at(changed, path),
+            see(fitting),
+            see(held_out),
+            iterations,
+        )
         changed = with_leaves(changed, {path: leaves})
     return changed
 
 
-def _with_still_gates(model: nn.Module) -> nn.Module:
-    """Returns the model with thresholds that batches do not move, and no ladders."""
+def _fitted(
+    layer: LayerFit,
+    parts: tuple[str, ...],
+    leaves: Mapping[str, Any],
+    seen: list[Seen],
+    held_out: list[Seen],
+    iterations: int,
+) -> Mapping[str, Any]:
+    """Returns a layer's parameters, fitted part after part."""
+    for part in parts:
+        leaves = layer.fit(leaves, part, seen, held_out, iterations)
+    return leaves
+
+
+def _normalised(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """Returns where a network has BatchNorm."""
+    stats = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+    return {path for path in stats if path[-1] != "friction_mean"}
+
+
+def _without_ladders(model: nn.Module) -> nn.Module:
+    """Returns the model with layers that compile sooner, where a plan makes them."""
     plan = getattr(model, "plan", None)
-    if not isinstance(plan, Plan):
-        return model
-    return model.clone(plan=plan.with_fixed_thresholds().without_ladders())
+    return (
+        model
+        if not isinstance(plan, Plan)
+        else model.clone(plan=plan.without_ladders())
+    )
 
 
 def _watcher(
     path: str,
-    compressed: tuple[nn.Module, Mapping[str, Any]],
-    dense: tuple[nn.Module, Mapping[str, Any]],
+    compressed: Network,
+    dense: Network,
 ) -> Callable[[list[np.ndarray]], list[Seen]]:
     """Returns a function from batches to every call of a layer on them.
 
@@ -160,14 +201,20 @@ def _calls_of(
 ) -> list[tuple[Array, Array]]:
     """Returns input and output of every call of a layer, in float32 or wider."""
     found: list[tuple[Array, Array]] = []
+    roots: list[Any] = []
     depth = 0
 
     def record(
         call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         nonlocal depth
-        is_it = "/".join(context.module.path) == path
-        is_it = is_it and context.method_name == "__call__"
+        is_call = context.method_name == "__call__"
+        is_it = is_call and "/".join(context.module.path) == path
+        if is_it or not roots:
+            check_in_view(context.module, roots)
+        if is_call and isinstance(context.module, InertialConv):
+            # As in evaluation: no batch moves a threshold.
+            kwargs = {**kwargs, "train": False}
         # What stands in for a layer has its path, too.
         depth += is_it
         output = call(*args, **kwargs)

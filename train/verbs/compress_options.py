@@ -7,6 +7,7 @@ import tyro
 
 from inertia_jax.ops.friction import Metric, Reference
 from inertia_jax.ops.tiling import Low
+from inertia_jax.reconstruct import LEAST_IMAGES
 from inertia_jax.specs import Inertial
 from train.config import Data
 from train.errors import UsageError
@@ -66,7 +67,7 @@ class Compress:
     """Training images that recalibrate BatchNorm, cropped and flipped as they were."""
     reconstruction_images: int = 0
     """Training images on which every layer's kernels are fitted to what the dense layer
-    puts out, by least squares; 0: they are not."""
+    puts out, by least squares, a quarter of them to say when to stop; 0: none are."""
     crop_padding: int | None = None
     """Of the training that made the checkpoint; None: as it says, 0 if imported."""
     flip: bool | None = None
@@ -128,12 +129,14 @@ def check_options(args: Compress) -> bool:
     ):
         if getattr(args, name) < 0:
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
-    for name in ("calibration_images", "recalibration_images", "reconstruction_images"):
-        is_needed = name == "calibration_images" or (
-            is_inertial and name == "recalibration_images"
-        )
-        if getattr(args, name) < 2 and (is_needed or getattr(args, name)):
-            raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 2.")
+    for name, least, is_needed in (
+        ("calibration_images", 2, True),
+        ("recalibration_images", 2, is_inertial),
+        ("reconstruction_images", LEAST_IMAGES, False),
+    ):
+        value = getattr(args, name)
+        if value < least and (is_needed or value):
+            raise UsageError(f"`{name}` (={value}) must be >= {least}.")
     if args.crop_padding is not None and args.crop_padding < 0:
         raise UsageError(f"`crop_padding` (={args.crop_padding}) must be >= 0.")
     if args.ranks is not None:

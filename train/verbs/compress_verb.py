@@ -14,7 +14,6 @@ import tyro
 from inertia_jax import count_cost, load_checkpoint, save_checkpoint
 from inertia_jax.metadata import Metadata, load_metadata
 from train.checkpoints import find_checkpoint, latest_steps
-from train.compress_stages import compressed_stages, drawer
 from train.errors import UsageError, user_input
 from train.layer_report import format_layers, plan_to_json, report_layers
 from train.loop import FitResult, fit
@@ -25,6 +24,7 @@ from train.verbs.compress_options import (
     check_options,
     check_options_without_data,
 )
+from train.verbs.compress_stages import compressed_stages, drawer
 from train.verbs.finetune_verb import DEFAULTS, from_checkpoint
 from train.verbs.fit_verb import exit_code
 

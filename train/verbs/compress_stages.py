@@ -129,9 +129,10 @@ def _make_tucker2(
         round_to=args.round_to,
         image_shape=image_shape,
     )
-    if draw is None or not args.recalibration_images or "batch_stats" not in raw[1]:
+    recalibrated = raw if draw is None else _recalibrated(args, raw, draw)
+    if recalibrated is raw:
         return {"raw": raw}
-    return {"raw": raw, "recalibrated": _recalibrated(args, raw, draw)}
+    return {"raw": raw, "recalibrated": recalibrated}
 
 
 def _recalibrated(
