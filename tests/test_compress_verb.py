@@ -71,7 +71,7 @@ def test_the_record_says_what_the_checkpoint_is(compressed, tmp_path):
 @pytest.mark.parametrize(
     "how",
     [
-        ["--ranks", "ratio:0.4", "--layers", "layer4*"],
+        ["--ranks", "ratio:0.3"],
         ["--macs", "0.97", "--layers", "layer1_0*"],
     ],
 )
@@ -86,8 +86,7 @@ def test_kernels_are_fitted_to_the_dense_layers(run, how, tmp_path):
     if how[0] == "--ranks":
         top1 = [test["stages"][stage]["top1"] for stage in stages]
         assert stages == ["raw", "recalibrated", "reconstructed"]
-        print(top1)
-        assert top1[0] < top1[1] < top1[2]
+        assert top1[0] < top1[1] < top1[2] - 0.2
 
 
 def test_evaluation_beside_another_checkpoint(compressed, run, tmp_path, capsys):
