@@ -93,8 +93,7 @@ def input_moments(
         ) -> Any:
             path = "/".join(context.module.path)
             is_site = context.method_name == "__call__" and path in sites
-            if is_site or not roots:
-                check_in_view(context.module, roots)
+            check_in_view(context.module, roots, is_wanted=is_site)
             if is_site:
                 x = jnp.asarray(first_argument(args, kwargs))
                 groups = sites[path].groups

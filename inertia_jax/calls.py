@@ -92,12 +92,15 @@ def record_calls(
     return calls, variables
 
 
-def check_in_view(module: nn.Module, roots: list[Any]) -> None:
+def check_in_view(module: nn.Module, roots: list[Any], *, is_wanted: bool) -> None:
     """Checks that what a layer sees is there when the network has been called.
 
+    An interceptor of methods does so for every module, the network itself first.
+
     Args:
-        module: What an interceptor of methods was given.
-        roots: Of the scopes seen so far; empty before the network itself is called.
+        module: What the interceptor was given.
+        roots: Empty at first; the root of the network's scopes is kept there.
+        is_wanted: Whether the module is a layer whose inputs are to be seen.
 
     Raises:
         ValueError: The layer is inside a lifted transformation.
@@ -105,7 +108,7 @@ def check_in_view(module: nn.Module, roots: list[Any]) -> None:
     root = None if module.scope is None else module.scope.root
     if not roots:
         roots.append(root)
-    if root is not roots[0]:
+    if is_wanted and root is not roots[0]:
         path = "/".join(module.path)
         raise ValueError(
             f"{path!r} is called inside nn.scan, nn.remat, nn.vmap or nn.jit, where "

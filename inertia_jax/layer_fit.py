@@ -124,9 +124,8 @@ class LayerFit:
 
         best = np.zeros(flat.size, flat.dtype)
         least = error_held_out(best)
-        if least <= self._no_error * float(
-            sum(jnp.square(y).sum() for _, y in held_out)
-        ):
+        squares = float(sum(jnp.square(y).sum() for _, y in held_out))
+        if least <= self._no_error * squares:
             return leaves
 
         def keep_if_better(step: np.ndarray) -> None:

@@ -210,8 +210,7 @@ def _calls_of(
         nonlocal depth
         is_call = context.method_name == "__call__"
         is_it = is_call and "/".join(context.module.path) == path
-        if is_it or not roots:
-            check_in_view(context.module, roots)
+        check_in_view(context.module, roots, is_wanted=is_it)
         if is_call and isinstance(context.module, InertialConv):
             # As in evaluation: no batch moves a threshold.
             kwargs = {**kwargs, "train": False}

@@ -167,7 +167,7 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
         (["--macs", "0.5", "--method", "hooi"], "`method` .* must fit --macs"),
         (
             ["--ranks", "evbmf", "--reconstruction-images", "1"],
-            r"`reconstruction_images` \(=1\) must be >= 8",
+            r"`reconstruction_images` \(=1\) must be 0 or >= 8",
         ),
         (["--ranks", "evbmf", "--method", "inertial"], "must fit --ranks"),
         (["--ranks", "budget:macs=0.001"], "must be at least 0\\.\\d+"),

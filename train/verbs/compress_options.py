@@ -120,13 +120,7 @@ def check_options(args: Compress) -> bool:
             f"`finetune_learning_rate` (={args.finetune_learning_rate}) does nothing "
             f"without `finetune_epochs`."
         )
-    for name in (
-        "finetune_epochs",
-        "latency_batch",
-        "recalibration_images",
-        "reconstruction_images",
-        "seed",
-    ):
+    for name in ("finetune_epochs", "latency_batch", "seed"):
         if getattr(args, name) < 0:
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
     for name, least, is_needed in (
@@ -136,7 +130,8 @@ def check_options(args: Compress) -> bool:
     ):
         value = getattr(args, name)
         if value < least and (is_needed or value):
-            raise UsageError(f"`{name}` (={value}) must be >= {least}.")
+            rule = f">= {least}" if is_needed else f"0 or >= {least}"
+            raise UsageError(f"`{name}` (={value}) must be {rule}.")
     if args.crop_padding is not None and args.crop_padding < 0:
         raise UsageError(f"`crop_padding` (={args.crop_padding}) must be >= 0.")
     if args.ranks is not None:
