@@ -1,5 +1,6 @@
 """Factorised convolutions as Linen modules: Tucker-2, and two factors for 1x1."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.ops.conv import conv_for_linen, pair
+from inertia_jax.ops.conv import pair
+from inertia_jax.ops.conv_layers import conv_for_linen
 from inertia_jax.ops.factors import pointwise
 from inertia_jax.ops.unfold import max_ranks
 from inertia_jax.specs import Conv, Inertial
@@ -162,7 +164,7 @@ class Tucker2Conv(nn.Module):
                 kernel_dilation=self.kernel_dilation,
                 feature_group_count=groups,
                 use_bias=False,
-                conv_general_dilated=conv_for_linen,
+                conv_general_dilated=functools.partial(conv_for_linen, train=train),
                 name="core",
                 precision=self.precision,
                 **common,

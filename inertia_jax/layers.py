@@ -1,6 +1,7 @@
 """Linen layers as the models use them: PyTorch's defaults, chosen by the plan."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -14,8 +15,7 @@ from jaxtyping import Float
 from inertia_jax.batch_norm import BatchNormToTrain
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.ops.conv import conv_for_linen
-from inertia_jax.ops.conv_grad import conv_for_linen_to_train
+from inertia_jax.ops.conv_layers import conv_for_linen
 from inertia_jax.plan import Plan
 from inertia_jax.specs import Conv, Inertial, LowRank, Tucker2, stays_dense
 
@@ -171,7 +171,7 @@ class Layers:
             features,
             (size, size),
             bias_init=torch_bias_init(size**2 * x.shape[-1]),
-            conv_general_dilated=conv_for_linen_to_train if train else conv_for_linen,
+            conv_general_dilated=functools.partial(conv_for_linen, train=train),
             **common,
         )(x)
 

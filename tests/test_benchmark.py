@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 
 import jax
 import numpy as np
@@ -84,19 +83,24 @@ def test_what_the_user_set_stays_set(monkeypatch):
     place = jax.config.values["jax_compilation_cache_dir"]
     platform.use_compilation_cache()
     assert jax.config.values["jax_compilation_cache_dir"] == place
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=1")
-    platform.choose_cpu_convolutions()
-    assert platform.os.environ["XLA_FLAGS"].count("ynn") == 1
-
-
-def test_versions_without_the_flag_are_not_given_it(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--other")
-    monkeypatch.setattr(platform.jaxlib.version, "__version_info__", (0, 12, 0))
-    platform.choose_cpu_convolutions()
-    assert platform.os.environ["XLA_FLAGS"] == "--other"
-    monkeypatch.setattr(platform.jaxlib.version, "__version_info__", (0, 10, 2))
-    platform.choose_cpu_convolutions()
-    flags = platform.os.environ["XLA_FLAGS"]
-    assert re.fullmatch(
-        "--other --xla_cpu_experimental_ynn_fusion_type=.*REDUCE", flags
+    monkeypatch.setenv(
+        "XLA_FLAGS",
+        "--xla_cpu_experimental_ynn_fusion_type=1 --xla_cpu_scheduler_type=2",
     )
+    platform.choose_cpu_flags()
+    flags = platform.os.environ["XLA_FLAGS"]
+    assert flags.count("ynn") == flags.count("scheduler") == 1
+
+
+def test_versions_without_a_flag_are_not_given_it(monkeypatch):
+    def chosen(version):
+        monkeypatch.setenv("XLA_FLAGS", "--other")
+        monkeypatch.setattr(platform.jaxlib.version, "__version_info__", version)
+        platform.choose_cpu_flags()
+        return platform.os.environ["XLA_FLAGS"]
+
+    ynn = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
+    scheduler = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    assert chosen((0, 10, 2)) == f"--other {ynn} {scheduler}"
+    assert chosen((0, 12, 0)) == f"--other {scheduler}"
+    assert chosen((0, 13, 0)) == "--other"

@@ -5,9 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-import inertia_jax
 from train.errors import UsageError
-from train.platform import choose_cpu_convolutions, use_compilation_cache
+from train.host_memory import give_back_after_compiling, restart_with_huge_pages
 
 VERBS = {
     "fit": "train a network",
@@ -28,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 1 where a sweep's run failed, 2 after
     bad input, 130 after Ctrl-C.
     """
+    # Not at the top: they import JAX, and the process may first be replaced.
+    import inertia_jax
+    from train.platform import choose_cpu_flags, use_compilation_cache
+
     argv = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
     hint = "`python -m train VERB --help` says more."
@@ -42,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version)
     verb = parser.parse_args(argv[:1] or ["--help"]).verb
     use_compilation_cache()
-    choose_cpu_convolutions()
+    choose_cpu_flags()
+    give_back_after_compiling()
     try:
         # Imported by need: benchmarks may need PyTorch, reports a plotting library.
         return importlib.import_module(f"train.verbs.{verb}_verb").run(argv[1:])
@@ -54,4 +58,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

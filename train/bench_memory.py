@@ -6,6 +6,7 @@ import resource
 from typing import Any, Literal
 
 from train.bench_train import make_functions
+from train.host_memory import give_back_after_compiling
 
 _STEPS = 5
 
@@ -42,6 +43,7 @@ def format_memory(row: dict[str, Any]) -> str:
 def _peak_mb(
     kind: Literal["jax", "torch"], name: str, batch_size: int, width: float
 ) -> float:
+    give_back_after_compiling()
     functions = make_functions(
         name, batch_size=batch_size, width=width, kinds=(kind,), dtype="float32"
     )

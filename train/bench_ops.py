@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import ops
-from inertia_jax.ops.conv_grad import conv2d_to_train
+from inertia_jax.ops.conv_layers import conv2d_to_train
 from train.bench_inertial import TILED
 from train.errors import needs_torch
 from train.timing import interleaved

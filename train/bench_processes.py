@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
 from train.parallel import AXIS, Parallel
-from train.platform import choose_cpu_convolutions
+from train.platform import choose_cpu_flags
 from train.rundir import describe_machine
 from train.scaling_model import count_step
 from train.trainer import Trainer
@@ -144,7 +144,7 @@ def main() -> None:
     if args.repeats < 2:
         parser.error(f"--repeats (={args.repeats}) must be >= 2, for quartiles")
     if args.worker:
-        choose_cpu_convolutions()
+        choose_cpu_flags()
         address, count, index = args.worker
         if int(count) > 1:
             jax.distributed.initialize(address, int(count), int(index))

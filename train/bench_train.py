@@ -117,17 +117,20 @@ def _jax_functions(
         return optax.apply_updates(params, updates), batch_stats, opt_state
 
     take_step = jax.jit(step, donate_argnums=0)
-    predict = jax.jit(lambda variables, images: model.apply(variables, images))
-    params = jax.tree.map(jnp.copy, variables["params"])
-    batch_stats = jax.tree.map(jnp.copy, variables["batch_stats"])
-    state = [(params, batch_stats, tx.init(params))]
+    predict = jax.jit(
+        lambda params, batch_stats, images: model.apply(
+            {"params": params, "batch_stats": batch_stats}, images
+        )
+    )
+    params = variables["params"]
+    state = [(params, variables["batch_stats"], tx.init(params))]
     batch = jax.device_put((images.astype(jnp.dtype(dtype)), labels))
 
     def train() -> None:
         state[0] = jax.block_until_ready(take_step(state[0], *batch))
 
     def evaluate() -> None:
-        jax.block_until_ready(predict(variables, batch[0]))
+        jax.block_until_ready(predict(*state[0][:2], batch[0]))
 
     return train, evaluate
 

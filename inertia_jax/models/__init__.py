@@ -60,7 +60,7 @@ def create_model(
 
     Returns:
         A Linen module: `model.apply(variables, x_nhwc, train=False) -> logits`. With
-        `train=True` it has reverse-mode gradients alone (`ops.conv_grad`).
+        `train=True` it has reverse-mode gradients alone (`ops.conv_layers`).
 
     Raises:
         ValueError: An argument outside its range, or a plan whose glob matches no

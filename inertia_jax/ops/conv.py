@@ -145,29 +145,6 @@ def conv2d(
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
 
 
-def conv_for_linen(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: Padding,
-    *,
-    rhs_dilation: Sequence[int],
-    feature_group_count: int,
-    precision: Any = None,
-    **_: object,
-) -> Array:
-    """`conv2d` in the form in which `nn.Conv` takes its convolution."""
-    return conv2d(
-        lhs,
-        rhs,
-        strides=window_strides,
-        padding=padding,
-        dilation=rhs_dilation,
-        groups=feature_group_count,
-        precision=precision,
-    )
-
-
 def explicit_padding(
     image_size: Sequence[int],
     kernel_size: Sequence[int],

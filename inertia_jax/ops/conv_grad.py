@@ -1,85 +1,19 @@
-"""Convolution with a gradient for its kernel that is quick on CPU, for training.
+"""The gradient of a convolution's kernel as matrix products, for training on CPU.
 
-XLA computes the gradient of a kernel as a convolution whose filter is a whole image,
-which on CPU takes two to three times as long as the convolution. Here it is matrix
+XLA computes it as a convolution whose filter is a whole image, which on CPU takes two
+to three times as long as the convolution where maps are large. Here it is matrix
 products over a few images at a time, whose views stay in the cache.
 """
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, conv2d, padding_pairs, pair
-
 # Bytes of images and views that are worked on at a time: what caches hold. At
 # [64,32,32,64] to 64 channels 4 MiB took 21 ms, 0.5 and 16 MiB 24 and 40, XLA 63.
 _CHUNK_BYTES = 4 << 20
-# Up to this many outputs an image, XLA's form is quicker: 17 against 26 ms at
-# [64,8,8,256] to 256 channels, jax 0.10.2; under 0.12 34 against 25, but whole networks
-# take as long either way.
-_FEW_OUTPUTS = 64
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv2d_to_train(
-    x: Float[Array, "n h w c_in"],
-    kernel: Float[Array, "kh kw c_in c_out"],
-    strides: tuple[int, int],
-    padding: tuple[tuple[int, int], tuple[int, int]],
-) -> Float[Array, "n h_out w_out c_out"]:
-    """Returns `conv2d`, whose reverse-mode gradient on CPU is computed here.
-
-    There is no forward-mode gradient (`jax.jvp`), as of every `jax.custom_vjp`; that of
-    the reverse-mode gradient there is.
-
-    Args:
-        x: Images.
-        kernel: Filters.
-        strides: Vertical and horizontal.
-        padding: Zeros around the image.
-    """
-    return conv2d(x, kernel, strides=strides, padding=padding)
-
-
-def _forward(
-    x: Array, kernel: Array, strides: tuple[int, int], padding: Any
-) -> tuple[Array, tuple[Array, Array]]:
-    return conv2d(x, kernel, strides=strides, padding=padding), (x, kernel)
-
-
-def _backward(
-    strides: tuple[int, int],
-    padding: Any,
-    residuals: tuple[Array, Array],
-    cotangent: Array,
-) -> tuple[Array, Array]:
-    x, kernel = residuals
-    convolve = functools.partial(conv2d, strides=strides, padding=padding)
-    (x_bar,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(cotangent)
-
-    def by_xla(x: Array, cotangent: Array) -> Array:
-        transpose = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)
-        return transpose(cotangent)[0]
-
-    if math.prod(cotangent.shape[1:3]) <= _FEW_OUTPUTS or kernel.shape[:2] == (1, 1):
-        return x_bar, by_xla(x, cotangent)
-    by_products = functools.partial(
-        kernel_gradient,
-        kernel_size=(kernel.shape[0], kernel.shape[1]),
-        strides=strides,
-        padding=padding,
-    )
-    kernel_bar = lax.platform_dependent(x, cotangent, cpu=by_products, default=by_xla)
-    return x_bar, kernel_bar
-
-
-conv2d_to_train.defvjp(_forward, _backward)
 
 
 def kernel_gradient(
@@ -180,31 +114,3 @@ def _product(a: Array, b: Array) -> Array:
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def conv_for_linen_to_train(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Sequence[int],
-    padding: Padding,
-    *,
-    rhs_dilation: Sequence[int],
-    feature_group_count: int,
-    **_: object,
-) -> Array:
-    """`conv2d_to_train` in the form in which `nn.Conv` takes its convolution."""
-    strides, pads = pair(window_strides), padding_pairs(padding)
-    if (
-        feature_group_count != 1
-        or pair(rhs_dilation) != (1, 1)
-        or isinstance(pads, str)
-    ):
-        return conv2d(
-            lhs,
-            rhs,
-            strides=strides,
-            padding=pads,
-            dilation=rhs_dilation,
-            groups=feature_group_count,
-        )
-    return conv2d_to_train(lhs, rhs, strides, pads)

@@ -1,0 +1,219 @@
+"""Convolution as layers apply it, on CPU each of its parts in the quickest form.
+
+On CPU the convolution and both of its gradients are Winograd's where that is quicker,
+else XLA's, and the gradient of a kernel matrix products where maps are large. Elsewhere
+all is XLA's.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Float
+
+from inertia_jax.ops.conv import Padding, conv2d, explicit_padding, pair
+from inertia_jax.ops.conv_grad import kernel_gradient
+from inertia_jax.ops.winograd import (
+    winograd_conv2d,
+    winograd_input_gradient,
+    winograd_kernel_gradient,
+)
+
+# Winograd's form pays from these channels, in and out, and tiles on. Of XLA's time, two
+# cores, jax 0.10.2: 48 channels 0.78-0.80, 64 0.66-0.70, 128 0.55-0.66, and 32 channels
+# 0.98-1.55; 512 channels on 64 tiles 0.88, on 16 tiles 1.07, on 4 tiles 2.
+_LEAST_CHANNELS = 48
+_LEAST_TILES = 64
+# Likewise for the gradient of a kernel: 96 channels 0.74-0.92, 64 channels 1.17-1.35.
+_LEAST_CHANNELS_OF_KERNEL_GRADIENT = 96
+# Up to this many outputs an image, the kernel's gradient is XLA's rather than products:
+# 17 against 26 ms at [64,8,8,256] to 256 channels.
+_FEW_OUTPUTS = 64
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def conv2d_to_apply(
+    x: Float[Array, "n h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> Float[Array, "n h_out w_out c_out"]:
+    """Returns `conv2d`, computed on CPU in its quickest form, for networks in use.
+
+    Its derivatives, forward and reverse, are those of `conv2d`.
+
+    Args:
+        x: Images.
+        kernel: Filters.
+        strides: Vertical and horizontal.
+        padding: Zeros around the image.
+    """
+    return _quickest(x, kernel, strides, padding)
+
+
+@functools.partial(conv2d_to_apply.defjvp, symbolic_zeros=True)
+def _conv2d_to_apply_jvp(
+    strides: tuple[int, int],
+    padding: Pads,
+    primals: tuple[Array, Array],
+    tangents: tuple[Any, Any],
+) -> tuple[Array, Any]:
+    x, kernel = primals
+    x_dot, kernel_dot = tangents
+    convolve = functools.partial(conv2d, strides=strides, padding=padding)
+    y = conv2d_to_apply(x, kernel, strides, padding)
+    parts = []
+    if type(x_dot) is not SymbolicZero:
+        parts.append(convolve(x_dot, kernel))
+    if type(kernel_dot) is not SymbolicZero:
+        parts.append(convolve(x, kernel_dot))
+    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv2d_to_train(
+    x: Float[Array, "n h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> Float[Array, "n h_out w_out c_out"]:
+    """Returns `conv2d`, which with its reverse-mode gradient is quickest on CPU.
+
+    There is no forward-mode gradient (`jax.jvp`), as of every `jax.custom_vjp`; that of
+    the reverse-mode gradient there is.
+
+    Args:
+        x: Images.
+        kernel: Filters.
+        strides: Vertical and horizontal.
+        padding: Zeros around the image.
+    """
+    return _quickest(x, kernel, strides, padding)
+
+
+def _forward(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Pads
+) -> tuple[Array, tuple[Array, Array]]:
+    return _quickest(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(
+    strides: tuple[int, int],
+    padding: Pads,
+    residuals: tuple[Array, Array],
+    cotangent: Array,
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    convolve = functools.partial(conv2d, strides=strides, padding=padding)
+
+    def input_by_xla(cotangent: Array, kernel: Array) -> Array:
+        return jax.linear_transpose(lambda x: convolve(x, kernel), x)(cotangent)[0]
+
+    def kernel_by_xla(x: Array, cotangent: Array) -> Array:
+        transpose = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)
+        return transpose(cotangent)[0]
+
+    kernel_on_cpu: Callable[[Array, Array], Array] | None = None
+    if _winograd_pays(
+        x, kernel, strides, padding, channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT
+    ):
+        kernel_on_cpu = functools.partial(winograd_kernel_gradient, padding=padding)
+    elif math.prod(cotangent.shape[1:3]) > _FEW_OUTPUTS and kernel.shape[:2] != (1, 1):
+        kernel_on_cpu = functools.partial(
+            kernel_gradient,
+            kernel_size=(kernel.shape[0], kernel.shape[1]),
+            strides=strides,
+            padding=padding,
+        )
+    input_on_cpu: Callable[[Array, Array], Array] | None = None
+    if _winograd_pays(x, kernel, strides, padding):
+        input_on_cpu = functools.partial(winograd_input_gradient, padding=padding)
+    return (
+        _by_platform(input_on_cpu, input_by_xla, cotangent, kernel),
+        _by_platform(kernel_on_cpu, kernel_by_xla, x, cotangent),
+    )
+
+
+conv2d_to_train.defvjp(_forward, _backward)
+
+
+def _quickest(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Pads
+) -> Array:
+    convolve = functools.partial(conv2d, strides=strides, padding=padding)
+    on_cpu = None
+    if _winograd_pays(x, kernel, strides, padding):
+        on_cpu = functools.partial(winograd_conv2d, padding=padding)
+    return _by_platform(on_cpu, convolve, x, kernel)
+
+
+def _by_platform(
+    on_cpu: Callable[[Array, Array], Array] | None,
+    default: Callable[[Array, Array], Array],
+    *args: Array,
+) -> Array:
+    if on_cpu is None:
+        return default(*args)
+    return lax.platform_dependent(*args, cpu=on_cpu, default=default)
+
+
+def _winograd_pays(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Pads,
+    *,
+    channels: int = _LEAST_CHANNELS,
+) -> bool:
+    """Whether Winograd's form is quicker on CPU; its rule is measured, above."""
+    n, h, w, _ = x.shape
+    if not isinstance(n * h * w, int):  # exported for images of any number
+        return False
+    if kernel.shape[:2] != (3, 3) or strides != (1, 1) or x.dtype != kernel.dtype:
+        return False
+    if x.dtype not in (jnp.float32, jnp.float64) or min(kernel.shape[2:]) < channels:
+        return False
+    sides = (
+        max(0, size + sum(around) - 2)
+        for size, around in zip((h, w), padding, strict=True)
+    )
+    return n * math.prod(-(-side // 2) for side in sides) >= _LEAST_TILES
+
+
+def conv_for_linen(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Padding,
+    *,
+    rhs_dilation: Sequence[int],
+    feature_group_count: int,
+    precision: Any = None,
+    train: bool = False,
+    **_: object,
+) -> Array:
+    """Convolves in the form in which `nn.Conv` takes its convolution.
+
+    With `train`, there are reverse-mode gradients alone.
+    """
+    strides, taps = pair(window_strides), pair(rhs_dilation)
+    if feature_group_count != 1 or taps != (1, 1) or precision is not None:
+        return conv2d(
+            lhs,
+            rhs,
+            strides=strides,
+            padding=padding,
+            dilation=taps,
+            groups=feature_group_count,
+            precision=precision,
+        )
+    pads = explicit_padding(lhs.shape[1:3], rhs.shape[:2], strides, padding, taps)
+    convolve = conv2d_to_train if train else conv2d_to_apply
+    return convolve(lhs, rhs, strides, pads)

@@ -1,0 +1,211 @@
+"""Convolution as layers apply it: the same numbers, whatever computes them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export, lax
+
+import inertia_jax as ij
+from inertia_jax.ops import conv_layers
+from inertia_jax.ops.conv_layers import conv2d_to_apply, conv2d_to_train
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+ONES = ((1, 1), (1, 1))
+
+
+@pytest.fixture
+def all_forms(monkeypatch):
+    """Winograd's form and products at sizes where XLA's would be quicker."""
+    monkeypatch.setattr(conv_layers, "_FEW_OUTPUTS", 0)
+    monkeypatch.setattr(conv_layers, "_LEAST_CHANNELS", 4)
+    monkeypatch.setattr(conv_layers, "_LEAST_TILES", 1)
+
+
+@pytest.fixture(params=[4, 6], ids=["winograd", "products"])
+def kernel_gradient_of(request, monkeypatch):
+    monkeypatch.setattr(
+        conv_layers, "_LEAST_CHANNELS_OF_KERNEL_GRADIENT", request.param
+    )
+
+
+def convolve(x, kernel, strides, padding):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=dimensions
+    )
+
+
+def drawn(seed, n, size, c_in, c_out, kernel_size, strides, padding, dtype="float64"):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(n, *size, c_in)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(*kernel_size, c_in, c_out)), dtype)
+    y = jax.eval_shape(lambda: convolve(x, kernel, strides, padding))
+    return x, kernel, jnp.asarray(rng.normal(size=y.shape), dtype)
+
+
+CASES = [
+    # n, size, c_in, c_out, kernel_size, strides, padding
+    (5, (9, 7), 4, 5, (3, 3), (1, 1), ONES),
+    (5, (9, 7), 3, 4, (3, 3), (1, 1), ONES),
+    (4, (9, 7), 4, 4, (3, 3), (2, 2), ONES),
+    (3, (8, 8), 4, 5, (3, 2), (1, 1), ((0, 2), (1, 0))),
+    (3, (8, 11), 2, 5, (2, 3), (2, 3), ((0, 2), (1, 0))),
+    (2, (12, 12), 4, 4, (5, 5), (1, 1), ((0, 0), (0, 0))),
+    (2, (6, 6), 4, 4, (1, 1), (1, 1), ((0, 0), (0, 0))),
+    (1, (20, 20), 4, 4, (7, 7), (2, 2), ((3, 3), (3, 3))),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ours", [conv2d_to_train, conv2d_to_apply])
+def test_outputs_and_gradients_are_xlas_under_jit(
+    case, ours, all_forms, kernel_gradient_of, x64
+):
+    *_, strides, padding = case
+    x, kernel, cotangent = drawn(1, *case)
+
+    def pulled(convolve):
+        y, pull = jax.vjp(lambda *args: convolve(*args, strides, padding), x, kernel)
+        return y, *pull(cotangent)
+
+    found, expected = jax.jit(pulled, static_argnums=0)(ours), pulled(convolve)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_training_goes_under_vmap_and_forward_over_reverse(
+    all_forms, kernel_gradient_of, x64
+):
+    x, kernel, _ = drawn(2, *CASES[0])
+    kernels = jnp.stack([kernel, 2 * kernel])
+
+    def loss(conv, kernel):
+        return jnp.sum(jnp.sin(conv(x, kernel, (1, 1), ONES)))
+
+    ours, theirs = (functools.partial(loss, f) for f in (conv2d_to_train, convolve))
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(ours))(kernels),
+        jax.vmap(jax.grad(theirs))(kernels),
+        rtol=1e-11,
+        atol=1e-11,
+    )
+    hessian = [
+        jax.jvp(jax.grad(f), (kernel,), (jnp.ones_like(kernel),))[1]
+        for f in (ours, theirs)
+    ]
+    np.testing.assert_allclose(*hessian, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("moved", ["x", "kernel", "both"])
+def test_application_has_forward_mode(moved, all_forms, x64):
+    x, kernel, _ = drawn(3, *CASES[0])
+    x_dot = jnp.sin(x) if moved != "kernel" else jnp.zeros_like(x)
+    kernel_dot = jnp.cos(kernel) if moved != "x" else jnp.zeros_like(kernel)
+
+    def along(convolve):
+        def at(t):
+            # What does not move has no tangent at all, not one of zeros.
+            x_t = x + t * x_dot if moved != "kernel" else x
+            kernel_t = kernel + t * kernel_dot if moved != "x" else kernel
+            return convolve(x_t, kernel_t, (1, 1), ONES)
+
+        return jax.jvp(at, (0.5,), (1.0,))
+
+    for a, b in zip(along(conv2d_to_apply), along(convolve), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def lowered(platform, width, size, *, train):
+    """A network's gradient in training mode, or its outputs, for a platform."""
+    model = ij.create_model("resnet20", width=width)
+    x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(
+        lambda: ij.init_variables(model, jax.random.key(0), (size, size, 3))
+    )
+
+    def loss(params, stats, x):
+        variables = {"params": params, "batch_stats": stats}
+        if not train:
+            return model.apply(variables, x)
+        return model.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
+
+    function = jax.jit(jax.grad(loss) if train else loss)
+    arguments = variables["params"], variables["batch_stats"], x
+    return export.export(function, platforms=[platform])(*arguments).mlir_module()
+
+
+def test_networks_take_products_in_training_on_cpu_alone():
+    # Loops over chunks of images; no other platform has them, nor maps of 4 x 4.
+    text = functools.partial(lowered, width=0.2, train=True)
+    assert text("cpu", size=24).count("stablehlo.while") >= 8
+    assert "stablehlo.while" not in text("cpu", size=4)
+    for platform in ("tpu", "cuda"):
+        assert "stablehlo.while" not in text(platform, size=24)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_networks_take_winograds_form_on_cpu_alone(train):
+    # Six convolutions of 64 channels, five of them of 64 in and out and unit stride.
+    text = functools.partial(lowered, width=1.0, size=48, train=train)
+    passes = 2 if train else 1
+    products = {
+        platform: text(platform).count("stablehlo.dot_general")
+        for platform in ("cpu", "tpu", "cuda")
+    }
+    assert products["cpu"] >= products["tpu"] + 5 * 16 * passes
+    assert products["tpu"] == products["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "dtype", "pays"),
+    [
+        ((1, 16, 16), 48, "float32", True),
+        ((1, 16, 15), 48, "float32", True),
+        ((1, 16, 14), 48, "float32", False),
+        ((16, 3, 3), 48, "float32", True),
+        ((15, 3, 3), 48, "float32", False),
+        ((1, 16, 16), 47, "float32", False),
+        ((1, 16, 16), 48, "bfloat16", False),
+        ((0, 16, 16), 48, "float32", False),
+    ],
+)
+def test_winograds_form_is_for_many_channels_and_tiles(shape, channels, dtype, pays):
+    x = jax.ShapeDtypeStruct((*shape, channels), jnp.dtype(dtype))
+    kernel = jax.ShapeDtypeStruct((3, 3, channels, 48), jnp.dtype(dtype))
+    jaxpr = str(
+        jax.make_jaxpr(lambda x, k: conv2d_to_apply(x, k, (1, 1), ONES))(x, kernel)
+    )
+    assert ("dot_general" in jaxpr) == pays
+
+
+def test_images_of_any_number_are_exported():
+    (n,) = export.symbolic_shape("n")
+    x = jax.ShapeDtypeStruct((n, 16, 16, 48), jnp.float32)
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 48, 48)).astype(np.float32)
+    function = jax.jit(lambda x: conv2d_to_apply(x, kernel, (1, 1), ONES))
+    exported = export.export(function)(x)
+    images = np.random.default_rng(1).normal(size=(2, 16, 16, 48)).astype(np.float32)
+    # Sums of 432 terms of order 1, in another order.
+    np.testing.assert_allclose(
+        exported.call(images), function(images), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_evaluation_mode_keeps_forward_mode():
+    model = ij.create_model("lenet", width=0.1)
+    variables = ij.init_variables(model, jax.random.key(0), (12, 12, 1))
+    x = jnp.ones((1, 12, 12, 1))
+    _, tangent = jax.jvp(lambda x: model.apply(variables, x), (x,), (x,))
+    assert tangent.shape == (1, 10)
+
+
+def test_no_images_have_no_gradient():
+    x, kernel = jnp.zeros((0, 16, 16, 3)), jnp.ones((3, 3, 3, 4))
+    gradient = jax.grad(
+        lambda kernel: conv2d_to_train(x, kernel, (1, 1), ((1, 1), (1, 1))).sum()
+    )(kernel)
+    np.testing.assert_array_equal(gradient, np.zeros_like(kernel))
