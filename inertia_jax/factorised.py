@@ -71,7 +71,8 @@ class Tucker2Conv(nn.Module):
     Children: `u_in`, 1x1 from the input channels to `rank_in` a group; `core`, the
     convolution between the ranks, with these strides, padding and dilation; `u_out`,
     1x1 to the features, with the bias. Zero padding commutes with a 1x1 convolution
-    without bias, so any padding that `nn.Conv` takes stays exact.
+    without bias, so any padding that `nn.Conv` takes stays exact. Called with `train`,
+    it has reverse-mode gradients alone (`ops.conv_layers`).
 
     Attributes:
         features: Output channels.

@@ -12,10 +12,14 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax.calls import evaluating
-from inertia_jax.ops.conv import conv2d
-from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors
+from inertia_jax.ops.conv_layers import conv_for_linen
+from inertia_jax.ops.factors import (
+    LowRankFactors,
+    Tucker2Factors,
+    factor_kernels,
+    pointwise,
+)
 from inertia_jax.ops.low_rank import low_rank_conv
-from inertia_jax.ops.tucker import tucker2_conv
 from inertia_jax.sites import Factorised, Site, stack_groups
 from inertia_jax.specs import Conv, LowRank
 
@@ -92,20 +96,25 @@ def _forward(
     groups = site.groups
     # What surrounds the image does not matter to the time, only how much of it.
     wrapped = site.padding in ("CIRCULAR", "REFLECT")
-    around: dict[str, Any] = {
-        "strides": site.strides,
-        "padding": "SAME" if wrapped else site.padding,
-        "dilation": site.dilation,
-    }
+    # As layers do, which take another form than `conv2d` on CPU.
+    convolve = functools.partial(
+        conv_for_linen,
+        window_strides=site.strides,
+        padding="SAME" if wrapped else site.padding,
+        rhs_dilation=site.dilation,
+        feature_group_count=groups,
+    )
     if isinstance(spec, Conv):
-        return conv2d(x, kernels[0], groups=groups, **around)
+        return convolve(x, kernels[0])
     into, out = stack_groups(kernels[0], groups), kernels[-1][0, 0].T
     if isinstance(spec, LowRank):
-        factors = LowRankFactors(into, out)
-        return low_rank_conv(x, factors, strides=site.strides, groups=groups)
-    return tucker2_conv(
-        x, Tucker2Factors(into, kernels[1], out), groups=groups, **around
-    )
+        return low_rank_conv(
+            x, LowRankFactors(into, out), strides=site.strides, groups=groups
+        )
+    factors = Tucker2Factors(into, kernels[1], out)
+    first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
+    x = convolve(pointwise(x, first[0, 0], groups=groups), core)
+    return pointwise(x, last[0, 0], groups=groups)
 
 
 def model_latency_ms(

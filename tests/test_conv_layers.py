@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import inertia_jax as ij
-from inertia_jax.ops import conv_layers
+from inertia_jax.ops import conv_layers, tiled, winograd
 from inertia_jax.ops.conv_layers import conv2d_to_apply, conv2d_to_train
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -23,6 +24,9 @@ def all_forms(monkeypatch):
     monkeypatch.setattr(conv_layers, "_FEW_OUTPUTS", 0)
     monkeypatch.setattr(conv_layers, "_LEAST_CHANNELS", 4)
     monkeypatch.setattr(conv_layers, "_LEAST_TILES", 1)
+    x, kernel, _ = drawn(0, *CASES[0], "float32")
+    jaxpr = jax.make_jaxpr(lambda x, k: conv2d_to_apply(x, k, (1, 1), ONES))(x, kernel)
+    assert str(jaxpr).count("dot_general") == 16
 
 
 @pytest.fixture(params=[4, 6], ids=["winograd", "products"])
@@ -182,6 +186,85 @@ def test_winograds_form_is_for_many_channels_and_tiles(shape, channels, dtype, p
     assert ("dot_general" in jaxpr) == pays
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 24])
+def test_it_goes_inside_shard_map_with_its_checks(
+    chunk_bytes, all_forms, monkeypatch, x64
+):
+    monkeypatch.setattr(winograd, "_CHUNK_BYTES", chunk_bytes)
+    x, kernel, cotangent = drawn(4, 4, (9, 7), 4, 5, (3, 3), (1, 1), ONES)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def outputs(conv, x, kernel):
+        each = functools.partial(conv, strides=(1, 1), padding=ONES)
+        spec = PartitionSpec("data")
+        specs = {"in_specs": (spec, PartitionSpec()), "out_specs": spec}
+        return jax.shard_map(each, mesh=mesh, **specs)(x, kernel)
+
+    def pulled(conv):
+        y, pull = jax.vjp(functools.partial(outputs, conv), x, kernel)
+        return y, *pull(cotangent)
+
+    found = jax.jit(pulled, static_argnums=0)(conv2d_to_apply)
+    for a, b in zip(found, pulled(convolve), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_batches_spread_explicitly_are_xlas(all_forms):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    x, kernel, _ = drawn(5, 4, (8, 8), 4, 4, (3, 3), (1, 1), ONES, "float32")
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: conv2d_to_apply(x, kernel, (1, 1), ONES))(spread)
+    assert jax.typeof(y).sharding.spec[0] == "data"
+    # Rounding of sums of 36 terms of order 1.
+    np.testing.assert_allclose(y, convolve(x, kernel, (1, 1), ONES), atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [24, 37])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
+def test_tiles_agree_with_the_dense_form(images, share, monkeypatch):
+    """With 48 channels, in several chunks, the last of them smaller or not."""
+    monkeypatch.setattr(tiled, "CHUNK_BYTES", 12 * 8 * 8 * 48 * 4)
+    monkeypatch.setattr(conv_layers, "_LEAST_TILES_TO_PREPARE", 64)
+    x, core, _ = drawn(6, images, (8, 8), 48, 48, (3, 3), (1, 1), ONES, "float32")
+    friction = np.random.default_rng(7).random((images, 4, 4), np.float32)
+    call = functools.partial(
+        ij.ops.inertial_conv_tiled,
+        x,
+        core,
+        region_size=4,
+        padding=1,
+        threshold=1 - share,
+        friction=friction,
+    )
+    found = jax.jit(lambda: call(capacities=(0.2, 1.0)).y)()
+    # Rounding of sums of 432 terms of order 1, and of a mean taken four times.
+    np.testing.assert_allclose(found, call(capacities=None).y, atol=5e-4)
+
+
+def test_filters_are_not_prepared_for_few_tiles():
+    def products(images):
+        x = jax.ShapeDtypeStruct((images, 8, 8, 48), jnp.float32)
+        core = jax.ShapeDtypeStruct((3, 3, 48, 48), jnp.float32)
+        call = functools.partial(
+            ij.ops.inertial_conv_tiled, region_size=4, padding=1, threshold=0.5
+        )
+        return str(jax.make_jaxpr(lambda x, core: call(x, core).y)(x, core)).count(
+            "dot_general"
+        )
+
+    assert products(64) > products(63) + 16
+
+
+def test_bad_geometry_is_named():
+    layer = ij.Tucker2Conv(8, 3, 2, 2, strides=(1, 2, 3))
+    with pytest.raises(ValueError, match="`strides` .*one or two integers"):
+        layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)))
+    layer = ij.Tucker2Conv(8, 3, 2, 2, strides=0)
+    with pytest.raises(ValueError, match="`strides` .*>= 1"):
+        layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 4)))
+
+
 def test_images_of_any_number_are_exported():
     (n,) = export.symbolic_shape("n")
     x = jax.ShapeDtypeStruct((n, 16, 16, 48), jnp.float32)
@@ -201,6 +284,16 @@ def test_evaluation_mode_keeps_forward_mode():
     x = jnp.ones((1, 12, 12, 1))
     _, tangent = jax.jvp(lambda x: model.apply(variables, x), (x,), (x,))
     assert tangent.shape == (1, 10)
+
+
+def test_factorised_layers_keep_it_too():
+    layer = ij.Tucker2Conv(8, 3, 2, 2)
+    x = jnp.ones((1, 8, 8, 4))
+    variables = layer.init(jax.random.key(0), x)
+    _, tangent = jax.jvp(lambda x: layer.apply(variables, x), (x,), (x,))
+    assert tangent.shape == (1, 8, 8, 8)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: layer.apply(variables, x, train=True), (x,), (x,))
 
 
 def test_no_images_have_no_gradient():

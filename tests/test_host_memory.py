@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -20,7 +21,11 @@ def restarts(monkeypatch, tmp_path):
     monkeypatch.setattr(host_memory, "_glibc_version", lambda: (2, 36))
     monkeypatch.setattr(host_memory, "_SWITCH", tmp_path / "enabled")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv(host_memory._RESTARTED, raising=False)
     (tmp_path / "enabled").write_text(MADVISE)
+    monkeypatch.setattr(sys, "argv", ["train/__main__.py", "fit", "--epochs", "1"])
+    command = [sys.executable, "-X", "dev", "-m", "train", "fit", "--epochs", "1"]
+    monkeypatch.setattr(sys, "orig_argv", command)
     return found
 
 
@@ -32,8 +37,60 @@ def test_a_process_is_started_again_with_huge_pages(restarts, before, monkeypatc
     assert restarts == [(sys.executable, sys.orig_argv)]
     settings = os.environ["GLIBC_TUNABLES"].split(":")
     assert settings == [*([before] if before else []), "glibc.malloc.hugetlb=1"]
+    assert os.environ.pop(host_memory._RESTARTED)
     host_memory.restart_with_huge_pages()
     assert len(restarts) == 1
+
+
+def test_a_process_is_started_again_once_whatever_becomes_of_the_setting(
+    restarts, monkeypatch
+):
+    host_memory.restart_with_huge_pages()
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    host_memory.restart_with_huge_pages()
+    assert len(restarts) == 1
+    assert host_memory._RESTARTED not in os.environ
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["python", "-"],
+        ["python", "-c", "import runpy", "fit", "--epochs", "1"],
+        ["python", "-m", "pytest", "fit", "--epochs", "1"],
+        ["ipykernel_launcher.py", "-f", "kernel.json"],
+    ],
+)
+def test_other_commands_are_left_alone(restarts, command, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", command)
+    host_memory.restart_with_huge_pages()
+    assert not restarts
+
+
+def test_debuggers_and_unknown_interpreters_are_left_alone(restarts, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "gettrace", lambda: print)
+        host_memory.restart_with_huge_pages()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "")
+        host_memory.restart_with_huge_pages()
+    assert not restarts
+
+
+@pytest.mark.parametrize("before", [None, "glibc.malloc.tcache_count=0"])
+def test_a_program_that_cannot_be_started_again_goes_on(
+    restarts, before, monkeypatch, capsys
+):
+    def fail(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(os, "execv", fail)
+    if before:
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+    host_memory.restart_with_huge_pages()
+    assert os.environ.get("GLIBC_TUNABLES") == before
+    assert host_memory._RESTARTED not in os.environ
+    assert "no huge pages; starting again failed: no" in capsys.readouterr().err
 
 
 def test_what_the_user_chose_stays(restarts, monkeypatch):
@@ -58,49 +115,62 @@ def test_other_c_libraries_are_left_alone(restarts, version, monkeypatch):
     assert not restarts
 
 
-def test_the_restarted_command_is_the_same_one():
-    """A program of its own: the arguments arrive, and the setting is there."""
-    program = (
-        "import os, sys; from train import host_memory;"
-        "host_memory._glibc_version = lambda: (2, 36);"
-        "host_memory._SWITCH = type('Switch', (), {'is_file': lambda: True,"
-        f" 'read_text': lambda: {MADVISE!r}}});"
-        "host_memory.restart_with_huge_pages();"
-        "print(sys.argv[1:], os.environ['GLIBC_TUNABLES'])"
+def test_the_program_starts_itself_again_and_says_what_it_would(tmp_path):
+    """Each start of an interpreter leaves its setting and process in a file."""
+    asks = host_memory._SWITCH.is_file() and "[madvise]" in (
+        host_memory._SWITCH.read_text()
     )
-    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    out = subprocess.run(
-        [sys.executable, "-c", program, "a b", "--c"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
+    if not asks or host_memory._glibc_version() < (2, 35):
+        pytest.skip("this kernel gives huge pages to all or to nobody, or no glibc")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        f"with open({str(tmp_path / 'starts')!r}, 'a') as file:\n"
+        "    print(os.getpid(), os.environ.get('GLIBC_TUNABLES'), file=file)\n"
     )
-    assert out.stdout == "['a b', '--c'] glibc.malloc.hugetlb=1\n"
+    hidden = ("GLIBC_TUNABLES", host_memory._RESTARTED)
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    for tunables, settings in (
+        (None, ["None", "glibc.malloc.hugetlb=1"]),
+        ("glibc.malloc.hugetlb=0", ["glibc.malloc.hugetlb=0"]),
+    ):
+        (tmp_path / "starts").unlink(missing_ok=True)
+        out = subprocess.run(
+            [sys.executable, "-m", "train", "evaluate", "no such place"],
+            env={**env, **({"GLIBC_TUNABLES": tunables} if tunables else {})},
+            capture_output=True,
+            text=True,
+        )
+        starts = [s.split() for s in (tmp_path / "starts").read_text().splitlines()]
+        assert [setting for _, setting in starts] == settings
+        assert len({process for process, _ in starts}) == 1
+        assert out.returncode == 2
+        assert "no such place" in out.stderr
 
 
 def test_memory_is_given_back_after_long_compilations(monkeypatch):
-    class Library:
-        trims = 0
+    trims = []
 
-        def malloc_trim(self, pad):
-            assert pad == 0
-            self.trims += 1
+    def malloc_trim(pad):
+        trims.append(pad)
 
-    library = Library()
+    library = types.SimpleNamespace(malloc_trim=malloc_trim)
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(host_memory, "_glibc_version", lambda: (2, 36))
     registered = []
     monkeypatch.setattr(
         jax.monitoring, "register_event_duration_secs_listener", registered.append
     )
+    host_memory.give_back_after_compiling.cache_clear()
     host_memory.give_back_after_compiling()
+    host_memory.give_back_after_compiling()
+    host_memory.give_back_after_compiling.cache_clear()
     (listen,) = registered
     listen("/jax/core/compile/backend_compile_duration", 0.1)
     listen("/jax/core/compile/jaxpr_trace_duration", 9.0)
-    assert library.trims == 0
+    assert not trims
     listen("/jax/core/compile/backend_compile_duration", 0.3, fun_name="step")
-    assert library.trims == 1
+    assert trims == [0]
 
 
 def test_jax_says_how_long_it_compiled():

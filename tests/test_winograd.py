@@ -23,6 +23,8 @@ CASES = [
     (3, 8, 5, 2, 2, ((2, 0), (-1, 3))),
     (2, 4, 4, 2, 2, ((3, 2), (2, 4))),
     (2, 1, 1, 2, 3, ((1, 1), (1, 1))),
+    (2, 1, 1, 2, 3, ((5, -3), (1, 1))),
+    (0, 5, 5, 2, 3, ((1, 1), (1, 1))),
 ]
 
 
@@ -71,14 +73,36 @@ def test_rounding_is_that_of_the_direct_sum(x64):
     assert ours < 2 * theirs < 1e-4
 
 
-def test_it_goes_under_jit_and_vmap(monkeypatch, x64):
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_all_go_under_jit_and_vmap(which, monkeypatch, x64):
     monkeypatch.setattr(winograd, "_CHUNK_BYTES", 1)
     padding = CASES[0][-1]
-    x, kernel, _ = drawn(*CASES[0])
-    kernels = jnp.stack([kernel, -kernel, 2 * kernel])
-    over = functools.partial(jax.vmap, in_axes=(None, 0))
-    found = jax.jit(over(functools.partial(winograd_conv2d, padding=padding)))
-    expected = over(functools.partial(convolve, padding=padding))
+    x, kernel, cotangent = drawn(*CASES[0])
+    scales = jnp.asarray([1.0, -1.0, 2.0])
+
+    def theirs(scale):
+        y, pull = jax.vjp(lambda x, k: convolve(x, k, padding), x, scale * kernel)
+        return (y, *pull(scale * cotangent))[which]
+
+    def ours(scale):
+        return (
+            lambda: winograd_conv2d(x, scale * kernel, padding=padding),
+            lambda: winograd_input_gradient(
+                scale * cotangent, scale * kernel, padding=padding
+            ),
+            lambda: winograd_kernel_gradient(x, scale * cotangent, padding=padding),
+        )[which]()
+
     np.testing.assert_allclose(
-        found(x, kernels), expected(x, kernels), rtol=1e-12, atol=1e-12
+        jax.jit(jax.vmap(ours))(scales),
+        jnp.stack([theirs(scale) for scale in scales]),
+        rtol=1e-12,
+        atol=1e-12,
     )
+
+
+def test_filters_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="`kernel` .*5, 5.* must be 3 x 3"):
+        winograd_conv2d(
+            jnp.ones((1, 8, 8, 2)), jnp.ones((5, 5, 2, 2)), padding=((1, 1), (1, 1))
+        )

@@ -11,6 +11,7 @@ import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
 from inertia_jax.models import abstract_variables, input_shape
+from inertia_jax.ops.conv_layers import conv2d_to_apply
 from inertia_jax.ops.tiled import CHUNK_BYTES
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
 from inertia_jax.ops.views import pad_image
@@ -66,7 +67,8 @@ def bench_op(
     rows = jnp.arange(capacity * 27) % (padded.size // channels)
     gather = jax.jit(lambda a, i: jnp.take(a.reshape(-1, channels), i, axis=0))
     compute = jax.jit(lambda a, core: a @ core.reshape(-1, channels))
-    dense = jax.jit(functools.partial(ops.conv2d, padding=1))
+    # As layers compute it, on CPU not in XLA's form.
+    dense = jax.jit(lambda x, core: conv2d_to_apply(x, core, (1, 1), ((1, 1), (1, 1))))
     calls: dict[str, Callable[[], Any]] = {
         "dense": lambda: dense(x, core),
         **{

@@ -39,8 +39,8 @@ def bench_ops(
 ) -> dict[str, Any]:
     """Times convolutions, their gradients, and what stands in for a 3x3.
 
-    A gradient is that by images and kernel together, forward pass included; "XLA's" is
-    the one that layers do not take on CPU where maps are large. Inertial gates open
+    A gradient is that by images and kernel together, forward pass included; "XLA's" are
+    those that layers do not take on CPU. Inertial gates open
     half of the windows, or the given share of the tiles. Images and kernels are random.
 
     Args:
@@ -66,6 +66,7 @@ def bench_ops(
     pixels = batch_size * side**2
     macs = {
         "conv 3x3": 9 * pixels * channels**2,
+        "conv 3x3, XLA's": 9 * pixels * channels**2,
         "conv 3x3, gradient": 27 * pixels * channels**2,
         "conv 3x3, XLA's gradient": 27 * pixels * channels**2,
         "conv 1x1": pixels * channels**2,
@@ -126,7 +127,8 @@ def _jax_calls(
     window = ops.friction(images, region_size=3, core_size=1)
     tile = ops.friction(images, region_size=4, core_size=3, strides=2, padding=1)
     functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "conv 3x3": (conv, (images, three)),
+        "conv 3x3": (layers_conv, (images, three)),
+        "conv 3x3, XLA's": (conv, (images, three)),
         "conv 3x3, gradient": (gradient(layers_conv), (images, three)),
         "conv 3x3, XLA's gradient": (gradient(conv), (images, three)),
         "conv 1x1": (conv, (images, one)),

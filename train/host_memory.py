@@ -1,11 +1,14 @@
 """Memory of the host: huge pages, and what compiling leaves behind. For glibc."""
 
 import ctypes
+import functools
 import os
 import pathlib
 import sys
 
 _TUNABLE = "glibc.malloc.hugetlb"
+# Says to the process that follows that it is the second.
+_RESTARTED = "INERTIA_JAX_RESTARTED"
 _SWITCH = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # A program that takes this long to compile leaves enough behind to ask for it back.
 _LONG_S = 0.2
@@ -15,23 +18,43 @@ def restart_with_huge_pages() -> None:
     """Replaces this process by itself, with `malloc` asking for huge pages.
 
     XLA on CPU takes a step's buffers from `malloc` anew each step and gives them back:
-    with pages of 4 KiB, ResNet18 at batch 64 meets 135,000 page faults a step, a sixth
-    of its time. glibc reads the setting, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, when
-    a process starts and never again. Where the kernel gives huge pages to all or to
-    nobody, or the setting is there, nothing is done.
+    with pages of 4 KiB, ResNet18 at batch 64 met 135,000 page faults a step. glibc
+    reads the setting, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, when a process starts
+    and never again.
+
+    Nothing is done where the setting is there (0 turns it off), where the kernel gives
+    huge pages to all or to nobody, and where this process is anything but the command
+    `python -m train`.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if _TUNABLE in tunables or _glibc_version() < (2, 35):
+    is_restarted = os.environ.pop(_RESTARTED, None) is not None
+    tunables = os.environ.get("GLIBC_TUNABLES")
+    if is_restarted or _TUNABLE in (tunables or "") or _glibc_version() < (2, 35):
         return
-    if not _SWITCH.is_file() or "[madvise]" not in _SWITCH.read_text():
+    command = ["-m", "train", *sys.argv[1:]]
+    # A debugger's process, or a notebook's, is not ours to replace.
+    if sys.orig_argv[-len(command) :] != command or sys.gettrace() is not None:
+        return
+    if not sys.executable or not _SWITCH.is_file():
+        return
+    if "[madvise]" not in _SWITCH.read_text():
         return
     setting = f"{_TUNABLE}=1"
     os.environ["GLIBC_TUNABLES"] = f"{tunables}:{setting}" if tunables else setting
+    os.environ[_RESTARTED] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, sys.orig_argv)
+    try:
+        os.execv(sys.executable, sys.orig_argv)
+    except OSError as error:
+        print(f"note: no huge pages; starting again failed: {error}", file=sys.stderr)
+        del os.environ[_RESTARTED]
+        if tunables is None:
+            del os.environ["GLIBC_TUNABLES"]
+        else:
+            os.environ["GLIBC_TUNABLES"] = tunables
 
 
+@functools.cache
 def give_back_after_compiling() -> None:
     """Has what the compiler freed given back to the system before a program first runs.
 
@@ -42,6 +65,7 @@ def give_back_after_compiling() -> None:
     import jax
 
     trim = ctypes.CDLL(None).malloc_trim
+    trim.argtypes = [ctypes.c_size_t]
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         is_compiled = event == "/jax/core/compile/backend_compile_duration"

@@ -5,11 +5,11 @@ to three times as long as the convolution where maps are large. Here it is matri
 products over a few images at a time, whose views stay in the cache.
 """
 
-import functools
-
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
+
+from inertia_jax.ops.chunks import sum_chunks
 
 # Bytes of images and views that are worked on at a time: what caches hold. At
 # [64,32,32,64] to 64 channels 4 MiB took 21 ms, 0.5 and 16 MiB 24 and 40, XLA 63.
@@ -51,18 +51,9 @@ def kernel_gradient(
         x = lax.pad(x, jnp.zeros((), x.dtype), around)
         return part(x, cotangent, kernel_size=kernel_size, strides=strides)
 
-    def add(i: Array, total: Array) -> Array:
-        take = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk
-        )
-        return total + of_chunk(take(x), take(cotangent))
-
     # In bfloat16, sums of sums would not see the last images.
-    total = jnp.zeros((*kernel_size, c_in, c_out), _wide(x.dtype))
-    total = lax.fori_loop(0, n // chunk, add, total)
-    if rest := n % chunk:
-        total = total + of_chunk(x[-rest:], cotangent[-rest:])
-    return total.astype(x.dtype)
+    zero = jnp.zeros((*kernel_size, c_in, c_out), _wide(x.dtype))
+    return sum_chunks(of_chunk, x, cotangent, size=chunk, zero=zero).astype(x.dtype)
 
 
 def _unit_stride_part(

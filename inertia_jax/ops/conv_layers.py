@@ -1,8 +1,13 @@
 """Convolution as layers apply it, on CPU each of its parts in the quickest form.
 
-On CPU the convolution and both of its gradients are Winograd's where that is quicker,
-else XLA's, and the gradient of a kernel matrix products where maps are large. Elsewhere
-all is XLA's.
+On CPU the convolution and, in training, both of its gradients are Winograd's where that
+is quicker, else XLA's, and the gradient of a kernel matrix products where maps are
+large. Elsewhere all is XLA's. So are the window reading of inertial convolutions and
+the gradients of the tiled one, whose forward mode is promised in training, too.
+
+A batch that one program spreads over several CPU devices by itself (`jax.jit` over
+sharded arrays) is gathered by Winograd's form, whose loop goes over images; inside
+`jax.pmap` and `jax.shard_map` every device has its own.
 """
 
 import functools
@@ -18,7 +23,10 @@ from jaxtyping import Float
 
 from inertia_jax.ops.conv import Padding, conv2d, explicit_padding, pair
 from inertia_jax.ops.conv_grad import kernel_gradient
+from inertia_jax.ops.views import Pads
 from inertia_jax.ops.winograd import (
+    convolve_transformed,
+    transform_filters,
     winograd_conv2d,
     winograd_input_gradient,
     winograd_kernel_gradient,
@@ -31,11 +39,11 @@ _LEAST_CHANNELS = 48
 _LEAST_TILES = 64
 # Likewise for the gradient of a kernel: 96 channels 0.74-0.92, 64 channels 1.17-1.35.
 _LEAST_CHANNELS_OF_KERNEL_GRADIENT = 96
+# And where filters are transformed before it is known whether they are needed.
+_LEAST_TILES_TO_PREPARE = 1024
 # Up to this many outputs an image, the kernel's gradient is XLA's rather than products:
 # 17 against 26 ms at [64,8,8,256] to 256 channels.
 _FEW_OUTPUTS = 64
-
-Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -45,7 +53,7 @@ def conv2d_to_apply(
     strides: tuple[int, int],
     padding: Pads,
 ) -> Float[Array, "n h_out w_out c_out"]:
-    """Returns `conv2d`, computed on CPU in its quickest form, for networks in use.
+    """Convolves as `conv2d` does, on CPU in its quickest form, for networks in use.
 
     Its derivatives, forward and reverse, are those of `conv2d`.
 
@@ -84,7 +92,7 @@ def conv2d_to_train(
     strides: tuple[int, int],
     padding: Pads,
 ) -> Float[Array, "n h_out w_out c_out"]:
-    """Returns `conv2d`, which with its reverse-mode gradient is quickest on CPU.
+    """Convolves as `conv2d` does; on CPU outputs and gradients in the quickest form.
 
     There is no forward-mode gradient (`jax.jvp`), as of every `jax.custom_vjp`; that of
     the reverse-mode gradient there is.
@@ -121,9 +129,10 @@ def _backward(
         return transpose(cotangent)[0]
 
     kernel_on_cpu: Callable[[Array, Array], Array] | None = None
-    if _winograd_pays(
-        x, kernel, strides, padding, channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT
-    ):
+    pays = functools.partial(
+        _winograd_pays, x, kernel, strides, padding, tiles=_LEAST_TILES
+    )
+    if pays(channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT):
         kernel_on_cpu = functools.partial(winograd_kernel_gradient, padding=padding)
     elif math.prod(cotangent.shape[1:3]) > _FEW_OUTPUTS and kernel.shape[:2] != (1, 1):
         kernel_on_cpu = functools.partial(
@@ -133,7 +142,7 @@ def _backward(
             padding=padding,
         )
     input_on_cpu: Callable[[Array, Array], Array] | None = None
-    if _winograd_pays(x, kernel, strides, padding):
+    if pays(channels=_LEAST_CHANNELS):
         input_on_cpu = functools.partial(winograd_input_gradient, padding=padding)
     return (
         _by_platform(input_on_cpu, input_by_xla, cotangent, kernel),
@@ -149,9 +158,31 @@ def _quickest(
 ) -> Array:
     convolve = functools.partial(conv2d, strides=strides, padding=padding)
     on_cpu = None
-    if _winograd_pays(x, kernel, strides, padding):
+    least = {"channels": _LEAST_CHANNELS, "tiles": _LEAST_TILES}
+    if _winograd_pays(x, kernel, strides, padding, **least):
         on_cpu = functools.partial(winograd_conv2d, padding=padding)
     return _by_platform(on_cpu, convolve, x, kernel)
+
+
+def convolver_on_cpu(
+    x: Float[Array, "n h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    padding: Pads,
+) -> Callable[[Array], Array]:
+    """Returns what convolves some of the images at stride 1, quickest on CPU.
+
+    What depends on the kernel alone is computed here, once for all of them.
+
+    Args:
+        x: All images.
+        kernel: Filters.
+        padding: Zeros around the image.
+    """
+    least = {"channels": _LEAST_CHANNELS, "tiles": _LEAST_TILES_TO_PREPARE}
+    if not _winograd_pays(x, kernel, (1, 1), padding, **least):
+        return lambda images: conv2d(images, kernel, padding=padding)
+    filters = transform_filters(kernel)
+    return lambda images: convolve_transformed(images, filters, padding=padding)
 
 
 def _by_platform(
@@ -170,12 +201,15 @@ def _winograd_pays(
     strides: tuple[int, int],
     padding: Pads,
     *,
-    channels: int = _LEAST_CHANNELS,
+    channels: int,
+    tiles: int,
 ) -> bool:
-    """Whether Winograd's form is quicker on CPU; its rule is measured, above."""
+    """Whether Winograd's form is quicker on CPU, from so many channels and tiles on."""
     n, h, w, _ = x.shape
     if not isinstance(n * h * w, int):  # exported for images of any number
         return False
+    if any(axes is not None for axes in jax.typeof(x).sharding.spec):
+        return False  # explicitly: its axes can be neither cut nor merged
     if kernel.shape[:2] != (3, 3) or strides != (1, 1) or x.dtype != kernel.dtype:
         return False
     if x.dtype not in (jnp.float32, jnp.float64) or min(kernel.shape[2:]) < channels:
@@ -184,7 +218,7 @@ def _winograd_pays(
         max(0, size + sum(around) - 2)
         for size, around in zip((h, w), padding, strict=True)
     )
-    return n * math.prod(-(-side // 2) for side in sides) >= _LEAST_TILES
+    return n * math.prod(-(-side // 2) for side in sides) >= tiles
 
 
 def conv_for_linen(
@@ -203,7 +237,8 @@ def conv_for_linen(
 
     With `train`, there are reverse-mode gradients alone.
     """
-    strides, taps = pair(window_strides), pair(rhs_dilation)
+    strides = pair(window_strides, "strides", least=1)
+    taps = pair(rhs_dilation, "dilation", least=1)
     if feature_group_count != 1 or taps != (1, 1) or precision is not None:
         return conv2d(
             lhs,

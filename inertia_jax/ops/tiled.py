@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from inertia_jax.ops.conv import Padding, conv2d
+from inertia_jax.ops.conv_layers import conv2d_to_apply, convolver_on_cpu
 from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
@@ -26,7 +27,7 @@ from inertia_jax.ops.tiling import (
     spread,
     tile_means,
 )
-from inertia_jax.ops.views import pad_image
+from inertia_jax.ops.views import Pads, pad_image
 
 # Images are worked on in chunks of about this many bytes on CPU: intermediate results
 # then stay in the cache, and in memory that the kernel has handed out already.
@@ -143,7 +144,7 @@ def inertial_conv_tiled(
         return per_image[1] if len(per_image) == 2 else measure(padded)
 
     def dense(per_image: tuple[Array, ...], core: Array, threshold: Array) -> _Result:
-        high = conv2d(per_image[0], core, padding=tiling.pads)
+        high = conv2d_to_apply(per_image[0], core, (1, 1), tiling.pads)
         friction = friction_of(per_image, pad_image(per_image[0], tiling.pads))
         y = select(
             high,
@@ -155,16 +156,21 @@ def inertial_conv_tiled(
         )
         return y, friction
 
-    def sparse(per_image: tuple[Array, ...], core: Array, threshold: Array) -> _Result:
+    def sparse(
+        per_image: tuple[Array, ...],
+        core: Array,
+        threshold: Array,
+        convolve: Callable[[Array], Array],
+    ) -> _Result:
         padded = pad_image(per_image[0], tiling.pads)
         friction = friction_of(per_image, padded)
         gate = is_open(friction, threshold)
-        y = _fill(per_image[0], padded, core, gate, tiling, capacities or ())
-        return y, friction
+        fill = functools.partial(_fill, tiling=tiling, capacities=capacities or ())
+        return fill(per_image[0], padded, core, gate, convolve), friction
 
     compute = dense
     if capacities is not None and x.size:
-        compute = _with_ladder(dense, sparse)
+        compute = _with_ladder(dense, sparse, tiling.pads)
     y, friction = compute(per_image, core, threshold)
     rows, columns = tiling.output_size
     return InertialOutput(y[:, :rows, :columns], is_open(friction, threshold), friction)
@@ -188,33 +194,39 @@ def check_capacities(capacities: Sequence[float | int] | None) -> None:
 
 
 def _with_ladder(
-    dense: Callable[..., _Result], sparse: Callable[..., _Result]
+    dense: Callable[..., _Result], sparse: Callable[..., _Result], pads: Pads
 ) -> Callable[..., _Result]:
     """Returns `dense` as it is under derivatives and vmap, and `sparse` elsewhere."""
 
-    def chunked(per_image: Any, core: Array, threshold: Array) -> _Result:
-        def some(chunk: Any) -> _Result:
-            return sparse(chunk, core, threshold)
+    def whole(per_image: Any, core: Array, threshold: Array) -> _Result:
+        convolve = functools.partial(conv2d, kernel=core, padding=pads)
+        return sparse(per_image, core, threshold, convolve)
 
+    def chunked(per_image: Any, core: Array, threshold: Array) -> _Result:
         x = per_image[0]
+        convolve = convolver_on_cpu(x, core, pads)
+
+        def some(chunk: Any) -> _Result:
+            return sparse(chunk, core, threshold, convolve)
+
         images = x.shape[0]
         size = max(1, min(images, CHUNK_BYTES * images // x.nbytes))
         count = images // size
         chunks = jax.tree.map(
             lambda a: a[: count * size].reshape(count, size, *a.shape[1:]), per_image
         )
-        whole = jax.tree.map(
+        done = jax.tree.map(
             lambda a: a.reshape(count * size, *a.shape[2:]), lax.map(some, chunks)
         )
         if count * size == images:
-            return whole
+            return done
         rest = some(jax.tree.map(lambda a: a[count * size :], per_image))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), whole, rest)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
 
     @jax.custom_batching.custom_vmap
     def ladder(per_image: Any, core: Array, threshold: Array) -> _Result:
         return lax.platform_dependent(
-            per_image, core, threshold, cpu=chunked, default=sparse
+            per_image, core, threshold, cpu=chunked, default=whole
         )
 
     @ladder.def_vmap
@@ -237,6 +249,8 @@ def _fill(
     padded: Float[Array, "n hp wp c_in"],
     core: Float[Array, "m m c_in c_out"],
     gate: Bool[Array, "n rows columns"],
+    convolve: Callable[[Array], Array],
+    *,
     tiling: Tiling,
     capacities: tuple[float | int, ...],
 ) -> Float[Array, "n h_out w_out c_out"]:
@@ -250,11 +264,8 @@ def _fill(
         low = fill_low(padded, core, tiling)
         return fill_open(padded, core, low, gate, tiling, capacity=capacity)
 
-    def opened() -> Array:
-        return conv2d(x, core, padding=tiling.pads)
-
     def selected() -> Array:
-        high = opened()
+        high = convolve(x)
         means = spread(tile_means(high, tiling), n)
         return jnp.where(spread(gate[..., None], n), high, means)
 
@@ -265,6 +276,6 @@ def _fill(
         closed,
         *(functools.partial(up_to, size) for size in sizes[1:]),
         selected,
-        opened,
+        lambda: convolve(x),
     ]
     return lax.switch(rung, steps)
