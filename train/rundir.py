@@ -21,6 +21,7 @@ from train.config_file import config_to_json, differing_fields, fill_defaults
 from train.errors import UsageError, user_input
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES")
 
 # What a run's directory holds.
 _FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
@@ -51,6 +52,8 @@ def describe_machine() -> dict[str, Any]:
             "inertia_jax": inertia_jax.__version__,
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
+        # What XLA and malloc were told, by the user or by the program.
+        "environment": {n: os.environ[n] for n in _VARIABLES if n in os.environ},
     }
 
 
