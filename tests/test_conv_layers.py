@@ -220,13 +220,14 @@ def test_batches_spread_explicitly_are_xlas(all_forms):
     np.testing.assert_allclose(y, convolve(x, kernel, (1, 1), ONES), atol=1e-4)
 
 
-@pytest.mark.parametrize("images", [24, 37])
+@pytest.mark.parametrize(("images", "size"), [(24, (8, 8)), (37, (7, 8))])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
-def test_tiles_agree_with_the_dense_form(images, share, monkeypatch):
+@pytest.mark.parametrize("low", ["mean", "sample"])
+def test_tiles_agree_with_the_dense_form(images, size, share, low, monkeypatch):
     """With 48 channels, in several chunks, the last of them smaller or not."""
     monkeypatch.setattr(tiled, "CHUNK_BYTES", 12 * 8 * 8 * 48 * 4)
     monkeypatch.setattr(conv_layers, "_LEAST_TILES_TO_PREPARE", 64)
-    x, core, _ = drawn(6, images, (8, 8), 48, 48, (3, 3), (1, 1), ONES, "float32")
+    x, core, _ = drawn(6, images, size, 48, 48, (3, 3), (1, 1), ONES, "float32")
     friction = np.random.default_rng(7).random((images, 4, 4), np.float32)
     call = functools.partial(
         ij.ops.inertial_conv_tiled,
@@ -236,6 +237,7 @@ def test_tiles_agree_with_the_dense_form(images, share, monkeypatch):
         padding=1,
         threshold=1 - share,
         friction=friction,
+        low=low,
     )
     found = jax.jit(lambda: call(capacities=(0.2, 1.0)).y)()
     # Rounding of sums of 432 terms of order 1, and of a mean taken four times.

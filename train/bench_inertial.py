@@ -11,8 +11,9 @@ import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
 from inertia_jax.models import abstract_variables, input_shape
-from inertia_jax.ops.conv_layers import conv2d_to_apply
+from inertia_jax.ops.conv_layers import conv2d_to_apply, filters_for_cpu
 from inertia_jax.ops.tiled import CHUNK_BYTES
+from inertia_jax.ops.tiled_winograd import fill_by_winograd
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
 from inertia_jax.ops.views import pad_image
 from train.timing import interleaved
@@ -20,7 +21,7 @@ from train.timing import interleaved
 # Images, side, channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
 # Rungs above the shares that are asked for, since those of chunks of images vary.
-TILED = Inertial(3, 4, reading="tiled", capacities=(1 / 8, 0.28, 1))
+TILED = Inertial(3, 4, reading="tiled", capacities=(1 / 8, 0.28, 0.55, 1))
 
 
 def bench_op(
@@ -30,7 +31,8 @@ def bench_op(
 
     Parts are jitted alone and timed on one chunk of images, as the whole takes them on
     CPU: friction; `low`, the core once a tile; `open`, which gathers, computes and
-    scatters a quarter of the tiles; and of that `gather` and `compute` alone.
+    scatters a quarter of the tiles; and of that `gather` and `compute` alone. On CPU,
+    where closed and open tiles share products, `fill` in place of all but friction.
     """
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (images, side, side, channels))
@@ -78,11 +80,20 @@ def bench_op(
             for rate in rates
         },
         "part friction": lambda: friction(chunk),
-        "part low": lambda: low(padded, core),
-        "part open": lambda: open_quarter(padded, core, filled, gate),
-        "part gather": lambda: gather(padded, rows),
-        "part compute": lambda: compute(patches, core),
     }
+    filters = filters_for_cpu(x, core, tiling.pads) if on_cpu else None
+    if filters is not None:
+        fill = jax.jit(
+            functools.partial(fill_by_winograd, tiling=tiling, capacity=capacity)
+        )
+        calls["part fill"] = lambda: fill(padded, filters, gate)
+    else:
+        calls |= {
+            "part low": lambda: low(padded, core),
+            "part open": lambda: open_quarter(padded, core, filled, gate),
+            "part gather": lambda: gather(padded, rows),
+            "part compute": lambda: compute(patches, core),
+        }
     times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
     return {
         "shape": [images, side, side, channels],

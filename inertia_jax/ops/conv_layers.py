@@ -25,7 +25,7 @@ from inertia_jax.ops.conv import Padding, conv2d, explicit_padding, pair
 from inertia_jax.ops.conv_grad import kernel_gradient
 from inertia_jax.ops.views import Pads
 from inertia_jax.ops.winograd import (
-    convolve_transformed,
+    Planes,
     transform_filters,
     winograd_conv2d,
     winograd_input_gradient,
@@ -164,14 +164,14 @@ def _quickest(
     return _by_platform(on_cpu, convolve, x, kernel)
 
 
-def convolver_on_cpu(
+def filters_for_cpu(
     x: Float[Array, "n h w c_in"],
     kernel: Float[Array, "kh kw c_in c_out"],
     padding: Pads,
-) -> Callable[[Array], Array]:
-    """Returns what convolves some of the images at stride 1, quickest on CPU.
+) -> Planes | None:
+    """Returns Winograd's filters, to convolve the images at stride 1 a few at a time.
 
-    What depends on the kernel alone is computed here, once for all of them.
+    None where that is not quicker on CPU.
 
     Args:
         x: All images.
@@ -180,9 +180,8 @@ def convolver_on_cpu(
     """
     least = {"channels": _LEAST_CHANNELS, "tiles": _LEAST_TILES_TO_PREPARE}
     if not _winograd_pays(x, kernel, (1, 1), padding, **least):
-        return lambda images: conv2d(images, kernel, padding=padding)
-    filters = transform_filters(kernel)
-    return lambda images: convolve_transformed(images, filters, padding=padding)
+        return None
+    return transform_filters(kernel)
 
 
 def _by_platform(

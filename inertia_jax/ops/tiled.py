@@ -13,11 +13,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from inertia_jax.ops.conv import Padding, conv2d
-from inertia_jax.ops.conv_layers import conv2d_to_apply, convolver_on_cpu
+from inertia_jax.ops.conv_layers import conv2d_to_apply, filters_for_cpu
 from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
 from inertia_jax.ops.inertial import InertialOutput, as_friction, check_core
+from inertia_jax.ops.tiled_winograd import fill_by_winograd, takes
 from inertia_jax.ops.tiling import (
     Low,
     Tiling,
@@ -28,6 +29,7 @@ from inertia_jax.ops.tiling import (
     tile_means,
 )
 from inertia_jax.ops.views import Pads, pad_image
+from inertia_jax.ops.winograd import Planes, convolve_transformed
 
 # Images are worked on in chunks of about this many bytes on CPU: intermediate results
 # then stay in the cache, and in memory that the kernel has handed out already.
@@ -160,13 +162,13 @@ def inertial_conv_tiled(
         per_image: tuple[Array, ...],
         core: Array,
         threshold: Array,
-        convolve: Callable[[Array], Array],
+        filters: Planes | None,
     ) -> _Result:
         padded = pad_image(per_image[0], tiling.pads)
         friction = friction_of(per_image, padded)
         gate = is_open(friction, threshold)
         fill = functools.partial(_fill, tiling=tiling, capacities=capacities or ())
-        return fill(per_image[0], padded, core, gate, convolve), friction
+        return fill(per_image[0], padded, core, gate, filters), friction
 
     compute = dense
     if capacities is not None and x.size:
@@ -199,15 +201,14 @@ def _with_ladder(
     """Returns `dense` as it is under derivatives and vmap, and `sparse` elsewhere."""
 
     def whole(per_image: Any, core: Array, threshold: Array) -> _Result:
-        convolve = functools.partial(conv2d, kernel=core, padding=pads)
-        return sparse(per_image, core, threshold, convolve)
+        return sparse(per_image, core, threshold, None)
 
     def chunked(per_image: Any, core: Array, threshold: Array) -> _Result:
         x = per_image[0]
-        convolve = convolver_on_cpu(x, core, pads)
+        filters = filters_for_cpu(x, core, pads)
 
         def some(chunk: Any) -> _Result:
-            return sparse(chunk, core, threshold, convolve)
+            return sparse(chunk, core, threshold, filters)
 
         images = x.shape[0]
         size = max(1, min(images, CHUNK_BYTES * images // x.nbytes))
@@ -249,7 +250,7 @@ def _fill(
     padded: Float[Array, "n hp wp c_in"],
     core: Float[Array, "m m c_in c_out"],
     gate: Bool[Array, "n rows columns"],
-    convolve: Callable[[Array], Array],
+    filters: Planes | None,
     *,
     tiling: Tiling,
     capacities: tuple[float | int, ...],
@@ -261,11 +262,19 @@ def _fill(
         return spread(fill_low(padded, core, tiling), n).astype(x.dtype)
 
     def up_to(capacity: int) -> Array:
+        if filters is not None and takes(tiling):
+            fill = functools.partial(fill_by_winograd, capacity=capacity)
+            return fill(padded, filters, gate, tiling)
         low = fill_low(padded, core, tiling)
         return fill_open(padded, core, low, gate, tiling, capacity=capacity)
 
+    def opened() -> Array:
+        if filters is not None:
+            return convolve_transformed(x, filters, padding=tiling.pads)
+        return conv2d(x, core, padding=tiling.pads)
+
     def selected() -> Array:
-        high = convolve(x)
+        high = opened()
         means = spread(tile_means(high, tiling), n)
         return jnp.where(spread(gate[..., None], n), high, means)
 
@@ -276,6 +285,6 @@ def _fill(
         closed,
         *(functools.partial(up_to, size) for size in sizes[1:]),
         selected,
-        lambda: convolve(x),
+        opened,
     ]
     return lax.switch(rung, steps)

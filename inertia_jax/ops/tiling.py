@@ -1,11 +1,12 @@
 """Tiles of outputs: their geometry, and the two ways to fill them."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from inertia_jax.ops.conv import Padding, conv2d, explicit_padding
 from inertia_jax.ops.views import Pads, square_offsets, sum_views, total
@@ -148,34 +149,87 @@ def fill_open(
         capacity: Number of tiles that are gathered and computed.
     """
     m, n = tiling.core_size, tiling.tile_size
-    rows, columns = tiling.tiles
-    _, height, width, c_in = padded.shape
-    (tile,) = jnp.nonzero(gate.reshape(-1), size=capacity, fill_value=gate.size)
-    image, place = tile // (rows * columns), tile % (rows * columns)
-    row, column = place // columns, place % columns
-    corner = (image * height + row * n) * width + column * n
-    pixels = padded.reshape(-1, c_in)
-
+    width, c_in = padded.shape[2:]
+    found = find_open(gate, tiling, capacity=capacity)
     outputs = square_offsets(n)
     spared = spared_output(tiling, core.dtype)
     computed = [output for i, output in enumerate(outputs) if i != spared]
     taps = [(p + a) * width + q + b for p, q in computed for a, b in square_offsets(m)]
-    index = corner[:, None] + jnp.asarray(taps)[None]
-    patches = jnp.take(pixels, index.reshape(-1), axis=0, mode="clip")
+    patches = _take_pixels(padded, found, taps, tile_size=n)
     high = jnp.dot(
         patches.reshape(-1, m * m * c_in),
         core.reshape(m * m * c_in, -1),
         preferred_element_type=low.dtype,
     ).reshape(capacity, len(computed), -1)
     if spared is not None:
-        known = jnp.take(low.reshape(-1, low.shape[-1]), tile, axis=0, mode="clip")
+        flat = low.reshape(-1, low.shape[-1])
+        known = jnp.take(flat, found.tile, axis=0, mode="clip")
         if tiling.low == "mean":
             known = n * n * known - high.sum(1)
         parts = [high[:, :spared], known[:, None], high[:, spared:]]
         high = jnp.concatenate(parts, axis=1)
+    return put_open(low, high, found, tiling).astype(core.dtype)
+
+
+class OpenTiles(NamedTuple):
+    """Where open tiles are, each int32 [capacity]; beyond the last, nowhere.
+
+    Attributes:
+        tile: Number of the tile, counted over all images.
+        image: Of which it is.
+        row: Of the tiles of its image.
+        column: Likewise.
+    """
+
+    tile: Int[Array, " capacity"]
+    image: Int[Array, " capacity"]
+    row: Int[Array, " capacity"]
+    column: Int[Array, " capacity"]
+
+
+def find_open(
+    gate: Bool[Array, "n rows columns"], tiling: Tiling, *, capacity: int
+) -> OpenTiles:
+    """Returns where open tiles are; at most `capacity` of them."""
+    rows, columns = tiling.tiles
+    (tile,) = jnp.nonzero(gate.reshape(-1), size=capacity, fill_value=gate.size)
+    image, place = tile // (rows * columns), tile % (rows * columns)
+    return OpenTiles(tile, image, place // columns, place % columns)
+
+
+def take_regions(
+    padded: Float[Array, "n hp wp c"], found: OpenTiles, tiling: Tiling
+) -> Float[Array, "capacity d d c"]:
+    """Returns the region of each open tile, of side d = m + n - 1."""
+    _, _, width, c = padded.shape
+    d = tiling.core_size + tiling.tile_size - 1
+    taps = [a * width + b for a, b in square_offsets(d)]
+    pixels = _take_pixels(padded, found, taps, tile_size=tiling.tile_size)
+    return pixels.reshape(-1, d, d, c)
+
+
+def _take_pixels(
+    padded: Array, found: OpenTiles, taps: Sequence[int], *, tile_size: int
+) -> Array:
+    """Pixels at distances `taps` from the first of each open tile's region."""
+    _, height, width, c = padded.shape
+    row = found.image * height + found.row * tile_size
+    corner = row * width + found.column * tile_size
+    index = corner[:, None] + jnp.asarray(taps)[None]
+    return jnp.take(padded.reshape(-1, c), index.reshape(-1), axis=0, mode="clip")
+
+
+def put_open(
+    low: Float[Array, "n rows columns c"],
+    high: Float[Array, "capacity outputs c"],
+    found: OpenTiles,
+    tiling: Tiling,
+) -> Float[Array, "n h w c"]:
+    """Returns the map of `low` with the outputs of open tiles, row by row, put in."""
+    n, (rows, columns) = tiling.tile_size, tiling.tiles
     # Row by row of pixels, each a copy of all channels.
-    first = (image * rows * n + row * n) * columns * n + column * n
-    steps = jnp.asarray([i * columns * n + j for i, j in outputs])
+    first = (found.image * rows * n + found.row * n) * columns * n + found.column * n
+    steps = jnp.asarray([i * columns * n + j for i, j in square_offsets(n)])
     places = first[:, None] + steps[None]
     y = spread(low, n)
     pixels = y.reshape(-1, y.shape[-1])
@@ -183,4 +237,4 @@ def fill_open(
     pixels = pixels.at[places.reshape(-1)].set(
         high.reshape(-1, y.shape[-1]), mode="drop"
     )
-    return pixels.reshape(y.shape).astype(core.dtype)
+    return pixels.reshape(y.shape)

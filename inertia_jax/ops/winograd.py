@@ -8,7 +8,8 @@ for a 3x3 filter g. Over all channels, the product * is sixteen matrix products,
 place (a, b) of the tile: 16 multiplications an output tile and pair of channels, not
 36. The transforms hold 0, 1, -1 and 1/2 alone, so that rounding is that of the direct
 sum: at [64,16,16,128] with normal entries the largest error in float32 was 2.6e-6 for
-both. (F(4x4, 3x3), which needs 36 for 16 outputs, had 5e-5, and is not here.)
+both. (F(4x4, 3x3), which needs 36 for 16 outputs, had 5e-5, and is not here.) A pixel
+that is not finite makes its whole tile NaN.
 
 References:
     Lavin & Gray, 2016, Fast Algorithms for Convolutional Neural Networks,
@@ -33,7 +34,7 @@ _INPUT = (
     (0.0, 1.0, 0.0, -1.0),
 )
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-_OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 _TILE = 4
 # Bytes of transformed tiles, and of products with them, that are worked on at a time.
 # Two cores with 1 MiB of L2 each and 32 MiB of L3: at [64,32,32,64] to 64 channels 16
@@ -129,7 +130,7 @@ def convolve_transformed(
             [multiply(tile, filter_) for tile, filter_ in zip(*rows, strict=True)]
             for rows in zip(_transform_input(x, padding), filters, strict=True)
         ]
-        return _transform_output(products)[:, :h_out, :w_out]
+        return transform_output(products)[:, :h_out, :w_out]
 
     c_out = filters[0][0].shape[1 - contracted]
     size = _images_a_chunk(x, (h_out, w_out), c_out)
@@ -191,14 +192,19 @@ def _transform_input(x: Array, padding: Pads) -> Planes:
     # One more row or column of tiles where outputs are odd in number.
     around = ((0, 0, 0), (top, bottom + height % 2, 0), (left, right + width % 2, 0))
     x = lax.pad(x, jnp.zeros((), x.dtype), (*around, (0, 0, 0)))
-    return _separably(x, _INPUT, overlap=2)
+    return transform_tiles(x)
+
+
+def transform_tiles(padded: Float[Array, "n hp wp c"]) -> Planes:
+    """Returns B^T d B of images that are padded already, to even sides."""
+    return _separably(padded, _INPUT, overlap=2)
 
 
 def _transform_cotangent(cotangent: Array) -> Planes:
     """A dY A^T, at each place of the tile [n, tile rows, tile columns, c_out]."""
     _, height, width, _ = cotangent.shape
     around = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-    transposed = tuple(zip(*_OUTPUT, strict=True))
+    transposed = tuple(zip(*OUTPUT, strict=True))
     return _separably(jnp.pad(cotangent, around), transposed, overlap=0)
 
 
@@ -217,14 +223,14 @@ def _separably(x: Array, matrix: Sequence[Sequence[float]], *, overlap: int) -> 
     return [[_combine(weights, views(row, 2)) for weights in matrix] for row in rows]
 
 
-def _transform_output(products: Planes) -> Array:
-    """A^T M A, tiles side by side: [n, 2 tile rows, 2 tile columns, c_out]."""
+def transform_output(products: Planes) -> Float[Array, "n h w c_out"]:
+    """Returns A^T M A, tiles side by side: [n, 2 tile rows, 2 tile columns, c_out]."""
     columns = [
-        [_combine(weights, list(column)) for weights in _OUTPUT]
+        [_combine(weights, list(column)) for weights in OUTPUT]
         for column in zip(*products, strict=True)
     ]
     rows = [
-        jnp.stack([_combine(weights, list(row)) for weights in _OUTPUT], axis=3)
+        jnp.stack([_combine(weights, list(row)) for weights in OUTPUT], axis=3)
         for row in zip(*columns, strict=True)
     ]
     n, h, w, _, c = rows[0].shape
