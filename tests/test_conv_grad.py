@@ -4,27 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from convolutions import convolve, drawn
 
 from inertia_jax.ops import conv_grad
 from inertia_jax.ops.conv_grad import kernel_gradient
 
 pytestmark = pytest.mark.usefixtures("optimised")
-
-
-def convolve(x, kernel, strides, padding):
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=dimensions
-    )
-
-
-def drawn(seed, n, size, c_in, c_out, kernel_size, strides, padding, dtype):
-    rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(n, *size, c_in)), dtype)
-    kernel = jnp.asarray(rng.normal(size=(*kernel_size, c_in, c_out)), dtype)
-    y = jax.eval_shape(lambda: convolve(x, kernel, strides, padding))
-    return x, kernel, jnp.asarray(rng.normal(size=y.shape), dtype)
 
 
 CASES = [

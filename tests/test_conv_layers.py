@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export, lax
+from convolutions import convolve, drawn
+from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import inertia_jax as ij
@@ -34,21 +35,6 @@ def kernel_gradient_of(request, monkeypatch):
     monkeypatch.setattr(
         conv_layers, "_LEAST_CHANNELS_OF_KERNEL_GRADIENT", request.param
     )
-
-
-def convolve(x, kernel, strides, padding):
-    dimensions = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=dimensions
-    )
-
-
-def drawn(seed, n, size, c_in, c_out, kernel_size, strides, padding, dtype="float64"):
-    rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(n, *size, c_in)), dtype)
-    kernel = jnp.asarray(rng.normal(size=(*kernel_size, c_in, c_out)), dtype)
-    y = jax.eval_shape(lambda: convolve(x, kernel, strides, padding))
-    return x, kernel, jnp.asarray(rng.normal(size=y.shape), dtype)
 
 
 CASES = [

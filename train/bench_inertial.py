@@ -58,17 +58,8 @@ def bench_op(
     on_cpu = jax.default_backend() == "cpu"
     chunk = x[: max(1, CHUNK_BYTES * images // x.nbytes)] if on_cpu else x
     padded = pad_image(chunk, tiling.pads)
-    low = jax.jit(functools.partial(fill_low, tiling=tiling))
-    filled = low(padded, core)
     gate = jnp.asarray(levels > np.quantile(levels, 0.75))[: len(chunk)]
     capacity = gate.size // 4
-    open_quarter = jax.jit(
-        functools.partial(fill_open, tiling=tiling, capacity=capacity)
-    )
-    patches = jnp.ones((capacity * 3, 9 * channels))
-    rows = jnp.arange(capacity * 27) % (padded.size // channels)
-    gather = jax.jit(lambda a, i: jnp.take(a.reshape(-1, channels), i, axis=0))
-    compute = jax.jit(lambda a, core: a @ core.reshape(-1, channels))
     # As layers compute it, on CPU not in XLA's form.
     dense = jax.jit(lambda x, core: conv2d_to_apply(x, core, (1, 1), ((1, 1), (1, 1))))
     calls: dict[str, Callable[[], Any]] = {
@@ -88,6 +79,15 @@ def bench_op(
         )
         calls["part fill"] = lambda: fill(padded, filters, gate)
     else:
+        low = jax.jit(functools.partial(fill_low, tiling=tiling))
+        filled = low(padded, core)
+        open_quarter = jax.jit(
+            functools.partial(fill_open, tiling=tiling, capacity=capacity)
+        )
+        patches = jnp.ones((capacity * 3, 9 * channels))
+        rows = jnp.arange(capacity * 27) % (padded.size // channels)
+        gather = jax.jit(lambda a, i: jnp.take(a.reshape(-1, channels), i, axis=0))
+        compute = jax.jit(lambda a, core: a @ core.reshape(-1, channels))
         calls |= {
             "part low": lambda: low(padded, core),
             "part open": lambda: open_quarter(padded, core, filled, gate),

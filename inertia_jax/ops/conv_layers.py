@@ -158,8 +158,8 @@ def _quickest(
 ) -> Array:
     convolve = functools.partial(conv2d, strides=strides, padding=padding)
     on_cpu = None
-    least = {"channels": _LEAST_CHANNELS, "tiles": _LEAST_TILES}
-    if _winograd_pays(x, kernel, strides, padding, **least):
+    pays = functools.partial(_winograd_pays, x, kernel, strides, padding)
+    if pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES):
         on_cpu = functools.partial(winograd_conv2d, padding=padding)
     return _by_platform(on_cpu, convolve, x, kernel)
 
@@ -178,8 +178,8 @@ def filters_for_cpu(
         kernel: Filters.
         padding: Zeros around the image.
     """
-    least = {"channels": _LEAST_CHANNELS, "tiles": _LEAST_TILES_TO_PREPARE}
-    if not _winograd_pays(x, kernel, (1, 1), padding, **least):
+    pays = functools.partial(_winograd_pays, x, kernel, (1, 1), padding)
+    if not pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES_TO_PREPARE):
         return None
     return transform_filters(kernel)
 
