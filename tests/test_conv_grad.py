@@ -1,4 +1,4 @@
-"""The gradient of a kernel as products of a few images at a time, on CPU."""
+"""Gradients of convolutions in other forms than XLA's, for training on CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from convolutions import convolve, drawn
 
 from inertia_jax.ops import conv_grad
-from inertia_jax.ops.conv_grad import kernel_gradient
+from inertia_jax.ops.conv_grad import kernel_gradient, strided_input_gradient
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -33,6 +33,28 @@ def test_the_kernel_gradient_is_xlas(case, chunk_bytes, monkeypatch, x64):
     expected = jax.vjp(lambda k: convolve(x, k, strides, padding), kernel)[1](cotangent)
     found = kernel_gradient(
         x, cotangent, kernel_size=kernel_size, strides=strides, padding=padding
+    )
+    np.testing.assert_allclose(found, expected[0], rtol=1e-12, atol=1e-12)
+
+
+STRIDED_CASES = [
+    *(case for case in CASES if case[-2] != (1, 1)),
+    # Strides beyond the kernel, one more pixel than they reach, outputs of one pixel,
+    # and more padding than the kernel has taps.
+    (2, (7, 9), 2, 3, (1, 2), (3, 3), ((0, 0), (0, 0))),
+    (2, (10, 9), 2, 3, (3, 3), (2, 3), ((0, 0), (1, 0))),
+    (2, (3, 4), 3, 2, (3, 3), (2, 2), ((0, 0), (1, 0))),
+    (2, (5, 4), 3, 2, (2, 3), (3, 2), ((4, 3), (5, 2))),
+]
+
+
+@pytest.mark.parametrize("case", STRIDED_CASES)
+def test_the_gradient_of_strided_images_is_xlas(case, x64):
+    _, size, *_, strides, padding = case
+    x, kernel, cotangent = drawn(0, *case)
+    expected = jax.vjp(lambda x: convolve(x, kernel, strides, padding), x)[1](cotangent)
+    found = strided_input_gradient(
+        cotangent, kernel, input_size=size, strides=strides, padding=padding
     )
     np.testing.assert_allclose(found, expected[0], rtol=1e-12, atol=1e-12)
 

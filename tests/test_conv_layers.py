@@ -22,7 +22,6 @@ ONES = ((1, 1), (1, 1))
 @pytest.fixture
 def all_forms(monkeypatch):
     """Winograd's form and products at sizes where XLA's would be quicker."""
-    monkeypatch.setattr(conv_layers, "_FEW_OUTPUTS", 0)
     monkeypatch.setattr(conv_layers, "_LEAST_CHANNELS", 4)
     monkeypatch.setattr(conv_layers, "_LEAST_TILES", 1)
     x, kernel, _ = drawn(0, *CASES[0], "float32")
@@ -129,12 +128,19 @@ def lowered(platform, width, size, *, train):
 
 
 def test_networks_take_products_in_training_on_cpu_alone():
-    # Loops over chunks of images; no other platform has them, nor maps of 4 x 4.
-    text = functools.partial(lowered, width=0.2, train=True)
-    assert text("cpu", size=24).count("stablehlo.while") >= 8
-    assert "stablehlo.while" not in text("cpu", size=4)
+    # Nineteen convolutions, loops over chunks of images; no other platform has them.
+    text = functools.partial(lowered, width=0.2, size=8, train=True)
+    assert text("cpu").count("stablehlo.while") == 19
     for platform in ("tpu", "cuda"):
-        assert "stablehlo.while" not in text(platform, size=24)
+        assert "stablehlo.while" not in text(platform)
+
+
+def test_networks_convolve_without_zeros_in_training_on_cpu_alone():
+    # Two convolutions of stride 2, each in four phases; elsewhere with dilated outputs.
+    text = functools.partial(lowered, width=0.2, size=8, train=True)
+    dilated = "lhs_dilate = [2, 2]"
+    assert dilated not in text("cpu")
+    assert text("tpu").count(dilated) == text("cuda").count(dilated) == 2
 
 
 @pytest.mark.parametrize("train", [False, True])

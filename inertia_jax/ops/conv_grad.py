@@ -1,15 +1,21 @@
-"""The gradient of a convolution's kernel as matrix products, for training on CPU.
+"""Gradients of convolutions in other forms than XLA's, for training on CPU.
 
-XLA computes it as a convolution whose filter is a whole image, which on CPU takes two
-to three times as long as the convolution where maps are large. Here it is matrix
-products over a few images at a time, whose views stay in the cache.
+XLA computes that of a kernel as a convolution whose filter is a whole image, which on
+CPU takes two to three times as long as the convolution where maps are large. Here it is
+matrix products over a few images at a time, whose views stay in the cache. That of a
+strided convolution's images XLA computes as a convolution of outputs with zeros between
+them, of which most products are by zero; here there are no zeros.
 """
+
+import itertools
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
 from inertia_jax.ops.chunks import sum_chunks
+from inertia_jax.ops.conv import conv2d
+from inertia_jax.ops.views import Pads
 
 # Bytes of images and views that are worked on at a time: what caches hold. At
 # [64,32,32,64] to 64 channels 4 MiB took 21 ms, 0.5 and 16 MiB 24 and 40, XLA 63.
@@ -22,7 +28,7 @@ def kernel_gradient(
     *,
     kernel_size: tuple[int, int],
     strides: tuple[int, int],
-    padding: tuple[tuple[int, int], tuple[int, int]],
+    padding: Pads,
 ) -> Float[Array, "kh kw c_in c_out"]:
     """Returns the gradient of a kernel as matrix products over a few images at a time.
 
@@ -54,6 +60,54 @@ def kernel_gradient(
     # In bfloat16, sums of sums would not see the last images.
     zero = jnp.zeros((*kernel_size, c_in, c_out), _wide(x.dtype))
     return sum_chunks(of_chunk, x, cotangent, size=chunk, zero=zero).astype(x.dtype)
+
+
+def strided_input_gradient(
+    cotangent: Float[Array, "n h_out w_out c_out"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    *,
+    input_size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> Float[Array, "n h w c_in"]:
+    """Returns the gradient of a strided convolution's images.
+
+    Pixels p = s m + a of one phase a = 0..s-1 meet every s-th tap, i = r + s t with
+    r = (a + before) mod s, alone:
+
+        dx[s m + a] = sum over t of g[m + (a + before - r) / s - t] W[r + s t]^T,
+
+    in both directions, a convolution of unit stride a phase.
+
+    Args:
+        cotangent: Gradient g of the outputs.
+        kernel: Filters W.
+        input_size: Height and width of the images.
+        strides: Vertical and horizontal.
+        padding: Zeros around the image; `before` is those above or on the left.
+    """
+    n, c_in = cotangent.shape[0], kernel.shape[2]
+    counts = [-(-size // s) for size, s in zip(input_size, strides, strict=True)]
+    phases = []
+    for phase in itertools.product(*map(range, strides)):
+        taps, around = [], []
+        for axis, (a, s) in enumerate(zip(phase, strides, strict=True)):
+            first = (a + padding[axis][0]) % s
+            num_taps = len(range(first, kernel.shape[axis], s))
+            taps.append(slice(first, None, s))
+            before = num_taps - 1 - (a + padding[axis][0] - first) // s
+            size = cotangent.shape[1 + axis]
+            around.append((before, counts[axis] + num_taps - 1 - size - before))
+        part = kernel[taps[0], taps[1]]
+        if part.size == 0:  # strides beyond the kernel skip pixels
+            phases.append(jnp.zeros((n, *counts, c_in), cotangent.dtype))
+            continue
+        turned = part[::-1, ::-1].swapaxes(2, 3)
+        phases.append(conv2d(cotangent, turned, padding=tuple(around)))
+    side_by_side = jnp.stack(phases, axis=3).reshape(n, *counts, *strides, c_in)
+    height, width = (count * s for count, s in zip(counts, strides, strict=True))
+    x = side_by_side.transpose(0, 1, 3, 2, 4, 5).reshape(n, height, width, c_in)
+    return x[:, : input_size[0], : input_size[1]]
 
 
 def _unit_stride_part(

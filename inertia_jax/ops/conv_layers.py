@@ -1,9 +1,10 @@
 """Convolution as layers apply it, on CPU each of its parts in the quickest form.
 
 On CPU the convolution and, in training, both of its gradients are Winograd's where that
-is quicker, else XLA's, and the gradient of a kernel matrix products where maps are
-large. Elsewhere all is XLA's. So are the window reading of inertial convolutions and
-the gradients of the tiled one, whose forward mode is promised in training, too.
+is quicker. Else the gradient of a kernel is matrix products, that of a strided
+convolution's images one convolution of unit stride a phase, and the rest is XLA's.
+Elsewhere all is XLA's; so are, everywhere, the window reading of inertial convolutions
+and the gradients of the tiled one, whose forward mode is promised in training, too.
 
 A batch that one program spreads over several CPU devices by itself (`jax.jit` over
 sharded arrays) is gathered by Winograd's form, whose loop goes over images; inside
@@ -22,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from inertia_jax.ops.conv import Padding, conv2d, explicit_padding, pair
-from inertia_jax.ops.conv_grad import kernel_gradient
+from inertia_jax.ops.conv_grad import kernel_gradient, strided_input_gradient
 from inertia_jax.ops.views import Pads
 from inertia_jax.ops.winograd import (
     Planes,
@@ -41,9 +42,6 @@ _LEAST_TILES = 64
 _LEAST_CHANNELS_OF_KERNEL_GRADIENT = 96
 # And where filters are transformed before it is known whether they are needed.
 _LEAST_TILES_TO_PREPARE = 1024
-# Up to this many outputs an image, the kernel's gradient is XLA's rather than products:
-# 17 against 26 ms at [64,8,8,256] to 256 channels.
-_FEW_OUTPUTS = 64
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -134,7 +132,9 @@ def _backward(
     )
     if pays(channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT):
         kernel_on_cpu = functools.partial(winograd_kernel_gradient, padding=padding)
-    elif math.prod(cotangent.shape[1:3]) > _FEW_OUTPUTS and kernel.shape[:2] != (1, 1):
+    elif kernel.shape[:2] != (1, 1):
+        # Alone, XLA's form is up to a quarter quicker on maps of 8 x 8 and less; in a
+        # network it computes whole blocks once more for it, in another order.
         kernel_on_cpu = functools.partial(
             kernel_gradient,
             kernel_size=(kernel.shape[0], kernel.shape[1]),
@@ -144,6 +144,13 @@ def _backward(
     input_on_cpu: Callable[[Array, Array], Array] | None = None
     if pays(channels=_LEAST_CHANNELS):
         input_on_cpu = functools.partial(winograd_input_gradient, padding=padding)
+    elif max(strides) > 1 and kernel.shape[:2] != (1, 1):
+        input_on_cpu = functools.partial(
+            strided_input_gradient,
+            input_size=(x.shape[1], x.shape[2]),
+            strides=strides,
+            padding=padding,
+        )
     return (
         _by_platform(input_on_cpu, input_by_xla, cotangent, kernel),
         _by_platform(kernel_on_cpu, kernel_by_xla, x, cotangent),
