@@ -201,15 +201,24 @@ def test_it_goes_inside_shard_map_with_its_checks(
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_batches_spread_explicitly_are_xlas(all_forms):
+@pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)], ids=["3x3", "1x1"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)], ids=["unit", "strided"])
+def test_batches_spread_explicitly_are_xlas(kernel_size, strides, all_forms, x64):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
-    x, kernel, _ = drawn(5, 4, (8, 8), 4, 4, (3, 3), (1, 1), ONES, "float32")
-    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    x, kernel, _ = drawn(5, 4, (8, 8), 4, 4, kernel_size, strides, ONES)
+
+    def loss(conv, x, kernel):
+        return jnp.sum(jnp.sin(conv(x, kernel, strides, ONES)))
+
+    grad = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)
     with jax.set_mesh(mesh):
-        y = jax.jit(lambda x: conv2d_to_apply(x, kernel, (1, 1), ONES))(spread)
-    assert jax.typeof(y).sharding.spec[0] == "data"
-    # Rounding of sums of 36 terms of order 1.
-    np.testing.assert_allclose(y, convolve(x, kernel, (1, 1), ONES), atol=1e-4)
+        spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        whole = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))
+        found = [grad(f, spread, whole) for f in (conv2d_to_apply, conv2d_to_train)]
+    assert all(jax.typeof(dx).sharding.spec[0] == "data" for dx, _ in found)
+    for pair in found:
+        for a, b in zip(pair, grad(convolve, x, kernel), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(("images", "size"), [(24, (8, 8)), (37, (7, 8))])

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -189,4 +190,31 @@ def _conv2d_as_product(
     ]
     patches = jnp.concatenate(views, axis=-1) if len(views) > 1 else views[0]
     flat = kernel.reshape(-1, c_out)
-    return jnp.einsum("nhwp,po->nhwo", patches, flat, precision=precision)
+    return mix_channels(patches, flat, precision=precision)
+
+
+def mix_channels(
+    x: Float[Array, "*batch c_in"],
+    matrix: Float[Array, "c_in c_out"],
+    *,
+    precision: Any = None,
+) -> Float[Array, "*batch c_out"]:
+    """Multiplies the channels at every place with a matrix.
+
+    Args:
+        x: Images, or any array with channels last.
+        matrix: [c_in, c_out].
+        precision: Of the product, as `jax.numpy.matmul` has it.
+    """
+    if is_spread_explicitly(x):
+        return jnp.einsum("...i,io->...o", x, matrix, precision=precision)
+    # Not einsum: on CPU, XLA would transpose all images for the matrix's gradient, and
+    # compute whole blocks once more to do so. A step of ResNet18 with Tucker-2 factors
+    # took 396 ms so, and takes 310.
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
+    return y.reshape(*x.shape[:-1], matrix.shape[1])
+
+
+def is_spread_explicitly(x: Array) -> bool:
+    """Whether `x` lies on a mesh of explicit axes, which cannot be cut or merged."""
+    return any(axes is not None for axes in jax.typeof(x).sharding.spec)

@@ -51,6 +51,8 @@ def kernel_gradient(
     part = _unit_stride_part if is_unit else _strided_part
     views = kernel_size[1] * (c_out if is_unit else c_in)
     chunk = max(1, min(n, _CHUNK_BYTES // (h * w * (c_in + views) * x.dtype.itemsize)))
+    if kernel_size == (1, 1):
+        chunk = n  # one product: there are no views to keep in the cache
 
     def of_chunk(x: Array, cotangent: Array) -> Array:
         # Padded here, not all at once: large fresh buffers cost more than products.

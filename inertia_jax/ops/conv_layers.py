@@ -22,7 +22,13 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, conv2d, explicit_padding, pair
+from inertia_jax.ops.conv import (
+    Padding,
+    conv2d,
+    explicit_padding,
+    is_spread_explicitly,
+    pair,
+)
 from inertia_jax.ops.conv_grad import kernel_gradient, strided_input_gradient
 from inertia_jax.ops.views import Pads
 from inertia_jax.ops.winograd import (
@@ -126,13 +132,13 @@ def _backward(
         transpose = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)
         return transpose(cotangent)[0]
 
-    kernel_on_cpu: Callable[[Array, Array], Array] | None = None
+    if is_spread_explicitly(x):
+        return input_by_xla(cotangent, kernel), kernel_by_xla(x, cotangent)
     pays = functools.partial(
         _winograd_pays, x, kernel, strides, padding, tiles=_LEAST_TILES
     )
-    if pays(channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT):
-        kernel_on_cpu = functools.partial(winograd_kernel_gradient, padding=padding)
-    elif kernel.shape[:2] != (1, 1):
+    kernel_on_cpu = functools.partial(winograd_kernel_gradient, padding=padding)
+    if not pays(channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT):
         # Alone, XLA's form is up to a quarter quicker on maps of 8 x 8 and less; in a
         # network it computes whole blocks once more for it, in another order.
         kernel_on_cpu = functools.partial(
@@ -214,8 +220,8 @@ def _winograd_pays(
     n, h, w, _ = x.shape
     if not isinstance(n * h * w, int):  # exported for images of any number
         return False
-    if any(axes is not None for axes in jax.typeof(x).sharding.spec):
-        return False  # explicitly: its axes can be neither cut nor merged
+    if is_spread_explicitly(x):
+        return False
     if kernel.shape[:2] != (3, 3) or strides != (1, 1) or x.dtype != kernel.dtype:
         return False
     if x.dtype not in (jnp.float32, jnp.float64) or min(kernel.shape[2:]) < channels:

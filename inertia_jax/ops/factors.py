@@ -7,6 +7,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from inertia_jax.ops.conv import mix_channels
+
 
 class Tucker2Factors(NamedTuple):
     """A kernel as `core` with a factor on each side; of groups, one below the other.
@@ -83,7 +85,7 @@ def pointwise(
         precision: Of the product, as `jax.numpy.einsum` has it.
     """
     if groups == 1:
-        return jnp.einsum("...i,io->...o", x, kernel, precision=precision)
+        return mix_channels(x, kernel, precision=precision)
     x = x.reshape(*x.shape[:-1], groups, -1)
     kernel = kernel.reshape(kernel.shape[0], groups, -1)
     y = jnp.einsum("...gi,igo->...go", x, kernel, precision=precision)
