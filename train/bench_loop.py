@@ -73,6 +73,6 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
             )
             checkpoints.wait()
 
-        times = interleaved({"bare": bare, "whole": whole}, repeats=rounds, warmup=1)
+        times = interleaved({"bare": bare, "whole": whole}, repeats=rounds, warmup=0)
         directory.close()
     return {"steps": calls * trainer.steps_per_call, "rounds": rounds, **times}
