@@ -20,6 +20,8 @@ from inertia_jax.ops.views import Pads
 # Bytes of images and views that are worked on at a time: what caches hold. At
 # [64,32,32,64] to 64 channels 4 MiB took 21 ms, 0.5 and 16 MiB 24 and 40, XLA 63.
 _CHUNK_BYTES = 4 << 20
+# Images of so many times fewer channels than outputs are narrow.
+_NARROW = 4
 
 
 def kernel_gradient(
@@ -47,9 +49,11 @@ def kernel_gradient(
     if n == 0:
         return jnp.zeros((*kernel_size, c_in, c_out), x.dtype)
     around = ((0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0))
-    is_unit = strides == (1, 1)
-    part = _unit_stride_part if is_unit else _strided_part
-    views = kernel_size[1] * (c_out if is_unit else c_in)
+    # Views of a network's first images are smaller than shifts of its outputs: 5.5
+    # against 11 ms at [64,32,32,3] to 64, but 4.4 against 3.8 for 16 channels to 32.
+    shifts = strides == (1, 1) and c_out < _NARROW * c_in
+    part = _part_by_shifts if shifts else _part_by_views
+    views = kernel_size[1] * (c_out if shifts else c_in)
     chunk = max(1, min(n, _CHUNK_BYTES // (h * w * (c_in + views) * x.dtype.itemsize)))
     if kernel_size == (1, 1):
         chunk = n  # one product: there are no views to keep in the cache
@@ -112,7 +116,7 @@ def strided_input_gradient(
     return x[:, : input_size[0], : input_size[1]]
 
 
-def _unit_stride_part(
+def _part_by_shifts(
     x: Array,
     cotangent: Array,
     *,
@@ -130,7 +134,7 @@ def _unit_stride_part(
     return jnp.stack(rows).reshape(kh, c_in, kw, c_out).swapaxes(1, 2)
 
 
-def _strided_part(
+def _part_by_views(
     x: Array,
     cotangent: Array,
     *,
