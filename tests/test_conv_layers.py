@@ -281,6 +281,35 @@ def test_images_of_any_number_are_exported():
     )
 
 
+@pytest.mark.parametrize("kernel_size", [(3, 3), (1, 1)], ids=["3x3", "1x1"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)], ids=["unit", "strided"])
+def test_gradients_for_images_of_any_number_are_exported(kernel_size, strides):
+    x, kernel, _ = drawn(6, 3, (9, 8), 4, 5, kernel_size, strides, ONES, "float32")
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(conv2d_to_train(x, kernel, strides, ONES)))
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    (n,) = export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+    exported = export.export(grad)(kernel, images)
+    for a, b in zip(exported.call(kernel, x), grad(kernel, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64")])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)], ids=["unit", "strided"])
+def test_gradients_have_the_types_of_what_they_are_of(dtypes, strides, x64):
+    x, kernel, _ = drawn(7, 3, (9, 8), 4, 5, (3, 3), strides, ONES)
+    x, kernel = x.astype(dtypes[0]), kernel.astype(dtypes[1])
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(conv2d_to_train(x, kernel, strides, ONES)))
+
+    gradients = jax.grad(loss, argnums=(0, 1))(x, kernel)
+    assert tuple(str(gradient.dtype) for gradient in gradients) == dtypes
+
+
 def test_evaluation_mode_keeps_forward_mode():
     model = ij.create_model("lenet", width=0.1)
     variables = ij.init_variables(model, jax.random.key(0), (12, 12, 1))

@@ -132,7 +132,7 @@ def _backward(
         transpose = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)
         return transpose(cotangent)[0]
 
-    if is_spread_explicitly(x):
+    if not _may_be_cut(x, kernel):
         return input_by_xla(cotangent, kernel), kernel_by_xla(x, cotangent)
     pays = functools.partial(
         _winograd_pays, x, kernel, strides, padding, tiles=_LEAST_TILES
@@ -218,11 +218,7 @@ def _winograd_pays(
 ) -> bool:
     """Whether Winograd's form is quicker on CPU, from so many channels and tiles on."""
     n, h, w, _ = x.shape
-    if not isinstance(n * h * w, int):  # exported for images of any number
-        return False
-    if is_spread_explicitly(x):
-        return False
-    if kernel.shape[:2] != (3, 3) or strides != (1, 1) or x.dtype != kernel.dtype:
+    if not _may_be_cut(x, kernel) or kernel.shape[:2] != (3, 3) or strides != (1, 1):
         return False
     if x.dtype not in (jnp.float32, jnp.float64) or min(kernel.shape[2:]) < channels:
         return False
@@ -231,6 +227,13 @@ def _winograd_pays(
         for size, around in zip((h, w), padding, strict=True)
     )
     return n * math.prod(-(-side // 2) for side in sides) >= tiles
+
+
+def _may_be_cut(x: Array, kernel: Array) -> bool:
+    """Whether images can be worked on a few at a time, in the one type of both."""
+    # Exported for images of any number, their number is a symbol.
+    has_numbers = all(isinstance(size, int) for size in x.shape)
+    return has_numbers and not is_spread_explicitly(x) and x.dtype == kernel.dtype
 
 
 def conv_for_linen(
