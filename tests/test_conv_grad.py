@@ -62,6 +62,19 @@ def test_the_gradient_of_strided_images_is_xlas(case, x64):
     np.testing.assert_allclose(found, expected[0], rtol=1e-12, atol=1e-12)
 
 
+def test_the_gradient_of_strided_images_keeps_bfloat16():
+    case = (2, (9, 7), 3, 4, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    _, kernel, cotangent = (a.astype(jnp.bfloat16) for a in drawn(1, *case, "float32"))
+    give = {"input_size": (9, 7), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
+    found = strided_input_gradient(cotangent, kernel, **give)
+    assert found.dtype == jnp.bfloat16
+    exact = strided_input_gradient(
+        *(a.astype("float32") for a in (cotangent, kernel)), **give
+    )
+    # Eight bits, of sums of up to 16 terms of order 1.
+    np.testing.assert_allclose(found.astype(np.float32), exact, rtol=2**-7, atol=2**-5)
+
+
 def test_bfloat16_is_summed_in_float32(monkeypatch):
     monkeypatch.setattr(conv_grad, "_CHUNK_BYTES", 1)  # 300 sums
     x, cotangent = jnp.ones((300, 6, 6, 1)), jnp.ones((300, 6, 6, 2))

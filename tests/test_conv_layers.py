@@ -66,14 +66,18 @@ def test_outputs_and_gradients_are_xlas_under_jit(
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "case", [CASES[0], CASES[2], CASES[6]], ids=["unit", "strided", "1x1"]
+)
 def test_training_goes_under_vmap_and_forward_over_reverse(
-    all_forms, kernel_gradient_of, x64
+    case, all_forms, kernel_gradient_of, x64
 ):
-    x, kernel, _ = drawn(2, *CASES[0])
+    *_, strides, padding = case
+    x, kernel, _ = drawn(2, *case)
     kernels = jnp.stack([kernel, 2 * kernel])
 
     def loss(conv, kernel):
-        return jnp.sum(jnp.sin(conv(x, kernel, (1, 1), ONES)))
+        return jnp.sum(jnp.sin(conv(x, kernel, strides, padding)))
 
     ours, theirs = (functools.partial(loss, f) for f in (conv2d_to_train, convolve))
     np.testing.assert_allclose(
@@ -215,9 +219,9 @@ def test_batches_spread_explicitly_are_xlas(kernel_size, strides, all_forms, x64
         spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
         whole = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))
         found = [grad(f, spread, whole) for f in (conv2d_to_apply, conv2d_to_train)]
-    assert all(jax.typeof(dx).sharding.spec[0] == "data" for dx, _ in found)
-    for pair in found:
-        for a, b in zip(pair, grad(convolve, x, kernel), strict=True):
+    for gradients in found:
+        assert jax.typeof(gradients[0]).sharding.spec[0] == "data"
+        for a, b in zip(gradients, grad(convolve, x, kernel), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
@@ -326,6 +330,25 @@ def test_factorised_layers_keep_it_too():
     assert tangent.shape == (1, 8, 8, 8)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: layer.apply(variables, x, train=True), (x,), (x,))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Smaller than the kernel, without padding; nothing at all.
+        (2, (2, 2), 3, 4, (3, 3), (2, 2), ((0, 0), (0, 0))),
+        (2, (2, 2), 3, 4, (3, 3), (1, 1), ((0, 0), (0, 0))),
+        (2, (1, 1), 3, 16, (3, 3), (1, 1), ((0, 0), (0, 0))),
+        (2, (0, 0), 3, 4, (3, 3), (1, 1), ONES),
+        (2, (0, 4), 3, 4, (3, 3), (2, 2), ((0, 0), (1, 1))),
+    ],
+)
+def test_empty_maps_have_gradients_of_nothing(case):
+    *_, strides, padding = case
+    x, kernel, cotangent = drawn(8, *case, "float32")
+    _, pull = jax.vjp(lambda *of: conv2d_to_train(*of, strides, padding), x, kernel)
+    for gradient, of in zip(pull(cotangent), (x, kernel), strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros_like(of))
 
 
 def test_no_images_have_no_gradient():

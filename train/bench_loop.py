@@ -22,9 +22,9 @@ from train.trainer import Trainer, make_metadata
 def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
     """Times calls bare, and with input, logging, progress bar and a checkpoint.
 
-    Each round takes the same number of steps twice: on inputs that lie ready, and with
-    the loop's own feed, meter and one checkpoint, waited for. Both read the totals of
-    one call while the next one runs.
+    Each round takes the same number of steps on inputs that lie ready, and with the
+    loop's own feed, meter and one checkpoint, waited for, each once untimed and then
+    timed. Both read the totals of one call while the next one runs.
 
     Raises:
         UsageError: More steps than an epoch has.

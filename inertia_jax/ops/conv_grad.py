@@ -44,9 +44,9 @@ def kernel_gradient(
         strides: Likewise.
         padding: Zeros around the image.
     """
-    n, _, _, c_out = cotangent.shape
-    _, h, w, c_in = x.shape
-    if n == 0:
+    c_out = cotangent.shape[3]
+    n, h, w, c_in = x.shape
+    if x.size == 0 or cotangent.size == 0:
         return jnp.zeros((*kernel_size, c_in, c_out), x.dtype)
     around = ((0, 0, 0), *((before, after, 0) for before, after in padding), (0, 0, 0))
     # Views of a network's first images are smaller than shifts of its outputs: 5.5
