@@ -11,7 +11,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import inertia_jax as ij
-from inertia_jax.ops import conv_layers, tiled, winograd
+from inertia_jax.ops import conv_grad, conv_layers, tiled, winograd
 from inertia_jax.ops.conv_layers import conv2d_to_apply, conv2d_to_train
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -131,7 +131,8 @@ def lowered(platform, width, size, *, train):
     return export.export(function, platforms=[platform])(*arguments).mlir_module()
 
 
-def test_networks_take_products_in_training_on_cpu_alone():
+def test_networks_take_products_in_training_on_cpu_alone(monkeypatch):
+    monkeypatch.setattr(conv_grad, "_CHUNK_BYTES", 1)
     # Nineteen convolutions, loops over chunks of images; no other platform has them.
     text = functools.partial(lowered, width=0.2, size=8, train=True)
     assert text("cpu").count("stablehlo.while") == 19

@@ -43,9 +43,11 @@ def sum_chunks(
         function: Of arrays [size, ...], or of fewer images.
         arrays: [n, ...] each.
         size: Images of a chunk, >= 1.
-        zero: The sum over no images.
+        zero: The sum over no images, in the types that the function gives.
     """
     n = arrays[0].shape[0]
+    if size >= n:
+        return function(*arrays)
 
     def add(start: Array | int, count: int, sums: Any) -> Any:
         take = functools.partial(

@@ -54,7 +54,7 @@ def kernel_gradient(
     shifts = strides == (1, 1) and c_out < _NARROW * c_in
     part = _part_by_shifts if shifts else _part_by_views
     views = kernel_size[1] * (c_out if shifts else c_in)
-    chunk = max(1, min(n, _CHUNK_BYTES // (h * w * (c_in + views) * x.dtype.itemsize)))
+    chunk = max(1, _CHUNK_BYTES // (h * w * (c_in + views) * x.dtype.itemsize))
     if kernel_size == (1, 1):
         chunk = n  # one product: there are no views to keep in the cache
 

@@ -153,7 +153,7 @@ def winograd_kernel_gradient(
         cotangent: Gradient dY of the outputs.
         padding: Zeros around the image.
     """
-    n, h_out, w_out, c_out = cotangent.shape
+    _, h_out, w_out, c_out = cotangent.shape
     c_in = x.shape[3]
 
     def of_chunk(x: Array, cotangent: Array) -> Planes:
@@ -165,8 +165,6 @@ def winograd_kernel_gradient(
         ]
 
     size = _images_a_chunk(x, (h_out, w_out), c_out)
-    if size >= n:
-        return _gather_filter(of_chunk(x, cotangent))
     zero = [[jnp.zeros((c_in, c_out), x.dtype)] * _TILE for _ in range(_TILE)]
     return _gather_filter(sum_chunks(of_chunk, x, cotangent, size=size, zero=zero))
 
