@@ -11,7 +11,7 @@ import inertia_jax as ij
 from inertia_jax.sites import find_sites
 from train import platform
 from train.__main__ import main
-from train.timing import relative_gap
+from train.timing import median_with_interval, relative_gap, times_in_turn
 from train.verbs import benchmark_verb
 
 WHAT = ("train", "eval")
@@ -55,6 +55,37 @@ def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
     assert work["conv 1x1"] == pytest.approx(2e-6 * 192 * 16)
     assert work["Tucker-2"] == pytest.approx(2e-6 * 192 * 52)
     assert ("conv 3x3, PyTorch" in times) == ("--against" in command)
+
+
+def test_what_the_loop_adds_is_taken_of_pairs_of_blocks(tmp_path, capsys):
+    out = tmp_path / "record.json"
+    command = ["benchmark", "--suite", "loop", "--config", "configs/quickstart.py"]
+    command += ["--width", "0.01", "--steps", "2", "--repeats", "6"]
+    assert main([*command, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["steps"] == 2 and row["rounds"] == 6
+    steps, epoch = row["added_to_steps"], row["added_to_epoch"]
+    assert -1 < steps["low_95"] <= steps["median"] <= steps["high_95"]
+    extra = row["first_input"]["median_ms"] + row["checkpoint"]["median_ms"]
+    bare = row["bare"]["median_ms"] / 2 * row["steps_per_epoch"]
+    assert epoch["median"] == pytest.approx(steps["median"] + extra / bare)
+    assert "the loop adds to steps" in capsys.readouterr().out
+    assert main([*command[:-1], "5"]) == 2
+    assert "`repeats` (=5) must be >= 6" in capsys.readouterr().err
+
+
+def test_medians_have_intervals():
+    # P(at most 1 of 9 above the median) is 10 / 512; of at most 2 it is 46 / 512.
+    found = median_with_interval([9, 2, 7, 4, 5, 6, 3, 8, 1])
+    assert found == {"median": 5, "low_95": 2, "high_95": 8}
+
+
+def test_calls_are_in_turn_and_the_first_round_is_not_timed():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = times_in_turn(functions, repeats=2, calls_before=1)
+    assert calls == ["a", "a", "b", "b"] * 3
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
 
 
 def test_factors_by_tensorly_in_pytorch_give_the_same_logits():

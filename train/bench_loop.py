@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,20 +16,28 @@ from train.errors import UsageError
 from train.meter import Meter
 from train.rundir import RunDirectory
 from train.state import training_to_dict
-from train.timing import interleaved
+from train.timing import median_with_interval, spread_of, times_in_turn
 from train.trainer import Trainer, make_metadata
 
 
 def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
-    """Times calls bare, and with input, logging, progress bar and a checkpoint.
+    """Times blocks of steps bare and in the loop, in turn, and what an epoch adds.
 
-    Each round takes the same number of steps on inputs that lie ready, and with the
-    loop's own feed, meter and one checkpoint, waited for, each once untimed and then
-    timed. Both read the totals of one call while the next one runs.
+    A bare block takes its steps on an input that lies ready, the other one on the
+    loop's own feed, with its meter and progress bar, over epochs that go on from block
+    to block. Both read the totals of one call while the next one runs. What an epoch
+    adds is timed beside them: its first input, with the shuffle before it, and one
+    checkpoint, waited for. (In a run it is written while the next epoch computes.)
+
+    Returns:
+        Times of blocks and of what an epoch adds; what the loop adds to a step, as a
+        share of it, the median of all pairs of blocks; and what it adds to an epoch.
 
     Raises:
-        UsageError: More steps than an epoch has.
+        UsageError: More steps than an epoch has; fewer than six rounds.
     """
+    if rounds < 6:
+        raise UsageError(f"`repeats` (={rounds}) must be >= 6 in the suite loop.")
     trainer = Trainer(config, data)
     if steps > trainer.steps_per_epoch:
         raise UsageError(
@@ -37,7 +46,7 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
     calls = -(-steps // trainer.steps_per_call)
     state = trainer.init_state()
     ready = next(trainer.inputs(0, 0))
-    rounds_done = 0
+    saved = step = 0
     with tempfile.TemporaryDirectory() as scratch:
         directory = RunDirectory(pathlib.Path(scratch) / "run", config, resume=False)
         directory.lock()
@@ -55,24 +64,53 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
             jax.device_get(pending)
 
         def whole() -> None:
-            nonlocal state, rounds_done
-            step = 0
-            with tqdm(total=steps * config.batch_size, unit="img", leave=False) as bar:
-                meter = Meter(directory, bar, config, step, has_gates=trainer.has_gates)
-                inputs = trainer.inputs(0, 0)
-                for batch in itertools.islice(inputs, calls):
-                    state, totals = trainer.train_call(state, batch)
-                    step += batch[2].shape[1]
-                    meter.after_call(step, totals)
-                meter.flush()
-            rounds_done += 1
+            nonlocal state, step
+            for batch in itertools.islice(inputs, calls):
+                state, totals = trainer.train_call(state, batch)
+                step += batch[2].shape[1]
+                meter.after_call(step, totals)
+            meter.flush()
+
+        def checkpoint() -> None:
+            nonlocal saved
+            saved += 1
             training = training_to_dict(state)
             metadata = make_metadata(trainer, None, train_seconds=0.0)
-            checkpoints.save(
-                rounds_done, trainer.model, state.result, training, metadata
-            )
+            checkpoints.save(saved, trainer.model, state.result, training, metadata)
             checkpoints.wait()
 
-        times = interleaved({"bare": bare, "whole": whole}, repeats=rounds, warmup=0)
+        def first_input() -> None:
+            jax.block_until_ready(next(trainer.inputs(0, 0)))
+
+        with tqdm(unit="img", leave=False) as bar:
+            meter = Meter(directory, bar, config, step, has_gates=trainer.has_gates)
+            inputs = _epochs(trainer)
+            blocks = times_in_turn(
+                {"bare": bare, "whole": whole}, repeats=rounds, calls_before=0
+            )
+            inputs.close()
+        extra = times_in_turn(
+            {"first_input": first_input, "checkpoint": checkpoint},
+            repeats=min(rounds, 10),
+            calls_before=0,
+        )
         directory.close()
-    return {"steps": calls * trainer.steps_per_call, "rounds": rounds, **times}
+    times = {name: spread_of(values) for name, values in (blocks | extra).items()}
+    pairs = zip(blocks["bare"], blocks["whole"], strict=True)
+    added = median_with_interval([whole / bare - 1 for bare, whole in pairs])
+    num_steps = calls * trainer.steps_per_call
+    epoch_ms = times["bare"]["median_ms"] / num_steps * trainer.steps_per_epoch
+    extra_ms = times["first_input"]["median_ms"] + times["checkpoint"]["median_ms"]
+    return {
+        "steps": num_steps,
+        "rounds": rounds,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        **times,
+        "added_to_steps": added,
+        "added_to_epoch": {k: v + extra_ms / epoch_ms for k, v in added.items()},
+    }
+
+
+def _epochs(trainer: Trainer) -> Iterator[Any]:
+    for epoch in itertools.count():
+        yield from trainer.inputs(epoch, 0)

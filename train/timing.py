@@ -8,40 +8,70 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 
 def interleaved(
-    functions: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
+    functions: dict[str, Callable[[], Any]], *, repeats: int
 ) -> dict[str, dict[str, float]]:
     """Times functions in turn and returns medians and spreads, in milliseconds.
 
-    In turn, because machines slow down and speed up over minutes. Every timed call
-    follows an untimed one of its own, as a step of training follows a step: caches and
-    freed memory are its own then, and threads of another library, which go on spinning
-    for a while, are asleep. (After a step of PyTorch, SimpleDLA's at batch 128 took 3.4
-    s, of which 2.6 went into having memory from the system again, after its own 1.9.)
+    Every timed call follows an untimed one of its own, as a step of training follows a
+    step: caches and freed memory are its own then, and threads of another library,
+    which go on spinning for a while, are asleep. (After a step of PyTorch, SimpleDLA's
+    at batch 128 took 3.4 s, of which 2.6 went into having memory from the system again,
+    after its own 1.9.)
 
     Args:
         functions: Each blocks until its work is done.
         repeats: Timed calls of each.
-        warmup: Rounds before, untimed: compilation, caches.
+    """
+    times = times_in_turn(functions, repeats=repeats, calls_before=1)
+    return {name: spread_of(values) for name, values in times.items()}
+
+
+def times_in_turn(
+    functions: dict[str, Callable[[], Any]], *, repeats: int, calls_before: int
+) -> dict[str, list[float]]:
+    """Returns the milliseconds of each call, after a round that is not timed.
+
+    In turn, because machines slow down and speed up over minutes.
+
+    Args:
+        functions: Each blocks until its work is done.
+        repeats: Timed calls of each.
+        calls_before: Untimed calls of a function before each timed one.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(warmup + repeats):
+    for _ in range(1 + repeats):
         for name, function in functions.items():
-            function()
+            for _ in range(calls_before):
+                function()
             start = time.perf_counter()
             function()
             times[name].append(1e3 * (time.perf_counter() - start))
-    timed = {name: values[warmup:] for name, values in times.items()}
+    return {name: values[1:] for name, values in times.items()}
+
+
+def spread_of(times: list[float]) -> dict[str, float]:
+    """Returns median, least and most of times in milliseconds."""
     return {
-        name: {
-            "median_ms": statistics.median(values),
-            "min_ms": min(values),
-            "max_ms": max(values),
-        }
-        for name, values in timed.items()
+        "median_ms": statistics.median(times),
+        "min_ms": min(times),
+        "max_ms": max(times),
     }
+
+
+def median_with_interval(values: list[float]) -> dict[str, float]:
+    """Returns a median and its 95% interval, which supposes no distribution.
+
+    The ends are two of the values, of which there must be six.
+    """
+    interval = scipy.stats.quantile_test(
+        values, q=np.median(values), p=0.5
+    ).confidence_interval(confidence_level=0.95)
+    low, high = float(interval.low), float(interval.high)
+    return {"median": statistics.median(values), "low_95": low, "high_95": high}
 
 
 def relative_gap(found: Any, expected: Any) -> float:

@@ -67,14 +67,14 @@ class Benchmark:
     """Of the networks; None: the config's in the suite loop, else 1."""
     against: Literal["none", "torch"] = "none"
     """torch: the same in PyTorch, in turn; in the suite tucker, TensorLy too."""
-    repeats: int = 5
-    """Timed calls of each, or rounds of the suite loop."""
+    repeats: int = 9
+    """Timed calls of each; blocks of each in the suite loop, at least 6."""
     config: str = "configs/cifar10_resnet18_small.py"
     """Of the suite loop."""
     data: str | None = None
     """Of the suites loop and sweep; None: the config's."""
     steps: int = 200
-    """Of the suite loop, a round; of the suite sweep, before it; at most an epoch."""
+    """Of the suite loop, a block; of the suite sweep, before it; at most an epoch."""
     sweep: str = "configs/sweeps/mnist_inertial.py"
     """Of the suite sweep."""
     out: str | None = None
@@ -197,9 +197,14 @@ def _bench_loop(args: Benchmark) -> Iterator[Any]:
         config = dataclasses.replace(config, model=model)
     config = _with_data(config, args.data)
     row = bench_loop(config, _load(config.data), steps=args.steps, rounds=args.repeats)
-    bare, whole = row["bare"]["median_ms"], row["whole"]["median_ms"]
-    print(f"{row['steps']} steps bare {bare:.0f} ms, whole {whole:.0f} ms")
-    print(f"input, logging and checkpoint add {100 * (whole / bare - 1):.1f}%")
+    step_ms = row["bare"]["median_ms"] / row["steps"]
+    print(f"a bare step {step_ms:.1f} ms, {row['steps_per_epoch']} an epoch")
+    print(f"an epoch's first input {row['first_input']['median_ms']:.0f} ms, ", end="")
+    print(f"checkpoint {row['checkpoint']['median_ms']:.0f} ms")
+    for name in ("steps", "epoch"):
+        of = {k: f"{v:.2%}" for k, v in row[f"added_to_{name}"].items()}
+        interval = f"95% interval {of['low_95']} to {of['high_95']}"
+        print(f"the loop adds to {name}: {of['median']} ({interval})")
     yield row
 
 
