@@ -320,8 +320,20 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--seed", "-1"], "`seed` .* must be >= 0"),
         (["--data.std", "nan"], "`data.std` .=nan. must be finite"),
         (["--optimizer.learning-rate", "inf"], "`optimizer.learning_rate` .* finite"),
-        (["--distill-weight", "0.3"], "`distill_weight` .*nothing without `teacher`"),
-        (["--gate-penalty", "2"], "`gate_penalty` .*nothing without `gate_budget`"),
+        (["--distill-weight", "0.3"], "`distill_weight` .*nothing with `teacher`"),
+        (["--gate-penalty", "2"], "`gate_penalty` .*nothing with `gate_budget`"),
+        (
+            ["--optimizer.name", "adadelta", "--optimizer.momentum", "0.5"],
+            "`optimizer.momentum` .*nothing with `optimizer.name` .=adadelta.; leave "
+            "it at its default, 0.9",
+        ),
+        (
+            ["--optimizer.schedule", "cosine", "--optimizer.milestones", "3"],
+            "`optimizer.milestones` .*nothing with `optimizer.schedule` .=cosine",
+        ),
+        (["--optimizer.peak-share", "0.5"], "`optimizer.peak_share` .*nothing"),
+        (["--optimizer.decay-epochs", "2"], "`optimizer.decay_epochs` .*nothing"),
+        (["--data.no-flip", "--data.flip-mode", "alternating"], "`data.flip_mode` .*"),
         (["--model.shortcut", "B"], "`shortcut` .='B'. must be A for lenet"),
         (["--data.image-size", "16", "--data.eval-resize", "4"], "`resize` .* 16"),
         (["--data.mean", "0.5", "0.5"], "`mean`"),

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import math
 import typing
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, Literal
 
 from train.errors import UsageError
@@ -243,19 +245,32 @@ class Config:
             )
 
 
-# Fields that do nothing where another one is None.
-_IDLE = {
-    "teacher": ("distill_weight", "distill_temperature"),
-    "gate_budget": ("gate_penalty",),
+# Fields that do nothing unless another one has a value of this kind.
+_NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "distill_weight": ("teacher", lambda path: path is not None),
+    "distill_temperature": ("teacher", lambda path: path is not None),
+    "gate_penalty": ("gate_budget", lambda budget: budget is not None),
+    "data.crop_mode": ("data.crop_padding", lambda padding: padding > 0),
+    "data.flip_mode": ("data.flip", bool),
+    "optimizer.momentum": ("optimizer.name", lambda name: name == "sgd"),
+    "optimizer.nesterov": ("optimizer.name", lambda name: name == "sgd"),
+    "optimizer.milestones": ("optimizer.schedule", lambda s: s == "multistep"),
+    "optimizer.decay": (
+        "optimizer.schedule",
+        lambda s: s in ("multistep", "exponential"),
+    ),
+    "optimizer.decay_epochs": ("optimizer.schedule", lambda s: s == "exponential"),
+    "optimizer.peak_share": ("optimizer.schedule", lambda s: s == "one_cycle"),
 }
 
 
 def check_used(config: Config) -> None:
     """Raises UsageError where a field is set that does nothing in this run."""
-    for needed, names in _IDLE.items():
-        for name in names:
-            value = getattr(config, name)
-            if getattr(config, needed) is None and value != getattr(Config, name):
-                raise UsageError(
-                    f"`{name}` (={value}) does nothing without `{needed}`."
-                )
+    for name, (needed, is_used) in _NEEDS.items():
+        value, default = (attrgetter(name)(c) for c in (config, Config()))
+        other = attrgetter(needed)(config)
+        if value != default and not is_used(other):
+            raise UsageError(
+                f"`{name}` (={value}) does nothing with `{needed}` (={other}); leave "
+                f"it at its default, {default}."
+            )
