@@ -111,9 +111,9 @@ def reconstruct(
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution that can be fitted."
         )
+    see = _watcher(tuple(paths), (model, variables), dense, fitting[0])
     changed = dict(variables)
     for path in paths:
-        see = _watcher(path, (model, changed), dense)
         others = {
             collection: leaves_at({"params": tree}, path)
             for collection, tree in changed.items()
@@ -123,8 +123,8 @@ def reconstruct(
             LayerFit(modules[path], others),
             linear_parts(modules[path]),
             leaves_at(changed, path),
-            see(fitting),
-            see(held_out),
+            see(path, changed, fitting),
+            see(path, changed, held_out),
             iterations,
         )
         changed = with_leaves(changed, {path: leaves})
@@ -162,30 +162,37 @@ def _without_ladders(model: nn.Module) -> nn.Module:
 
 
 def _watcher(
-    path: str,
-    compressed: Network,
-    dense: Network,
-) -> Callable[[list[np.ndarray]], list[Seen]]:
-    """Returns a function from batches to every call of a layer on them.
+    paths: tuple[str, ...], compressed: Network, dense: Network, batch: np.ndarray
+) -> Callable[[str, Mapping[str, Any], list[np.ndarray]], list[Seen]]:
+    """Returns a function from a layer, variables and batches to the layer's calls.
 
-    It raises ValueError where the dense network has no such layer, or another shape of
-    output, or where something is not finite.
+    One program for all layers gives what each of them sees: to compile one a layer
+    takes longer than to compute the layers after it in vain.
+
+    Raises:
+        ValueError: The dense network has no such layers, or other shapes of outputs;
+            of the function: something is not finite.
     """
-    inputs = jax.jit(lambda v, batch: _calls_of(path, compressed[0], v, batch))
-    outputs = jax.jit(lambda v, batch: _calls_of(path, dense[0], v, batch))
+    calls = jax.eval_shape(_calls_of(paths, compressed[0]), compressed[1], batch)
+    there = jax.eval_shape(_calls_of(paths, dense[0]), dense[1], batch)
+    for path in paths:
+        own, wanted = ([y.shape for _, y in of[path]] for of in (calls, there))
+        if own != wanted:
+            raise ValueError(
+                f"`dense` puts out {wanted} at {path!r}; must be {own}, as `model` "
+                f"does."
+            )
+    inputs = jax.jit(_calls_of(paths, compressed[0], which=0))
+    outputs = jax.jit(_calls_of(paths, dense[0], which=1))
 
-    def watch(batches: list[np.ndarray]) -> list[Seen]:
+    def see(
+        path: str, variables: Mapping[str, Any], batches: list[np.ndarray]
+    ) -> list[Seen]:
         seen = []
         for batch in batches:
-            before = inputs(compressed[1], batch)
-            wanted = outputs(dense[1], batch)
-            shapes = [y.shape for _, y in before], [y.shape for _, y in wanted]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"`dense` puts out {shapes[1]} at {path!r}; must be {shapes[0]}, "
-                    f"as `model` does."
-                )
-            for (x, _), (_, y) in zip(before, wanted, strict=True):
+            before = inputs(variables, batch)[path]
+            wanted = outputs(dense[1], batch)[path]
+            for x, y in zip(before, wanted, strict=True):
                 if not bool(jnp.isfinite(x).all() & jnp.isfinite(y).all()):
                     raise ValueError(
                         f"inputs and outputs of {path!r} must be finite; some are not."
@@ -193,37 +200,51 @@ def _watcher(
                 seen.append(Seen(x, y))
         return seen
 
-    return watch
+    return see
 
 
 def _calls_of(
-    path: str, model: nn.Module, variables: Mapping[str, Any], batch: Array
-) -> list[tuple[Array, Array]]:
-    """Returns input and output of every call of a layer, in float32 or wider."""
-    found: list[tuple[Array, Array]] = []
-    roots: list[Any] = []
-    depth = 0
+    paths: tuple[str, ...], model: nn.Module, *, which: int | None = None
+) -> Callable[[Mapping[str, Any], Array], dict[str, list[Any]]]:
+    """Returns a function from variables and a batch to every call of some layers.
 
-    def record(
-        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        nonlocal depth
-        is_call = context.method_name == "__call__"
-        is_it = is_call and "/".join(context.module.path) == path
-        check_in_view(context.module, roots, is_wanted=is_it)
-        if is_call and isinstance(context.module, InertialConv):
-            # As in evaluation: no batch moves a threshold.
-            kwargs = {**kwargs, "train": False}
-        # What stands in for a layer has its path, too.
-        depth += is_it
-        output = call(*args, **kwargs)
-        depth -= is_it
-        if is_it and not depth:
-            x = jnp.asarray(first_argument(args, kwargs))
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            found.append((x.astype(wide), output.astype(wide)))
-        return output
+    Args:
+        paths: Of the layers.
+        model: Their network.
+        which: 0 for the calls' inputs, 1 for their outputs, None for pairs of both; in
+            float32 or wider.
+    """
 
-    with nn.intercept_methods(record):
-        apply_as_trained(model, variables, batch)
-    return found
+    def calls(variables: Mapping[str, Any], batch: Array) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {path: [] for path in paths}
+        depth = dict.fromkeys(paths, 0)
+        roots: list[Any] = []
+
+        def record(
+            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
+            is_call = context.method_name == "__call__"
+            path = "/".join(context.module.path)
+            is_wanted = is_call and path in found
+            check_in_view(context.module, roots, is_wanted=is_wanted)
+            if is_call and isinstance(context.module, InertialConv):
+                # As in evaluation: no batch moves a threshold.
+                kwargs = {**kwargs, "train": False}
+            if not is_wanted:
+                return call(*args, **kwargs)
+            # What stands in for a layer has its path, too.
+            depth[path] += 1
+            output = call(*args, **kwargs)
+            depth[path] -= 1
+            if not depth[path]:
+                x = jnp.asarray(first_argument(args, kwargs))
+                wide = jnp.promote_types(x.dtype, jnp.float32)
+                pair = (x.astype(wide), output.astype(wide))
+                found[path].append(pair if which is None else pair[which])
+            return output
+
+        with nn.intercept_methods(record):
+            apply_as_trained(model, variables, batch)
+        return found
+
+    return calls

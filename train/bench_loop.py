@@ -3,7 +3,7 @@
 import itertools
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -111,6 +111,6 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
     }
 
 
-def _epochs(trainer: Trainer) -> Iterator[Any]:
+def _epochs(trainer: Trainer) -> Generator[Any, None, None]:
     for epoch in itertools.count():
         yield from trainer.inputs(epoch, 0)
