@@ -7,13 +7,12 @@ from collections.abc import Generator
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from train.checkpoints import Checkpoints
 from train.config import Config
 from train.data import ImageSet
 from train.errors import UsageError
-from train.meter import Meter
+from train.meter import Meter, progress_bar
 from train.rundir import RunDirectory
 from train.state import training_to_dict
 from train.timing import median_with_interval, spread_of, times_in_turn
@@ -82,7 +81,7 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
         def first_input() -> None:
             jax.block_until_ready(next(trainer.inputs(0, 0)))
 
-        with tqdm(unit="img", leave=False) as bar:
+        with progress_bar(None, 0, config.batch_size) as bar:
             meter = Meter(directory, bar, config, step, has_gates=trainer.has_gates)
             inputs = _epochs(trainer)
             blocks = times_in_turn(

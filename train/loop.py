@@ -22,7 +22,7 @@ from train.config_file import config_to_json, differing_fields
 from train.data import ImageSet, load_data
 from train.errors import UsageError
 from train.evaluate import Evaluation
-from train.meter import Meter
+from train.meter import Meter, progress_bar
 from train.processes import differing_process, is_lost
 from train.rundir import RunDirectory
 from train.state import TrainState, training_to_dict
@@ -181,16 +181,7 @@ def _run(
         checkpoints.save(step, trainer.model, state.result, training, metadata)
         last_save = time.monotonic()
 
-    bar = tqdm(
-        total=trainer.steps * config.batch_size,
-        initial=step * config.batch_size,
-        unit="img",
-        unit_scale=True,
-        disable=jax.process_index() != 0,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        dynamic_ncols=True,
-    )
-    with bar:
+    with progress_bar(trainer.steps, step, config.batch_size) as bar:
         for epoch in range(step // spe, config.epochs):
             bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
             has_gates = trainer.has_gates

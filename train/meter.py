@@ -1,5 +1,6 @@
 """What a run says while it trains: the progress bar and lines of metrics."""
 
+import sys
 import time
 from typing import Any
 
@@ -9,6 +10,25 @@ from tqdm import tqdm
 from train.config import Config
 from train.errors import DivergedError
 from train.rundir import RunDirectory
+
+
+def progress_bar(steps: int | None, done: int, batch_size: int) -> tqdm:
+    """Returns the bar of a run: images, on the screen of the first process.
+
+    Args:
+        steps: In all; None: unknown.
+        done: Of them, before this start.
+        batch_size: Images a step.
+    """
+    return tqdm(
+        total=None if steps is None else steps * batch_size,
+        initial=done * batch_size,
+        unit="img",
+        unit_scale=True,
+        disable=jax.process_index() != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
 
 
 class Meter:
