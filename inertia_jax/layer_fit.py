@@ -11,7 +11,6 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 from jax.flatten_util import ravel_pytree
-from scipy.sparse.linalg import LinearOperator, cg
 
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
@@ -135,6 +134,9 @@ class LayerFit:
                 best, least = step.copy(), found
 
         b = total([slope(start, *one) for one in seen]) / -2
+        # Not at the top: it takes a quarter of a second, and few ask for it.
+        from scipy.sparse.linalg import LinearOperator, cg
+
         operator = LinearOperator((flat.size,) * 2, matvec=matvec, dtype=flat.dtype)
         cg(operator, b, maxiter=iterations, rtol=1e-6, callback=keep_if_better)
         if not best.any():

@@ -145,7 +145,7 @@ def whole(command, tmp_path_factory):
 
 def start_run(command, num_processes, env, *, slurm=False):
     port = free_port()
-    env = {**env, "JAX_ENABLE_X64": "1"}
+    env = {**env, "JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     processes = []
     for index in range(num_processes):
         options = ["--coordinator", f"localhost:{port}", "--process-id", str(index)]

@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import jax
 from jax.experimental import multihost_utils
-from tensorboardX import SummaryWriter
 
 import inertia_jax
 from train.config import Config
@@ -72,7 +71,8 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
+        self._begins_after: int | None = None
         self._lock: IO[str] | None = None
         self._is_writer = jax.process_index() == 0
         self._config = config
@@ -163,18 +163,27 @@ class RunDirectory:
                 if line.endswith("\n") and json.loads(line)["step"] <= step
             ]
             write_whole(self._metrics, "".join(kept))
-        self._writer = SummaryWriter(
-            str(self.path / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self._begins_after = step
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Adds a line of metrics, of kind `train`, `epoch` or `test`."""
-        if self._writer is None:
+        if self._begins_after is None:
             return
         with user_input(), self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        if self._writer is None:
+            with user_input():
+                self._writer = self._events(self._begins_after)
         for name, value in metrics.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def _events(self, step: int) -> Any:
+        # Not before the first step: where PyTorch is installed, this imports it, which
+        # takes two seconds.
+        from tensorboardX import SummaryWriter
+
+        purge_step = step + 1 if step else None
+        return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
 
     def close(self) -> None:
         """Writes out what is buffered."""

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
-from scipy.optimize import minimize_scalar
 
 from inertia_jax.ops.unfold import left_singular, unfold_in, unfold_out
 
@@ -98,6 +97,9 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     at = grid[best]
     if low < high:
+        # Not at the top: it takes a third of a second, and few ask for it.
+        from scipy.optimize import minimize_scalar
+
         found = minimize_scalar(free_energy, bounds=(low, high), method="bounded")
         at = found.x if found.fun <= free_energy(at) else at
     threshold = math.sqrt(long * math.exp(at) * x_least)
