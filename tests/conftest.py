@@ -98,7 +98,12 @@ def subprocess_env():
     hidden = ("XLA_FLAGS", "JAX_ENABLE_X64")
     env = {k: v for k, v in os.environ.items() if k not in hidden}
     cache = str(ROOT / ".pytest_cache" / "jax")
-    return {**env, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONWARNINGS": "default"}
+    return env | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        # As the program sets it for a cache of its own: all starts compile the same.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONWARNINGS": "default",
+    }
 
 
 def shared_file(name: str) -> pathlib.Path:

@@ -59,12 +59,11 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+# On small images: compiling takes the time, and 20 steps at 32 x 32.
 @pytest.mark.parametrize(
     ("num_devices", "parallel", "memory_share", "steps_per_call"),
     [
         (8, "pmap", 0.5, 1),
-        (8, "shard_map", 0.5, 1),
-        (8, "pmap", 1e-9, 1),  # streamed
         (8, "shard_map", 1e-9, 2),  # streamed, several steps a call
         (1, "pmap", 0.5, 2),
     ],
@@ -75,18 +74,18 @@ def test_twenty_steps_in_float64_agree(
     config = make_config(parallel=parallel, steps_per_call=steps_per_call)
     data = dataclasses.replace(config.data, memory_share=memory_share)
     config = dataclasses.replace(config, data=data)
-    values = train(config, synthetic_set(), num_devices, 20)
+    values = train(config, synthetic_set(16), num_devices, 20)
     assert relative(values, one_device) < 1e-9
 
 
 @pytest.fixture(scope="module")
 def one_device():
     with jax.enable_x64(True):
-        return train(make_config(), synthetic_set(), 1, 20)
+        return train(make_config(), synthetic_set(16), 1, 20)
 
 
 def test_the_result_depends_on_the_seed(x64, one_device):
-    values = train(make_config(seed=2), synthetic_set(), 1, 20)
+    values = train(make_config(seed=2), synthetic_set(16), 1, 20)
     assert relative(values, one_device) > 0.1
 
 
@@ -122,7 +121,7 @@ def test_dropout_and_adadelta_agree_over_devices(x64, quick_compile):
 
 def test_unsynchronised_batch_norm_differs_over_devices(x64, one_device):
     config = make_config(sync_batch_norm=False)
-    assert relative(train(config, synthetic_set(), 8, 20), one_device) > 1e-6
+    assert relative(train(config, synthetic_set(16), 8, 20), one_device) > 1e-6
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla"])
@@ -143,7 +142,7 @@ def test_every_step_lowers_for_tpu(name, parallel):
 
 def test_bfloat16_trains_with_float32_parameters(quick_compile):
     config = make_config("bfloat16")
-    trainer = Trainer(config, synthetic_set())
+    trainer = Trainer(config, synthetic_set(16))
     state, totals = trainer.train_call(trainer.init_state(), next(trainer.inputs(0, 0)))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {
         jnp.dtype("float32")
@@ -151,8 +150,8 @@ def test_bfloat16_trains_with_float32_parameters(quick_compile):
     assert np.isfinite(float(totals.loss))
 
 
-def test_the_step_compiles_once():
-    trainer = Trainer(make_config("float32"), synthetic_set())
+def test_the_step_compiles_once(quick_compile):
+    trainer = Trainer(make_config("float32"), synthetic_set(16))
     state = trainer.init_state()
     compiled = []
 

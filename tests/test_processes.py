@@ -82,13 +82,13 @@ def train_streamed():
     """Returns what a few steps on all devices give; BatchNorm after 20 convolutions."""
     data = dataclasses.replace(SYNTHETIC, memory_share=1e-9)
     config = dataclasses.replace(make_config(parallel="pmap"), data=data)
-    return train(config, synthetic_set(), jax.device_count(), _STEPS)
+    return train(config, synthetic_set(16), jax.device_count(), _STEPS)
 
 
 @pytest.fixture(scope="module")
 def one_process():
     with jax.enable_x64(True):
-        return train(make_config(), synthetic_set(), 1, _STEPS)
+        return train(make_config(), synthetic_set(16), 1, _STEPS)
 
 
 def test_two_processes_of_two_devices_agree_with_one(

@@ -18,6 +18,7 @@ import inertia_jax
 from train.config import Config
 from train.config_file import config_to_json, differing_fields, fill_defaults
 from train.errors import UsageError, user_input
+from train.events import Events
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES")
@@ -71,8 +72,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
-        self._writer: Any = None
-        self._begins_after: int | None = None
+        self._events: Events | None = None
         self._lock: IO[str] | None = None
         self._is_writer = jax.process_index() == 0
         self._config = config
@@ -163,34 +163,26 @@ class RunDirectory:
                 if line.endswith("\n") and json.loads(line)["step"] <= step
             ]
             write_whole(self._metrics, "".join(kept))
-        self._begins_after = step
+        self._events = Events(self.path / "tensorboard", step)
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Adds a line of metrics, of kind `train`, `epoch` or `test`."""
-        if self._begins_after is None:
+        if self._events is None:
             return
         with user_input(), self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-        if self._writer is None:
-            with user_input():
-                self._writer = self._events(self._begins_after)
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
-
-    def _events(self, step: int) -> Any:
-        # Not before the first step: where PyTorch is installed, this imports it, which
-        # takes two seconds.
-        from tensorboardX import SummaryWriter
-
-        purge_step = step + 1 if step else None
-        return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
+        with user_input():
+            self._events.add(step, kind, metrics)
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            if self._events is not None:
+                with user_input():
+                    self._events.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
 
 def read_json(path: pathlib.Path) -> Any:
