@@ -62,7 +62,8 @@ def reconstruct(
         dense: (model, variables) of the network that it was made from.
         images: Some thousand of the network's inputs, as training saw them, at least
             8; of those held out and of the others, what fills no whole batch is left
-            out. Inputs and outputs of one layer are in memory for all of them.
+            out. Inputs and outputs of one layer are in memory for all of them, those of
+            all layers for one batch.
         layers: Glob over the paths of the convolutions that may change. Layers that
             already put out what the dense ones do stay bit for bit.
         iterations: Most steps of conjugate gradients for each factor, >= 1.
