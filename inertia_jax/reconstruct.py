@@ -22,6 +22,8 @@ from inertia_jax.sites import leaves_at, with_leaves
 
 # So that two are held out, which BatchNorm needs.
 LEAST_IMAGES = 8
+# What the layers of one program see of a batch: all of it is held at once.
+_PROGRAM_BYTES = 1 << 29
 
 Network = tuple[nn.Module, Mapping[str, Any]]
 
@@ -62,8 +64,7 @@ def reconstruct(
         dense: (model, variables) of the network that it was made from.
         images: Some thousand of the network's inputs, as training saw them, at least
             8; of those held out and of the others, what fills no whole batch is left
-            out. Inputs and outputs of one layer are in memory for all of them, those of
-            all layers for one batch.
+            out. Inputs and outputs of one layer are in memory for all of them.
         layers: Glob over the paths of the convolutions that may change. Layers that
             already put out what the dense ones do stay bit for bit.
         iterations: Most steps of conjugate gradients for each factor, >= 1.
@@ -167,8 +168,8 @@ def _watcher(
 ) -> Callable[[str, Mapping[str, Any], list[np.ndarray]], list[Seen]]:
     """Returns a function from a layer, variables and batches to the layer's calls.
 
-    One program for all layers gives what each of them sees: to compile one a layer
-    takes longer than to compute the layers after it in vain.
+    One program gives what many layers see: to compile one a layer takes longer than to
+    compute the layers after it in vain.
 
     Raises:
         ValueError: The dense network has no such layers, or other shapes of outputs;
@@ -183,12 +184,16 @@ def _watcher(
                 f"`dense` puts out {wanted} at {path!r}; must be {own}, as `model` "
                 f"does."
             )
-    inputs = jax.jit(_calls_of(paths, compressed[0], which=0))
-    outputs = jax.jit(_calls_of(paths, dense[0], which=1))
+    programs: dict[str, tuple[Any, Any]] = {}
+    for group in _groups({path: calls[path] for path in paths}):
+        inputs = jax.jit(_calls_of(group, compressed[0], which=0))
+        outputs = jax.jit(_calls_of(group, dense[0], which=1))
+        programs |= dict.fromkeys(group, (inputs, outputs))
 
     def see(
         path: str, variables: Mapping[str, Any], batches: list[np.ndarray]
     ) -> list[Seen]:
+        inputs, outputs = programs[path]
         seen = []
         for batch in batches:
             before = inputs(variables, batch)[path]
@@ -202,6 +207,20 @@ def _watcher(
         return seen
 
     return see
+
+
+def _groups(calls: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Returns layers in groups that see at most `_PROGRAM_BYTES` of a batch."""
+    groups: list[tuple[str, ...]] = []
+    held = 0
+    for path, of in calls.items():
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of))
+        if not groups or held + size > _PROGRAM_BYTES:
+            groups.append(())
+            held = 0
+        groups[-1] += (path,)
+        held += size
+    return groups
 
 
 def _calls_of(

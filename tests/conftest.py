@@ -19,9 +19,9 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the tests' time is compilation. Without XLA's expensive passes it takes half
-# the time. Programs that tests start have them, and modules of tests that ask for
-# `optimised`: those of operations, of the inertial layer, of folding, of steps over
-# devices, and of networks beside PyTorch's.
+# the time. Programs that tests start have them, but for those of several processes, and
+# modules of tests that ask for `optimised`: those of operations, of the inertial layer,
+# of folding, of steps over devices, and of networks beside PyTorch's.
 jax.config.update("jax_disable_most_optimizations", True)
 # Many compile the same.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))

@@ -1,17 +1,23 @@
 """What `benchmark` measures and records, and what is set before JAX starts."""
 
+import dataclasses
+import functools
 import importlib.util
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
+from test_parallel import make_config, synthetic_set
 
 import inertia_jax as ij
 from inertia_jax.sites import find_sites
 from train import platform
 from train.__main__ import main
+from train.bench_loop import _blocks, overhead
 from train.timing import median_with_interval, relative_gap, times_in_turn
+from train.trainer import Trainer
 from train.verbs import benchmark_verb
 
 WHAT = ("train", "eval")
@@ -57,35 +63,86 @@ def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
     assert ("conv 3x3, PyTorch" in times) == ("--against" in command)
 
 
-def test_what_the_loop_adds_is_taken_of_pairs_of_blocks(tmp_path, capsys):
+def test_the_loop_is_timed_beside_its_bare_steps(tmp_path, capsys):
     out = tmp_path / "record.json"
     command = ["benchmark", "--suite", "loop", "--config", "configs/quickstart.py"]
-    command += ["--width", "0.01", "--steps", "2", "--repeats", "6"]
+    # Of 22 steps an epoch, so that blocks of two epochs come.
+    command += ["--width", "0.01", "--steps", "5", "--repeats", "6"]
     assert main([*command, "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["steps"] == 2 and row["rounds"] == 6
-    steps, epoch = row["added_to_steps"], row["added_to_epoch"]
-    assert -1 < steps["low_95"] <= steps["median"] <= steps["high_95"]
+    assert (row["steps"], row["rounds"], row["steps_per_epoch"]) == (5, 6, 22)
+    for name in ("bare", "whole", "first_input", "checkpoint"):
+        assert 0 < row[name]["min_ms"] <= row[name]["median_ms"] <= row[name]["max_ms"]
     extra = row["first_input"]["median_ms"] + row["checkpoint"]["median_ms"]
-    bare = row["bare"]["median_ms"] / 2 * row["steps_per_epoch"]
-    assert epoch["median"] == pytest.approx(steps["median"] + extra / bare)
-    assert "the loop adds to steps" in capsys.readouterr().out
-    assert main([*command[:-1], "5"]) == 2
-    assert "`repeats` (=5) must be >= 6" in capsys.readouterr().err
+    more = row["added_to_epoch"] - row["added_to_steps"]["median"]
+    # The median of both together is not the sum of medians.
+    assert more == pytest.approx(extra / (4.4 * row["bare"]["median_ms"]), rel=0.5)
+    said = capsys.readouterr().out
+    assert f"the loop adds to an epoch: {row['added_to_epoch']:.2%}" in said
+
+
+@pytest.mark.parametrize(("steps", "repeats"), [("23", "6"), ("5", "5")])
+def test_blocks_that_cannot_be_are_refused(steps, repeats, capsys):
+    command = ["benchmark", "--suite", "loop", "--config", "configs/quickstart.py"]
+    command += ["--width", "0.01", "--steps", steps, "--repeats", repeats]
+    assert main(command) == 2
+    said = {
+        "23": "`steps` (=23) must be at most 22",
+        "5": "`repeats` (=5) must be >= 6",
+    }
+    assert said[steps] in capsys.readouterr().err
+
+
+def test_blocks_hold_whole_calls_of_one_epoch():
+    config = dataclasses.replace(make_config("float32"), steps_per_call=3)
+    trainer = Trainer(config, synthetic_set(16, num_train=10 * 32))
+    blocks = _blocks(trainer, 2)
+    taken = [[np.asarray(x[2]) for x in next(blocks)] for _ in range(3)]
+    blocks.close()
+    # Ten steps: three calls of three, of which two make a block, and one that is short.
+    first, second = (
+        [np.asarray(x[2]) for x in trainer.inputs(epoch, 0)] for epoch in (0, 1)
+    )
+    for found, expected in zip(taken, (first, second), strict=False):
+        np.testing.assert_array_equal(found, expected[:2])
+    assert all(len(block) == 2 for block in taken)
+
+
+def test_what_a_loop_adds_is_of_pairs():
+    # The machine slows down tenfold; every whole block takes a twentieth longer.
+    bare = [100.0, 200.0, 300.0, 500.0, 800.0, 1000.0]
+    whole = [1.05 * ms for ms in bare]
+    whole[0] = 400.0  # something else ran
+    found = overhead(bare, whole, [10.0, 20.0, 90.0], blocks_per_epoch=5)
+    assert found["added_to_steps"]["median"] == pytest.approx(0.05)
+    assert found["added_to_steps"]["low_95"] == pytest.approx(0.05)
+    assert found["added_to_steps"]["high_95"] == pytest.approx(3)
+    assert found["added_to_epoch"] == pytest.approx(0.05 + 20 / (5 * 400))
 
 
 def test_medians_have_intervals():
     # P(at most 1 of 9 above the median) is 10 / 512; of at most 2 it is 46 / 512.
     found = median_with_interval([9, 2, 7, 4, 5, 6, 3, 8, 1])
     assert found == {"median": 5, "low_95": 2, "high_95": 8}
+    with pytest.raises(ValueError, match="at least six"):
+        median_with_interval([1.0] * 5)
 
 
-def test_calls_are_in_turn_and_the_first_round_is_not_timed():
-    calls = []
-    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = times_in_turn(functions, repeats=2, calls_before=1)
-    assert calls == ["a", "a", "b", "b"] * 3
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+def test_calls_are_in_turn_and_the_first_round_is_not_timed(monkeypatch):
+    calls, clock = [], itertools.count()
+    now = [0.0]
+
+    def call(name):
+        calls.append(name)
+        now[0] += next(clock)  # 0, 1, 2, ... seconds
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    functions = {name: functools.partial(call, name) for name in "ab"}
+    prepare = functools.partial(calls.append, "-")
+    times = times_in_turn(functions, repeats=2, calls_before=1, prepare=prepare)
+    assert "".join(calls) == "-aabb-bbaa-aabb"
+    # Calls 0 to 3 are the first round's, and of the others every second is timed.
+    assert times == {"a": [7000, 9000], "b": [5000, 11000]}
 
 
 def test_factors_by_tensorly_in_pytorch_give_the_same_logits():

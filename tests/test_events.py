@@ -3,22 +3,31 @@
 import struct
 
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
+from train.config import Config
 from train.events import Events
+from train.rundir import RunDirectory
+
+
+def events_of(file):
+    """Reads a file of TensorBoard's records."""
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield Event.FromString(content[at + 12 : at + 12 + length])
+        at += 16 + length
 
 
 def read(path):
-    """Returns (step, tag, value) of every scalar, from TensorBoard's record format."""
-    found = []
-    for file in sorted(path.iterdir()):
-        content, at = file.read_bytes(), 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)
-            event = Event.FromString(content[at + 12 : at + 12 + length])
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
-            at += 16 + length
-    return found
+    """Returns (step, tag, value) of every scalar."""
+    return [
+        (event.step, value.tag, value.simple_value)
+        for file in sorted(path.iterdir())
+        for event in events_of(file)
+        for value in event.summary.value
+    ]
 
 
 def test_every_scalar_is_written_in_order(tmp_path):
@@ -37,13 +46,57 @@ def test_without_scalars_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_events_after_the_step_gone_back_to_are_dropped(tmp_path):
+    events = Events(tmp_path, 7)
+    events.add(9, "train", {"loss": 1.0})
+    events.close()
+    (file,) = tmp_path.iterdir()
+    starts = [e.step for e in events_of(file) if e.session_log.status]
+    assert starts == [8]
+
+
+def written(events):
+    """Waits for what was added so far."""
+    events._pool.submit(int).result()
+
+
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("mine")
     events = Events(tmp_path / "file", 0)
+    events.add(1, "train", {"loss": 1.0})
+    written(events)
     with pytest.raises(OSError, match="file"):
-        for _ in range(100):
-            events.add(1, "train", {"loss": 1.0})
-            events._pool.submit(int).result()  # which comes after what was asked for
+        events.add(2, "train", {"loss": 1.0})
     with pytest.raises(OSError, match="file"):
         events.close()
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_is_an_error_and_hangs_nothing(tmp_path, monkeypatch):
+    events = Events(tmp_path, 0)
+    events.add(1, "train", {"loss": 1.0})
+    written(events)
+
+    def fail(self, event):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(EventsWriter, "write_event", fail)
+    events.add(2, "train", {"loss": 1.0})
+    with pytest.raises(OSError, match="no space left"):
+        for _ in range(100):
+            written(events)
+            events.add(3, "train", {"loss": 1.0})
+    with pytest.raises(OSError, match="no space left"):
+        events.close()
+    assert read(tmp_path) == [(1, "train/loss", 1.0)]
+
+
+def test_a_run_that_is_over_is_only_warned(tmp_path, capsys):
+    directory = RunDirectory(tmp_path / "run", Config(), resume=False)
+    directory.lock()
+    directory.open(0)
+    (tmp_path / "run" / "tensorboard").write_text("mine")
+    directory.log(1, "train", {"loss": 1.0})
+    directory.close()
+    assert "warning: could not write TensorBoard's events" in capsys.readouterr().err
+    assert '"loss": 1.0' in (tmp_path / "run" / "metrics.jsonl").read_text()

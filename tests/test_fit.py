@@ -24,6 +24,8 @@ from train.__main__ import main
 from train.build import make_model
 from train.checkpoints import best_step, latest_steps
 from train.config_file import load_config
+from train.errors import UsageError
+from train.verbs.fit_verb import parse
 
 FIT = [
     "fit",
@@ -324,8 +326,7 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--gate-penalty", "2"], "`gate_penalty` .*nothing with `gate_budget`"),
         (
             ["--optimizer.name", "adadelta", "--optimizer.momentum", "0.5"],
-            "`optimizer.momentum` .*nothing with `optimizer.name` .=adadelta.; leave "
-            "it at its default, 0.9",
+            "`optimizer.momentum` .*nothing with `optimizer.name` .=adadelta",
         ),
         (
             ["--optimizer.schedule", "cosine", "--optimizer.milestones", "3"],
@@ -334,6 +335,14 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         (["--optimizer.peak-share", "0.5"], "`optimizer.peak_share` .*nothing"),
         (["--optimizer.decay-epochs", "2"], "`optimizer.decay_epochs` .*nothing"),
         (["--data.no-flip", "--data.flip-mode", "alternating"], "`data.flip_mode` .*"),
+        (
+            ["--data.resized-crop", "--data.crop-padding", "9"],
+            "`data.crop_padding` .*nothing with `data.resized_crop`",
+        ),
+        (
+            ["--optimizer.nesterov", "--optimizer.momentum", "0"],
+            "`optimizer.nesterov` .*nothing with `optimizer.momentum` .=0",
+        ),
         (["--model.shortcut", "B"], "`shortcut` .='B'. must be A for lenet"),
         (["--data.image-size", "16", "--data.eval-resize", "4"], "`resize` .* 16"),
         (["--data.mean", "0.5", "0.5"], "`mean`"),
@@ -362,6 +371,22 @@ def test_bad_input_is_one_error_and_code_2(arguments, message, data, tmp_path, c
     assert len([line for line in error.splitlines() if "error:" in line]) == 1
     assert re.search(message, error), error
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("mnist_lenet", ["--optimizer.schedule", "cosine"]),
+        ("cifar10_resnet18_fast", ["--data.no-flip", "--data.crop-padding", "0"]),
+        ("cifar10_resnet18_fast", ["--optimizer.name", "adadelta"]),
+    ],
+)
+def test_what_lies_idle_in_a_file_is_nobodys_mistake(config, options):
+    arguments = ["--config", f"configs/{config}.py", *options]
+    assert parse(arguments).run.name == config
+    with pytest.raises(UsageError, match="`optimizer.peak_share` .*nothing"):
+        schedule = ["--optimizer.schedule", "cosine", "--optimizer.peak-share", "0.5"]
+        parse([*arguments, *schedule])
 
 
 @pytest.mark.parametrize(

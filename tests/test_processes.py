@@ -96,8 +96,7 @@ def test_two_processes_of_two_devices_agree_with_one(
 ):
     address = f"localhost:{free_port()}"
     env = {**subprocess_env, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    # What takes the time is compiling, and what it makes runs for a second. Not for a
-    # network with max-pooling: XLA's gradient of it on CPU is another one then.
+    # What takes the time is compiling, and what it makes runs for a second.
     env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     files = [tmp_path / f"{index}.npy" for index in range(2)]
     processes = [

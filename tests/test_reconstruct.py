@@ -1,5 +1,7 @@
 """Kernels of compressed networks fitted to what the dense layers put out."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +175,30 @@ def test_what_lies_before_is_made_up_for(two_convs):
     # Of images that the kernels were not fitted to.
     assert whole < only_last < start
     assert whole < 0.9 * start
+
+
+def test_one_program_is_compiled_for_all_layers_unless_they_see_much(
+    two_convs, monkeypatch
+):
+    dense, compressed = two_convs
+    module = importlib.import_module("inertia_jax.reconstruct")
+    of, made = module._calls_of, []
+
+    def calls_of(paths, model, *, which=None):
+        if which is not None:  # else of shapes alone
+            made.append(paths)
+        return of(paths, model, which=which)
+
+    monkeypatch.setattr(module, "_calls_of", calls_of)
+    options = {"dense": dense, "images": smooth(16, 8, 8, 4), "iterations": 3}
+    together = ij.reconstruct(*compressed, **options)
+    assert made == [("same", "grouped")] * 2
+    made.clear()
+    monkeypatch.setattr(module, "_PROGRAM_BYTES", 1)
+    apart = ij.reconstruct(*compressed, **options)
+    assert made == [("same",), ("same",), ("grouped",), ("grouped",)]
+    for name, leaf in flat(together).items():
+        np.testing.assert_allclose(flat(apart)[name], leaf, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_that_do_no_good_elsewhere_are_dropped(two_convs):

@@ -1,7 +1,10 @@
 """What a run adds to its steps: input, logging, progress bar, checkpoints."""
 
+import contextlib
+import dataclasses
 import itertools
 import pathlib
+import statistics
 import tempfile
 from collections.abc import Generator
 from typing import Any
@@ -18,19 +21,28 @@ from train.state import training_to_dict
 from train.timing import median_with_interval, spread_of, times_in_turn
 from train.trainer import Trainer, make_metadata
 
+# Of what is timed by itself: a checkpoint, an epoch's first input.
+_EXTRA_REPEATS = 10
+
 
 def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
     """Times blocks of steps bare and in the loop, in turn, and what an epoch adds.
 
     A bare block takes its steps on an input that lies ready, the other one on the
-    loop's own feed, with its meter and progress bar, over epochs that go on from block
-    to block. Both read the totals of one call while the next one runs. What an epoch
-    adds is timed beside them: its first input, with the shuffle before it, and one
-    checkpoint, waited for. (In a run it is written while the next epoch computes.)
+    loop's own feed, with its meter, progress bar and one line of metrics, at its end.
+    (A run has such a line every `log_steps`.) Both read the totals of one call while
+    the next one runs. What an epoch adds is timed by itself: its first input, with the
+    shuffle before it, and one checkpoint, waited for. (In a run it is written while the
+    next epoch computes.)
+
+    Args:
+        config: Of the run.
+        data: Its images.
+        steps: Of a block; rounded up to whole calls.
+        rounds: Blocks of each.
 
     Returns:
-        Times of blocks and of what an epoch adds; what the loop adds to a step, as a
-        share of it, the median of all pairs of blocks; and what it adds to an epoch.
+        Times of blocks and of what an epoch adds, and what `overhead` makes of them.
 
     Raises:
         UsageError: More steps than an epoch has; fewer than six rounds.
@@ -38,19 +50,36 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
     if rounds < 6:
         raise UsageError(f"`repeats` (={rounds}) must be >= 6 in the suite loop.")
     trainer = Trainer(config, data)
-    if steps > trainer.steps_per_epoch:
-        raise UsageError(
-            f"`steps` (={steps}) must be at most {trainer.steps_per_epoch}, an epoch."
-        )
-    calls = -(-steps // trainer.steps_per_call)
     state = trainer.init_state()
     ready = next(trainer.inputs(0, 0))
-    saved = step = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = RunDirectory(pathlib.Path(scratch) / "run", config, resume=False)
+    rows = ready[2].shape[1]  # steps a call
+    calls, in_epoch = -(-steps // rows), trainer.steps_per_epoch // rows
+    if calls > in_epoch:
+        raise UsageError(
+            f"`steps` (={steps}) must be at most {in_epoch * rows}, an epoch's in "
+            f"whole calls."
+        )
+    config = dataclasses.replace(config, log_steps=calls * rows)
+    # Else the thread that writes events does so, among the steps.
+    import tensorboardX  # noqa: F401
+
+    with contextlib.ExitStack() as stack:
+        scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory = RunDirectory(scratch / "run", config, resume=False)
+        stack.callback(directory.close)
         directory.lock()
         directory.open(0)
         checkpoints = Checkpoints(directory.checkpoints)
+        bar = stack.enter_context(progress_bar(None, 0, config.batch_size))
+        meter = Meter(directory, bar, config, 0, has_gates=trainer.has_gates)
+        blocks = _blocks(trainer, calls)
+        stack.callback(blocks.close)
+        saved = step = 0
+        inputs: Any = None
+
+        def prepare() -> None:
+            nonlocal inputs
+            inputs = next(blocks)
 
         def bare() -> None:
             nonlocal state
@@ -64,9 +93,9 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
 
         def whole() -> None:
             nonlocal state, step
-            for batch in itertools.islice(inputs, calls):
+            for batch in inputs:
                 state, totals = trainer.train_call(state, batch)
-                step += batch[2].shape[1]
+                step += rows
                 meter.after_call(step, totals)
             meter.flush()
 
@@ -78,38 +107,76 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
             checkpoints.save(saved, trainer.model, state.result, training, metadata)
             checkpoints.wait()
 
-        def first_input() -> None:
-            jax.block_until_ready(next(trainer.inputs(0, 0)))
+        epochs: list[Any] = []
 
-        with progress_bar(None, 0, config.batch_size) as bar:
-            meter = Meter(directory, bar, config, step, has_gates=trainer.has_gates)
-            inputs = _epochs(trainer)
-            blocks = times_in_turn(
-                {"bare": bare, "whole": whole}, repeats=rounds, calls_before=0
-            )
-            inputs.close()
+        def first_input() -> None:
+            epochs.append(trainer.inputs(0, 0))
+            jax.block_until_ready(next(epochs[-1]))
+
+        times = times_in_turn(
+            {"bare": bare, "whole": whole},
+            repeats=rounds,
+            calls_before=0,
+            prepare=prepare,
+        )
         extra = times_in_turn(
             {"first_input": first_input, "checkpoint": checkpoint},
-            repeats=min(rounds, 10),
+            repeats=_EXTRA_REPEATS,
             calls_before=0,
+            prepare=lambda: [epoch.close() for epoch in epochs],
         )
-        directory.close()
-    times = {name: spread_of(values) for name, values in (blocks | extra).items()}
-    pairs = zip(blocks["bare"], blocks["whole"], strict=True)
-    added = median_with_interval([whole / bare - 1 for bare, whole in pairs])
-    num_steps = calls * trainer.steps_per_call
-    epoch_ms = times["bare"]["median_ms"] / num_steps * trainer.steps_per_epoch
-    extra_ms = times["first_input"]["median_ms"] + times["checkpoint"]["median_ms"]
     return {
-        "steps": num_steps,
+        "steps": calls * rows,
         "rounds": rounds,
         "steps_per_epoch": trainer.steps_per_epoch,
-        **times,
-        "added_to_steps": added,
-        "added_to_epoch": {k: v + extra_ms / epoch_ms for k, v in added.items()},
+        **{name: spread_of(values) for name, values in (times | extra).items()},
+        **overhead(
+            times["bare"],
+            times["whole"],
+            [sum(both) for both in zip(*extra.values(), strict=True)],
+            blocks_per_epoch=trainer.steps_per_epoch / (calls * rows),
+        ),
     }
 
 
-def _epochs(trainer: Trainer) -> Generator[Any, None, None]:
+def overhead(
+    bare: list[float],
+    whole: list[float],
+    extra: list[float],
+    *,
+    blocks_per_epoch: float,
+) -> dict[str, Any]:
+    """Returns what a loop adds to its steps, as a share of bare steps' time.
+
+    Args:
+        bare: Times of bare blocks.
+        whole: Of blocks in the loop, each beside a bare one.
+        extra: Of what every epoch adds beside its blocks.
+        blocks_per_epoch: Blocks an epoch has.
+
+    Returns:
+        `added_to_steps`, the median of the pairs with its interval, and
+        `added_to_epoch`, that median with the median of `extra`.
+    """
+    pairs = zip(bare, whole, strict=True)
+    steps = median_with_interval([whole / bare - 1 for bare, whole in pairs])
+    epoch_ms = statistics.median(bare) * blocks_per_epoch
+    added = steps["median"] + statistics.median(extra) / epoch_ms
+    return {"added_to_steps": steps, "added_to_epoch": added}
+
+
+def _blocks(trainer: Trainer, calls: int) -> Generator[Any, None, None]:
+    """Yields the inputs of so many calls, again and again, all of one epoch.
+
+    The first of an epoch's inputs lies ready, as what an epoch adds is not theirs.
+    """
     for epoch in itertools.count():
-        yield from trainer.inputs(epoch, 0)
+        inputs = trainer.inputs(epoch, 0)
+        with contextlib.closing(inputs):
+            first = [next(inputs)]
+            rows = first[0][2].shape[1]
+            for _ in range(trainer.steps_per_epoch // rows // calls):
+                yield itertools.chain(
+                    first, itertools.islice(inputs, calls - len(first))
+                )
+                first = []

@@ -245,32 +245,40 @@ class Config:
             )
 
 
-# Fields that do nothing unless another one has a value of this kind.
-_NEEDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "distill_weight": ("teacher", lambda path: path is not None),
-    "distill_temperature": ("teacher", lambda path: path is not None),
-    "gate_penalty": ("gate_budget", lambda budget: budget is not None),
-    "data.crop_mode": ("data.crop_padding", lambda padding: padding > 0),
-    "data.flip_mode": ("data.flip", bool),
-    "optimizer.momentum": ("optimizer.name", lambda name: name == "sgd"),
-    "optimizer.nesterov": ("optimizer.name", lambda name: name == "sgd"),
-    "optimizer.milestones": ("optimizer.schedule", lambda s: s == "multistep"),
-    "optimizer.decay": (
+# Fields, and what another one must be lest they do nothing.
+_NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("distill_weight", "teacher", lambda path: path is not None),
+    ("distill_temperature", "teacher", lambda path: path is not None),
+    ("gate_penalty", "gate_budget", lambda budget: budget is not None),
+    ("data.crop_padding", "data.resized_crop", lambda resized: not resized),
+    ("data.crop_mode", "data.resized_crop", lambda resized: not resized),
+    ("data.crop_mode", "data.crop_padding", lambda padding: padding > 0),
+    ("data.flip_mode", "data.flip", bool),
+    ("optimizer.momentum", "optimizer.name", lambda name: name == "sgd"),
+    ("optimizer.nesterov", "optimizer.name", lambda name: name == "sgd"),
+    ("optimizer.nesterov", "optimizer.momentum", lambda momentum: momentum > 0),
+    ("optimizer.milestones", "optimizer.schedule", lambda s: s == "multistep"),
+    (
+        "optimizer.decay",
         "optimizer.schedule",
         lambda s: s in ("multistep", "exponential"),
     ),
-    "optimizer.decay_epochs": ("optimizer.schedule", lambda s: s == "exponential"),
-    "optimizer.peak_share": ("optimizer.schedule", lambda s: s == "one_cycle"),
-}
+    ("optimizer.decay_epochs", "optimizer.schedule", lambda s: s == "exponential"),
+    ("optimizer.peak_share", "optimizer.schedule", lambda s: s == "one_cycle"),
+)
 
 
-def check_used(config: Config) -> None:
-    """Raises UsageError where a field is set that does nothing in this run."""
-    for name, (needed, is_used) in _NEEDS.items():
-        value, default = (attrgetter(name)(c) for c in (config, Config()))
-        other = attrgetter(needed)(config)
-        if value != default and not is_used(other):
+def check_used(config: Config, before: Config) -> None:
+    """Raises UsageError where somebody set a field that does nothing in this run.
+
+    Args:
+        config: Of the run.
+        before: What it was before anybody set anything: of a file, of a checkpoint, or
+            the defaults. What lies idle there was meant for another run.
+    """
+    for name, needed, is_used in _NEEDS:
+        value, other = attrgetter(name)(config), attrgetter(needed)(config)
+        if value != attrgetter(name)(before) and value and not is_used(other):
             raise UsageError(
-                f"`{name}` (={value}) does nothing with `{needed}` (={other}); leave "
-                f"it at its default, {default}."
+                f"`{name}` (={value}) does nothing with `{needed}` (={other})."
             )

@@ -7,7 +7,7 @@ its randomness are the same.
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -63,7 +63,9 @@ class Feed:
         streams = self.resident is None
         return (streams, streams, True)
 
-    def calls(self, order: np.ndarray, steps_per_call: int) -> Iterator[Any]:
+    def calls(
+        self, order: np.ndarray, steps_per_call: int
+    ) -> Generator[Any, None, None]:
         """Yields images, labels and indices, one call ahead of their use.
 
         Args:

@@ -171,15 +171,20 @@ class RunDirectory:
             return
         with user_input(), self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-        with user_input():
+        try:
             self._events.add(step, kind, metrics)
+        except OSError as error:
+            raise UsageError(f"could not write TensorBoard's events: {error}") from None
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Writes out what is buffered, and gives the directory free."""
         try:
             if self._events is not None:
-                with user_input():
-                    self._events.close()
+                self._events.close()
+        except OSError as error:
+            # No more than said: the run is over, or ends by an error of its own.
+            message = f"warning: could not write TensorBoard's events: {error}"
+            print(message, file=sys.stderr)
         finally:
             if self._lock is not None:
                 self._lock.close()

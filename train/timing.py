@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 
 def interleaved(
@@ -31,25 +30,34 @@ def interleaved(
 
 
 def times_in_turn(
-    functions: dict[str, Callable[[], Any]], *, repeats: int, calls_before: int
+    functions: dict[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    calls_before: int,
+    prepare: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Returns the milliseconds of each call, after a round that is not timed.
 
-    In turn, because machines slow down and speed up over minutes.
+    In turn, because machines slow down and speed up over minutes, and every second
+    round in the opposite order.
 
     Args:
         functions: Each blocks until its work is done.
         repeats: Timed calls of each.
         calls_before: Untimed calls of a function before each timed one.
+        prepare: Called before each round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
     for _ in range(1 + repeats):
-        for name, function in functions.items():
+        prepare()
+        for name in order:
             for _ in range(calls_before):
-                function()
+                functions[name]()
             start = time.perf_counter()
-            function()
+            functions[name]()
             times[name].append(1e3 * (time.perf_counter() - start))
+        order.reverse()
     return {name: values[1:] for name, values in times.items()}
 
 
@@ -63,13 +71,18 @@ def spread_of(times: list[float]) -> dict[str, float]:
 
 
 def median_with_interval(values: list[float]) -> dict[str, float]:
-    """Returns a median and its 95% interval, which supposes no distribution.
+    """Returns a median and its 95% interval, of independent values of any distribution.
 
-    The ends are two of the values, of which there must be six.
+    Raises:
+        ValueError: Fewer than six values, which have no such interval.
     """
-    interval = scipy.stats.quantile_test(
-        values, q=np.median(values), p=0.5
-    ).confidence_interval(confidence_level=0.95)
+    if len(values) < 6:
+        raise ValueError(f"`values` (={len(values)}) must be at least six.")
+    # Not at the top: it takes a second, and one suite asks for it.
+    from scipy.stats import quantile_test
+
+    test = quantile_test(values, q=np.median(values), p=0.5)
+    interval = test.confidence_interval(confidence_level=0.95)
     low, high = float(interval.low), float(interval.high)
     return {"median": statistics.median(values), "low_95": low, "high_95": high}
 

@@ -1,7 +1,7 @@
 """A run on its devices: its compiled calls, what they take and what they begin with."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -200,7 +200,7 @@ class Trainer:
         """Takes the steps of one call; `state` is consumed. Returns (state, totals)."""
         return self._call(state, *inputs, self._positions, *self._teacher)
 
-    def inputs(self, epoch: int, first_step: int) -> Iterator[Any]:
+    def inputs(self, epoch: int, first_step: int) -> Generator[Any, None, None]:
         """Yields what the calls of an epoch take, from its step `first_step`."""
         train = self.data.train
         if train is None:

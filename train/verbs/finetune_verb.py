@@ -80,7 +80,7 @@ def _run(argv: Sequence[str]) -> int:
     if path is None:
         raise UsageError("`checkpoint` must come before the options.")
     config = args.run
-    check_used(config)
+    check_used(config, default)
     for name in ("init", "model"):
         _check_kept(name, getattr(default, name), getattr(config, name))
     for name in _ITS_OWN:

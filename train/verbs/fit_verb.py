@@ -41,21 +41,23 @@ def parse(argv: Sequence[str]) -> Fit:
     """Reads the arguments, the config file first.
 
     Raises:
-        UsageError: A config file that is missing or broken.
+        UsageError: A config file that is missing or broken, or an option that does
+            nothing with the others.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     path = early.parse_known_args(argv)[0].config
     config = load_config(path) if path else Config()
-    return tyro.cli(
+    args = tyro.cli(
         Fit, default=Fit(config, config=path), args=argv, prog="python -m train fit"
     )
+    check_used(args.run, config)
+    return args
 
 
 def run(argv: Sequence[str]) -> int:
     """Trains as the arguments say, and prints where things lie."""
     args = parse(argv)
-    check_used(args.run)
     if args.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
