@@ -20,9 +20,10 @@ def count_inertial(
 
     The window reading computes everything whatever the gates do, so its MACs do not
     depend on the rate. In the tiled reading one core evaluation is computed for every
-    tile, and n^2 - 1 more for each open one (n^2 in bfloat16). A compiled ladder takes
-    a whole capacity: the one that holds the mean rate is counted, though a batch, or on
-    CPU a chunk of one, may need the next.
+    tile, and n^2 - 1 more for each open one: n^2 in bfloat16, and, which is not counted
+    so, in float32 on GPUs and TPUs, whose products are narrower. A compiled ladder
+    takes a whole capacity: the one that holds the mean rate is counted, though a batch,
+    or on CPU a chunk of one, may need the next.
 
     Args:
         layer: The layer.

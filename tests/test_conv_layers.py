@@ -11,7 +11,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import inertia_jax as ij
-from inertia_jax.ops import conv_grad, conv_layers, tiled, winograd
+from inertia_jax.ops import conv_grad, conv_layers, ladder, winograd
 from inertia_jax.ops.conv_layers import conv2d_to_apply, conv2d_to_train
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -231,7 +231,7 @@ def test_batches_spread_explicitly_are_xlas(kernel_size, strides, all_forms, x64
 @pytest.mark.parametrize("low", ["mean", "sample"])
 def test_tiles_agree_with_the_dense_form(images, size, share, low, monkeypatch):
     """With 48 channels, in several chunks, the last of them smaller or not."""
-    monkeypatch.setattr(tiled, "CHUNK_BYTES", 12 * 8 * 8 * 48 * 4)
+    monkeypatch.setattr(ladder, "CHUNK_BYTES", 12 * 8 * 8 * 48 * 4)
     monkeypatch.setattr(conv_layers, "_LEAST_TILES_TO_PREPARE", 64)
     x, core, _ = drawn(6, images, size, 48, 48, (3, 3), (1, 1), ONES, "float32")
     friction = np.random.default_rng(7).random((images, 4, 4), np.float32)

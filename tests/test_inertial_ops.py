@@ -240,7 +240,7 @@ def tiled(x, core, threshold, capacities=None, **settings):
 def small_chunks(monkeypatch):
     """Two images a chunk: five are two chunks and one image."""
     size = 2 * IMAGES.nbytes // len(IMAGES)
-    monkeypatch.setattr(sys.modules["inertia_jax.ops.tiled"], "CHUNK_BYTES", size)
+    monkeypatch.setattr(sys.modules["inertia_jax.ops.ladder"], "CHUNK_BYTES", size)
 
 
 @pytest.mark.parametrize(
@@ -563,6 +563,24 @@ def test_values_and_gradients_lower_for_tpu(op):
     for function in (f, gradient):
         exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*args)
         assert "convolution" in exported.mlir_module()
+
+
+def test_where_products_are_narrower_open_tiles_are_computed_whole():
+    def f(x, core, friction):
+        options = dict(region_size=4, capacities=(1 / 4, 1), friction=friction)
+        return ops.inertial_conv_tiled(x, core, threshold=0.5, **options).y
+
+    args = jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 2, 5)), jnp.zeros((1, 4, 4))
+
+    def rows(platform, *args):
+        """Outputs of the four tiles that the lowest rung gathers."""
+        exported = jax.export.export(jax.jit(f), platforms=[platform])(*args)
+        return {n for n in (12, 16) if f"tensor<{n}x18x" in exported.mlir_module()}
+
+    assert rows("cpu", *args) == {12}  # the fourth is the mean's share less the others
+    assert rows("tpu", *args) == rows("cuda", *args) == {16}
+    with jax.enable_x64(True):
+        assert rows("tpu", *(x.astype(np.float64) for x in args)) == {12}
 
 
 def sizes(jaxpr):

@@ -4,20 +4,19 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from inertia_jax.ops.conv import Padding, conv2d
-from inertia_jax.ops.conv_layers import conv2d_to_apply, filters_for_cpu
+from inertia_jax.ops.conv_layers import conv2d_to_apply
 from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
 from inertia_jax.ops.inertial import InertialOutput, as_friction, check_core
+from inertia_jax.ops.ladder import Result, with_ladder
 from inertia_jax.ops.tiled_winograd import fill_by_winograd, takes
 from inertia_jax.ops.tiling import (
     Low,
@@ -28,17 +27,8 @@ from inertia_jax.ops.tiling import (
     spread,
     tile_means,
 )
-from inertia_jax.ops.views import Pads, pad_image
+from inertia_jax.ops.views import pad_image
 from inertia_jax.ops.winograd import Planes, convolve_transformed
-
-# Images are worked on in chunks of about this many bytes on CPU: intermediate results
-# then stay in the cache, and in memory that the kernel has handed out already.
-# 14 ms, against 18 with 2 MiB and 34 for the whole of [64,32,32,64] at 10% open, two
-# cores.
-CHUNK_BYTES = 2**20
-
-# y, and the friction of its tiles.
-_Result = tuple[Array, Array]
 
 
 def inertial_conv_tiled(
@@ -82,10 +72,10 @@ def inertial_conv_tiled(
         padding: Of the m x m convolution.
         capacities: Shares of tiles, rising to 1, that detail is compiled for; the
             smallest that holds a batch's open tiles is run (on CPU, a chunk's), so that
-            the result does not depend on them but for rounding. (One output of an open
-            tile comes from the tile's mean: its rounding is relative to the tile's
-            largest output, and it is not finite if the mean is not.) None computes
-            every tile and then selects. Derivatives and `vmap` always do that.
+            the result does not depend on them but for rounding. (On CPU, one output of
+            an open tile comes from the tile's mean: its rounding is relative to the
+            tile's largest output, and it is not finite if the mean is not.) None
+            computes every tile and then selects. Derivatives and `vmap` always do that.
         gate_gradient: `none`, or `ste`: see `select`.
         slope: Of `ste`, per unit of friction.
         channel_stride: Friction reads every so many channels.
@@ -145,7 +135,7 @@ def inertial_conv_tiled(
     def friction_of(per_image: tuple[Array, ...], padded: Array) -> Array:
         return per_image[1] if len(per_image) == 2 else measure(padded)
 
-    def dense(per_image: tuple[Array, ...], core: Array, threshold: Array) -> _Result:
+    def dense(per_image: tuple[Array, ...], core: Array, threshold: Array) -> Result:
         high = conv2d_to_apply(per_image[0], core, (1, 1), tiling.pads)
         friction = friction_of(per_image, pad_image(per_image[0], tiling.pads))
         y = select(
@@ -163,16 +153,27 @@ def inertial_conv_tiled(
         core: Array,
         threshold: Array,
         filters: Planes | None,
-    ) -> _Result:
+        *,
+        is_exact: bool,
+    ) -> Result:
         padded = pad_image(per_image[0], tiling.pads)
         friction = friction_of(per_image, padded)
         gate = is_open(friction, threshold)
-        fill = functools.partial(_fill, tiling=tiling, capacities=capacities or ())
-        return fill(per_image[0], padded, core, gate, filters), friction
+        y = _fill(
+            per_image[0],
+            padded,
+            core,
+            gate,
+            filters,
+            tiling=tiling,
+            capacities=capacities or (),
+            is_exact=is_exact,
+        )
+        return y, friction
 
     compute = dense
     if capacities is not None and x.size:
-        compute = _with_ladder(dense, sparse, tiling.pads)
+        compute = with_ladder(dense, sparse, tiling.pads)
     y, friction = compute(per_image, core, threshold)
     rows, columns = tiling.output_size
     return InertialOutput(y[:, :rows, :columns], is_open(friction, threshold), friction)
@@ -195,56 +196,6 @@ def check_capacities(capacities: Sequence[float | int] | None) -> None:
         )
 
 
-def _with_ladder(
-    dense: Callable[..., _Result], sparse: Callable[..., _Result], pads: Pads
-) -> Callable[..., _Result]:
-    """Returns `dense` as it is under derivatives and vmap, and `sparse` elsewhere."""
-
-    def whole(per_image: Any, core: Array, threshold: Array) -> _Result:
-        return sparse(per_image, core, threshold, None)
-
-    def chunked(per_image: Any, core: Array, threshold: Array) -> _Result:
-        x = per_image[0]
-        filters = filters_for_cpu(x, core, pads)
-
-        def some(chunk: Any) -> _Result:
-            return sparse(chunk, core, threshold, filters)
-
-        images = x.shape[0]
-        size = max(1, min(images, CHUNK_BYTES * images // x.nbytes))
-        count = images // size
-        chunks = jax.tree.map(
-            lambda a: a[: count * size].reshape(count, size, *a.shape[1:]), per_image
-        )
-        done = jax.tree.map(
-            lambda a: a.reshape(count * size, *a.shape[2:]), lax.map(some, chunks)
-        )
-        if count * size == images:
-            return done
-        rest = some(jax.tree.map(lambda a: a[count * size :], per_image))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
-
-    @jax.custom_batching.custom_vmap
-    def ladder(per_image: Any, core: Array, threshold: Array) -> _Result:
-        return lax.platform_dependent(
-            per_image, core, threshold, cpu=chunked, default=whole
-        )
-
-    @ladder.def_vmap
-    def _batched(axis_size: int, in_batched: Any, *args: Any):
-        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-        y = jax.vmap(dense, tuple(axes), axis_size=axis_size)(*args)
-        return y, (True, True)
-
-    differentiable = jax.custom_jvp(ladder)
-
-    @differentiable.defjvp
-    def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
-        return jax.jvp(dense, primals, tangents)
-
-    return differentiable
-
-
 def _fill(
     x: Float[Array, "n h w c_in"],
     padded: Float[Array, "n hp wp c_in"],
@@ -254,6 +205,7 @@ def _fill(
     *,
     tiling: Tiling,
     capacities: tuple[float | int, ...],
+    is_exact: bool,
 ) -> Float[Array, "n h_out w_out c_out"]:
     """Computes open tiles alone, up to the smallest capacity that holds them."""
     num_open, num_tiles, n = gate.sum(), gate.size, tiling.tile_size
@@ -266,7 +218,9 @@ def _fill(
             fill = functools.partial(fill_by_winograd, capacity=capacity)
             return fill(padded, filters, gate, tiling)
         low = fill_low(padded, core, tiling)
-        return fill_open(padded, core, low, gate, tiling, capacity=capacity)
+        return fill_open(
+            padded, core, low, gate, tiling, capacity=capacity, is_exact=is_exact
+        )
 
     def opened() -> Array:
         if filters is not None:

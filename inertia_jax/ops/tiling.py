@@ -117,11 +117,19 @@ def fill_low(
     return conv2d(image, core, strides=n, padding="VALID").astype(wide)
 
 
-def spared_output(tiling: Tiling, dtype: Any) -> int | None:
-    """Returns which output of an open tile `low` gives, row by row, or None."""
+def spared_output(tiling: Tiling, dtype: Any, *, is_exact: bool = True) -> int | None:
+    """Returns which output of an open tile `low` gives, row by row, or None.
+
+    Args:
+        tiling: The tiles.
+        dtype: Of the computation.
+        is_exact: Whether products of float32 are rounded to float32, as on CPU, or
+            further, as GPUs (TF32) and TPUs do unless told otherwise.
+    """
     if tiling.low == "sample":
         return (tiling.tile_size - 1) // 2 * (tiling.tile_size + 1)
-    return tiling.tile_size**2 - 1 if jnp.dtype(dtype).itemsize >= 4 else None
+    least = 4 if is_exact else 8
+    return tiling.tile_size**2 - 1 if jnp.dtype(dtype).itemsize >= least else None
 
 
 def fill_open(
@@ -132,13 +140,15 @@ def fill_open(
     tiling: Tiling,
     *,
     capacity: int,
+    is_exact: bool = True,
 ) -> Float[Array, "n h w c_out"]:
     """Returns the map: open tiles in detail, the others filled by `low`.
 
     Of an open tile's n^2 outputs, n^2 - 1 are computed: `low` is the one left out, or
     with the others gives it, as their mean. (Where that mean is not finite, neither is
     the output that it gives, and its rounding is relative to the tile's largest.) In
-    bfloat16 the mean's rounding, times n^2, would show: there all n^2 are computed.
+    bfloat16, and where products of float32 are narrower, the mean's rounding, times
+    n^2, would show: there all n^2 are computed.
 
     Args:
         padded: Images with the tiling's padding.
@@ -147,12 +157,13 @@ def fill_open(
         gate: Which tiles are open; at most `capacity` are.
         tiling: The tiles.
         capacity: Number of tiles that are gathered and computed.
+        is_exact: See `spared_output`.
     """
     m, n = tiling.core_size, tiling.tile_size
     width, c_in = padded.shape[2:]
     found = find_open(gate, tiling, capacity=capacity)
     outputs = square_offsets(n)
-    spared = spared_output(tiling, core.dtype)
+    spared = spared_output(tiling, core.dtype, is_exact=is_exact)
     computed = [output for i, output in enumerate(outputs) if i != spared]
     taps = [(p + a) * width + q + b for p, q in computed for a, b in square_offsets(m)]
     patches = _take_pixels(padded, found, taps, tile_size=n)
