@@ -1,6 +1,8 @@
 """One device, eight devices, pmap and shard_map: the same numbers."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import pytest
 
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
+from train.feed import Feed, choose_steps_per_call, even_calls
+from train.parallel import Parallel
 from train.state import init_state
 from train.trainer import Trainer
 
@@ -149,6 +153,38 @@ def test_bfloat16_trains_with_float32_parameters(quick_compile):
         jnp.dtype("float32")
     }
     assert np.isfinite(float(totals.loss))
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "most", "expected"),
+    [
+        (390, 100, 78),
+        (97, 100, 97),
+        (781, 100, 71),
+        (937, 100, 100),  # a prime: 37 are left
+        (391, 100, 100),  # 17 x 23
+        (390, 1, 1),
+        (5, 100, 5),
+    ],
+)
+def test_an_epoch_is_cut_into_calls_of_one_program(steps_per_epoch, most, expected):
+    assert even_calls(steps_per_epoch, most) == expected
+
+
+def test_calls_are_as_long_as_the_platform_takes_them():
+    split = synthetic_set(num_train=4).train
+    gpu = types.SimpleNamespace(platform="gpu")
+    resident = jnp.asarray(split.images), jnp.asarray(split.labels)
+    there = Feed(split, Parallel("pmap", (gpu, gpu)), resident)
+    here = dataclasses.replace(there, parallel=Parallel("pmap", tuple(jax.devices())))
+    streamed = dataclasses.replace(there, resident=None)
+    choose = functools.partial(choose_steps_per_call, steps_per_epoch=390)
+    assert choose(there, asked=None, batch_size=128) == 78
+    assert choose(there, asked=50, batch_size=128) == 50
+    assert choose(here, asked=None, batch_size=128) == 1
+    # 512 MiB for two devices hold ten steps of 16,000 images of 3 KiB.
+    assert choose(streamed, asked=None, batch_size=16_000) == 10
+    assert choose(streamed, asked=11, batch_size=16_000) == 10
 
 
 def test_the_step_compiles_once(quick_compile):

@@ -204,7 +204,7 @@ class Config:
     distill_temperature: float = 4.0
     """Divides the logits of both where the teacher's answers are followed."""
     steps_per_call: int | None = None
-    """Steps a compiled call; None: 1 on CPU, 100 on GPU and TPU."""
+    """Steps a compiled call; None: 1 on CPU, up to 100 on GPU and TPU."""
     gate_budget: float | None = None
     """Mean rate of open gates that the loss holds inertial layers to; None: any."""
     gate_penalty: float = 1.0

@@ -18,6 +18,11 @@ from train.data import Split
 from train.keys import run_keys
 from train.parallel import Parallel
 
+_STEPS_PER_CALL = {"cpu": 1}
+_STEPS_PER_CALL_ELSEWHERE = 100
+# Of a chunk, on each device; two of them are under way at once.
+_STREAMED_BYTES = 2**28
+
 
 def epoch_order(
     seed: int, epoch: int, *, num_examples: int, batch_size: int
@@ -126,3 +131,35 @@ def device_memory_bytes(parallel: Parallel) -> float:
         return stats["bytes_limit"]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return host / len(parallel.mesh.local_devices)
+
+
+def choose_steps_per_call(
+    feed: Feed, *, asked: int | None, steps_per_epoch: int, batch_size: int
+) -> int:
+    """Returns the steps of a compiled call.
+
+    Args:
+        feed: Of the training images; what streams has calls of bounded memory.
+        asked: By the configuration; None: what the platform takes best.
+        steps_per_epoch: Of the run.
+        batch_size: Images a step, on all devices.
+    """
+    platform = feed.parallel.devices[0].platform
+    most = asked or _STEPS_PER_CALL.get(platform, _STEPS_PER_CALL_ELSEWHERE)
+    if feed.resident is None:
+        step_bytes = batch_size * feed.split.images[0].nbytes
+        held = _STREAMED_BYTES * feed.parallel.num_devices // step_bytes
+        most = min(most, max(1, held))
+    return most if asked else even_calls(steps_per_epoch, most)
+
+
+def even_calls(steps_per_epoch: int, most: int) -> int:
+    """Returns the most steps a call, up to `most`, that an epoch has a whole number of.
+
+    A shorter last call is a program of its own, compiled for as long as the other.
+    Where only calls of less than a quarter of `most` leave none, that is the lesser
+    evil, and the answer `most`.
+    """
+    sizes = range(1, min(most, steps_per_epoch) + 1)
+    even = max(size for size in sizes if steps_per_epoch % size == 0)
+    return even if even == steps_per_epoch or 4 * even >= most else most

@@ -20,7 +20,7 @@ from train.config_file import config_to_json
 from train.data import ImageSet, Split
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
-from train.feed import epoch_order, make_feed
+from train.feed import choose_steps_per_call, epoch_order, make_feed
 from train.keys import run_keys
 from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
@@ -29,11 +29,6 @@ from train.state import TrainState, init_state, restore_state
 from train.step import is_held, make_train_call
 from train.teacher import hash_variables, load_teacher
 from train.trainable import trained_paths
-
-_STEPS_PER_CALL = {"cpu": 1}
-_STEPS_PER_CALL_ELSEWHERE = 100
-# Of a chunk, on each device; two of them are under way at once.
-_STREAMED_BYTES = 2**28
 
 
 class Trainer:
@@ -103,14 +98,12 @@ class Trainer:
         share = config.data.memory_share
         self.feed = make_feed(train, self.parallel, memory_share=share)
         test_feed = make_feed(data.test, self.parallel, memory_share=share)
-        platform = self.parallel.devices[0].platform
-        self.steps_per_call = config.steps_per_call or _STEPS_PER_CALL.get(
-            platform, _STEPS_PER_CALL_ELSEWHERE
+        self.steps_per_call = choose_steps_per_call(
+            self.feed,
+            asked=config.steps_per_call,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=config.batch_size,
         )
-        if self.feed.resident is None:
-            step_bytes = config.batch_size * train.images[0].nbytes
-            most = max(1, _STREAMED_BYTES * num_devices // step_bytes)
-            self.steps_per_call = min(self.steps_per_call, most)
         local = config.batch_size // num_devices
         self._positions = self.parallel.spread(
             np.arange(config.batch_size, dtype=np.int32).reshape(num_devices, local)
