@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -11,7 +12,8 @@ class Events:
     """Scalars in a directory of TensorBoard's, begun when the first ones come.
 
     A thread of its own writes them: importing the writer imports PyTorch, too, where it
-    is installed, for two seconds in which steps go on.
+    is installed, for two seconds in which steps go on. If they cannot be written, a
+    warning says so, and the run goes on without them.
     """
 
     def __init__(self, path: pathlib.Path, step: int) -> None:
@@ -28,66 +30,58 @@ class Events:
         self._path = path
         self._step = step
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._last: concurrent.futures.Future[None] | None = None
         self._writer: Any = None
-        self._error: Exception | None = None
+        self._has_failed = False
 
     def add(self, step: int, kind: str, metrics: dict[str, float]) -> None:
-        """Adds each metric as `kind/name`.
-
-        Raises:
-            OSError: What was added before could not be written.
-        """
-        if self._error is not None:
-            raise self._error
+        """Adds each metric as `kind/name`."""
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._pool.submit(self._write, step, kind, metrics, time.time())
+        elif self._last is not None and self._last.done():
+            self._last.result()  # raises what is no failure to write
+        self._last = self._pool.submit(self._write, step, kind, metrics, time.time())
 
     def close(self) -> None:
-        """Waits until all is written.
-
-        Raises:
-            OSError: It could not be.
-        """
-        if self._pool is not None:
-            self._pool.submit(self._close)
-            self._pool.shutdown()
-        if self._error is not None:
-            raise self._error
+        """Waits until all is written."""
+        if self._pool is None or self._last is None:
+            return
+        self._pool.shutdown()
+        self._last.result()
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._warn(error)
 
     def _write(
         self, step: int, kind: str, metrics: dict[str, float], wall_time: float
     ) -> None:
-        if self._error is not None:
+        if self._has_failed:
             return
         # Not `SummaryWriter`, whose own thread keeps what it fails at to itself.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
 
+        summaries = [scalar(f"{kind}/{name}", value) for name, value in metrics.items()]
+        events = [Event(wall_time=wall_time, step=step, summary=s) for s in summaries]
+        if self._writer is None and self._step:
+            start = SessionLog(status=SessionLog.START)
+            after = self._step + 1
+            events.insert(0, Event(wall_time=wall_time, step=after, session_log=start))
         try:
             if self._writer is None:
                 self._path.mkdir(parents=True, exist_ok=True)
                 self._writer = EventsWriter(str(self._path / "events"))
-                if self._step:
-                    start = SessionLog(status=SessionLog.START)
-                    self._writer.write_event(
-                        Event(
-                            wall_time=wall_time, step=self._step + 1, session_log=start
-                        )
-                    )
-            for name, value in metrics.items():
-                summary = scalar(f"{kind}/{name}", value)
-                event = Event(wall_time=wall_time, step=step, summary=summary)
+            for event in events:
                 self._writer.write_event(event)
             self._writer.flush()
-        except Exception as error:  # raised by what the run calls next
-            self._error = error
+        except OSError as error:
+            self._warn(error)
 
-    def _close(self) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except Exception as error:  # raised by `close`
-            self._error = self._error or error
+    def _warn(self, error: OSError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            words = f"no more events for TensorBoard: could not write: {error}"
+            print(f"warning: {words}", file=sys.stderr)

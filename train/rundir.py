@@ -171,20 +171,13 @@ class RunDirectory:
             return
         with user_input(), self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-        try:
-            self._events.add(step, kind, metrics)
-        except OSError as error:
-            raise UsageError(f"could not write TensorBoard's events: {error}") from None
+        self._events.add(step, kind, metrics)
 
     def close(self) -> None:
         """Writes out what is buffered, and gives the directory free."""
         try:
             if self._events is not None:
                 self._events.close()
-        except OSError as error:
-            # No more than said: the run is over, or ends by an error of its own.
-            message = f"warning: could not write TensorBoard's events: {error}"
-            print(message, file=sys.stderr)
         finally:
             if self._lock is not None:
                 self._lock.close()
