@@ -155,11 +155,9 @@ def save_exported(
     try:
         exported = export.export(jax.jit(function), platforms=tuple(platforms))(images)
     except jax.errors.InconclusiveDimensionOperation as error:
-        rule = str(error).partition("\n")[0]
         raise ValueError(
-            f"`batch_size` (=None) must be a number for this function: some of its "
-            f"shapes depend on it, as the capacities of tiled inertial layers do "
-            f"({rule})"
+            "`batch_size` (=None) must be a number for this function: some of its "
+            "shapes depend on it, as the capacities of tiled inertial layers do."
         ) from error
     size = len(exported.mlir_module_serialized)
     if size > _MOST_BYTES:

@@ -162,14 +162,14 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of `ranks` .* must be given"),
-        (["--ranks", "ratio:0.5", "--macs", "0.5"], "one of `ranks`"),
-        (["--macs", "0.5", "--method", "hooi"], "`method` .* must fit --macs"),
+        ([], "`ranks` .* or `macs` .* must be given, not both"),
+        (["--ranks", "ratio:0.5", "--macs", "0.5"], "given, not both"),
+        (["--macs", "0.5", "--method", "hooi"], "must be inertial with --macs"),
         (
             ["--ranks", "evbmf", "--reconstruction-images", "1"],
             r"`reconstruction_images` \(=1\) must be 0 or >= 8",
         ),
-        (["--ranks", "evbmf", "--method", "inertial"], "must fit --ranks"),
+        (["--ranks", "evbmf", "--method", "inertial"], "must be hosvd or hooi"),
         (["--ranks", "budget:macs=0.001"], "must be at least 0\\.\\d+"),
         (["--ranks", "ratio:1.5"], "`ratio` .*must be in \\(0, 1\\]"),
         (["--ranks", "ratio:0.5", "--layers", "fc*"], "matches no convolution"),

@@ -20,7 +20,7 @@ from conftest import ROOT, shared_file
 import inertia_jax as ij
 from inertia_jax.checkpoint import load_arrays
 from inertia_jax.metadata import load_metadata
-from train.__main__ import main
+from train.__main__ import VERBS, main
 from train.build import make_model
 from train.checkpoints import best_step, latest_steps
 from train.config_file import load_config
@@ -345,7 +345,7 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
         ),
         (["--model.shortcut", "B"], "`shortcut` .='B'. must be A for lenet"),
         (["--data.image-size", "16", "--data.eval-resize", "4"], "`resize` .* 16"),
-        (["--data.mean", "0.5", "0.5"], "`mean`"),
+        (["--data.mean", "0.5", "0.5"], "`data.mean` .* must have 1 entries"),
         (["--model.name", "vgg16"], "at least 32 x 32"),
         (["--model.dtype", "float64"], "JAX_ENABLE_X64"),
         (["--optimizer.label-smoothing", "1"], "label_smoothing"),
@@ -387,6 +387,14 @@ def test_what_lies_idle_in_a_file_is_nobodys_mistake(config, options):
     with pytest.raises(UsageError, match="`optimizer.peak_share` .*nothing"):
         schedule = ["--optimizer.schedule", "cosine", "--optimizer.peak-share", "0.5"]
         parse([*arguments, *schedule])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([verb, "--help"])
+    assert exit_info.value.code == 0
+    assert f"python -m train {verb}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -522,6 +530,10 @@ def test_evaluate_refuses_what_does_not_fit(run, data, tmp_path, capsys):
     assert "label 11" in error((10, 10, 1), np.arange(12))
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"")
+    assert main(["evaluate", str(weights)]) == 2
+    assert "`python -m train import` makes one" in capsys.readouterr().err
 
 
 def test_the_real_resnet20_is_imported_and_scores_what_it_should(tmp_path, capsys):

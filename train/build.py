@@ -35,6 +35,13 @@ def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Prepro
         ValueError: Mean or deviation do not fit the stored channels.
     """
     height, width, channels = stored_shape
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if len(values) != channels:
+            raise ValueError(
+                f"`data.{name}` (={values}) must have {channels} entries, one a "
+                f"channel of these images."
+            )
     size = data.image_size
     shape = (size, size, channels) if size else (height, width, channels)
     return Preprocessing(shape, data.mean, data.std, data.eval_resize)

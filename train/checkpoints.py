@@ -194,6 +194,11 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     directory = path if path.name == "checkpoints" else path / "checkpoints"
     steps = latest_steps(directory)
     if not steps:
+        if path.is_file():
+            raise UsageError(
+                f"{path} is a file, and no checkpoint; `python -m train import` makes "
+                f"one of PyTorch weights."
+            )
         raise UsageError(f"there is no checkpoint at {path}, and no run that has one.")
     best = best_step(directory)
     return directory / f"step_{best if best is not None else steps[-1]:08d}"

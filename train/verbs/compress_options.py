@@ -152,10 +152,10 @@ def check_options_without_data(args: Compress) -> None:
 def _is_inertial(args: Compress) -> bool:
     if (args.ranks is None) == (args.macs is None):
         raise UsageError(
-            f"one of `ranks` (={args.ranks}) and `macs` (={args.macs}) must be given."
+            f"`ranks` (={args.ranks}) or `macs` (={args.macs}) must be given, not both."
         )
     is_inertial = args.macs is not None
     if args.method is not None and is_inertial != (args.method == "inertial"):
-        given = "--macs" if is_inertial else "--ranks"
-        raise UsageError(f"`method` (={args.method}) must fit {given}.")
+        rule = "inertial with --macs" if is_inertial else "hosvd or hooi with --ranks"
+        raise UsageError(f"`method` (={args.method}) must be {rule}.")
     return is_inertial

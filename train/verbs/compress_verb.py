@@ -109,6 +109,8 @@ def run(argv: Sequence[str]) -> int:
     for test in tests:
         print(in_words(test))
     print(f"took {seconds:.0f} s; checkpoint {out}")
+    if args.finetune_epochs:
+        print(f"fine-tuned: the run {_tuned_beside(out)}")
     if args.record is not None:
         record = {
             "machine": describe_machine(),
@@ -153,7 +155,7 @@ def _finetune(
             config.optimizer, learning_rate=args.finetune_learning_rate
         ),
     )
-    workdir = out.with_name(f"{out.name}_finetuned")
+    workdir = _tuned_beside(out)
     result = fit(config, workdir=workdir, resume=False)
     if result.stopped_by is not None:
         return result
@@ -161,6 +163,10 @@ def _finetune(
     last = checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
     print(f"fine-tuned checkpoint {last}")
     return load_checkpoint(last)
+
+
+def _tuned_beside(out: pathlib.Path) -> pathlib.Path:
+    return out.with_name(f"{out.name}_finetuned")
 
 
 def _how_to_go_on(

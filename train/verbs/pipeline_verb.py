@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from train.config import Config
 from train.config_file import load_from_file
 from train.errors import UsageError, user_input
 from train.outputs import check_output_file
@@ -41,12 +42,14 @@ def run(argv: Sequence[str]) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("file", nargs="?")
     file = early.parse_known_args(argv)[0].file
-    if file is None:
+    if file is None and not {"-h", "--help"} & set(argv):
         raise UsageError("`file` must come before the options.")
-    default = load_from_file(pathlib.Path(file), "pipeline", Pipeline)
+    default = Pipeline(run=Config())
+    if file is not None:
+        default = load_from_file(pathlib.Path(file), "pipeline", Pipeline)
     args = tyro.cli(
         Run,
-        default=Run(file, default),
+        default=Run(file or tyro.MISSING, default),
         args=argv,
         prog="python -m train pipeline",
     )
