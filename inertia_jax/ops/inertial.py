@@ -25,7 +25,6 @@ from inertia_jax.ops.views import (
 Combine = Literal[
     "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
 ]
-WEIGHTED = ("weighted", "weighted_channel", "weighted_input")
 
 
 class InertialOutput(NamedTuple):
@@ -129,6 +128,11 @@ def inertial_conv(
     x, core = x.astype(dtype), core.astype(dtype)
     steps = stride_pair(strides)
     pads = region_pads(x.shape[1:3], d, steps, padding)
+    padded = pad_image(x, pads)
+    size = (
+        (padded.shape[1] - d) // steps[0] + 1,
+        (padded.shape[2] - d) // steps[1] + 1,
+    )
     if friction is None:
         friction = region_friction(
             x,
@@ -140,17 +144,11 @@ def inertial_conv(
             reference=reference,
             channel_stride=channel_stride,
         )
-    friction = as_friction(friction)
+    else:
+        friction = as_friction(friction, (x.shape[0], *size))
     threshold = threshold.astype(friction.dtype)
-    x = pad_image(x, pads)
-    size = ((x.shape[1] - d) // steps[0] + 1, (x.shape[2] - d) // steps[1] + 1)
-    if friction.shape != (x.shape[0], *size):
-        raise ValueError(
-            f"`friction` (shape {friction.shape}) must have shape "
-            f"{(x.shape[0], *size)}, one entry a region."
-        )
     low, high = _responses(
-        x,
+        padded,
         core,
         weights,
         combine,
@@ -158,24 +156,31 @@ def inertial_conv(
         strides=steps,
         output_size=size,
     )
-    choose = lambda high, low: select(  # noqa: E731
+    y = select(
         high,
-        low,
+        jnp.zeros_like(high) if combine == "stack" else low,
         friction[..., None],
         threshold.reshape(1, 1, 1, -1),
         gate_gradient=gate_gradient,
         slope=slope,
     )
     if combine == "stack":
-        y = jnp.concatenate([low, choose(high, jnp.zeros_like(high))], axis=-1)
-    else:
-        y = choose(high, low)
+        y = jnp.concatenate([low, y], axis=-1)
     return InertialOutput(y, region_gate(friction, threshold), friction)
 
 
-def as_friction(friction: ArrayLike) -> Array:
-    """Returns known friction as friction is computed: in float32 at least."""
+def as_friction(friction: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Returns known friction as friction is computed: in float32 at least.
+
+    Raises:
+        ValueError: It has another shape.
+    """
     known = jnp.asarray(friction)
+    if known.shape != shape:
+        raise ValueError(
+            f"`friction` (shape {known.shape}) must have shape {shape}, one entry a "
+            "region."
+        )
     return known.astype(jnp.promote_types(known.dtype, jnp.float32))
 
 

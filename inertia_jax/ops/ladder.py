@@ -1,11 +1,12 @@
 """The choice between a tiled convolution's forms: by platform, and what is asked."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from inertia_jax.ops.conv_layers import filters_for_cpu
 from inertia_jax.ops.views import Pads
@@ -16,7 +17,20 @@ from inertia_jax.ops.views import Pads
 # cores.
 CHUNK_BYTES = 2**20
 
-# y, and the friction of its tiles.
+
+class PerImage(NamedTuple):
+    """What a tiled convolution knows of each image, cut into chunks alike.
+
+    Attributes:
+        x: The images.
+        friction: The friction of their tiles, or None where it is yet to be computed.
+    """
+
+    x: Float[Array, "n h w c_in"]
+    friction: Float[Array, "n rows columns"] | None
+
+
+# The output map, and the friction of its tiles.
 Result = tuple[Array, Array]
 
 
@@ -25,8 +39,8 @@ def with_ladder(
 ) -> Callable[..., Result]:
     """Returns `dense` as it is under derivatives and vmap, and `sparse` elsewhere.
 
-    Both take what there is of each image, the core, and the threshold; `sparse` also
-    Winograd's filters or None, and whether products are exact (`spared_output`).
+    Both take `PerImage`, the core and the threshold; `sparse` also takes Winograd's
+    filters or None, and whether products are exact (see `spared_output`).
 
     Args:
         dense: Computes every tile.
@@ -34,34 +48,34 @@ def with_ladder(
         pads: Zeros around the image.
     """
 
-    def whole(per_image: Any, core: Array, threshold: Array) -> Result:
-        return sparse(per_image, core, threshold, None, is_exact=False)
+    def whole(images: PerImage, core: Array, threshold: Array) -> Result:
+        return sparse(images, core, threshold, None, is_exact=False)
 
-    def chunked(per_image: Any, core: Array, threshold: Array) -> Result:
-        x = per_image[0]
+    def chunked(images: PerImage, core: Array, threshold: Array) -> Result:
+        x = images.x
         filters = filters_for_cpu(x, core, pads)
 
-        def some(chunk: Any) -> Result:
+        def some(chunk: PerImage) -> Result:
             return sparse(chunk, core, threshold, filters, is_exact=True)
 
-        images = x.shape[0]
-        size = max(1, min(images, CHUNK_BYTES * images // x.nbytes))
-        count = images // size
+        n = x.shape[0]
+        size = max(1, min(n, CHUNK_BYTES * n // x.nbytes))
+        count = n // size
         chunks = jax.tree.map(
-            lambda a: a[: count * size].reshape(count, size, *a.shape[1:]), per_image
+            lambda a: a[: count * size].reshape(count, size, *a.shape[1:]), images
         )
         done = jax.tree.map(
             lambda a: a.reshape(count * size, *a.shape[2:]), lax.map(some, chunks)
         )
-        if count * size == images:
+        if count * size == n:
             return done
-        rest = some(jax.tree.map(lambda a: a[count * size :], per_image))
+        rest = some(jax.tree.map(lambda a: a[count * size :], images))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
 
     @jax.custom_batching.custom_vmap
-    def ladder(per_image: Any, core: Array, threshold: Array) -> Result:
+    def ladder(images: PerImage, core: Array, threshold: Array) -> Result:
         return lax.platform_dependent(
-            per_image, core, threshold, cpu=chunked, default=whole
+            images, core, threshold, cpu=chunked, default=whole
         )
 
     @ladder.def_vmap

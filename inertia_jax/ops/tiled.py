@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from inertia_jax.ops.conv import Padding, conv2d
 from inertia_jax.ops.conv_layers import conv2d_to_apply
@@ -16,7 +16,7 @@ from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
 from inertia_jax.ops.inertial import InertialOutput, as_friction, check_core
-from inertia_jax.ops.ladder import Result, with_ladder
+from inertia_jax.ops.ladder import PerImage, Result, with_ladder
 from inertia_jax.ops.tiled_winograd import fill_by_winograd, takes
 from inertia_jax.ops.tiling import (
     Low,
@@ -93,7 +93,6 @@ def inertial_conv_tiled(
     check_choice("low", low, Low)
     check_choice("gate_gradient", gate_gradient, GateGradient)
     check_capacities(capacities)
-    capacities = None if capacities is None else tuple(capacities)
     check_slope(slope)
     if threshold.shape != ():
         raise ValueError(f"`threshold` (shape {threshold.shape}) must be one number.")
@@ -117,64 +116,24 @@ def inertial_conv_tiled(
         channel_stride=channel_stride,
     )
     if friction is not None:
-        known = as_friction(friction)
-        if known.shape != (x.shape[0], *tiling.tiles):
-            raise ValueError(
-                f"`friction` (shape {known.shape}) must have shape "
-                f"{(x.shape[0], *tiling.tiles)}, one entry a tile."
-            )
-        # Of images and friction, so that both are cut into chunks alike.
-        per_image: tuple[Array, ...] = (x, known)
-    else:
-        per_image = (x,)
+        friction = as_friction(friction, (x.shape[0], *tiling.tiles))
     # Compared in one type everywhere, so that no form sees other gates.
     threshold = threshold.astype(
-        jnp.promote_types(x.dtype, jnp.float32) if friction is None else known.dtype
+        jnp.promote_types(x.dtype, jnp.float32) if friction is None else friction.dtype
     )
-
-    def friction_of(per_image: tuple[Array, ...], padded: Array) -> Array:
-        return per_image[1] if len(per_image) == 2 else measure(padded)
-
-    def dense(per_image: tuple[Array, ...], core: Array, threshold: Array) -> Result:
-        high = conv2d_to_apply(per_image[0], core, (1, 1), tiling.pads)
-        friction = friction_of(per_image, pad_image(per_image[0], tiling.pads))
-        y = select(
-            high,
-            spread(tile_means(high, tiling), tiling.tile_size),
-            spread(friction[..., None], tiling.tile_size),
-            threshold.reshape(1, 1, 1, 1),
-            gate_gradient=gate_gradient,
-            slope=slope,
-        )
-        return y, friction
-
-    def sparse(
-        per_image: tuple[Array, ...],
-        core: Array,
-        threshold: Array,
-        filters: Planes | None,
-        *,
-        is_exact: bool,
-    ) -> Result:
-        padded = pad_image(per_image[0], tiling.pads)
-        friction = friction_of(per_image, padded)
-        gate = is_open(friction, threshold)
-        y = _fill(
-            per_image[0],
-            padded,
-            core,
-            gate,
-            filters,
-            tiling=tiling,
-            capacities=capacities or (),
-            is_exact=is_exact,
-        )
-        return y, friction
-
-    compute = dense
+    compute = dense = functools.partial(
+        _compute_all,
+        tiling=tiling,
+        measure=measure,
+        gate_gradient=gate_gradient,
+        slope=slope,
+    )
     if capacities is not None and x.size:
+        sparse = functools.partial(
+            _compute_open, tiling=tiling, measure=measure, capacities=tuple(capacities)
+        )
         compute = with_ladder(dense, sparse, tiling.pads)
-    y, friction = compute(per_image, core, threshold)
+    y, friction = compute(PerImage(x, friction), core, threshold)
     rows, columns = tiling.output_size
     return InertialOutput(y[:, :rows, :columns], is_open(friction, threshold), friction)
 
@@ -196,27 +155,56 @@ def check_capacities(capacities: Sequence[float | int] | None) -> None:
         )
 
 
-def _fill(
-    x: Float[Array, "n h w c_in"],
-    padded: Float[Array, "n hp wp c_in"],
+def _compute_all(
+    images: PerImage,
     core: Float[Array, "m m c_in c_out"],
-    gate: Bool[Array, "n rows columns"],
+    threshold: Float[Array, ""],
+    *,
+    tiling: Tiling,
+    measure: Callable[[Array], Array],
+    gate_gradient: GateGradient,
+    slope: float,
+) -> Result:
+    """Computes every tile in detail, and fills the closed ones from their outputs."""
+    high = conv2d_to_apply(images.x, core, (1, 1), tiling.pads)
+    friction = images.friction
+    if friction is None:
+        friction = measure(pad_image(images.x, tiling.pads))
+    y = select(
+        high,
+        spread(tile_means(high, tiling), tiling.tile_size),
+        spread(friction[..., None], tiling.tile_size),
+        threshold.reshape(1, 1, 1, 1),
+        gate_gradient=gate_gradient,
+        slope=slope,
+    )
+    return y, friction
+
+
+def _compute_open(
+    images: PerImage,
+    core: Float[Array, "m m c_in c_out"],
+    threshold: Float[Array, ""],
     filters: Planes | None,
     *,
     tiling: Tiling,
+    measure: Callable[[Array], Array],
     capacities: tuple[float | int, ...],
     is_exact: bool,
-) -> Float[Array, "n h_out w_out c_out"]:
+) -> Result:
     """Computes open tiles alone, up to the smallest capacity that holds them."""
-    num_open, num_tiles, n = gate.sum(), gate.size, tiling.tile_size
+    x, n = images.x, tiling.tile_size
+    padded = pad_image(x, tiling.pads)
+    friction = measure(padded) if images.friction is None else images.friction
+    gate = is_open(friction, threshold)
+    num_open, num_tiles = gate.sum(), gate.size
 
     def closed() -> Array:
         return spread(fill_low(padded, core, tiling), n).astype(x.dtype)
 
     def up_to(capacity: int) -> Array:
         if filters is not None and takes(tiling):
-            fill = functools.partial(fill_by_winograd, capacity=capacity)
-            return fill(padded, filters, gate, tiling)
+            return fill_by_winograd(padded, filters, gate, tiling, capacity=capacity)
         low = fill_low(padded, core, tiling)
         return fill_open(
             padded, core, low, gate, tiling, capacity=capacity, is_exact=is_exact
@@ -241,4 +229,4 @@ def _fill(
         selected,
         opened,
     ]
-    return lax.switch(rung, steps)
+    return lax.switch(rung, steps), friction
