@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.ops.conv import stride_pair
 from inertia_jax.ops.friction import periphery_offsets
 from inertia_jax.ops.tiling import make_tiling, spared_output
-from inertia_jax.ops.views import stride_pair
 from inertia_jax.specs import Inertial
 
 

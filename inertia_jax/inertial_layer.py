@@ -12,13 +12,12 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding
+from inertia_jax.ops.conv import Padding, stride_pair
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import hard_gate, rate_threshold
 from inertia_jax.ops.inertial import InertialOutput, inertial_conv, weights_shape
 from inertia_jax.ops.tiled import inertial_conv_tiled
 from inertia_jax.ops.tiling import make_tiling
-from inertia_jax.ops.views import stride_pair
 from inertia_jax.specs import Fixed, Inertial, Learned, Threshold
 
 # Of running means, counted as Flax does: the share of the past that stays.

@@ -11,11 +11,11 @@ import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
 from inertia_jax.models import abstract_variables, input_shape
+from inertia_jax.ops.conv import pad_image
 from inertia_jax.ops.conv_layers import conv2d_to_apply, filters_for_cpu
 from inertia_jax.ops.ladder import CHUNK_BYTES
 from inertia_jax.ops.tiled_winograd import fill_by_winograd
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
-from inertia_jax.ops.views import pad_image
 from train.timing import interleaved
 
 # Images, side, channels.

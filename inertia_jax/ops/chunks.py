@@ -9,26 +9,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def map_chunks(
-    function: Callable[[Array], Array], x: Array, *, size: int, y: jax.ShapeDtypeStruct
-) -> Array:
+def map_chunks(function: Callable[[Any], Any], x: Any, *, size: int, y: Any) -> Any:
     """Applies a function of images to `size` of them at a time.
 
     Args:
-        function: Of [size, ...], or of fewer, image by image.
-        x: [n, ...], the images.
+        function: A function of arrays [size, ...], or of fewer images, image by image.
+        x: The images and what belongs to each, a tree of arrays [n, ...].
         size: Images of a chunk, >= 1.
-        y: What it gives for all of them, [n, ...].
+        y: What the function returns for all of them, as a tree of shapes [n, ...].
     """
-    n = x.shape[0]
+    n = jax.tree.leaves(x)[0].shape[0]
     if size >= n:
         return function(x)
 
-    def put(start: Array | int, count: int, y: Array) -> Array:
-        images = lax.dynamic_slice_in_dim(x, start, count)
-        return lax.dynamic_update_slice_in_dim(y, function(images), start, axis=0)
+    def put(start: Array | int, count: int, y: Any) -> Any:
+        write = functools.partial(
+            lax.dynamic_update_slice_in_dim, start_index=start, axis=0
+        )
+        return jax.tree.map(write, y, function(_take(x, start, count)))
 
-    out = _varying_as(jnp.zeros(y.shape, y.dtype), x)
+    varying = jax.tree.leaves(x)
+    out = jax.tree.map(lambda a: _varying_as(jnp.zeros(a.shape, a.dtype), *varying), y)
     out = lax.fori_loop(0, n // size, lambda i, out: put(i * size, size, out), out)
     rest = n % size
     return put(n - rest, rest, out) if rest else out
@@ -50,15 +51,16 @@ def sum_chunks(
         return function(*arrays)
 
     def add(start: Array | int, count: int, sums: Any) -> Any:
-        take = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=start, slice_size=count
-        )
-        return jax.tree.map(jnp.add, sums, function(*map(take, arrays)))
+        return jax.tree.map(jnp.add, sums, function(*_take(arrays, start, count)))
 
-    sums = jax.tree.map(lambda of: _varying_as(of, *arrays), zero)
+    sums = jax.tree.map(lambda a: _varying_as(a, *arrays), zero)
     sums = lax.fori_loop(0, n // size, lambda i, sums: add(i * size, size, sums), sums)
     rest = n % size
     return add(n - rest, rest, sums) if rest else sums
+
+
+def _take(arrays: Any, start: Array | int, count: int) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, count), arrays)
 
 
 def _varying_as(start: Array, *arrays: Array) -> Array:

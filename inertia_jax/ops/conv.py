@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 Padding = str | int | Sequence[int | tuple[int, int]]
+Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def pair(
@@ -40,7 +41,16 @@ def pair(
     return (sizes[0], sizes[1])
 
 
-def padding_pairs(padding: Padding) -> str | tuple[tuple[int, int], tuple[int, int]]:
+def stride_pair(strides: int | Sequence[int] | None) -> tuple[int, int]:
+    """Returns `strides` as (vertical, horizontal); None, as Flax has it, means 1.
+
+    Raises:
+        ValueError: They are not one or two integers >= 1.
+    """
+    return pair(1 if strides is None else strides, "strides", least=1)
+
+
+def padding_pairs(padding: Padding) -> str | Pads:
     """Returns `padding` as `((top, bottom), (left, right))`, or in capital letters.
 
     Raises:
@@ -105,7 +115,7 @@ def conv2d(
             f"{x.shape[-1]} channels, as `x` (shape {x.shape}) has."
         )
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    window_strides = pair(strides, "strides", least=1)
+    window_strides = stride_pair(strides)
     taps = pair(dilation, "dilation", least=1)
     direct = functools.partial(
         lax.conv_general_dilated,
@@ -152,7 +162,7 @@ def explicit_padding(
     strides: tuple[int, int],
     padding: Padding,
     dilation: tuple[int, int],
-) -> tuple[tuple[int, int], tuple[int, int]]:
+) -> Pads:
     """Returns `padding` as pairs of numbers, for an image of this size."""
     pads = padding_pairs(padding)
     if not isinstance(pads, str):
@@ -162,20 +172,24 @@ def explicit_padding(
     return (pair(top), pair(left))
 
 
+def pad_image(x: Float[Array, "n h w c"], pads: Pads) -> Float[Array, "n hp wp c"]:
+    """Pads with zeros; negative padding crops, which `jnp.pad` refuses."""
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, ((0, 0, 0), *((a, b, 0) for a, b in pads), (0, 0, 0)))
+
+
 def _conv2d_as_product(
     x: Array,
     kernel: Array,
     *,
     strides: tuple[int, int],
-    pads: tuple[tuple[int, int], tuple[int, int]],
+    pads: Pads,
     dilation: tuple[int, int],
     precision: Any,
 ) -> Array:
     """Convolves by one matrix product over all taps side by side."""
     kh, kw, c_in, c_out = kernel.shape
-    # Not jnp.pad, which refuses negative padding, a crop.
-    around = ((0, 0, 0), *((before, after, 0) for before, after in pads), (0, 0, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), around)
+    x = pad_image(x, pads)
     n, h, w, _ = x.shape
     last_row, last_column = h - (kh - 1) * dilation[0], w - (kw - 1) * dilation[1]
     views = [

@@ -25,13 +25,14 @@ from jaxtyping import Float
 
 from inertia_jax.ops.conv import (
     Padding,
+    Pads,
     conv2d,
     explicit_padding,
     is_spread_explicitly,
     pair,
+    stride_pair,
 )
 from inertia_jax.ops.conv_grad import kernel_gradient, strided_input_gradient
-from inertia_jax.ops.views import Pads
 from inertia_jax.ops.winograd import (
     Planes,
     transform_filters,
@@ -257,7 +258,7 @@ def conv_for_linen(
 
     With `train`, there are reverse-mode gradients alone.
     """
-    strides = pair(window_strides, "strides", least=1)
+    strides = stride_pair(window_strides)
     taps = pair(rhs_dilation, "dilation", least=1)
     if feature_group_count != 1 or taps != (1, 1) or precision is not None:
         return conv2d(

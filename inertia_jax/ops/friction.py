@@ -9,15 +9,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding
-from inertia_jax.ops.views import (
-    pad_image,
-    region_pads,
-    shifted_views,
-    square_offsets,
-    stride_pair,
-    total,
-)
+from inertia_jax.ops.conv import Padding, pad_image, stride_pair
+from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.views import region_pads, shifted_views, square_offsets, total
 
 Metric = Literal["l1", "l2", "max", "random"]
 Reference = Literal["center", "core_mean"]
@@ -106,7 +100,7 @@ def friction(
     x, (vertical, horizontal) = jnp.asarray(x), stride_pair(strides)
     pads = region_pads(x.shape[1:3], region_size, (vertical, horizontal), padding)
     x = pad_image(x, pads)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
     output_size = (
         (x.shape[1] - region_size) // vertical + 1,
         (x.shape[2] - region_size) // horizontal + 1,

@@ -9,18 +9,12 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from inertia_jax.ops.conv import Padding, conv2d
+from inertia_jax.ops.conv import Padding, conv2d, pad_image, stride_pair
 from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
-from inertia_jax.ops.views import (
-    pad_image,
-    region_pads,
-    shifted_views,
-    square_offsets,
-    stride_pair,
-    sum_views,
-)
+from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.views import region_pads, shifted_views, square_offsets, sum_views
 
 Combine = Literal[
     "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
@@ -181,7 +175,7 @@ def as_friction(friction: ArrayLike, shape: tuple[int, ...]) -> Array:
             f"`friction` (shape {known.shape}) must have shape {shape}, one entry a "
             "region."
         )
-    return known.astype(jnp.promote_types(known.dtype, jnp.float32))
+    return known.astype(at_least_float32(known.dtype))
 
 
 def region_gate(friction: Array, threshold: Array) -> Array:

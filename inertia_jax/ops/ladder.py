@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from inertia_jax.ops.chunks import map_chunks
 from inertia_jax.ops.conv_layers import filters_for_cpu
-from inertia_jax.ops.views import Pads
+from inertia_jax.ops.tiling import Tiling
 
 # Images are worked on in chunks of about this many bytes on CPU: intermediate results
 # then stay in the cache, and in memory that the kernel has handed out already.
@@ -35,7 +35,7 @@ Result = tuple[Array, Array]
 
 
 def with_ladder(
-    dense: Callable[..., Result], sparse: Callable[..., Result], pads: Pads
+    dense: Callable[..., Result], sparse: Callable[..., Result], tiling: Tiling
 ) -> Callable[..., Result]:
     """Returns `dense` as it is under derivatives and vmap, and `sparse` elsewhere.
 
@@ -45,37 +45,32 @@ def with_ladder(
     Args:
         dense: Computes every tile.
         sparse: Computes open tiles, up to the first rung that holds them.
-        pads: Zeros around the image.
+        tiling: The tiles.
     """
 
-    def whole(images: PerImage, core: Array, threshold: Array) -> Result:
+    def compute_at_once(images: PerImage, core: Array, threshold: Array) -> Result:
         return sparse(images, core, threshold, None, is_exact=False)
 
-    def chunked(images: PerImage, core: Array, threshold: Array) -> Result:
+    def compute_in_chunks(images: PerImage, core: Array, threshold: Array) -> Result:
         x = images.x
-        filters = filters_for_cpu(x, core, pads)
+        filters = filters_for_cpu(x, core, tiling.pads)
 
-        def some(chunk: PerImage) -> Result:
+        def compute_chunk(chunk: PerImage) -> Result:
             return sparse(chunk, core, threshold, filters, is_exact=True)
 
-        n = x.shape[0]
+        n, side, (rows, columns) = x.shape[0], tiling.tile_size, tiling.tiles
+        shape = (n, rows * side, columns * side, core.shape[-1])
+        y = (
+            jax.ShapeDtypeStruct(shape, x.dtype),
+            jax.ShapeDtypeStruct((n, rows, columns), threshold.dtype),
+        )
         size = max(1, min(n, CHUNK_BYTES * n // x.nbytes))
-        count = n // size
-        chunks = jax.tree.map(
-            lambda a: a[: count * size].reshape(count, size, *a.shape[1:]), images
-        )
-        done = jax.tree.map(
-            lambda a: a.reshape(count * size, *a.shape[2:]), lax.map(some, chunks)
-        )
-        if count * size == n:
-            return done
-        rest = some(jax.tree.map(lambda a: a[count * size :], images))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
+        return map_chunks(compute_chunk, images, size=size, y=y)
 
     @jax.custom_batching.custom_vmap
     def ladder(images: PerImage, core: Array, threshold: Array) -> Result:
         return lax.platform_dependent(
-            images, core, threshold, cpu=chunked, default=whole
+            images, core, threshold, cpu=compute_in_chunks, default=compute_at_once
         )
 
     @ladder.def_vmap

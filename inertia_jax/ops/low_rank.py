@@ -9,17 +9,17 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import pair
+from inertia_jax.ops.conv import stride_pair
 from inertia_jax.ops.factors import (
     LowRankFactors,
     check_factors,
     factor_kernels,
     pointwise,
 )
+from inertia_jax.ops.precision import precise_einsum
 from inertia_jax.ops.unfold import (
     as_wide_kernel,
     check_rank,
-    precise_einsum,
     split_groups,
 )
 
@@ -99,7 +99,7 @@ def low_rank_conv(
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])
-    down, across = pair(strides, "strides", least=1)
+    down, across = stride_pair(strides)
     first, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
     x = pointwise(x[:, ::down, ::across], first[0, 0], groups=groups)
     return pointwise(x, last[0, 0], groups=groups)

@@ -10,14 +10,15 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, conv2d
+from inertia_jax.ops.conv import Padding, conv2d, pad_image
 from inertia_jax.ops.conv_layers import conv2d_to_apply
 from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
 from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
 from inertia_jax.ops.inertial import InertialOutput, as_friction, check_core
 from inertia_jax.ops.ladder import PerImage, Result, with_ladder
-from inertia_jax.ops.tiled_winograd import fill_by_winograd, takes
+from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.tiled_winograd import fill_by_winograd, fits
 from inertia_jax.ops.tiling import (
     Low,
     Tiling,
@@ -27,7 +28,6 @@ from inertia_jax.ops.tiling import (
     spread,
     tile_means,
 )
-from inertia_jax.ops.views import pad_image
 from inertia_jax.ops.winograd import Planes, convolve_transformed
 
 
@@ -119,7 +119,7 @@ def inertial_conv_tiled(
         friction = as_friction(friction, (x.shape[0], *tiling.tiles))
     # Compared in one type everywhere, so that no form sees other gates.
     threshold = threshold.astype(
-        jnp.promote_types(x.dtype, jnp.float32) if friction is None else friction.dtype
+        at_least_float32(x.dtype) if friction is None else friction.dtype
     )
     compute = dense = functools.partial(
         _compute_all,
@@ -132,7 +132,7 @@ def inertial_conv_tiled(
         sparse = functools.partial(
             _compute_open, tiling=tiling, measure=measure, capacities=tuple(capacities)
         )
-        compute = with_ladder(dense, sparse, tiling.pads)
+        compute = with_ladder(dense, sparse, tiling)
     y, friction = compute(PerImage(x, friction), core, threshold)
     rows, columns = tiling.output_size
     return InertialOutput(y[:, :rows, :columns], is_open(friction, threshold), friction)
@@ -203,7 +203,7 @@ def _compute_open(
         return spread(fill_low(padded, core, tiling), n).astype(x.dtype)
 
     def up_to(capacity: int) -> Array:
-        if filters is not None and takes(tiling):
+        if filters is not None and fits(tiling):
             return fill_by_winograd(padded, filters, gate, tiling, capacity=capacity)
         low = fill_low(padded, core, tiling)
         return fill_open(

@@ -22,7 +22,7 @@ from inertia_jax.ops.winograd import (
 _MEAN = tuple(sum(column) / 2 for column in zip(*OUTPUT, strict=True))
 
 
-def takes(tiling: Tiling) -> bool:
+def fits(tiling: Tiling) -> bool:
     """Whether tiles are of 2x2 outputs of a 3x3 core, closed ones filled by means."""
     return (tiling.core_size, tiling.tile_size, tiling.low) == (3, 2, "mean")
 
@@ -41,7 +41,7 @@ def fill_by_winograd(
         padded: Images with the tiling's padding.
         filters: Of the core, as `transform_filters` gives them.
         gate: Which tiles are open; at most `capacity` are.
-        tiling: The tiles; `takes` must be true of them.
+        tiling: The tiles; `fits` must be true of them.
         capacity: Number of tiles that are gathered and computed.
     """
     c_out = filters[0][0].shape[1]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
-from inertia_jax.ops.conv import Padding, conv2d, explicit_padding
-from inertia_jax.ops.views import Pads, square_offsets, sum_views, total
+from inertia_jax.ops.conv import Padding, Pads, conv2d, explicit_padding
+from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.views import square_offsets, sum_views, total
 
 Low = Literal["mean", "sample"]
 
@@ -89,7 +90,7 @@ def tile_means(
     n = tiling.tile_size
     if tiling.low == "sample":
         return high[:, (n - 1) // 2 :: n, (n - 1) // 2 :: n]
-    wide = jnp.promote_types(high.dtype, jnp.float32)
+    wide = at_least_float32(high.dtype)
     views = (high[:, i::n, j::n].astype(wide) for i, j in square_offsets(n))
     return (total(views) / n**2).astype(high.dtype)
 
@@ -113,7 +114,7 @@ def fill_low(
         image = padded[:, start : start + spans[0], start : start + spans[1]]
     else:
         image = sum_views(padded, None, side=n) / n**2
-    wide = jnp.promote_types(padded.dtype, jnp.float32)
+    wide = at_least_float32(padded.dtype)
     return conv2d(image, core, strides=n, padding="VALID").astype(wide)
 
 

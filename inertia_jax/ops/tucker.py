@@ -17,12 +17,12 @@ from inertia_jax.ops.factors import (
     factor_kernels,
     pointwise,
 )
+from inertia_jax.ops.precision import precise_einsum
 from inertia_jax.ops.unfold import (
     as_wide_kernel,
     check_rank,
     left_singular,
     max_ranks,
-    precise_einsum,
     split_groups,
     unfold_in,
     unfold_out,

@@ -1,15 +1,13 @@
 """A convolution kernel as matrices, and what factorising one needs: checks, ranks."""
 
-import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-# On GPU and TPU the default would round factors to TF32 or bfloat16.
-precise_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+from inertia_jax.ops.precision import at_least_float32
 
 
 def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int]:
@@ -75,7 +73,7 @@ def as_wide_kernel(kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int) ->
         raise ValueError(
             f"`groups` (={groups}) must divide {kernel.shape[3]}, the output channels."
         )
-    return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    return kernel.astype(at_least_float32(kernel.dtype))
 
 
 def check_rank(name: str, rank: int, most: int) -> None:

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
-from inertia_jax.ops.conv import Padding, explicit_padding, pair
-
-Pads = tuple[tuple[int, int], tuple[int, int]]
+from inertia_jax.ops.conv import Padding, Pads, explicit_padding, pad_image
+from inertia_jax.ops.precision import at_least_float32
 
 
 def square_offsets(side: int) -> list[tuple[int, int]]:
@@ -21,15 +20,6 @@ def square_offsets(side: int) -> list[tuple[int, int]]:
 def total(terms: Iterable[Array]) -> Array:
     """Returns the sum of at least one array."""
     return functools.reduce(jnp.add, terms)
-
-
-def stride_pair(strides: int | Sequence[int] | None) -> tuple[int, int]:
-    """Returns `strides` as (vertical, horizontal); None, as Flax has it, means 1.
-
-    Raises:
-        ValueError: They are not one or two integers >= 1.
-    """
-    return pair(1 if strides is None else strides, "strides", least=1)
 
 
 def region_pads(
@@ -52,12 +42,6 @@ def region_pads(
                 f"sides; the image is {tuple(image_size)}, the padding {pads}."
             )
     return pads
-
-
-def pad_image(x: Float[Array, "n h w c"], pads: Pads) -> Float[Array, "n hp wp c"]:
-    """Pads with zeros; negative padding crops."""
-    zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, ((0, 0, 0), *((a, b, 0) for a, b in pads), (0, 0, 0)))
 
 
 def shifted_views(
@@ -103,7 +87,7 @@ def sum_views(
         weights: One a place, or one a place and channel.
         side: Of the square.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     if weights is None:
         weights = jnp.ones((side, side, 1), wide)
     return _sum_views(side, x.astype(wide), weights.astype(wide)).astype(x.dtype)
@@ -126,13 +110,9 @@ def _sum_views_jvp(
     # The same sum, of padded images and then cut: its transpose is one padding and a
     # sum of views, where the transpose of views is a sum of paddings, which takes XLA
     # four times as long on CPU.
-    k, zero = side - 1, jnp.zeros((), x.dtype)
+    k = side - 1
     shifted = total(
-        lax.pad(
-            x_dot * weights[i, j].reshape(1, 1, 1, -1),
-            zero,
-            ((0, 0, 0), (k - i, i, 0), (k - j, j, 0), (0, 0, 0)),
-        )
+        pad_image(x_dot * weights[i, j].reshape(1, 1, 1, -1), ((k - i, i), (k - j, j)))
         for i, j in square_offsets(side)
     )
     by_x = shifted[:, k : x.shape[1], k : x.shape[2]]

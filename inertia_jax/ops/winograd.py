@@ -24,7 +24,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from inertia_jax.ops.chunks import map_chunks, sum_chunks
-from inertia_jax.ops.views import Pads
+from inertia_jax.ops.conv import Pads, pad_image
 
 # Rows of B^T, G and A^T: weights of pixels, taps and products.
 _INPUT = (
@@ -188,9 +188,8 @@ def _transform_input(x: Array, padding: Pads) -> Planes:
     height = x.shape[1] + top + bottom - 2
     width = x.shape[2] + left + right - 2
     # One more row or column of tiles where outputs are odd in number.
-    around = ((0, 0, 0), (top, bottom + height % 2, 0), (left, right + width % 2, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), (*around, (0, 0, 0)))
-    return transform_tiles(x)
+    around = ((top, bottom + height % 2), (left, right + width % 2))
+    return transform_tiles(pad_image(x, around))
 
 
 def transform_tiles(padded: Float[Array, "n hp wp c"]) -> Planes:
@@ -201,9 +200,8 @@ def transform_tiles(padded: Float[Array, "n hp wp c"]) -> Planes:
 def _transform_cotangent(cotangent: Array) -> Planes:
     """A dY A^T, at each place of the tile [n, tile rows, tile columns, c_out]."""
     _, height, width, _ = cotangent.shape
-    around = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-    transposed = tuple(zip(*OUTPUT, strict=True))
-    return _separably(jnp.pad(cotangent, around), transposed, overlap=0)
+    padded = pad_image(cotangent, ((0, height % 2), (0, width % 2)))
+    return _separably(padded, tuple(zip(*OUTPUT, strict=True)), overlap=0)
 
 
 def _separably(x: Array, matrix: Sequence[Sequence[float]], *, overlap: int) -> Planes:
