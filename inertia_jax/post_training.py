@@ -13,8 +13,7 @@ from jaxtyping import Float
 
 from inertia_jax.calibration import checked_images
 from inertia_jax.cost import count_cost
-from inertia_jax.ops.friction import Metric, Reference
-from inertia_jax.ops.tiling import Low
+from inertia_jax.ops.settings import Low, Metric, Reference
 from inertia_jax.plan import Plan
 from inertia_jax.recalibrate import recalibrate_batch_norm
 from inertia_jax.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python

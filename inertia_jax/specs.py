@@ -3,11 +3,17 @@
 import dataclasses
 from typing import Any, Literal
 
-from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
-from inertia_jax.ops.gates import GateGradient, check_slope
-from inertia_jax.ops.inertial import Combine
-from inertia_jax.ops.tiled import check_capacities
-from inertia_jax.ops.tiling import Low
+from inertia_jax.ops.settings import (
+    Combine,
+    GateGradient,
+    Low,
+    Metric,
+    Reference,
+    check_capacities,
+    check_choice,
+    check_sizes,
+    check_slope,
+)
 
 Reading = Literal["window", "tiled"]
 

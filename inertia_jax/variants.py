@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
-from inertia_jax.ops.friction import check_choice, check_sizes, periphery_offsets
+from inertia_jax.ops.friction import periphery_offsets
+from inertia_jax.ops.settings import check_choice, check_sizes
 from inertia_jax.specs import Fixed, Inertial, Learned, Threshold
 
 Variant = Literal[

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -11,28 +10,8 @@ from jaxtyping import Float
 
 from inertia_jax.ops.conv import Padding, pad_image, stride_pair
 from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.settings import Metric, Reference, check_choice, check_sizes
 from inertia_jax.ops.views import region_pads, shifted_views, square_offsets, total
-
-Metric = Literal["l1", "l2", "max", "random"]
-Reference = Literal["center", "core_mean"]
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raises ValueError unless `value` is one of the `Literal` type `choices`."""
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"`{name}` (={value!r}) must be one of {allowed}.")
-
-
-def check_sizes(*, core_size: int, region_size: int) -> None:
-    """Raises ValueError unless 1 <= `core_size` < `region_size`."""
-    if core_size < 1:
-        raise ValueError(f"`core_size` (={core_size}) must be >= 1.")
-    if region_size <= core_size:
-        raise ValueError(
-            f"`region_size` (={region_size}) must be greater than `core_size` "
-            f"(={core_size})."
-        )
 
 
 def periphery_offsets(*, core_size: int, region_size: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Gates: where friction exceeds its threshold, and the gradient through that choice."""
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-GateGradient = Literal["none", "ste"]
+from inertia_jax.ops.settings import GateGradient, check_slope
 
 
 def is_open(
@@ -21,12 +21,6 @@ def is_open(
     instead of being passed over.
     """
     return ~(jnp.asarray(friction) <= jnp.asarray(threshold))
-
-
-def check_slope(slope: float) -> None:
-    """Raises ValueError unless `slope` > 0; of a traced one nothing is known."""
-    if not isinstance(slope, jax.core.Tracer) and not slope > 0:
-        raise ValueError(f"`slope` (={slope}) must be > 0.")
 
 
 def hard_gate(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -10,15 +10,20 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from inertia_jax.ops.conv import Padding, conv2d, pad_image, stride_pair
-from inertia_jax.ops.friction import Metric, Reference, check_choice, check_sizes
 from inertia_jax.ops.friction import friction as region_friction
-from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
+from inertia_jax.ops.gates import is_open, select
 from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.settings import (
+    Combine,
+    GateGradient,
+    Metric,
+    Reference,
+    check_choice,
+    check_core,
+    check_slope,
+    check_threshold,
+)
 from inertia_jax.ops.views import region_pads, shifted_views, square_offsets, sum_views
-
-Combine = Literal[
-    "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
-]
 
 
 class InertialOutput(NamedTuple):
@@ -183,27 +188,6 @@ def region_gate(friction: Array, threshold: Array) -> Array:
     if threshold.ndim == 0:
         return is_open(friction, threshold)
     return is_open(friction[..., None], threshold.reshape(1, 1, 1, -1))
-
-
-def check_core(x: Array, core: Array, *, region_size: int) -> None:
-    """Raises ValueError unless `core` is [m, m, c_in, features], m < `region_size`."""
-    if core.ndim != 4 or core.shape[0] != core.shape[1]:
-        raise ValueError(f"`core` (shape {core.shape}) must be [m, m, c_in, c_out].")
-    check_sizes(core_size=core.shape[0], region_size=region_size)
-    if x.ndim != 4 or x.shape[-1] != core.shape[2]:
-        raise ValueError(
-            f"`core` (shape {core.shape}) must take the channels of `x` (shape "
-            f"{x.shape}), an [n, h, w, c_in]."
-        )
-
-
-def check_threshold(threshold: Array, *, core_features: int) -> None:
-    """Raises ValueError unless `threshold` is one number, or one a core channel."""
-    if threshold.shape not in ((), (core_features,)):
-        raise ValueError(
-            f"`threshold` (shape {threshold.shape}) must be one number, or "
-            f"{core_features}, one a core channel."
-        )
 
 
 def _check_weights(

@@ -1,7 +1,6 @@
 """Inertial convolution, tiled reading: one region a tile of outputs."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,15 +11,23 @@ from jaxtyping import Float
 
 from inertia_jax.ops.conv import Padding, conv2d, pad_image
 from inertia_jax.ops.conv_layers import conv2d_to_apply
-from inertia_jax.ops.friction import Metric, Reference, check_choice
 from inertia_jax.ops.friction import friction as region_friction
-from inertia_jax.ops.gates import GateGradient, check_slope, is_open, select
-from inertia_jax.ops.inertial import InertialOutput, as_friction, check_core
+from inertia_jax.ops.gates import is_open, select
+from inertia_jax.ops.inertial import InertialOutput, as_friction
 from inertia_jax.ops.ladder import PerImage, Result, with_ladder
 from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.settings import (
+    GateGradient,
+    Low,
+    Metric,
+    Reference,
+    check_capacities,
+    check_choice,
+    check_core,
+    check_slope,
+)
 from inertia_jax.ops.tiled_winograd import fill_by_winograd, fits
 from inertia_jax.ops.tiling import (
-    Low,
     Tiling,
     fill_low,
     fill_open,
@@ -136,23 +143,6 @@ def inertial_conv_tiled(
     y, friction = compute(PerImage(x, friction), core, threshold)
     rows, columns = tiling.output_size
     return InertialOutput(y[:, :rows, :columns], is_open(friction, threshold), friction)
-
-
-def check_capacities(capacities: Sequence[float | int] | None) -> None:
-    """Raises ValueError unless `capacities` is None or rises within (0, 1] to 1."""
-    if capacities is None:
-        return
-    try:
-        capacities = tuple(capacities)
-    except TypeError:
-        raise ValueError(
-            f"`capacities` (={capacities!r}) must be a sequence of numbers, or None."
-        ) from None
-    rising = all(a < b for a, b in itertools.pairwise(capacities))
-    if not capacities or not rising or capacities[0] <= 0 or capacities[-1] != 1:
-        raise ValueError(
-            f"`capacities` (={tuple(capacities)}) must rise within (0, 1] and end at 1."
-        )
 
 
 def _compute_all(

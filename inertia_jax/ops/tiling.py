@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from inertia_jax.ops.conv import Padding, Pads, conv2d, explicit_padding
 from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.settings import Low
 from inertia_jax.ops.views import square_offsets, sum_views, total
-
-Low = Literal["mean", "sample"]
 
 
 @dataclasses.dataclass(frozen=True)

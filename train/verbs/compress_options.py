@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from inertia_jax.ops.friction import Metric, Reference
-from inertia_jax.ops.tiling import Low
+from inertia_jax.ops.settings import Low, Metric, Reference
 from inertia_jax.reconstruct import LEAST_IMAGES
 from inertia_jax.specs import Inertial
 from train.config import Data

@@ -1,0 +1,78 @@
+"""Settings of inertial convolutions: what may be chosen, and checks of the values."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+from jax import Array
+
+Metric = Literal["l1", "l2", "max", "random"]
+Reference = Literal["center", "core_mean"]
+Combine = Literal[
+    "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
+]
+Low = Literal["mean", "sample"]
+GateGradient = Literal["none", "ste"]
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises ValueError unless `value` is one of the `Literal` type `choices`."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"`{name}` (={value!r}) must be one of {allowed}.")
+
+
+def check_sizes(*, core_size: int, region_size: int) -> None:
+    """Raises ValueError unless 1 <= `core_size` < `region_size`."""
+    if core_size < 1:
+        raise ValueError(f"`core_size` (={core_size}) must be >= 1.")
+    if region_size <= core_size:
+        raise ValueError(
+            f"`region_size` (={region_size}) must be greater than `core_size` "
+            f"(={core_size})."
+        )
+
+
+def check_slope(slope: float) -> None:
+    """Raises ValueError unless `slope` > 0; of a traced one nothing is known."""
+    if not isinstance(slope, jax.core.Tracer) and not slope > 0:
+        raise ValueError(f"`slope` (={slope}) must be > 0.")
+
+
+def check_core(x: Array, core: Array, *, region_size: int) -> None:
+    """Raises ValueError unless `core` is [m, m, c_in, features], m < `region_size`."""
+    if core.ndim != 4 or core.shape[0] != core.shape[1]:
+        raise ValueError(f"`core` (shape {core.shape}) must be [m, m, c_in, c_out].")
+    check_sizes(core_size=core.shape[0], region_size=region_size)
+    if x.ndim != 4 or x.shape[-1] != core.shape[2]:
+        raise ValueError(
+            f"`core` (shape {core.shape}) must take the channels of `x` (shape "
+            f"{x.shape}), an [n, h, w, c_in]."
+        )
+
+
+def check_threshold(threshold: Array, *, core_features: int) -> None:
+    """Raises ValueError unless `threshold` is one number, or one a core channel."""
+    if threshold.shape not in ((), (core_features,)):
+        raise ValueError(
+            f"`threshold` (shape {threshold.shape}) must be one number, or "
+            f"{core_features}, one a core channel."
+        )
+
+
+def check_capacities(capacities: Sequence[float | int] | None) -> None:
+    """Raises ValueError unless `capacities` is None or rises within (0, 1] to 1."""
+    if capacities is None:
+        return
+    try:
+        capacities = tuple(capacities)
+    except TypeError:
+        raise ValueError(
+            f"`capacities` (={capacities!r}) must be a sequence of numbers, or None."
+        ) from None
+    rising = all(a < b for a, b in itertools.pairwise(capacities))
+    if not capacities or not rising or capacities[0] <= 0 or capacities[-1] != 1:
+        raise ValueError(
+            f"`capacities` (={tuple(capacities)}) must rise within (0, 1] and end at 1."
+        )
