@@ -6,6 +6,11 @@ import numpy as np
 from jax import lax
 
 
+def normal(*shape, seed=0, dtype=np.float64):
+    """Draws an array of normal numbers."""
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
 def convolve(x, kernel, strides, padding):
     dimensions = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(

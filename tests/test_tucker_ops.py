@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.fft
+from convolutions import normal
 from test_ops import CASES
 
 from inertia_jax import ops
@@ -16,16 +17,12 @@ pytestmark = pytest.mark.usefixtures("optimised")
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
-def random_kernel(*shape, seed=0, dtype=np.float64):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
 def relative_error(found, kernel):
     return np.linalg.norm(np.asarray(found) - kernel) / np.linalg.norm(kernel)
 
 
 def test_hosvd_is_what_its_definition_says(x64):
-    kernel = random_kernel(3, 2, 5, 7)
+    kernel = normal(3, 2, 5, 7)
     u_in = np.linalg.svd(kernel.transpose(2, 0, 1, 3).reshape(5, -1))[0][:, :3]
     u_out = np.linalg.svd(kernel.transpose(3, 0, 1, 2).reshape(7, -1))[0][:, :4]
     both = u_in @ u_in.T, u_out @ u_out.T
@@ -44,7 +41,7 @@ def test_hosvd_is_what_its_definition_says(x64):
 def test_hooi_is_tensorlys_at_as_many_iterations(num_iterations, x64):
     reason = "needs TensorLy: the extra `torch`"
     decomposition = pytest.importorskip("tensorly.decomposition", reason=reason)
-    kernel = random_kernel(3, 3, 6, 8)
+    kernel = normal(3, 3, 6, 8)
     # TensorLy improves the first of the modes first; here that is the output channels.
     (core, (u_out, u_in)), _ = decomposition.partial_tucker(
         np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)),
@@ -71,7 +68,7 @@ def test_hooi_is_tensorlys_at_as_many_iterations(num_iterations, x64):
 
 def test_hooi_is_never_worse_than_hosvd():
     for seed, ranks in enumerate([(1, 1), (2, 5), (5, 2), (6, 8)] * 3):
-        kernel = random_kernel(3, 3, 6, 8, seed=seed, dtype=np.float32)
+        kernel = normal(3, 3, 6, 8, seed=seed, dtype=np.float32)
         hosvd, hooi = (
             relative_error(
                 ops.tucker2_to_kernel(
@@ -90,7 +87,7 @@ def test_hooi_is_never_worse_than_hosvd():
 
 
 def test_hooi_stops_at_its_tolerance(x64):
-    kernel = random_kernel(3, 3, 6, 8)
+    kernel = normal(3, 3, 6, 8)
     hosvd, one, few, all_of_them = (
         relative_error(
             ops.tucker2_to_kernel(
@@ -113,8 +110,8 @@ def test_hooi_stops_at_its_tolerance(x64):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_full_rank_is_the_dense_convolution(case, x64):
     size, c_in, c_out, k, strides, padding, dilation, groups = case
-    kernel = random_kernel(k, k, c_in // groups, c_out)
-    x = random_kernel(3, size, size, c_in, seed=1)
+    kernel = normal(k, k, c_in // groups, c_out)
+    x = normal(3, size, size, c_in, seed=1)
     factors = ops.tucker2(
         kernel, rank_in=c_in // groups, rank_out=c_out // groups, groups=groups
     )
@@ -131,8 +128,8 @@ def test_full_rank_is_the_dense_convolution(case, x64):
 
 def test_tucker2_conv_equals_pytorchs_dense_convolution():
     torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
-    x = random_kernel(2, 9, 9, 4, seed=1, dtype=np.float32)
-    kernel = random_kernel(3, 3, 2, 6, dtype=np.float32)
+    x = normal(2, 9, 9, 4, seed=1, dtype=np.float32)
+    kernel = normal(3, 3, 2, 6, dtype=np.float32)
     factors = ops.tucker2(kernel, rank_in=1, rank_out=2, groups=2, method="hooi")
     dense = np.asarray(ops.tucker2_to_kernel(factors, groups=2))
     theirs = torch.nn.functional.conv2d(
@@ -149,7 +146,7 @@ def test_tucker2_conv_equals_pytorchs_dense_convolution():
 
 
 def test_groups_are_factorised_one_by_one(x64):
-    kernel = random_kernel(3, 3, 4, 10)
+    kernel = normal(3, 3, 4, 10)
     whole = ops.tucker2(kernel, rank_in=2, rank_out=3, groups=2, method="hooi")
     assert [f.shape for f in whole] == [(8, 2), (3, 3, 2, 6), (10, 3)]
     parts = [
@@ -161,7 +158,7 @@ def test_groups_are_factorised_one_by_one(x64):
     np.testing.assert_allclose(
         ops.tucker2_to_kernel(whole, groups=2), np.concatenate(parts, -1), **CLOSE
     )
-    x = random_kernel(2, 5, 5, 8, seed=1)
+    x = normal(2, 5, 5, 8, seed=1)
     np.testing.assert_allclose(
         ops.tucker2_conv(x, whole, groups=2),
         ops.conv2d(x, np.concatenate(parts, -1), groups=2),
@@ -181,7 +178,7 @@ def test_groups_are_factorised_one_by_one(x64):
 )
 def test_ranks_are_lowered_to_what_unfoldings_have(shape, groups, expected):
     assert max_ranks(shape, groups=groups) == expected
-    kernel = random_kernel(*shape, dtype=np.float32)
+    kernel = normal(*shape, dtype=np.float32)
     factors = ops.tucker2(
         kernel, rank_in=shape[2], rank_out=shape[3] // groups, groups=groups
     )
@@ -236,8 +233,8 @@ def test_tucker2_conv_refuses_other_channels_and_paddings():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_tucker2_conv_has_the_gradients_of_its_kernel(groups, x64):
-    kernel = random_kernel(3, 3, 4 // groups, 6)
-    x = random_kernel(2, 7, 7, 4, seed=1)
+    kernel = normal(3, 3, 4 // groups, 6)
+    x = normal(2, 7, 7, 4, seed=1)
     factors = ops.tucker2(kernel, rank_in=2, rank_out=2, groups=groups)
     around = dict(strides=2, padding=1, groups=groups)
 
@@ -248,7 +245,7 @@ def test_tucker2_conv_has_the_gradients_of_its_kernel(groups, x64):
         kernel = ops.tucker2_to_kernel(factors, groups=groups)
         return ops.conv2d(x, kernel, **around)
 
-    cotangent = random_kernel(*factorised(x, factors).shape, seed=2)
+    cotangent = normal(*factorised(x, factors).shape, seed=2)
     ours, theirs = (
         jax.jit(lambda x, f, of=of: jax.vjp(of, x, f)[1](cotangent))(x, factors)
         for of in (factorised, dense)
@@ -258,8 +255,8 @@ def test_tucker2_conv_has_the_gradients_of_its_kernel(groups, x64):
 
 
 def test_factors_batch(x64):
-    kernels = random_kernel(3, 3, 3, 4, 6)
-    x = random_kernel(2, 7, 7, 4, seed=1)
+    kernels = normal(3, 3, 3, 4, 6)
+    x = normal(2, 7, 7, 4, seed=1)
 
     def factorise(kernel):
         return ops.tucker2(kernel, rank_in=2, rank_out=3, method="hooi")
@@ -274,8 +271,8 @@ def test_factors_batch(x64):
 
 
 def test_bfloat16_is_factorised_in_float32_and_applied_as_it_is():
-    kernel = jnp.asarray(random_kernel(3, 3, 4, 6), jnp.bfloat16)
-    x = jnp.asarray(random_kernel(2, 7, 7, 4, seed=1), jnp.bfloat16)
+    kernel = jnp.asarray(normal(3, 3, 4, 6), jnp.bfloat16)
+    x = jnp.asarray(normal(2, 7, 7, 4, seed=1), jnp.bfloat16)
     factors = ops.tucker2(kernel, rank_in=4, rank_out=6)
     assert {factor.dtype for factor in factors} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(
@@ -300,7 +297,7 @@ def test_tucker2_conv_lowers_for_tpu():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_low_rank_is_the_truncated_svd_of_each_group(groups, x64):
-    kernel = random_kernel(1, 1, 6, 4 * groups)
+    kernel = normal(1, 1, 6, 4 * groups)
     factors = ops.low_rank(kernel, rank=3, groups=groups)
     assert [f.shape for f in factors] == [(6 * groups, 3), (4 * groups, 3)]
     expected = []
@@ -318,8 +315,8 @@ def test_low_rank_is_the_truncated_svd_of_each_group(groups, x64):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("strides", [1, 2, (2, 1)])
 def test_low_rank_conv_and_its_gradients_are_those_of_its_kernel(strides, groups, x64):
-    kernel = random_kernel(1, 1, 6 // groups, 4)
-    x = random_kernel(2, 5, 4, 6, seed=1)
+    kernel = normal(1, 1, 6 // groups, 4)
+    x = normal(2, 5, 4, 6, seed=1)
     factors = ops.low_rank(kernel, rank=2, groups=groups)
     around = dict(strides=strides, groups=groups)
 
@@ -333,7 +330,7 @@ def test_low_rank_conv_and_its_gradients_are_those_of_its_kernel(strides, groups
     y, pull = jax.vjp(jax.jit(factorised), x, factors)
     expected, their_pull = jax.vjp(dense, x, factors)
     np.testing.assert_allclose(y, expected, **CLOSE)
-    cotangent = random_kernel(*y.shape, seed=2)
+    cotangent = normal(*y.shape, seed=2)
     for a, b in zip(
         jax.tree.leaves(pull(cotangent)),
         jax.tree.leaves(their_pull(cotangent)),
