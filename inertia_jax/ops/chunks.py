@@ -13,10 +13,10 @@ def map_chunks(function: Callable[[Any], Any], x: Any, *, size: int, y: Any) -> 
     """Applies a function of images to `size` of them at a time.
 
     Args:
-        function: A function of arrays [size, ...], or of fewer images, image by image.
+        function: Takes the arrays of up to `size` images, and works image by image.
         x: The images and what belongs to each, a tree of arrays [n, ...].
         size: Images of a chunk, >= 1.
-        y: What the function returns for all of them, as a tree of shapes [n, ...].
+        y: The shapes and types [n, ...] that the function returns for all images.
     """
     n = jax.tree.leaves(x)[0].shape[0]
     if size >= n:
@@ -38,13 +38,13 @@ def map_chunks(function: Callable[[Any], Any], x: Any, *, size: int, y: Any) -> 
 def sum_chunks(
     function: Callable[..., Any], *arrays: Array, size: int, zero: Any
 ) -> Any:
-    """Sums what a function gives for `size` images at a time.
+    """Sums what a function returns for `size` images at a time.
 
     Args:
-        function: Of arrays [size, ...], or of fewer images.
-        arrays: [n, ...] each.
+        function: Takes the arrays of up to `size` images.
+        arrays: Arrays [n, ...].
         size: Images of a chunk, >= 1.
-        zero: The sum over no images, in the types that the function gives.
+        zero: The sum over no images, in the types that the function returns.
     """
     n = arrays[0].shape[0]
     if size >= n:
@@ -64,9 +64,10 @@ def _take(arrays: Any, start: Array | int, count: int) -> Any:
 
 
 def _varying_as(start: Array, *arrays: Array) -> Array:
-    """Returns `start` as different on each device as `arrays`, for `jax.shard_map`.
+    """Returns `start`, marked as varying over the devices that `arrays` vary over.
 
-    With `check_vma` it wants a loop to begin with the type that it goes on with.
+    `jax.shard_map` with `check_vma` wants a loop's carry to start with the type that it
+    goes on with.
     """
     nothing = sum(jnp.sum(array[:0]).astype(start.dtype) for array in arrays)
     return start + nothing

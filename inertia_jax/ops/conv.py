@@ -23,11 +23,11 @@ def pair(
 
     Args:
         value: One integer, or two.
-        name: Of what it is, for the message.
-        least: The least that both may be; None: any.
+        name: The argument's name, for the message.
+        least: The smallest value that both may have, or None for any.
 
     Raises:
-        ValueError: It is neither, or below `least`.
+        ValueError: `value` is neither, or is below `least`.
     """
     try:
         sizes = [operator.index(size) for size in np.atleast_1d(np.asarray(value))]
@@ -45,7 +45,7 @@ def stride_pair(strides: int | Sequence[int] | None) -> tuple[int, int]:
     """Returns `strides` as (vertical, horizontal); None, as Flax has it, means 1.
 
     Raises:
-        ValueError: They are not one or two integers >= 1.
+        ValueError: `strides` is not one or two integers >= 1.
     """
     return pair(1 if strides is None else strides, "strides", least=1)
 
@@ -54,7 +54,7 @@ def padding_pairs(padding: Padding) -> str | Pads:
     """Returns `padding` as `((top, bottom), (left, right))`, or in capital letters.
 
     Raises:
-        ValueError: A padding that is none of these.
+        ValueError: `padding` is neither a rule's name nor made of integers.
     """
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
@@ -66,7 +66,7 @@ def padding_pairs(padding: Padding) -> str | Pads:
         both = pair(int(padding), "padding")
         return (both, both)
     if not isinstance(padding, Sequence | np.ndarray) or len(padding) != 2:
-        raise ValueError(f"`padding` (={padding!r}) must have one entry a dimension.")
+        raise ValueError(f"`padding` (={padding!r}) must have one entry per dimension.")
     top, left = (pair(around, "padding") for around in padding)
     return (top, left)
 
@@ -91,13 +91,13 @@ def conv2d(
             integer, or pairs `((top, bottom), (left, right))`.
         dilation: Distance between filter taps, in pixels.
         groups: Number of groups of channels that do not mix.
-        precision: Of the products, as `jax.lax.conv_general_dilated` has it.
+        precision: The products' precision, as `jax.lax.conv_general_dilated` takes it.
 
     Returns:
         The output map, in the type that `x` and `kernel` promote to.
 
     Raises:
-        ValueError: Channels of `x` and `kernel` do not match, or an argument outside
+        ValueError: Channels of `x` and `kernel` do not match, or an argument is outside
             its range.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
@@ -134,12 +134,13 @@ def conv2d(
         n + sum(around) < span
         for n, around, span in zip(x.shape[1:3], pads, spans, strict=True)
     ):
-        return direct(x, kernel)  # an empty map
-    # On CPU, XLA has slow cases. Elsewhere these forms are not measured, so not used.
+        return direct(x, kernel)  # The map is empty.
+    # XLA has slow cases on CPU. These forms were not measured elsewhere, so they are
+    # not used there.
     on_cpu: Callable[[Array, Array], Array] | None = None
     if groups == 1 and (size == (1, 1) or is_small):
-        # 409 ms against 4 for 3x3 at [64,2,2,512], an image smaller than the kernel;
-        # and 4 times as long for the gradient of a 1x1 convolution.
+        # For 3x3 at [64,2,2,512], images smaller than the kernel, XLA takes 409 ms and
+        # the product 4; the gradient of a 1x1 convolution takes XLA 4 times as long.
         on_cpu = functools.partial(
             _conv2d_as_product,
             strides=window_strides,
@@ -148,7 +149,7 @@ def conv2d(
             precision=precision,
         )
     elif window_strides == (1, 1) and pads == ((0, 0), (0, 0)):
-        # 30 ms without padding against 10 with it for 3x3 at [64,26,26,32] to 64.
+        # A 3x3 at [64,26,26,32] to 64 takes 30 ms without padding and 10 with it.
         padded = functools.partial(direct, padding=((1, 1), (1, 1)))
         on_cpu = lambda x, kernel: padded(x, kernel)[:, 1:-1, 1:-1]  # noqa: E731
     if on_cpu is None:
@@ -218,13 +219,13 @@ def mix_channels(
     Args:
         x: Images, or any array with channels last.
         matrix: [c_in, c_out].
-        precision: Of the product, as `jax.numpy.matmul` has it.
+        precision: The product's precision, as `jax.numpy.matmul` takes it.
     """
     if is_spread_explicitly(x):
         return jnp.einsum("...i,io->...o", x, matrix, precision=precision)
-    # Not einsum: on CPU, XLA would transpose all images for the matrix's gradient, and
-    # compute whole blocks once more to do so. A step of ResNet18 with Tucker-2 factors
-    # took 396 ms so, and takes 310.
+    # With einsum, XLA on CPU would transpose all images for the matrix's gradient, and
+    # compute whole blocks a second time to do so: a step of ResNet18 with Tucker-2
+    # factors takes 396 ms with it, and 310 with matmul.
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), matrix, precision=precision)
     return y.reshape(*x.shape[:-1], matrix.shape[1])
 

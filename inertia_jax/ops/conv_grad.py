@@ -1,10 +1,12 @@
 """Gradients of convolutions in other forms than XLA's, for training on CPU.
 
-XLA computes that of a kernel as a convolution whose filter is a whole image, which on
-CPU takes two to three times as long as the convolution where maps are large. Here it is
-matrix products over a few images at a time, whose views stay in the cache. That of a
-strided convolution's images XLA computes as a convolution of outputs with zeros between
-them, of which most products are by zero; here there are no zeros.
+XLA computes a kernel's gradient as a convolution whose filter is a whole image. Where
+maps are large, that takes two to three times as long on CPU as the convolution itself.
+Here it is matrix products over a few images at a time, whose views stay in the cache.
+
+XLA computes the gradient of a strided convolution's images as a convolution of the
+outputs with zeros between them, so that most products are by zero. Here there are no
+zeros.
 """
 
 import itertools
@@ -17,10 +19,10 @@ from inertia_jax.ops.chunks import sum_chunks
 from inertia_jax.ops.conv import Pads, conv2d, pad_image
 from inertia_jax.ops.precision import at_least_float32
 
-# Bytes of images and views that are worked on at a time: what caches hold. At
+# Bytes of images and views that are worked on at a time, as many as caches hold. At
 # [64,32,32,64] to 64 channels 4 MiB took 21 ms, 0.5 and 16 MiB 24 and 40, XLA 63.
 _CHUNK_BYTES = 4 << 20
-# Images of so many times fewer channels than outputs are narrow.
+# Images are narrow if they have this many times fewer channels than the outputs.
 _NARROW = 4
 
 
@@ -40,29 +42,29 @@ def kernel_gradient(
     Args:
         x: Images.
         cotangent: Gradient g of the outputs.
-        kernel_size: Vertical and horizontal.
-        strides: Likewise.
+        kernel_size: Height and width of the kernel.
+        strides: Vertical and horizontal strides.
         padding: Zeros around the image.
     """
     c_out = cotangent.shape[3]
     n, h, w, c_in = x.shape
     if x.size == 0 or cotangent.size == 0:
         return jnp.zeros((*kernel_size, c_in, c_out), x.dtype)
-    # Views of a network's first images are smaller than shifts of its outputs: 5.5
-    # against 11 ms at [64,32,32,3] to 64, but 4.4 against 3.8 for 16 channels to 32.
+    # Views of narrow images are smaller than shifts of the outputs: views take 5.5 ms
+    # and shifts 11 at [64,32,32,3] to 64, but 4.4 and 3.8 for 16 channels to 32.
     shifts = strides == (1, 1) and c_out < _NARROW * c_in
     part = _part_by_shifts if shifts else _part_by_views
     views = kernel_size[1] * (c_out if shifts else c_in)
     chunk = max(1, _CHUNK_BYTES // (h * w * (c_in + views) * x.dtype.itemsize))
     if kernel_size == (1, 1):
-        chunk = n  # one product: there are no views to keep in the cache
+        chunk = n  # One product is enough: there are no views to keep in the cache.
 
     def of_chunk(x: Array, cotangent: Array) -> Array:
-        # Padded here, not all at once: large fresh buffers cost more than products.
+        # Images are padded chunk by chunk: large new buffers cost more than products.
         padded = pad_image(x, padding)
         return part(padded, cotangent, kernel_size=kernel_size, strides=strides)
 
-    # In bfloat16, sums of sums would not see the last images.
+    # Chunks summed in bfloat16 would lose the last images to rounding.
     zero = jnp.zeros((*kernel_size, c_in, c_out), at_least_float32(x.dtype))
     return sum_chunks(of_chunk, x, cotangent, size=chunk, zero=zero).astype(x.dtype)
 
@@ -77,19 +79,19 @@ def strided_input_gradient(
 ) -> Float[Array, "n h w c_in"]:
     """Returns the gradient of a strided convolution's images.
 
-    Pixels p = s m + a of one phase a = 0..s-1 meet every s-th tap, i = r + s t with
-    r = (a + before) mod s, alone:
+    Pixels p = s m + a of one phase a = 0..s-1 only meet every s-th tap, i = r + s t
+    with r = (a + before) mod s:
 
         dx[s m + a] = sum over t of g[m + (a + before - r) / s - t] W[r + s t]^T,
 
-    in both directions, a convolution of unit stride a phase.
+    in both directions. This is one convolution of unit stride per phase.
 
     Args:
         cotangent: Gradient g of the outputs.
         kernel: Filters W.
         input_size: Height and width of the images.
-        strides: Vertical and horizontal.
-        padding: Zeros around the image; `before` is those above or on the left.
+        strides: Vertical and horizontal strides.
+        padding: Zeros around the image; `before` counts those above or on the left.
     """
     n, c_in = cotangent.shape[0], kernel.shape[2]
     counts = [-(-size // s) for size, s in zip(input_size, strides, strict=True)]
@@ -104,7 +106,7 @@ def strided_input_gradient(
             size = cotangent.shape[1 + axis]
             around.append((before, counts[axis] + num_taps - 1 - size - before))
         part = kernel[taps[0], taps[1]]
-        if part.size == 0:  # strides beyond the kernel skip pixels
+        if part.size == 0:  # Strides larger than the kernel skip pixels.
             phases.append(jnp.zeros((n, *counts, c_in), cotangent.dtype))
             continue
         turned = part[::-1, ::-1].swapaxes(2, 3)
@@ -122,7 +124,7 @@ def _part_by_shifts(
     kernel_size: tuple[int, int],
     strides: tuple[int, int],
 ) -> Array:
-    """The taps of a row side by side as shifts of the cotangent; x stays as it is."""
+    """Joins the taps of a row as shifts of the cotangent; x stays as it is."""
     kh, kw = kernel_size
     h_out, c_out = cotangent.shape[1], cotangent.shape[3]
     w, c_in = x.shape[2:]
@@ -140,7 +142,7 @@ def _part_by_views(
     kernel_size: tuple[int, int],
     strides: tuple[int, int],
 ) -> Array:
-    """The taps of a row side by side as views of x."""
+    """Joins the taps of a row as views of x."""
     kh, kw = kernel_size
     n, h_out, w_out, c_out = cotangent.shape
     c_in = x.shape[-1]

@@ -1,15 +1,17 @@
-"""Convolution as layers apply it, on CPU each of its parts in the quickest form.
+"""Convolution as layers apply it: on CPU, each of its parts in the quickest form.
 
-On CPU the convolution and, in training, both of its gradients are Winograd's where that
-is quicker. Else the gradient of a kernel is matrix products, that of a strided
-convolution's images one convolution of unit stride a phase, and the rest is XLA's.
-Elsewhere all is XLA's; so are, everywhere, the window reading of inertial convolutions
-and the gradients of the tiled one, whose forward mode is promised in training, too.
+On CPU, the convolution and, in training, both of its gradients take Winograd's form
+where it is quicker. Where it is not, the kernel's gradient is matrix products, the
+gradient of a strided convolution's images is one convolution of unit stride per phase,
+and the rest is XLA's. On other platforms everything is XLA's. Everywhere, so are the
+window reading of inertial convolutions and the gradients of the tiled reading, since
+both promise forward mode in training as well.
 
-All is XLA's, too, for images of any number, on explicit meshes, or of another type than
-the kernel. A batch that one program spreads over several CPU devices by itself
-(`jax.jit` over sharded arrays) is gathered by Winograd's form and by products, whose
-loops go over images; inside `jax.pmap` and `jax.shard_map` every device has its own.
+XLA's forms also serve batches of symbolic size, images on explicit meshes, and images
+of another type than the kernel. Winograd's form and the products loop over images, so
+they gather a batch that one program spreads over several CPU devices by itself
+(`jax.jit` over sharded arrays); inside `jax.pmap` and `jax.shard_map` every device
+works on its own images.
 """
 
 import functools
@@ -41,17 +43,18 @@ from inertia_jax.ops.winograd import (
     winograd_kernel_gradient,
 )
 
-# Winograd's form pays from these channels, in and out, and tiles on. Of XLA's time, two
-# cores, jax 0.10.2: 48 channels 0.78-0.80, 64 0.66-0.70, 128 0.55-0.66, and 32 channels
-# 0.98-1.55; 512 channels on 64 tiles 0.88, on 16 tiles 1.07, on 4 tiles 2.
+# Winograd's form pays from this many channels, in and out, and this many tiles. As a
+# share of XLA's time, on two cores with jax 0.10.2, it takes 0.98-1.55 for 32 channels,
+# 0.78-0.80 for 48, 0.66-0.70 for 64, and 0.55-0.66 for 128; for 512 channels it takes
+# 0.88 on 64 tiles, 1.07 on 16 tiles, and 2 on 4 tiles.
 _LEAST_CHANNELS = 48
 _LEAST_TILES = 64
-# Likewise for the gradient of a kernel: 96 channels 0.74-0.92, 64 channels 1.17-1.35.
+# The share for a kernel's gradient is 0.74-0.92 at 96 channels, 1.17-1.35 at 64.
 _LEAST_CHANNELS_OF_KERNEL_GRADIENT = 96
-# And where filters are transformed before it is known whether they are needed.
+# Filters that may turn out not to be needed are transformed from this many tiles on.
 _LEAST_TILES_TO_PREPARE = 1024
-# Up to so many pixels a stride, images' gradients are one convolution a phase, each of
-# which is to be compiled. Measured at stride 2: 0.3 to 0.9 of XLA's time.
+# Up to this many phases, images' gradients are one convolution per phase; each must be
+# compiled. At stride 2 they take 0.3 to 0.9 of XLA's time.
 _MOST_PHASES = 4
 
 
@@ -62,14 +65,14 @@ def conv2d_to_apply(
     strides: tuple[int, int],
     padding: Pads,
 ) -> Float[Array, "n h_out w_out c_out"]:
-    """Convolves as `conv2d` does, on CPU in its quickest form, for networks in use.
+    """Convolves as `conv2d` does, in the quickest form on CPU, for networks in use.
 
-    Its derivatives, forward and reverse, are those of `conv2d`.
+    Its derivatives, in forward and reverse mode, are those of `conv2d`.
 
     Args:
         x: Images.
         kernel: Filters.
-        strides: Vertical and horizontal.
+        strides: Vertical and horizontal strides.
         padding: Zeros around the image.
     """
     return _quickest(x, kernel, strides, padding)
@@ -101,15 +104,15 @@ def conv2d_to_train(
     strides: tuple[int, int],
     padding: Pads,
 ) -> Float[Array, "n h_out w_out c_out"]:
-    """Convolves as `conv2d` does; on CPU outputs and gradients in the quickest form.
+    """Convolves as `conv2d` does, on CPU in the quickest form, also of its gradients.
 
-    There is no forward-mode gradient (`jax.jvp`), as of every `jax.custom_vjp`; that of
-    the reverse-mode gradient there is.
+    Like every `jax.custom_vjp` it has no forward mode (`jax.jvp`), but its reverse-mode
+    gradient has one.
 
     Args:
         x: Images.
         kernel: Filters.
-        strides: Vertical and horizontal.
+        strides: Vertical and horizontal strides.
         padding: Zeros around the image.
     """
     return _quickest(x, kernel, strides, padding)
@@ -145,8 +148,8 @@ def _backward(
     if pays(channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT):
         kernel_on_cpu = functools.partial(winograd_kernel_gradient, padding=padding)
     else:
-        # Alone, XLA's form can be quicker, 7.7 against 8.7 ms at [64,8,8,256] to 512
-        # with stride 2; in a network it computes whole blocks once more for it.
+        # By itself XLA's form can be quicker (7.7 ms, not 8.7, at [64,8,8,256] to 512
+        # with stride 2), but in a network XLA computes whole blocks again for it.
         kernel_on_cpu = functools.partial(
             kernel_gradient,
             kernel_size=(kernel.shape[0], kernel.shape[1]),
@@ -190,7 +193,7 @@ def filters_for_cpu(
 ) -> Planes | None:
     """Returns Winograd's filters, to convolve the images at stride 1 a few at a time.
 
-    None where that is not quicker on CPU.
+    Where that is not quicker on CPU, it returns None.
 
     Args:
         x: All images.
@@ -222,7 +225,7 @@ def _winograd_pays(
     channels: int,
     tiles: int,
 ) -> bool:
-    """Whether Winograd's form is quicker on CPU, from so many channels and tiles on."""
+    """Whether Winograd's form is quicker on CPU, given the least channels and tiles."""
     n, h, w, _ = x.shape
     if not _may_be_cut(x, kernel) or kernel.shape[:2] != (3, 3) or strides != (1, 1):
         return False
@@ -236,8 +239,8 @@ def _winograd_pays(
 
 
 def _may_be_cut(x: Array, kernel: Array) -> bool:
-    """Whether images can be worked on a few at a time, in the one type of both."""
-    # Exported for images of any number, their number is a symbol.
+    """Whether images can be cut into chunks, and have the kernel's type."""
+    # In a program that is exported for any batch size, the size is a symbol.
     has_numbers = all(isinstance(size, int) for size in x.shape)
     return has_numbers and not is_spread_explicitly(x) and x.dtype == kernel.dtype
 
@@ -254,9 +257,9 @@ def conv_for_linen(
     train: bool = False,
     **_: object,
 ) -> Array:
-    """Convolves in the form in which `nn.Conv` takes its convolution.
+    """Convolves, as the function that `nn.Conv` takes.
 
-    With `train`, there are reverse-mode gradients alone.
+    With `train`, only reverse mode is differentiable.
     """
     strides = stride_pair(window_strides)
     taps = pair(rhs_dilation, "dilation", least=1)

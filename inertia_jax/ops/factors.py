@@ -11,12 +11,12 @@ from inertia_jax.ops.conv import mix_channels
 
 
 class Tucker2Factors(NamedTuple):
-    """A kernel as `core` with a factor on each side; of groups, one below the other.
+    """A kernel as `core` with a factor on each side; groups lie one below the other.
 
     Attributes:
-        u_in: [c_in, r_in]; of `groups`, rows of group after group.
-        core: [kh, kw, r_in, groups * r_out], a convolution kernel of as many groups.
-        u_out: [c_out, r_out]; rows of group after group.
+        u_in: Factor of the input channels, [c_in, r_in], with rows group after group.
+        core: Kernel of a convolution of `groups`, [kh, kw, r_in, groups * r_out].
+        u_out: Factor of the output channels, [c_out, r_out], with rows alike.
     """
 
     u_in: Float[Array, "c_in r_in"]
@@ -25,11 +25,11 @@ class Tucker2Factors(NamedTuple):
 
 
 class LowRankFactors(NamedTuple):
-    """A 1x1 kernel as a product of two; of groups, one below the other.
+    """A 1x1 kernel as a product of two; groups lie one below the other.
 
     Attributes:
-        left: [c_in, r]; of `groups`, rows of group after group.
-        right: [c_out, r], transposed so that groups stack alike.
+        left: Factor of the input channels, [c_in, r], with rows group after group.
+        right: Factor of the output channels, [c_out, r], with rows alike.
     """
 
     left: Float[Array, "c_in r"]
@@ -45,9 +45,9 @@ def check_factors(
     """Raises ValueError unless the factors fit each other, and an input.
 
     Args:
-        factors: Of one kernel.
-        groups: Of the convolution.
-        channels: Of the input; None: any.
+        factors: Factors of one kernel.
+        groups: Groups of the convolution.
+        channels: The input's channels, or None for any.
     """
     shapes = {name: np.shape(factor) for name, factor in factors._asdict().items()}
     found = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
@@ -76,13 +76,13 @@ def pointwise(
     groups: int = 1,
     precision: Any = None,
 ) -> Float[Array, "*batch c_out"]:
-    """Applies a 1x1 convolution, as a product of matrices.
+    """Applies a 1x1 convolution as a product of matrices.
 
     Args:
         x: Images, or any array with channels last.
-        kernel: [c_in / groups, c_out], as a 1x1 kernel without its first two axes.
-        groups: Of channels that do not mix.
-        precision: Of the product, as `jax.numpy.einsum` has it.
+        kernel: A 1x1 kernel without its first two axes, [c_in / groups, c_out].
+        groups: Number of groups of channels that do not mix.
+        precision: The product's precision, as `jax.numpy.einsum` takes it.
     """
     if groups == 1:
         return mix_channels(x, kernel, precision=precision)
@@ -97,7 +97,7 @@ def factor_kernels(
 ) -> tuple[Array | np.ndarray, ...]:
     """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another.
 
-    Of NumPy factors without groups they are NumPy arrays: nothing is compiled.
+    NumPy factors without groups give NumPy arrays, for which nothing is compiled.
     """
     into, out = factors[0], factors[-1]
     first = into[None, None]

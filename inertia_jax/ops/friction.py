@@ -60,14 +60,14 @@ def friction(
         metric: `l1`, `l2` or `max`; `random` is a control, noise in [0, 1) that is
             hashed from the reference pixel and the region's place.
         reference: `center` or `core_mean`.
-        channel_stride: Take every so many channels only, >= 1.
+        channel_stride: Step over the channels, >= 1: every so many are compared.
 
     Returns:
         Friction >= 0, in float32, or float64 for float64; in the units of `x`, squared
         for `l2`.
 
     Raises:
-        ValueError: An argument outside its range, or an image smaller than a region.
+        ValueError: An argument is outside its range, or an image smaller than a region.
     """
     check_sizes(core_size=core_size, region_size=region_size)
     check_choice("metric", metric, Metric)
@@ -126,15 +126,15 @@ def _channel_mean(x: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:
 
 
 def _noise(center: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:
-    """Hashes pixels and places to [0, 1): the same however a batch is split."""
+    """Hashes pixels and places to [0, 1), the same way however a batch is split."""
     n, h, w, c = center.shape
-    # Integers, whose sum over channels does not depend on the order it is taken in.
+    # The sum of integers over channels does not depend on the order of summation.
     pixels = lax.bitcast_convert_type(center.astype(jnp.float32), jnp.uint32)
     factors = jnp.arange(c, dtype=jnp.uint32) * 2 + jnp.uint32(0x9E3779B1)
     content = (pixels * factors.reshape(1, 1, 1, c)).sum(-1, dtype=jnp.uint32)
     place = jnp.arange(h * w, dtype=jnp.uint32).reshape(1, h, w)
     bits = content ^ jnp.broadcast_to(place * jnp.uint32(0x9E3779B9), (n, h, w))
-    # MurmurHash3's finaliser, public domain: every bit of the input moves every other.
+    # This is MurmurHash3's finaliser (public domain): each bit of the input moves all.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return (bits >> 8).astype(center.dtype) / 2**24

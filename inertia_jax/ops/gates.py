@@ -17,8 +17,8 @@ def is_open(
 ) -> Bool[Array, "..."]:
     """Returns where friction is not at or below the threshold, so also where it is NaN.
 
-    NaN opens: detail then reads the whole region, and the NaN shows in the output
-    instead of being passed over.
+    NaN opens the gate: detail reads the whole region, so that the NaN shows in the
+    output instead of being passed over.
     """
     return ~(jnp.asarray(friction) <= jnp.asarray(threshold))
 
@@ -31,12 +31,12 @@ def hard_gate(
 ) -> Float[Array, "..."]:
     """Returns 1 where the gate is open, else 0, with a straight-through gradient.
 
-    Forward: `is_open`, exactly. Tangents: those of
+    The value is `is_open`, exactly; the tangents are those of
     `sigmoid(slope * (friction - threshold))`.
 
     Args:
-        friction: Of each region.
-        threshold: Broadcastable to it.
+        friction: Friction of each region.
+        threshold: Threshold, broadcastable to the friction.
         slope: Steepness of the sigmoid, per unit of friction, > 0.
 
     References:
@@ -47,7 +47,7 @@ def hard_gate(
 
 
 def _as_floats(*values: ArrayLike) -> list[Array]:
-    # Integers have no tangents that could be subtracted.
+    # Tangents of integers cannot be subtracted.
     arrays = [jnp.asarray(value) for value in values]
     return [
         a if jnp.issubdtype(a.dtype, jnp.floating) else a.astype(jnp.float32)
@@ -84,17 +84,17 @@ def rate_threshold(
 ) -> Float[Array, ""]:
     """Returns the lowest threshold that at most a share of the friction exceeds.
 
-    Found by bisection, to 2^-32 of the friction's range: sorting takes 25 times as long
-    on CPU (25 ms against 1 at [128,32,32]). Without gradient.
+    Bisection finds it to 2^-32 of the friction's range; sorting takes 25 times as long
+    on CPU (25 ms, not 1, at [128,32,32]). It has no gradient.
 
     Args:
-        friction: Of every region.
+        friction: Friction of every region.
         rate: The share, in (0, 1]; 1 opens every gate.
         axis_name: Mesh axis over whose devices friction is taken together.
     """
     friction = lax.stop_gradient(friction)
     if rate == 1:
-        return jnp.full((), -1, friction.dtype)  # below every friction
+        return jnp.full((), -1, friction.dtype)  # This is below every friction.
 
     def over_devices(value: Array, reduce: Any) -> Array:
         return value if axis_name is None else reduce(value, axis_name)
@@ -111,7 +111,7 @@ def rate_threshold(
         too_many = over_devices(open_here, lax.psum) > most
         return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
 
-    # Where fewer than the share exceed even the least, that is the threshold.
+    # Where fewer than the share exceed even the lowest friction, that is the threshold.
     below = low - (high - low) * 2**-20
     return lax.fori_loop(0, 32, halve, (below, high))[1]
 
@@ -132,10 +132,10 @@ def select(
     forward and in reverse mode.
 
     Args:
-        high: Detail.
-        low: Inertia.
-        friction: Of each position.
-        threshold: One, or one a channel.
+        high: Values of detail.
+        low: Values of inertia.
+        friction: Friction of each position.
+        threshold: One threshold, or one per channel.
         gate_gradient: `none` or `ste`.
         slope: Steepness of the sigmoid, per unit of friction, > 0.
     """

@@ -1,4 +1,4 @@
-"""Inertial convolution, window reading: one region an output position."""
+"""Inertial convolution, window reading: one region per output position."""
 
 import functools
 from collections.abc import Sequence
@@ -27,13 +27,14 @@ from inertia_jax.ops.views import region_pads, shifted_views, square_offsets, su
 
 
 class InertialOutput(NamedTuple):
-    """What an inertial convolution returns.
+    """The result of an inertial convolution.
 
     Attributes:
-        y: The output map [n, h_out, w_out, c_out].
-        gate: Where detail was computed, [n, regions_h, regions_w], with a last axis of
-            channels where the threshold has one.
-        friction: Of each region [n, regions_h, regions_w], float32 or float64.
+        y: Output map, [n, h_out, w_out, c_out].
+        gate: True where detail was computed, [n, regions_h, regions_w], with a last
+            axis of channels where the threshold has one.
+        friction: Friction of each region, [n, regions_h, regions_w], in float32 or
+            float64.
     """
 
     y: Float[Array, "n h_out w_out c_out"]
@@ -44,13 +45,13 @@ class InertialOutput(NamedTuple):
 def weights_shape(
     combine: Combine, *, steps: int, c_in: int, core_features: int
 ) -> tuple[int, ...] | None:
-    """Returns the shape of a combine's weights; None for one that has none.
+    """Returns the shape of the weights that `combine` takes; None if it takes none.
 
     Args:
         combine: How the shifted core responses are joined.
-        steps: n = region side - core side + 1.
-        c_in: Input channels.
-        core_features: Filters of the core.
+        steps: Number n of shifts in a row, region side - core side + 1.
+        c_in: Number of input channels.
+        core_features: Number of the core's filters.
     """
     return {
         "weighted": (steps, steps),
@@ -76,7 +77,7 @@ def inertial_conv(
     channel_stride: int = 1,
     friction: Float[ArrayLike, "n h_out w_out"] | None = None,
 ) -> InertialOutput:
-    """Applies a core once, or all over the region where friction is high.
+    """Applies a core once per region, and all over the region where friction is high.
 
     With u_delta(p) the core applied at region p shifted by delta in {0..k}^2,
     k = d - m, and delta0 = (k // 2, k // 2):
@@ -87,33 +88,34 @@ def inertial_conv(
     S is `mean`, `sum` or `max`; `weighted` (weights [n, n], n = k + 1) and
     `weighted_channel` ([n, n, c_core]) weigh the sum; `weighted_input` ([n, n, c_in])
     weighs the input before a second core evaluation; `stack` returns u_delta0 and the
-    gated mean side by side, so twice the core's channels. Otherwise all u_delta are
-    shifts of one core map over the padded input; at larger strides the joins that are
-    linear over the input are two core evaluations at the output's positions, where
-    those are fewer.
+    gated mean side by side, with twice the core's channels. The other joins take all
+    u_delta as shifts of one core map over the padded input; at larger strides, those
+    that are linear over the input take two core evaluations at the output's positions,
+    which are fewer.
 
     Args:
         x: Images.
-        core: Filters of side m; also their number of output channels, but for `stack`.
+        core: Filters of side m, one per output channel; for `stack`, one per two.
         region_size: Side d of the region, > m.
-        threshold: Friction above it opens the gate; one, or one a core channel.
-        metric: See `friction`.
-        reference: See `friction`.
-        combine: S.
-        weights: Of the weighted joins; None for the others.
+        threshold: Friction above which the gate opens, one number or one per core
+            channel.
+        metric: Measure of friction, as `friction` takes it.
+        reference: Reference r of friction, as `friction` takes it.
+        combine: Join S of the shifted core responses.
+        weights: Weights of the weighted joins; None for the others.
         strides: Distance between regions, in pixels.
         padding: Zeros around the image; "SAME" is XLA's rule applied to the region.
-        gate_gradient: `none`, or `ste`: see `select`.
-        slope: Of `ste`, per unit of friction.
-        channel_stride: Friction reads every so many channels.
-        friction: Already known friction of each region, in place of computing it.
+        gate_gradient: Gradient through the gate, `none` or `ste`, as `select` takes it.
+        slope: Steepness of `ste`, per unit of friction, > 0.
+        channel_stride: Step over the channels that friction reads, >= 1.
+        friction: Friction of each region where it is known already; None computes it.
 
     Returns:
         `InertialOutput(y, gate, friction)`.
 
     Raises:
-        ValueError: A core that is not square or not smaller than the region, weights
-            that are missing, surplus or misshapen, or another argument out of range.
+        ValueError: The core is not square or not smaller than the region, weights are
+            missing, surplus or misshapen, or another argument is out of range.
     """
     x, core, threshold = jnp.asarray(x), jnp.asarray(core), jnp.asarray(threshold)
     check_core(x, core, region_size=region_size)
@@ -172,19 +174,19 @@ def as_friction(friction: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Returns known friction as friction is computed: in float32 at least.
 
     Raises:
-        ValueError: It has another shape.
+        ValueError: Its shape is not `shape`.
     """
     known = jnp.asarray(friction)
     if known.shape != shape:
         raise ValueError(
-            f"`friction` (shape {known.shape}) must have shape {shape}, one entry a "
+            f"`friction` (shape {known.shape}) must have shape {shape}, one entry per "
             "region."
         )
     return known.astype(at_least_float32(known.dtype))
 
 
 def region_gate(friction: Array, threshold: Array) -> Array:
-    """Returns the gate of each region, with an axis of channels if `threshold` has."""
+    """Returns the gate of each region, and of each channel if `threshold` has them."""
     if threshold.ndim == 0:
         return is_open(friction, threshold)
     return is_open(friction[..., None], threshold.reshape(1, 1, 1, -1))
@@ -232,8 +234,8 @@ def _responses(
     elif combine != "sum":
         weights = jnp.full((k + 1, k + 1, 1), 1 / (k + 1) ** 2)
 
-    # At strides > 1 a core map holds positions that no region starts at; a join that is
-    # linear may sum the input instead, and evaluate the core where it is needed.
+    # At strides > 1 a core map holds positions that no region starts at. A linear join
+    # may sum the input instead, and evaluate the core only where it is needed.
     by_input = combine not in ("max", "weighted_channel") and strides != (1, 1)
     if by_input or combine == "weighted_input":
         (rows, columns), (vertical, horizontal) = output_size, strides

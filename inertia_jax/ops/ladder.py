@@ -1,4 +1,4 @@
-"""The choice between a tiled convolution's forms: by platform, and what is asked."""
+"""The choice between a tiled convolution's forms, by platform and transformation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,19 +11,19 @@ from inertia_jax.ops.chunks import map_chunks
 from inertia_jax.ops.conv_layers import filters_for_cpu
 from inertia_jax.ops.tiling import Tiling
 
-# Images are worked on in chunks of about this many bytes on CPU: intermediate results
-# then stay in the cache, and in memory that the kernel has handed out already.
-# 14 ms, against 18 with 2 MiB and 34 for the whole of [64,32,32,64] at 10% open, two
-# cores.
+# On CPU, images are worked on in chunks of about this many bytes: intermediate results
+# then stay in the cache, and in memory that the system has handed out already.
+# At [64,32,32,64] with 10% of tiles open, on two cores, chunks of 1 MiB take 14 ms,
+# chunks of 2 MiB 18, and all images at once 34.
 CHUNK_BYTES = 2**20
 
 
 class PerImage(NamedTuple):
-    """What a tiled convolution knows of each image, cut into chunks alike.
+    """Images and what is known of each: both are cut into chunks alike.
 
     Attributes:
-        x: The images.
-        friction: The friction of their tiles, or None where it is yet to be computed.
+        x: Images.
+        friction: Friction of their tiles, or None where it is yet to be computed.
     """
 
     x: Float[Array, "n h w c_in"]
@@ -37,15 +37,15 @@ Result = tuple[Array, Array]
 def with_ladder(
     dense: Callable[..., Result], sparse: Callable[..., Result], tiling: Tiling
 ) -> Callable[..., Result]:
-    """Returns `dense` as it is under derivatives and vmap, and `sparse` elsewhere.
+    """Returns a function: `dense` under derivatives and vmap, and `sparse` elsewhere.
 
     Both take `PerImage`, the core and the threshold; `sparse` also takes Winograd's
     filters or None, and whether products are exact (see `spared_output`).
 
     Args:
-        dense: Computes every tile.
-        sparse: Computes open tiles, up to the first rung that holds them.
-        tiling: The tiles.
+        dense: Form that computes every tile.
+        sparse: Form that computes open tiles, up to the first rung that holds them.
+        tiling: Geometry of the tiles.
     """
 
     def compute_at_once(images: PerImage, core: Array, threshold: Array) -> Result:

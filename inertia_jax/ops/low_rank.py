@@ -33,12 +33,12 @@ def low_rank(
     neither factor moves faster than the other.
 
     Args:
-        kernel: [1, 1, c_in / groups, c_out].
-        rank: In [1, min(c_in, c_out) / groups].
-        groups: Of the convolution; each is factorised by itself.
+        kernel: Kernel, [1, 1, c_in / groups, c_out].
+        rank: Rank, in [1, min(c_in, c_out) / groups].
+        groups: Groups of the convolution; each is factorised by itself.
 
     Raises:
-        ValueError: A rank outside its range, or a kernel that is not 1x1.
+        ValueError: The rank is outside its range, or the kernel is not 1x1.
 
     References:
         Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
@@ -90,12 +90,12 @@ def low_rank_conv(
 
     Args:
         x: Images.
-        factors: As `low_rank` gives them.
+        factors: Factors, as `low_rank` returns them.
         strides: Distance between output positions, in pixels.
-        groups: Of the convolution.
+        groups: Groups of the convolution.
 
     Raises:
-        ValueError: The factors do not fit each other, or `x`.
+        ValueError: The factors do not fit each other, or do not fit `x`.
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])

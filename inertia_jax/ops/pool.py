@@ -13,16 +13,12 @@ def max_pool2d(
 ) -> Float[Array, "n h_out w_out c"]:
     """Returns the maximum of each `window` x `window` square.
 
-    Rows and columns that fill no whole square are dropped, and of equal pixels the
-    first has the gradient, as in PyTorch; NaN is larger than any number. A choice
-    between pairs over split axes, not `lax.reduce_window`, whose gradient
-    (select-and-scatter) takes ten times as long on CPU. Nor `jnp.max`, whose gradient
-    asks which pixels equal the maximum: where XLA computes pixels once more for that,
-    and rounds them otherwise (seen with its optimisations off), none may.
+    As in PyTorch, rows and columns that fill no whole square are dropped, and the first
+    of equal pixels has the gradient; NaN is larger than any number.
 
     Args:
         x: Images.
-        window: Side of a square and distance between them, in pixels, >= 1.
+        window: Side of a square and distance between squares, in pixels, >= 1.
 
     Raises:
         ValueError: `window` is less than 1 or larger than the images.
@@ -36,7 +32,11 @@ def max_pool2d(
     rows, columns = h // window, w // window
     x = x[:, : rows * window, : columns * window]
     x = x.reshape(n, rows, window, columns, window, c)
-    # Row by row, so that of equal pixels the first in reading order is chosen.
+    # The gradient of `lax.reduce_window` (select-and-scatter) takes ten times as long
+    # on CPU. The gradient of `jnp.max` asks which pixels equal the maximum; where XLA
+    # computes the pixels again for that, and rounds them otherwise (as it does with its
+    # optimisations off), it may find none. So this chooses between pairs, row by row,
+    # and takes the first of equal pixels in reading order.
     x = functools.reduce(_larger, [x[:, :, :, :, j] for j in range(window)])
     return functools.reduce(_larger, [x[:, :, i] for i in range(window)])
 

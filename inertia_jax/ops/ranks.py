@@ -10,10 +10,10 @@ from jaxtyping import Float
 
 from inertia_jax.ops.unfold import left_singular, unfold_in, unfold_out
 
-# Of tau, times sqrt(alpha): Nakajima et al., 2013, after their theorem 2.
+# tau = _TAU_SLOPE * sqrt(alpha): Nakajima et al., 2013, after their theorem 2.
 _TAU_SLOPE = 2.5129
-# Least deviation of the noise, of that of the matrix: what some operations in float32
-# leave, which would otherwise be all the noise there is in a matrix of low rank.
+# Smallest noise level assumed, relative to the matrix: the rounding of some operations
+# in float32. Without it, an exactly low-rank matrix would have no noise at all.
 _ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
@@ -21,11 +21,11 @@ def energy_rank(singular_values: Float[ArrayLike, "k"], share: float) -> int:
     """Returns the least rank whose squared singular values sum to `share` of all.
 
     Args:
-        singular_values: Largest first.
-        share: In (0, 1].
+        singular_values: Singular values, the largest first.
+        share: Share of the energy to keep, in (0, 1].
 
     Raises:
-        ValueError: A share outside its range.
+        ValueError: The share is outside its range.
     """
     if not 0 < share <= 1:
         raise ValueError(f"`share` (={share}) must be in (0, 1].")
@@ -44,13 +44,13 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
     2.5129 sqrt(alpha), and sigma^2 minimises the free energy, in one dimension.
 
     Args:
-        matrix: Of any shape.
+        matrix: A matrix of any shape.
 
     Returns:
         The rank, in [0, min(m, n)]; 0 where all of it looks like noise.
 
     Raises:
-        ValueError: A matrix that is not two-dimensional, or not finite.
+        ValueError: The matrix is not two-dimensional, or not finite.
 
     References:
         Nakajima et al., 2013, https://jmlr.org/papers/v14/nakajima13a.html, theorem 2
@@ -65,19 +65,19 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
         raise ValueError("`matrix` must be finite; some of it is not.")
     short, long = sorted(values.shape)
     tall = values if values.shape[0] == long else values.T
-    # Of the Gram matrix in float64, whose error is far below the noise that decides.
+    # The Gram matrix in float64 is off by far less than the noise that decides.
     s = np.sqrt(np.maximum(np.linalg.eigvalsh(tall.T @ tall)[::-1], 0))
     if not s[0] > 0:
         return 0
-    # Scaled so that the mean energy is 1, whatever the units of the matrix.
+    # The mean energy is scaled to 1, whatever the units of the matrix.
     s = s * math.sqrt(short * long / np.sum(s**2))
-    s = np.maximum(s, _ROUNDING**2)  # logarithms are taken; else of no account
+    s = np.maximum(s, _ROUNDING**2)  # This avoids log(0) and changes nothing else.
     alpha = short / long
     tau = _TAU_SLOPE * math.sqrt(alpha)
     x_least = (1 + tau) * (1 + alpha / tau)
 
     def free_energy(log_variance: float) -> float:
-        # Up to constants; x are the squared singular values in units of the noise.
+        # It is known up to constants; x are squared singular values in units of noise.
         x = s**2 / (long * math.exp(log_variance))
         kept = x[x > x_least]
         total = np.sum(x - np.log(x))
@@ -86,18 +86,18 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
         total += np.sum(np.log(tau_x + 1) - tau_x)
         return float(total + alpha * np.sum(np.log(tau_x / alpha + 1)))
 
-    # The variance lies between that of the tail behind the most components there can
-    # be (at least rounding), and that of everything (1, as scaled).
+    # The variance lies between that of the tail behind the most components that there
+    # can be (rounding at least) and that of the whole matrix (1, as it is scaled).
     most = min(math.ceil(short / (1 + alpha)) - 1, short - 1)
     tail = s[most:]
     least = max(tail[0] ** 2 / (long * x_least), np.mean(tail**2) / long, _ROUNDING**2)
     grid = np.linspace(math.log(least), 0.0, 200) if least < 1 else np.zeros(1)
-    # The free energy has several minima: a grid first, then the best one's valley.
+    # The free energy has several minima: a grid finds the best one's valley.
     best = int(np.argmin([free_energy(point) for point in grid]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     at = grid[best]
     if low < high:
-        # Not at the top: it takes a third of a second, and few ask for it.
+        # Imported here: it takes a third of a second, and few programs need it.
         from scipy.optimize import minimize_scalar
 
         found = minimize_scalar(free_energy, bounds=(low, high), method="bounded")
@@ -126,7 +126,7 @@ def kept_energy(
     exactly, not by the sum of the two tails that bounds it.
 
     Args:
-        core: Of `tucker2` at full rank.
+        core: Core that `tucker2` returns at full rank.
 
     Returns:
         Shares in [0, 1]; entry [i, j] is that of ranks (i + 1, j + 1).

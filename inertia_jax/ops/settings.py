@@ -35,7 +35,7 @@ def check_sizes(*, core_size: int, region_size: int) -> None:
 
 
 def check_slope(slope: float) -> None:
-    """Raises ValueError unless `slope` > 0; of a traced one nothing is known."""
+    """Raises ValueError unless `slope` > 0; a traced one cannot be checked."""
     if not isinstance(slope, jax.core.Tracer) and not slope > 0:
         raise ValueError(f"`slope` (={slope}) must be > 0.")
 
@@ -53,11 +53,11 @@ def check_core(x: Array, core: Array, *, region_size: int) -> None:
 
 
 def check_threshold(threshold: Array, *, core_features: int) -> None:
-    """Raises ValueError unless `threshold` is one number, or one a core channel."""
+    """Raises ValueError unless `threshold` is one number, or one per core channel."""
     if threshold.shape not in ((), (core_features,)):
         raise ValueError(
             f"`threshold` (shape {threshold.shape}) must be one number, or "
-            f"{core_features}, one a core channel."
+            f"{core_features}, one per core channel."
         )
 
 

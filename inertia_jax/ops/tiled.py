@@ -1,4 +1,4 @@
-"""Inertial convolution, tiled reading: one region a tile of outputs."""
+"""Inertial convolution, tiled reading: one region per tile of outputs."""
 
 import functools
 import math
@@ -56,44 +56,45 @@ def inertial_conv_tiled(
 ) -> InertialOutput:
     """Computes tiles of n x n outputs in detail only where friction is high.
 
-    The outputs are those of the m x m convolution at stride 1. Tile (i, j) has the
-    outputs from (n i, n j) on and the input region of side d = m + n - 1 that they see.
+    The outputs are those of the m x m convolution at stride 1. Tile (i, j) holds the
+    outputs from (n i, n j) on, which see its input region of side d = m + n - 1.
 
         friction <= threshold    the tile is filled with one value: the mean of its n^2
                                  outputs, which is the core on the box mean of the
                                  region (`low="mean"`), or the output at
                                  ((n - 1) // 2, (n - 1) // 2) (`low="sample"`)
-        elsewhere                the n^2 outputs; so also where friction is NaN
+        elsewhere                the tile has its n^2 outputs, also for NaN
 
     With every gate open this is the ordinary convolution. Where n does not divide the
-    map, zeros fill the image on the right and below, and the mean is over all n^2.
+    map, zeros fill the image on the right and below, and the mean is over all n^2
+    outputs.
 
     Args:
         x: Images.
         core: Filters of side m.
         region_size: Side d of the region, > m.
         threshold: Friction above it opens a tile.
-        metric: See `friction`.
-        reference: See `friction`.
-        low: What fills a closed tile.
-        padding: Of the m x m convolution.
-        capacities: Shares of tiles, rising to 1, that detail is compiled for; the
-            smallest that holds a batch's open tiles is run (on CPU, a chunk's), so that
-            the result does not depend on them but for rounding. (On CPU, one output of
-            an open tile comes from the tile's mean: its rounding is relative to the
-            tile's largest output, and it is not finite if the mean is not.) None
-            computes every tile and then selects. Derivatives and `vmap` always do that.
-        gate_gradient: `none`, or `ste`: see `select`.
-        slope: Of `ste`, per unit of friction.
-        channel_stride: Friction reads every so many channels.
-        friction: Already known friction of each tile, in place of computing it.
+        metric: Measure of friction, as `friction` takes it.
+        reference: Reference of friction, as `friction` takes it.
+        low: Value that fills a closed tile, `mean` or `sample`.
+        padding: Padding of the m x m convolution.
+        capacities: Shares of tiles, rising to 1, that detail is compiled for. The
+            smallest that holds the open tiles of the batch (on CPU, of a chunk) is run,
+            so that results depend on them by rounding alone. (On CPU, one output of an
+            open tile comes from the tile's mean: its rounding is relative to the tile's
+            largest output, and it is not finite if the mean is not.) None computes
+            every tile and then selects, as derivatives and `vmap` always do.
+        gate_gradient: Gradient through the gate, `none` or `ste`, as `select` takes it.
+        slope: Steepness of `ste`, per unit of friction, > 0.
+        channel_stride: Step over the channels that friction reads, >= 1.
+        friction: Friction of each tile where it is known already; None computes it.
 
     Returns:
-        `InertialOutput(y, gate, friction)`, gate and friction of each tile.
+        `InertialOutput(y, gate, friction)`, with the gate and friction of each tile.
 
     Raises:
-        ValueError: A core that is not square or not smaller than the region, capacities
-            that do not rise to 1, or another argument out of range.
+        ValueError: The core is not square or not smaller than the region, capacities do
+            not rise to 1, or another argument is out of range.
     """
     x, core, threshold = jnp.asarray(x), jnp.asarray(core), jnp.asarray(threshold)
     check_core(x, core, region_size=region_size)
@@ -124,7 +125,7 @@ def inertial_conv_tiled(
     )
     if friction is not None:
         friction = as_friction(friction, (x.shape[0], *tiling.tiles))
-    # Compared in one type everywhere, so that no form sees other gates.
+    # Every form compares in this one type, so that all of them see the same gates.
     threshold = threshold.astype(
         at_least_float32(x.dtype) if friction is None else friction.dtype
     )

@@ -1,10 +1,10 @@
-"""Tiles of 2x2 outputs of a 3x3 core, closed and open ones from the same products.
+"""Tiles of 2x2 outputs of a 3x3 core: closed and open ones from the same products.
 
-Of the sixteen products of a tile in Winograd's form (`ops.winograd`) nine give its
-mean, exactly: columns of A^T sum to 1, 2, 0 and -1, so that no product with the third
-row or column of the tile counts. Every tile takes those nine; an open one takes the
-other seven, too. So a tile takes 9 + 7 rho multiplications a pair of channels at gate
-rate rho, the dense convolution 16, and the direct sum 36.
+Nine of a tile's sixteen products in Winograd's form (`ops.winograd`) give its mean,
+exactly: columns of A^T sum to 1, 2, 0 and -1, so that no product with the third row or
+column of the tile counts. Every tile takes those nine; an open one takes the other
+seven, too. Per pair of channels and tile, these are 9 + 7 rho multiplications at gate
+rate rho; the dense convolution takes 16, and the direct sum 36.
 """
 
 from jax import Array, lax
@@ -39,9 +39,9 @@ def fill_by_winograd(
 
     Args:
         padded: Images with the tiling's padding.
-        filters: Of the core, as `transform_filters` gives them.
-        gate: Which tiles are open; at most `capacity` are.
-        tiling: The tiles; `fits` must be true of them.
+        filters: The core's filters, as `transform_filters` returns them.
+        gate: True for open tiles, of which there are at most `capacity`.
+        tiling: Geometry of the tiles, for which `fits` is true.
         capacity: Number of tiles that are gathered and computed.
     """
     c_out = filters[0][0].shape[1]

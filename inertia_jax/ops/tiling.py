@@ -1,4 +1,4 @@
-"""Tiles of outputs: their geometry, and the two ways to fill them."""
+"""Tiles of outputs: their geometry, and two ways to fill them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from inertia_jax.ops.views import square_offsets, sum_views, total
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How outputs are cut into tiles.
+    """Geometry of tiles of outputs.
 
     Attributes:
-        core_size: m.
-        tile_size: n.
-        pads: Zeros around the image so that every tile has its whole region.
+        core_size: Side m of the core.
+        tile_size: Side n of a tile.
+        pads: Zeros around the image, with which every tile has its whole region.
         tiles: Number of tiles (vertical, horizontal).
-        output_size: Of the map, before zeros filled the last tiles.
-        low: What fills a closed tile.
+        output_size: Size of the map, before zeros filled the last tiles.
+        low: Value that fills a closed tile.
     """
 
     core_size: int
@@ -99,12 +99,14 @@ def fill_low(
     core: Float[Array, "m m c_in c_out"],
     tiling: Tiling,
 ) -> Float[Array, "n rows columns c_out"]:
-    """Returns what fills a closed tile, from one core evaluation a tile, in float32.
+    """Returns what fills a closed tile, from one core evaluation per tile.
+
+    The result is in float32 at least.
 
     Args:
         padded: Images with the tiling's padding.
         core: Filters.
-        tiling: The tiles.
+        tiling: Geometry of the tiles.
     """
     m, n = tiling.core_size, tiling.tile_size
     spans = [(count - 1) * n + m for count in tiling.tiles]
@@ -118,13 +120,13 @@ def fill_low(
 
 
 def spared_output(tiling: Tiling, dtype: Any, *, is_exact: bool = True) -> int | None:
-    """Returns which output of an open tile `low` gives, row by row, or None.
+    """Returns which output of an open tile, row by row, `low` gives, or None.
 
     Args:
-        tiling: The tiles.
-        dtype: Of the computation.
-        is_exact: Whether products of float32 are rounded to float32, as on CPU, or
-            further, as GPUs (TF32) and TPUs do unless told otherwise.
+        tiling: Geometry of the tiles.
+        dtype: Type of the computation.
+        is_exact: True where products of float32 are rounded to float32, as on CPU;
+            False where they are rounded further, as GPUs (TF32) and TPUs do by default.
     """
     if tiling.low == "sample":
         return (tiling.tile_size - 1) // 2 * (tiling.tile_size + 1)
@@ -144,20 +146,20 @@ def fill_open(
 ) -> Float[Array, "n h w c_out"]:
     """Returns the map: open tiles in detail, the others filled by `low`.
 
-    Of an open tile's n^2 outputs, n^2 - 1 are computed: `low` is the one left out, or
-    with the others gives it, as their mean. (Where that mean is not finite, neither is
-    the output that it gives, and its rounding is relative to the tile's largest.) In
-    bfloat16, and where products of float32 are narrower, the mean's rounding, times
-    n^2, would show: there all n^2 are computed.
+    Only n^2 - 1 of an open tile's n^2 outputs are computed. The last one is `low`
+    itself, or follows from the others and `low`, their mean. (Where that mean is not
+    finite, neither is the output that follows, and its rounding is relative to the
+    tile's largest.) In bfloat16, and where products of float32 are narrower, the mean's
+    rounding would show n^2 times: there all n^2 outputs are computed.
 
     Args:
         padded: Images with the tiling's padding.
         core: Filters.
-        low: Of every tile.
-        gate: Which tiles are open; at most `capacity` are.
-        tiling: The tiles.
+        low: Values that fill the closed tiles, for every tile.
+        gate: True for open tiles, of which there are at most `capacity`.
+        tiling: Geometry of the tiles.
         capacity: Number of tiles that are gathered and computed.
-        is_exact: See `spared_output`.
+        is_exact: Whether products are exact, as `spared_output` takes it.
     """
     m, n = tiling.core_size, tiling.tile_size
     width, c_in = padded.shape[2:]
@@ -183,13 +185,13 @@ def fill_open(
 
 
 class OpenTiles(NamedTuple):
-    """Where open tiles are, each int32 [capacity]; beyond the last, nowhere.
+    """Places of open tiles, each int32 [capacity]; those left over are out of range.
 
     Attributes:
         tile: Number of the tile, counted over all images.
-        image: Of which it is.
-        row: Of the tiles of its image.
-        column: Likewise.
+        image: Number of the tile's image.
+        row: The tile's row among the tiles of its image.
+        column: The tile's column among the tiles of its image.
     """
 
     tile: Int[Array, " capacity"]
@@ -222,7 +224,7 @@ def take_regions(
 def _take_pixels(
     padded: Array, found: OpenTiles, taps: Sequence[int], *, tile_size: int
 ) -> Array:
-    """Pixels at distances `taps` from the first of each open tile's region."""
+    """Takes pixels at distances `taps` from the first of each open tile's region."""
     _, height, width, c = padded.shape
     row = found.image * height + found.row * tile_size
     corner = row * width + found.column * tile_size
@@ -238,13 +240,13 @@ def put_open(
 ) -> Float[Array, "n h w c"]:
     """Returns the map of `low` with the outputs of open tiles, row by row, put in."""
     n, (rows, columns) = tiling.tile_size, tiling.tiles
-    # Row by row of pixels, each a copy of all channels.
+    # Pixels are counted row by row; each is a copy of all channels.
     first = (found.image * rows * n + found.row * n) * columns * n + found.column * n
     steps = jnp.asarray([i * columns * n + j for i, j in square_offsets(n)])
     places = first[:, None] + steps[None]
     y = spread(low, n)
     pixels = y.reshape(-1, y.shape[-1])
-    # Places beyond the last open tile are of an image that does not exist.
+    # Places beyond the last open tile lie in an image that does not exist.
     pixels = pixels.at[places.reshape(-1)].set(
         high.reshape(-1, y.shape[-1]), mode="drop"
     )

@@ -47,24 +47,27 @@ def tucker2(
     channels, U_out those along the output channels, and the core is the kernel
     multiplied by both transposes. `hooi` then improves each factor in turn, given the
     other, until the relative error ||K - K'|| / ||K|| changes by less than `tolerance`;
-    it is never worse. Reverse-mode gradients go through `hosvd` alone: how many times
-    `hooi` iterates is known only when it has.
+    it is never worse. Only `hosvd` has reverse-mode gradients, since the number of
+    iterations of `hooi` is not known beforehand.
 
     Args:
-        kernel: [kh, kw, c_in / groups, c_out]; types below float32 are raised to it.
-        rank_in: In [1, c_in / groups]; lowered to `max_ranks`.
-        rank_out: In [1, c_out / groups]; likewise.
-        method: `hosvd`, one pass, or `hooi`, iterated.
-        groups: Of the convolution; each is factorised by itself, with these ranks.
+        kernel: Kernel, [kh, kw, c_in / groups, c_out]; narrower types are raised to
+            float32.
+        rank_in: Rank of the input channels, in [1, c_in / groups]; lowered to
+            `max_ranks`.
+        rank_out: Rank of the output channels, in [1, c_out / groups]; lowered to
+            `max_ranks`.
+        method: `hosvd`, which takes one pass, or `hooi`, which iterates.
+        groups: Groups of the convolution; each is factorised by itself, to these ranks.
         num_iterations: Most iterations of `hooi`, each of both factors.
-        tolerance: Of `hooi`.
+        tolerance: Change of the relative error below which `hooi` stops.
 
     Returns:
         The factors; `u_in` and `u_out` have orthonormal columns in each group.
 
     Raises:
-        ValueError: A rank outside its range, a kernel that is not four-dimensional, an
-            unknown method, or groups that do not divide the output channels.
+        ValueError: A rank is outside its range, the kernel is not four-dimensional, the
+            method is unknown, or the groups do not divide the output channels.
 
     References:
         Tucker, 1966, https://doi.org/10.1007/BF02289464
@@ -107,7 +110,7 @@ def _tucker2(
         core = precise_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
         return Tucker2Factors(u_in, core, u_out)
 
-    if groups == 1:  # as a loop of one, it takes three times as long to compile
+    if groups == 1:  # A loop of one takes three times as long to compile.
         return one_group(kernel)
     return _stacked(lax.map(one_group, split_groups(kernel, groups)))
 
@@ -126,11 +129,11 @@ def _stacked(factors: Tucker2Factors) -> Tucker2Factors:
 def _hooi(
     kernel: Array, u_in: Array, u_out: Array, num_iterations: int, tolerance: ArrayLike
 ) -> tuple[Array, Array]:
-    """Improves both factors in turn; the error cannot rise but by rounding."""
+    """Improves both factors in turn; the error can rise by rounding alone."""
     total = jnp.sum(kernel**2)
 
     def relative_error(u_in: Array, u_out: Array) -> Array:
-        # The difference, not ||K||^2 - ||core||^2, which cancels at high ranks.
+        # ||K||^2 - ||core||^2 would cancel at high ranks; the difference does not.
         core = precise_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
         again = precise_einsum("hwrs,ir,os->hwio", core, u_in, u_out)
         missed = jnp.sum((kernel - again) ** 2)
@@ -170,8 +173,8 @@ def tucker2_to_kernel(
     """Returns the kernel that the factors stand for.
 
     Args:
-        factors: As `tucker2` gives them, or trained since.
-        groups: Of the convolution.
+        factors: Factors, as `tucker2` returns them, or trained since.
+        groups: Groups of the convolution.
 
     Raises:
         ValueError: The factors do not fit each other.
@@ -198,17 +201,17 @@ def tucker2_conv(
 
     Args:
         x: Images.
-        factors: As `tucker2` gives them.
-        strides: Of the core, as of the convolution it comes from.
-        padding: Likewise; see `conv2d`.
-        dilation: Likewise.
-        groups: Likewise.
+        factors: Factors, as `tucker2` returns them.
+        strides: Strides of the factorised convolution, which the core has.
+        padding: Padding of the factorised convolution, as `conv2d` takes it.
+        dilation: Dilation of the factorised convolution.
+        groups: Groups of the factorised convolution.
 
     Returns:
         The output map, in the type that `x` and the factors promote to.
 
     Raises:
-        ValueError: The factors do not fit each other, or `x`; or a bad padding.
+        ValueError: The factors do not fit each other or `x`, or the padding is bad.
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])

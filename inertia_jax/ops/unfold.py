@@ -1,4 +1,4 @@
-"""A convolution kernel as matrices, and what factorising one needs: checks, ranks."""
+"""Convolution kernels as matrices: their unfoldings, singular vectors and ranks."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int
     """Returns the largest (rank_in, rank_out) that a kernel's unfoldings can have.
 
     Args:
-        kernel_shape: [kh, kw, c_in / groups, c_out].
-        groups: Of the convolution; ranks are those of one group.
+        kernel_shape: The kernel's shape, [kh, kw, c_in / groups, c_out].
+        groups: Groups of the convolution; the ranks are those of one group.
     """
     kh, kw, c_in, c_out = kernel_shape
     c_out //= groups
@@ -27,8 +27,8 @@ def left_singular(
 ) -> tuple[Float[Array, "m k"], Float[Array, "k"]]:
     """Returns left singular vectors, k = min(m, n), and singular values, largest first.
 
-    Of a wide matrix by its triangular factor: the singular values of R^T are those of
-    the matrix, and a 512 x 4608 unfolding becomes 512 x 512 without squaring its
+    A wide matrix is replaced by its triangular factor: R^T has the same left singular
+    vectors and values. So a 512 x 4608 unfolding becomes 512 x 512 without squaring its
     condition as the Gram matrix would.
     """
     if matrix.shape[1] > matrix.shape[0]:
@@ -40,7 +40,7 @@ def left_singular(
 def unfold_in(
     kernel: Float[ArrayLike, "kh kw c_in c_out"],
 ) -> Float[Array, "c_in rest"]:
-    """Returns the kernel as a matrix, a row an input channel."""
+    """Returns the kernel as a matrix, with one row per input channel."""
     kernel = jnp.asarray(kernel)
     return jnp.moveaxis(kernel, 2, 0).reshape(kernel.shape[2], -1)
 
@@ -48,7 +48,7 @@ def unfold_in(
 def unfold_out(
     kernel: Float[ArrayLike, "kh kw c_in c_out"],
 ) -> Float[Array, "c_out rest"]:
-    """Returns the kernel as a matrix, a row an output channel."""
+    """Returns the kernel as a matrix, with one row per output channel."""
     kernel = jnp.asarray(kernel)
     return kernel.reshape(-1, kernel.shape[3]).T
 
@@ -63,7 +63,11 @@ def split_groups(
 
 
 def as_wide_kernel(kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int) -> Array:
-    """Returns the kernel in float32 or wider, or raises ValueError."""
+    """Returns the kernel in float32 at least.
+
+    Raises:
+        ValueError: It is not four-dimensional, or cannot have as many groups.
+    """
     kernel = jnp.asarray(kernel)
     if kernel.ndim != 4:
         raise ValueError(

@@ -53,8 +53,8 @@ def shifted_views(
     channel_stride: int = 1,
 ) -> Iterator[Float[Array, "n h_out w_out c_out"]]:
     """Yields, for each offset, the pixels that lie there in every region."""
-    # Rows and columns are split by the strides: views are then plain slices, from which
-    # friction of 2x2 tiles takes half as long on CPU as from strided ones.
+    # Rows and columns are split by the strides, which makes views plain slices. With
+    # these, friction of 2x2 tiles takes half as long on CPU as with strided slices.
     n, height, width, c = x.shape
     down, across = strides
     x = pad_image(x, ((0, -height % down), (0, -width % across)))
@@ -78,14 +78,14 @@ def sum_views(
     *,
     side: int,
 ) -> Float[Array, "n h w c"]:
-    """Returns sum_delta weights[delta] x[p + delta], delta in a square; None weighs 1.
+    """Returns sum_delta weights[delta] x[p + delta], with delta in a square.
 
-    In float32 at least, rounded once to the type of `x`.
+    The sum is taken in float32 at least, and rounded once to the type of `x`.
 
     Args:
         x: Images, `side` - 1 larger than the result.
-        weights: One a place, or one a place and channel.
-        side: Of the square.
+        weights: One weight per place, or per place and channel; None weighs each by 1.
+        side: Side of the square.
     """
     wide = at_least_float32(x.dtype)
     if weights is None:
@@ -107,9 +107,9 @@ def _sum_views_jvp(
     side: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (x, weights), (x_dot, weights_dot) = primals, tangents
-    # The same sum, of padded images and then cut: its transpose is one padding and a
-    # sum of views, where the transpose of views is a sum of paddings, which takes XLA
-    # four times as long on CPU.
+    # This is the same sum, but of padded images, and then cut. Its transpose is one
+    # padding and a sum of views; the transpose of a sum of views would be a sum of
+    # paddings, for which XLA takes four times as long on CPU.
     k = side - 1
     shifted = total(
         pad_image(x_dot * weights[i, j].reshape(1, 1, 1, -1), ((k - i, i), (k - j, j)))

@@ -4,12 +4,12 @@ An image is cut into 4x4 tiles d that overlap by two pixels; each gives 2x2 outp
 
     Y = A^T [ (G g G^T) * (B^T d B) ] A            (Lavin & Gray, equation 8)
 
-for a 3x3 filter g. Over all channels, the product * is sixteen matrix products, one a
-place (a, b) of the tile: 16 multiplications an output tile and pair of channels, not
-36. The transforms hold 0, 1, -1 and 1/2 alone, so that rounding is that of the direct
-sum: at [64,16,16,128] with normal entries the largest error in float32 was 2.6e-6 for
-both. (F(4x4, 3x3), which needs 36 for 16 outputs, had 5e-5, and is not here.) A pixel
-that is not finite makes its whole tile NaN.
+for a 3x3 filter g. Over all channels, the product * is sixteen matrix products, one for
+each place (a, b) of the tile: per output tile and pair of channels, it takes 16
+multiplications in place of 36. The transforms only hold 0, 1, -1 and 1/2, so that they
+round as the direct sum does: at [64,16,16,128] with normal entries the largest error in
+float32 was 2.6e-6 for both. (F(4x4, 3x3), with 36 multiplications for 16 outputs, had
+5e-5, and is not here.) A pixel that is not finite makes its whole tile NaN.
 
 References:
     Lavin & Gray, 2016, Fast Algorithms for Convolutional Neural Networks,
@@ -26,7 +26,7 @@ from jaxtyping import Float
 from inertia_jax.ops.chunks import map_chunks, sum_chunks
 from inertia_jax.ops.conv import Pads, pad_image
 
-# Rows of B^T, G and A^T: weights of pixels, taps and products.
+# The rows of B^T, G and A^T are weights of pixels, taps and products.
 _INPUT = (
     (1.0, 0.0, -1.0, 0.0),
     (0.0, 1.0, 1.0, 0.0),
@@ -37,13 +37,13 @@ _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 _TILE = 4
 # Bytes of transformed tiles, and of products with them, that are worked on at a time.
-# Two cores with 1 MiB of L2 each and 32 MiB of L3: at [64,32,32,64] to 64 channels 16
-# MiB took 9.9 ms, 32 10.7 and everything at once 16.2; at [64,4,4,512] to 512, where it
-# is everything at once, 8.0 ms, and 4 MiB 9.3.
+# On two cores with 1 MiB of L2 each and 32 MiB of L3, [64,32,32,64] to 64 channels took
+# 9.9 ms with 16 MiB, 10.7 with 32, and 16.2 with everything at once; [64,4,4,512] to
+# 512, which fits into 16 MiB, took 8.0 ms, and 9.3 with 4 MiB.
 _CHUNK_BYTES = 16 << 20
 
-# At each place of the 4x4 tile an array: of pixels [n, tile rows, tile columns, c], of
-# filters [c_in, c_out].
+# One array for each place of the 4x4 tile: [n, tile rows, tile columns, c] of pixels,
+# [c_in, c_out] of filters.
 Planes = list[list[Array]]
 
 
@@ -56,22 +56,22 @@ def winograd_conv2d(
     """Convolves at stride 1, as `conv2d` does up to rounding.
 
     Args:
-        x: Images, [n, h, w, c_in].
+        x: Images.
         kernel: Filters of 3x3, in the type of `x`.
-        padding: Zeros around the image, `((top, bottom), (left, right))`; negative ones
-            crop it. At least one output must be left.
+        padding: Zeros around the image, `((top, bottom), (left, right))`; negative
+            padding crops it. At least one output must be left.
 
     Raises:
-        ValueError: Filters of another size.
+        ValueError: The filters are not 3x3.
     """
     return convolve_transformed(x, transform_filters(kernel), padding=padding)
 
 
 def transform_filters(kernel: Float[Array, "kh kw c_in c_out"]) -> Planes:
-    """Returns G g G^T: at each place of the tile a matrix [c_in, c_out].
+    """Returns G g G^T, a matrix [c_in, c_out] for each place of the tile.
 
     Raises:
-        ValueError: Filters of another size than 3x3.
+        ValueError: The filters are not 3x3.
     """
     if kernel.shape[:2] != (3, 3):
         raise ValueError(f"`kernel` (shape {kernel.shape}) must be 3 x 3.")
@@ -97,7 +97,8 @@ def winograd_input_gradient(
     """
     (top, bottom), (left, right) = padding
     around = ((2 - top, 2 - bottom), (2 - left, 2 - right))
-    # XLA would keep the forward pass's transforms until here, 16/9 of the kernel.
+    # Without the barrier, XLA would keep the forward pass's transforms until here; they
+    # are 16/9 of the kernel's size.
     filters = transform_filters(lax.optimization_barrier(kernel))
     turned = [[filters[a][b] for b in (3, 1, 2, 0)] for a in (3, 1, 2, 0)]
     return convolve_transformed(cotangent, turned, padding=around, contracted=1)
@@ -110,13 +111,13 @@ def convolve_transformed(
     padding: Pads,
     contracted: int = 0,
 ) -> Float[Array, "n h_out w_out c_out"]:
-    """Convolves at stride 1 with filters that `transform_filters` gave.
+    """Convolves at stride 1 with filters that `transform_filters` returned.
 
     Args:
         x: Images.
-        filters: At each place of the tile a matrix.
+        filters: One matrix for each place of the tile.
         padding: Zeros around the image.
-        contracted: The axis of those matrices that is the images' channels.
+        contracted: Axis of those matrices that stands for the images' channels.
     """
     n, h, w, _ = x.shape
     (top, bottom), (left, right) = padding
@@ -171,7 +172,7 @@ def winograd_kernel_gradient(
 
 def _sum_products(a: Array, b: Array) -> Array:
     """Sums a^T b over images and tiles."""
-    # Not by einsum over the four axes: XLA would transpose the first operand.
+    # With einsum over the four axes, XLA would transpose the first operand.
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
@@ -183,11 +184,11 @@ def _images_a_chunk(x: Array, output_size: tuple[int, int], c_out: int) -> int:
 
 
 def _transform_input(x: Array, padding: Pads) -> Planes:
-    """B^T d B, at each place of the tile [n, tile rows, tile columns, c_in]."""
+    """Returns B^T d B, [n, tile rows, tile columns, c_in] at each place of a tile."""
     (top, bottom), (left, right) = padding
     height = x.shape[1] + top + bottom - 2
     width = x.shape[2] + left + right - 2
-    # One more row or column of tiles where outputs are odd in number.
+    # Where outputs are odd in number, zeros fill the last tile.
     around = ((top, bottom + height % 2), (left, right + width % 2))
     return transform_tiles(pad_image(x, around))
 
@@ -198,7 +199,7 @@ def transform_tiles(padded: Float[Array, "n hp wp c"]) -> Planes:
 
 
 def _transform_cotangent(cotangent: Array) -> Planes:
-    """A dY A^T, at each place of the tile [n, tile rows, tile columns, c_out]."""
+    """Returns A dY A^T, [n, tile rows, tile columns, c_out] at each place of a tile."""
     _, height, width, _ = cotangent.shape
     padded = pad_image(cotangent, ((0, height % 2), (0, width % 2)))
     return _separably(padded, tuple(zip(*OUTPUT, strict=True)), overlap=0)
@@ -234,7 +235,7 @@ def transform_output(products: Planes) -> Float[Array, "n h w c_out"]:
 
 
 def _gather_filter(planes: Planes) -> Array:
-    """G^T M G: [3, 3, c_in, c_out]."""
+    """Returns G^T M G, [3, 3, c_in, c_out]."""
     transposed = tuple(zip(*_FILTER, strict=True))
     columns = [
         [_combine(weights, list(column)) for weights in transposed]
