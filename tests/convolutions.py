@@ -5,16 +5,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+GEOMETRIES = [  # image, c_in, c_out, kernel, strides, padding, dilation, groups
+    (9, 4, 6, 3, 1, "SAME", 1, 1),
+    (9, 4, 6, 3, 2, 1, 1, 1),
+    (8, 4, 6, 3, 2, ((1, 2), (0, 1)), 2, 2),
+    (8, 4, 6, 1, 1, 0, 1, 1),
+    (9, 4, 6, 1, 2, "SAME", 1, 1),
+    (2, 4, 6, 3, 1, 1, 1, 1),
+    (2, 4, 6, 3, 2, "SAME", 1, 1),
+    (4, 4, 6, 3, 1, ((2, 2), (2, 2)), 2, 1),
+    (9, 4, 6, 3, 1, "VALID", 1, 1),
+    (9, 4, 6, 3, 1, 0, 2, 2),
+    (9, 4, 6, 3, 2, 0, 1, 1),
+]
+
 
 def normal(*shape, seed=0, dtype=np.float64):
     """Draws an array of normal numbers."""
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def convolve(x, kernel, strides, padding):
+def convolve(x, kernel, strides, padding, **options):
     dimensions = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=dimensions
+        x, kernel, strides, padding, dimension_numbers=dimensions, **options
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolutions import convolve
 from jax import lax
 from jax.test_util import check_grads
 
@@ -212,9 +213,7 @@ def test_open_tiles_are_the_ordinary_convolution(m, d, padding):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 7, 8, 4)).astype(np.float32)
     core = rng.normal(size=(m, m, 4, 3)).astype(np.float32)
-    expected = lax.conv_general_dilated(
-        x, core, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    expected = convolve(x, core, (1, 1), padding)
     settings = dict(region_size=d, threshold=-1.0, padding=padding)
     y = jax.jit(lambda x: ops.inertial_conv_tiled(x, core, **settings).y)(x)
     # float32, sums of 36 products near 1.
@@ -315,6 +314,19 @@ def test_ladder_transforms_as_the_dense_form_does(transform, small_chunks, x64):
     ).gate
     assert 0.1 < gate.mean() < 0.9
     close(transformed(LADDERS[0]), transformed(None))
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)], ids=str)
+def test_images_and_known_friction_batch_together_and_apart(axes, small_chunks, x64):
+    friction = np.random.default_rng(9).random((2, 5, 4, 3))
+    args = np.stack([IMAGES, 2 * IMAGES]), friction
+    args = [a if axis == 0 else a[0] for a, axis in zip(args, axes, strict=True)]
+
+    def batched(capacities):
+        f = lambda x, known: tiled(x, CORE, 0.5, capacities, friction=known)  # noqa: E731
+        return jax.jit(jax.vmap(f, axes))(*args)
+
+    close(batched(LADDERS[0]), batched(None))
 
 
 # Derivatives

@@ -4,42 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from convolutions import GEOMETRIES, convolve
 
 from inertia_jax import ops
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
-CASES = [  # image, c_in, c_out, kernel, strides, padding, dilation, groups
-    (9, 4, 6, 3, 1, "SAME", 1, 1),
-    (9, 4, 6, 3, 2, 1, 1, 1),
-    (8, 4, 6, 3, 2, ((1, 2), (0, 1)), 2, 2),
-    (8, 4, 6, 1, 1, 0, 1, 1),
-    (9, 4, 6, 1, 2, "SAME", 1, 1),
-    (2, 4, 6, 3, 1, 1, 1, 1),
-    (2, 4, 6, 3, 2, "SAME", 1, 1),
-    (4, 4, 6, 3, 1, ((2, 2), (2, 2)), 2, 1),
-    (9, 4, 6, 3, 1, "VALID", 1, 1),
-    (9, 4, 6, 3, 1, 0, 2, 2),
-    (9, 4, 6, 3, 2, 0, 1, 1),
-]
-
 
 def reference(x, kernel, strides, padding, dilation, groups):
     """XLA's own convolution in float64, whichever form `ops.conv2d` takes."""
     pads = [(padding, padding)] * 2 if isinstance(padding, int) else padding
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (strides, strides),
-        pads,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+    options = dict(rhs_dilation=(dilation, dilation), feature_group_count=groups)
+    return convolve(x, kernel, (strides, strides), pads, **options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
 def test_conv2d_and_its_derivatives_equal_xlas(case, x64):
     size, c_in, c_out, k, strides, padding, dilation, groups = case
     rng = np.random.default_rng(0)
@@ -139,9 +118,7 @@ def test_conv2d_takes_what_lax_takes(no_shape_checks):
     x = np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
     kernel = np.ones((2, 3, 3, 4), np.float32)
     for padding in ("same", "SAME_LOWER", "valid"):
-        expected = lax.conv_general_dilated(
-            x, kernel, (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        expected = convolve(x, kernel, (2, 2), padding)
         found = ops.conv2d(x, kernel, strides=np.int64(2), padding=padding)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     small = ops.conv2d(x[:, :1, :1], kernel, padding="VALID")

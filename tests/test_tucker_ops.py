@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.fft
-from convolutions import normal
-from test_ops import CASES
+from convolutions import GEOMETRIES, normal
 
 from inertia_jax import ops
 from inertia_jax.ops.unfold import left_singular, max_ranks, unfold_in, unfold_out
@@ -107,7 +106,7 @@ def test_hooi_stops_at_its_tolerance(x64):
     assert few - all_of_them < 1e-2
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
 def test_full_rank_is_the_dense_convolution(case, x64):
     size, c_in, c_out, k, strides, padding, dilation, groups = case
     kernel = normal(k, k, c_in // groups, c_out)
