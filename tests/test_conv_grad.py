@@ -42,8 +42,8 @@ def test_the_kernel_gradient_is_xlas(case, chunk_bytes, monkeypatch, x64):
 
 STRIDED_CASES = [
     *(case for case in CASES if case[-2] != (1, 1)),
-    # Strides beyond the kernel, one more pixel than they reach, outputs of one pixel,
-    # and more padding than the kernel has taps.
+    # These have strides beyond the kernel, one more pixel than they reach, outputs of
+    # one pixel, and more padding than the kernel has taps.
     (2, (7, 9), 2, 3, (1, 2), (3, 3), ((0, 0), (0, 0))),
     (2, (10, 9), 2, 3, (3, 3), (2, 3), ((0, 0), (1, 0))),
     (2, (3, 4), 3, 2, (3, 3), (2, 2), ((0, 0), (1, 0))),
@@ -71,12 +71,12 @@ def test_the_gradient_of_strided_images_keeps_bfloat16():
     exact = strided_input_gradient(
         *(a.astype("float32") for a in (cotangent, kernel)), **give
     )
-    # Eight bits, of sums of up to 16 terms of order 1.
+    # Sums of up to 16 terms of order 1 keep eight bits.
     np.testing.assert_allclose(found.astype(np.float32), exact, rtol=2**-7, atol=2**-5)
 
 
 def test_bfloat16_is_summed_in_float32(monkeypatch):
-    monkeypatch.setattr(conv_grad, "_CHUNK_BYTES", 1)  # 300 sums
+    monkeypatch.setattr(conv_grad, "_CHUNK_BYTES", 1)  # This makes 300 sums.
     x, cotangent = jnp.ones((300, 6, 6, 1)), jnp.ones((300, 6, 6, 2))
     found = kernel_gradient(
         x.astype(jnp.bfloat16),
@@ -86,5 +86,5 @@ def test_bfloat16_is_summed_in_float32(monkeypatch):
         padding=((0, 0), (0, 0)),
     )
     assert found.dtype == jnp.bfloat16
-    # 10,800, to the eight bits of bfloat16; sums in bfloat16 would stop at 8,192.
+    # bfloat16 shows 10,800 in eight bits; sums in bfloat16 would stop at 8,192.
     np.testing.assert_allclose(found.astype(np.float32), 10_800, rtol=2**-8)

@@ -21,7 +21,7 @@ ONES = ((1, 1), (1, 1))
 
 @pytest.fixture
 def all_forms(monkeypatch):
-    """Winograd's form and products at sizes where XLA's would be quicker."""
+    """Takes Winograd's form and products at sizes where XLA's would be quicker."""
     monkeypatch.setattr(conv_layers, "_LEAST_CHANNELS", 4)
     monkeypatch.setattr(conv_layers, "_LEAST_TILES", 1)
     x, kernel, _ = drawn(0, *CASES[0], "float32")
@@ -101,7 +101,7 @@ def test_application_has_forward_mode(moved, all_forms, x64):
 
     def along(convolve):
         def at(t):
-            # What does not move has no tangent at all, not one of zeros.
+            # An argument that does not move has no tangent at all, not even zeros.
             x_t = x + t * x_dot if moved != "kernel" else x
             kernel_t = kernel + t * kernel_dot if moved != "x" else kernel
             return convolve(x_t, kernel_t, (1, 1), ONES)
@@ -113,7 +113,7 @@ def test_application_has_forward_mode(moved, all_forms, x64):
 
 
 def lowered(platform, width, size, *, train):
-    """A network's gradient in training mode, or its outputs, for a platform."""
+    """Lowers a network's gradient in training mode, or its outputs, for a platform."""
     model = ij.create_model("resnet20", width=width)
     x = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     variables = jax.eval_shape(
@@ -133,7 +133,7 @@ def lowered(platform, width, size, *, train):
 
 def test_networks_take_products_in_training_on_cpu_alone(monkeypatch):
     monkeypatch.setattr(conv_grad, "_CHUNK_BYTES", 1)
-    # Nineteen convolutions, loops over chunks of images; no other platform has them.
+    # Nineteen convolutions are loops over chunks of images, on no other platform.
     text = functools.partial(lowered, width=0.2, size=8, train=True)
     assert text("cpu").count("stablehlo.while") == 19
     for platform in ("tpu", "cuda"):
@@ -141,7 +141,7 @@ def test_networks_take_products_in_training_on_cpu_alone(monkeypatch):
 
 
 def test_networks_convolve_without_zeros_in_training_on_cpu_alone():
-    # Two convolutions of stride 2, each in four phases; elsewhere with dilated outputs.
+    # Two convolutions of stride 2 are four phases each; elsewhere outputs are dilated.
     text = functools.partial(lowered, width=0.2, size=8, train=True)
     dilated = "lhs_dilate = [2, 2]"
     assert dilated not in text("cpu")
@@ -150,7 +150,7 @@ def test_networks_convolve_without_zeros_in_training_on_cpu_alone():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_networks_take_winograds_form_on_cpu_alone(train):
-    # Six convolutions of 64 channels, five of them of 64 in and out and unit stride.
+    # Five convolutions have 64 channels in and out, and unit stride.
     text = functools.partial(lowered, width=1.0, size=48, train=train)
     passes = 2 if train else 1
     products = {
@@ -230,7 +230,7 @@ def test_batches_spread_explicitly_are_xlas(kernel_size, strides, all_forms, x64
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
 @pytest.mark.parametrize("low", ["mean", "sample"])
 def test_tiles_agree_with_the_dense_form(images, size, share, low, monkeypatch):
-    """With 48 channels, in several chunks, the last of them smaller or not."""
+    """There are 48 channels and several chunks, the last of them smaller or not."""
     monkeypatch.setattr(ladder, "CHUNK_BYTES", 12 * 8 * 8 * 48 * 4)
     monkeypatch.setattr(conv_layers, "_LEAST_TILES_TO_PREPARE", 64)
     x, core, _ = drawn(6, images, size, 48, 48, (3, 3), (1, 1), ONES, "float32")
@@ -246,7 +246,7 @@ def test_tiles_agree_with_the_dense_form(images, size, share, low, monkeypatch):
         low=low,
     )
     found = jax.jit(lambda: call(capacities=(0.2, 1.0)).y)()
-    # Rounding of sums of 432 terms of order 1, and of a mean taken four times.
+    # Sums of 432 terms of order 1 are rounded, and a mean is taken four times.
     np.testing.assert_allclose(found, call(capacities=None).y, atol=5e-4)
 
 
@@ -280,7 +280,7 @@ def test_images_of_any_number_are_exported():
     function = jax.jit(lambda x: conv2d_to_apply(x, kernel, (1, 1), ONES))
     exported = export.export(function)(x)
     images = np.random.default_rng(1).normal(size=(2, 16, 16, 48)).astype(np.float32)
-    # Sums of 432 terms of order 1, in another order.
+    # Sums of 432 terms of order 1 are taken in another order.
     np.testing.assert_allclose(
         exported.call(images), function(images), rtol=1e-4, atol=1e-4
     )
@@ -336,7 +336,7 @@ def test_factorised_layers_keep_it_too():
 @pytest.mark.parametrize(
     "case",
     [
-        # Smaller than the kernel, without padding; nothing at all.
+        # Images are smaller than the kernel, without padding, or empty.
         (2, (2, 2), 3, 4, (3, 3), (2, 2), ((0, 0), (0, 0))),
         (2, (2, 2), 3, 4, (3, 3), (1, 1), ((0, 0), (0, 0))),
         (2, (1, 1), 3, 16, (3, 3), (1, 1), ((0, 0), (0, 0))),
@@ -347,9 +347,9 @@ def test_factorised_layers_keep_it_too():
 def test_empty_maps_have_gradients_of_nothing(case):
     *_, strides, padding = case
     x, kernel, cotangent = drawn(8, *case, "float32")
-    _, pull = jax.vjp(lambda *of: conv2d_to_train(*of, strides, padding), x, kernel)
-    for gradient, of in zip(pull(cotangent), (x, kernel), strict=True):
-        np.testing.assert_array_equal(gradient, np.zeros_like(of))
+    _, pull = jax.vjp(lambda *a: conv2d_to_train(*a, strides, padding), x, kernel)
+    for gradient, array in zip(pull(cotangent), (x, kernel), strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros_like(array))
 
 
 def test_no_images_have_no_gradient():

@@ -23,18 +23,18 @@ LADDERS = [(1 / 8, 1 / 4, 1 / 2, 1), (0.4, 1), (1,)]
 
 
 def close(actual, expected, rtol=1e-10, atol=1e-12):
-    """In float64, where only the order of summation differs, unless told otherwise."""
+    """Asserts equality up to the order of summation in float64, or as told."""
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(
             np.asarray(a, np.float64), np.asarray(b, np.float64), rtol, atol
         )
 
 
-# The definitions in NumPy, region by region.
+# These are the definitions in NumPy, region by region.
 
 
 def zero_pad(x, padding, side, strides):
-    if padding == "SAME":  # ceil(size / stride) windows, the odd zero after
+    if padding == "SAME":  # ceil(size / stride) windows fit; an odd zero comes after.
         zeros = [
             max((math.ceil(size / stride) - 1) * stride + side - size, 0)
             for size, stride in zip(x.shape[1:3], strides, strict=True)
@@ -49,7 +49,7 @@ def zero_pad(x, padding, side, strides):
 
 
 def windows(x, side, strides=(1, 1)):
-    """Yields (image, row, column), and the window there."""
+    """Yields (image, row, column) and the window there."""
     for at in np.ndindex(
         len(x),
         (x.shape[1] - side) // strides[0] + 1,
@@ -121,7 +121,7 @@ def tiled_reading(padded, core, gate, n, low="mean"):
 
 
 def tile_pad(x, padding, m, n):
-    """Zero padding of the m x m convolution, filled right and below to whole tiles."""
+    """Pads as the m x m convolution does, and fills up to whole tiles."""
     x = zero_pad(x, padding, m, (1, 1))
     rows, columns = (size - m + 1 for size in x.shape[1:3])
     fill = ((0, 0), (0, -rows % n), (0, -columns % n), (0, 0))
@@ -129,7 +129,7 @@ def tile_pad(x, padding, m, n):
 
 
 def between(values, share):
-    """A threshold halfway between two frictions, so that rounding flips no gate."""
+    """Returns a threshold halfway between two frictions: rounding flips no gate."""
     values = np.unique(np.round(values, 9))
     i = min(int(share * len(values)), len(values) - 2)
     return (values[i] + values[i + 1]) / 2 if len(values) > 1 else values[0] / 2
@@ -167,7 +167,7 @@ def random_weights(rng, combine, n, core):
 def test_window_reading_equals_its_definition(seed, x64):
     rng, x, core, d, padding, settings = draw(seed)
     combine, m = COMBINES[seed % 7], len(core)
-    # 26 seeds: each combine at stride 1 and at more.
+    # With 26 seeds, each combine is met at stride 1 and at more.
     strides = [2, 3, (1, 2), (3, 1), (2, 3)][rng.integers(5)] if seed // 7 % 2 else 1
     pair = (strides, strides) if isinstance(strides, int) else strides
     weights = random_weights(rng, combine, d - m + 1, core)
@@ -183,7 +183,7 @@ def test_window_reading_equals_its_definition(seed, x64):
     output = f(x, core, threshold=threshold, weights=weights)
     close((output.y, output.friction), (y, friction))
     np.testing.assert_array_equal(output.gate, gate if shape else gate[..., 0])
-    if seed < 3:  # and op by op, which takes longer
+    if seed < 3:  # Op by op, it takes longer.
         close(ops.friction(x, core_size=m, **settings), friction)
 
 
@@ -216,7 +216,7 @@ def test_open_tiles_are_the_ordinary_convolution(m, d, padding):
     expected = convolve(x, core, (1, 1), padding)
     settings = dict(region_size=d, threshold=-1.0, padding=padding)
     y = jax.jit(lambda x: ops.inertial_conv_tiled(x, core, **settings).y)(x)
-    # float32, sums of 36 products near 1.
+    # In float32, sums of 36 products near 1 are off by less.
     close(y, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -237,7 +237,7 @@ def tiled(x, core, threshold, capacities=None, **settings):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Two images a chunk: five are two chunks and one image."""
+    """Makes chunks of two images: five are two chunks and one image."""
     size = 2 * IMAGES.nbytes // len(IMAGES)
     monkeypatch.setattr(sys.modules["inertia_jax.ops.ladder"], "CHUNK_BYTES", size)
 
@@ -266,9 +266,9 @@ def test_capacities_change_no_result(capacities, chunks, low, request, x64):
 
 
 def test_beside_a_bright_pixel_a_tile_has_float32_digits_of_its_largest_output():
-    """One output of an open tile is the mean's share less the others."""
+    """One output of an open tile is n^2 times the mean less the others."""
     x, friction = IMAGES.astype(np.float32), np.zeros((5, 4, 3), np.float32)
-    x[1, 2, 2], friction[1, 1, 1] = 1e6, 1  # seen by the tile's outputs but the last
+    x[1, 2, 2], friction[1, 1, 1] = 1e6, 1  # The tile's last output does not see it.
     core = CORE.astype(np.float32)
     settings = dict(padding=((0, 2), (0, 2)), friction=friction)
     f = jax.jit(lambda c: tiled(x, core, 0.5, c, **settings), static_argnums=0)
@@ -335,11 +335,11 @@ def test_images_and_known_friction_batch_together_and_apart(axes, small_chunks, 
 @pytest.mark.parametrize("reference", ["center", "core_mean"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_friction_has_the_derivatives_of_its_definition(metric, reference, x64):
-    # Normal numbers: no |difference|, and no two candidates of `max`, within the step.
+    # Among normal numbers no |difference| and no gap of `max` is within the step.
     x = np.random.default_rng(1).normal(size=(2, 6, 5, 3))
     options = dict(region_size=4, core_size=2, metric=metric, reference=reference)
     f = jax.jit(lambda x: ops.friction(x, strides=(1, 2), **options))
-    # Central differences of step 1e-6: errors of 1e-16 / 1e-6 and, here, less.
+    # Central differences of step 1e-6 are off by 1e-16 / 1e-6 at most.
     check_grads(f, (x,), 1, ("fwd", "rev"), atol=1e-7, rtol=1e-7, eps=1e-6)
 
 
@@ -378,7 +378,7 @@ def test_ste_adds_the_tangent_of_a_sigmoid(op, threshold, x64):
         return op(x, core, region_size=4, threshold=t, **settings).y
 
     def definition(x, core, t):
-        """The select, and a sigmoid that is taken away again; the gradient by hand."""
+        """Returns the select, with a sigmoid's gradient, and that gradient by hand."""
         high = op(x, core, region_size=4, threshold=-jnp.ones(())).y
         low, _, friction = op(x, core, region_size=4, threshold=jnp.asarray(jnp.inf))
         if op is not ops.inertial_conv:
@@ -448,12 +448,12 @@ def test_friction_keeps_its_digits(metric, reference):
     settings = dict(metric=metric, reference=reference)
     f = jax.jit(partial(ops.friction, region_size=5, core_size=3, **settings))
     x = np.random.default_rng(5).normal(size=(2, 8, 8, 8))
-    x[0] = 100  # flat inside: expanded squares would go below 0 there
+    x[0] = 100  # Inside this flat image, expanded squares would go below 0.
     rounded = x.astype(jnp.bfloat16)
     actual = f(rounded)
     assert actual.dtype == jnp.float32 and actual.min() >= 0
     padded = zero_pad(rounded.astype(np.float64), "SAME", 5, (1, 1))
-    # Of the same rounded pixels, so no more than float32's rounding of 128 terms.
+    # Both read the same rounded pixels; float32 rounds sums of 128 terms.
     close(actual, friction_of(padded, 5, 3, **settings), rtol=1e-5)
     x = 100 + 0.1 * x[1:]
     inside = f(x.astype(np.float32))[:, 2:-2, 2:-2]
@@ -469,7 +469,7 @@ def test_bfloat16_outputs_keep_their_type(op):
     assert (y.dtype, friction.dtype) == (jnp.bfloat16, jnp.float32)
     wide = f(x.astype(np.float32), core.astype(np.float32))
     np.testing.assert_array_equal(gate, wide.gate)
-    # Outputs of up to 40 are rounded to 8 bits, some before they are averaged.
+    # Outputs of up to 40 are rounded to 8 bits, some of them before they are averaged.
     close(y, wide.y, rtol=2**-7, atol=0.1)
 
 
@@ -496,16 +496,16 @@ def test_nan_opens_the_gates_that_compare_it_and_shows(op, reference, metric, x6
     compared, seen = np.zeros(output.friction.shape, bool), np.zeros((2, 8, 8), bool)
     if op is ops.inertial_conv:
         compared[1, 1:6, 2:7] = seen[1, 1:6, 2:7] = True
-        if reference == "center":  # the core's patch is not compared, but its middle
+        if reference == "center":  # Of the core's patch only the middle is compared.
             compared[1, 2:5, 3:6] = False
             compared[1, 3, 4] = True
     else:
         compared[1, :2, 1] = seen[1, 2:5, 3:6] = True
-        seen[1, 5, 5] = True  # its tile's last output, had from the mean of all nine
+        seen[1, 5, 5] = True  # Its tile's last output follows from the others' mean.
     np.testing.assert_array_equal(np.isnan(output.friction), compared)
     assert np.asarray(output.gate)[compared].all()
     np.testing.assert_array_equal(np.isnan(output.y), seen[..., None].repeat(3, -1))
-    # Elsewhere: the clean image under the same gates.
+    # Elsewhere this is the clean image under the same gates.
     same = f(clean, threshold=threshold, friction=output.friction)
     close(np.asarray(output.y)[~seen], np.asarray(same.y)[~seen])
 
@@ -513,7 +513,7 @@ def test_nan_opens_the_gates_that_compare_it_and_shows(op, reference, metric, x6
 @pytest.mark.parametrize("channels", [3, 16])
 def test_random_friction_is_uniform_and_of_each_image_alone(channels):
     x = np.random.default_rng(8).normal(size=(64, 8, 8, channels)).astype(np.float32)
-    x[3] = 0  # flat: its regions differ by their places alone
+    x[3] = 0  # Regions of a flat image differ by their places alone.
     f = partial(ops.friction, region_size=5, core_size=3, metric="random")
     noise, alone = f(x), jax.jit(f)
     assert noise.min() >= 0 and noise.max() < 1
@@ -585,11 +585,11 @@ def test_where_products_are_narrower_open_tiles_are_computed_whole():
     args = jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 2, 5)), jnp.zeros((1, 4, 4))
 
     def rows(platform, *args):
-        """Outputs of the four tiles that the lowest rung gathers."""
+        """Returns how many outputs of its four tiles the lowest rung computes."""
         exported = jax.export.export(jax.jit(f), platforms=[platform])(*args)
         return {n for n in (12, 16) if f"tensor<{n}x18x" in exported.mlir_module()}
 
-    assert rows("cpu", *args) == {12}  # the fourth is the mean's share less the others
+    assert rows("cpu", *args) == {12}  # The fourth follows from the mean.
     assert rows("tpu", *args) == rows("cuda", *args) == {16}
     with jax.enable_x64(True):
         assert rows("tpu", *(x.astype(np.float64) for x in args)) == {12}
@@ -618,7 +618,7 @@ def test_gates_and_outputs_agree_in_any_type_of_threshold(x64, no_shape_checks):
     core = np.ones((1, 1, 1, 1), np.float32)
     options = {"region_size": 2, "padding": "VALID"}
     friction = ops.friction(x, core_size=1, strides=2, **options)
-    # Between float32 and the double next to it; and integers of friction.
+    # The threshold lies between a float32 and the next double, or friction is whole.
     between = np.float64(friction.item()) - 1e-12
     for known, threshold in ((None, between), (np.zeros((1, 1, 1), int), -0.5)):
         results = [

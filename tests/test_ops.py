@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def reference(x, kernel, strides, padding, dilation, groups):
-    """XLA's own convolution in float64, whichever form `ops.conv2d` takes."""
+    """Convolves in XLA's own form, whichever form `ops.conv2d` takes."""
     pads = [(padding, padding)] * 2 if isinstance(padding, int) else padding
     options = dict(rhs_dilation=(dilation, dilation), feature_group_count=groups)
     return convolve(x, kernel, (strides, strides), pads, **options)
@@ -41,7 +41,7 @@ def test_conv2d_and_its_derivatives_equal_xlas(case, x64):
     y = theirs(x, kernel)
     cotangent = rng.normal(size=y.shape)
     tangents = (rng.normal(size=x.shape), rng.normal(size=kernel.shape))
-    # float64: only the order of summation differs.
+    # In float64 only the order of summation differs.
     close = dict(rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(jax.jit(ours)(x, kernel), y, **close)
     for a, b in zip(
@@ -143,7 +143,7 @@ def test_of_equal_pixels_one_has_the_gradient_and_nan_is_largest():
     x = jnp.array([[2.0, 2.0], [1.0, 2.0]]).reshape(1, 2, 2, 1)
     gradient = jax.grad(lambda x: ops.max_pool2d(x, window=2).sum())(x)
     np.testing.assert_array_equal(gradient[0, ..., 0], [[1, 0], [0, 0]])
-    # In reading order, as in PyTorch.
+    # The first in reading order has it, as in PyTorch.
     x = jnp.array([[1.0, 2.0], [2.0, 1.0]]).reshape(1, 2, 2, 1)
     gradient = jax.grad(lambda x: ops.max_pool2d(x, window=2).sum())(x)
     np.testing.assert_array_equal(gradient[0, ..., 0], [[0, 1], [0, 0]])
@@ -163,7 +163,7 @@ def test_a_window_outside_the_image_is_named(window):
 
 def test_the_gradient_of_max_pool2d_outlives_rounding(x64, quick_compile):
     # Compiled quickly, XLA computes the pixels again for the gradient, in another loop
-    # that rounds otherwise: compared with the maximum, some of them would lose theirs.
+    # that rounds otherwise: some maxima would equal no pixel and lose their gradient.
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=(8, 2, 2, 64)), rng.normal(size=(64, 10))
     scale, bias = rng.normal(1, 1, size=(2, 1, 1, 1, 64))

@@ -15,7 +15,7 @@ from inertia_jax.sites import Site
 
 
 def test_energy_rank_by_hand():
-    # Squares 16, 9, 0: shares 0.64 and 1.
+    # The squares are 16, 9 and 0: one keeps 0.64, two keep all.
     values = np.array([4.0, 3.0, 0.0])
     found = [ops.energy_rank(values, share) for share in (0.1, 0.64, 0.65, 1.0)]
     assert found == [1, 1, 2, 2]
@@ -52,7 +52,7 @@ def test_evbmf_finds_nothing_in_noise(shape):
     ("short", "long", "rank"), [(30, 120, 4), (24, 24, 3), (64, 64, 1), (48, 24, 7)]
 )
 def test_evbmf_of_exact_low_rank_is_that_rank(short, long, rank, dtype):
-    """As a compressed kernel is, multiplied out: what is left is rounding."""
+    """A compressed kernel is such a matrix: beyond its rank there is only rounding."""
     for seed in range(3):
         matrix = planted(short, long, rank, noise=0.0, seed=seed).astype(dtype)
         assert ops.evbmf_rank(matrix) == rank
@@ -66,7 +66,7 @@ def test_evbmf_of_degenerate_matrices():
 
 
 def brute_force_evbmf_rank(matrix):
-    """The global solution of EVBMF with the noise variance estimated, on a grid.
+    """Returns the rank of the global solution of EVBMF, with the variance on a grid.
 
     Nakajima et al., 2013: a component's free energy, minimised over the variational
     solution, is at its stationary point gamma_breve (equation 22) against 0 (Theorem 2,
@@ -84,7 +84,7 @@ def brute_force_evbmf_rank(matrix):
     def phi(z):
         return math.log(z + 1) / z - 0.5
 
-    low, high = 1e-6, 1e6  # the root of a function that falls
+    low, high = 1e-6, 1e6  # The function falls; its root lies between.
     for _ in range(200):
         middle = math.sqrt(low * high)
         if phi(middle) + phi(middle / alpha) > 0:
@@ -100,7 +100,7 @@ def brute_force_evbmf_rank(matrix):
         x = gamma2 / (large * variance)
         energy = np.sum(x - np.log(x))
         kept = x[x > x_least]
-        # tau solves x = (1 + tau)(1 + alpha / tau), its larger root.
+        # tau is the larger root of x = (1 + tau)(1 + alpha / tau).
         b = kept - 1 - alpha
         tau = 0.5 * (b + np.sqrt(b * b - 4 * alpha))
         energy += np.sum(np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau)
@@ -123,7 +123,7 @@ def brute_force_evbmf_rank(matrix):
 def test_evbmf_minimises_the_free_energy(short, long, rank, noise):
     for seed in range(3):
         matrix = planted(short, long, rank, noise=noise, seed=seed)
-        # Rows of unlike size, as kernels have: between signal and noise.
+        # Rows of unlike size, as kernels have them, lie between signal and noise.
         matrix *= np.geomspace(1, 0.1, short)[:, None]
         assert ops.evbmf_rank(matrix) == brute_force_evbmf_rank(matrix)
 
@@ -134,7 +134,7 @@ def test_evbmf_minimises_the_free_energy_near_its_threshold(shape):
     for seed in range(30):
         rng = np.random.default_rng(seed)
         left, right = (np.linalg.qr(rng.normal(size=(n, 4)))[0] for n in shape)
-        # In units of the noise's largest singular value: as strong as it, or twice.
+        # The strength is one to two times the noise's largest singular value.
         strength = rng.uniform(1, 2, 4) * np.sqrt(shape).sum() / np.sqrt(2)
         matrix = left * strength @ right.T + rng.normal(size=shape)
         found.append(ops.evbmf_rank(matrix))
@@ -163,7 +163,7 @@ def test_mode_spectra_are_those_of_the_unfoldings(x64):
 
 
 def truncated(kernel, r_in, r_out):
-    """HOSVD by its definition."""
+    """Returns what HOSVD keeps, by its definition."""
     into, out = (
         np.linalg.svd(np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1))[0]
         for axis in (2, 3)

@@ -12,7 +12,7 @@ from inertia_jax.ops.unfold import left_singular, max_ranks, unfold_in, unfold_o
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
-# float64: only the order of summation differs.
+# In float64 only the order of summation differs.
 CLOSE = dict(rtol=1e-10, atol=1e-10)
 
 
@@ -41,7 +41,7 @@ def test_hooi_is_tensorlys_at_as_many_iterations(num_iterations, x64):
     reason = "needs TensorLy: the extra `torch`"
     decomposition = pytest.importorskip("tensorly.decomposition", reason=reason)
     kernel = normal(3, 3, 6, 8)
-    # TensorLy improves the first of the modes first; here that is the output channels.
+    # TensorLy improves the first mode first, which is the output channels here.
     (core, (u_out, u_in)), _ = decomposition.partial_tucker(
         np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)),
         (3, 2),
@@ -59,8 +59,8 @@ def test_hooi_is_tensorlys_at_as_many_iterations(num_iterations, x64):
         num_iterations=num_iterations,
         tolerance=0.0,
     )
-    # Near the end of 100 iterations steps are below the rounding of the error, so ours
-    # stops and theirs goes on.
+    # Near the end of 100 iterations, steps are below the rounding of the error: ours
+    # stops, and theirs goes on.
     close = dict(rtol=1e-6, atol=1e-6) if num_iterations == 100 else CLOSE
     np.testing.assert_allclose(ops.tucker2_to_kernel(factors), theirs, **close)
 
@@ -81,7 +81,7 @@ def test_hooi_is_never_worse_than_hosvd():
         )
         # Both are computed to a few units of float32's rounding.
         assert hooi <= hosvd + 1e-6
-        if ranks == (2, 5):  # and it does something
+        if ranks == (2, 5):  # Here it does something.
             assert hooi < hosvd - 1e-3
 
 
@@ -102,7 +102,7 @@ def test_hooi_stops_at_its_tolerance(x64):
         )
     )
     assert hosvd > one > few > all_of_them
-    # The changes that are left fall like a geometric series.
+    # The remaining changes fall like a geometric series.
     assert few - all_of_them < 1e-2
 
 
@@ -246,8 +246,8 @@ def test_tucker2_conv_has_the_gradients_of_its_kernel(groups, x64):
 
     cotangent = normal(*factorised(x, factors).shape, seed=2)
     ours, theirs = (
-        jax.jit(lambda x, f, of=of: jax.vjp(of, x, f)[1](cotangent))(x, factors)
-        for of in (factorised, dense)
+        jax.jit(lambda x, f, conv=conv: jax.vjp(conv, x, f)[1](cotangent))(x, factors)
+        for conv in (factorised, dense)
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
@@ -281,7 +281,7 @@ def test_bfloat16_is_factorised_in_float32_and_applied_as_it_is():
     y = ops.tucker2_conv(x, halved)
     assert y.dtype == jnp.bfloat16
     dense = ops.conv2d(x.astype(jnp.float32), kernel.astype(jnp.float32))
-    # Three roundings to 8 bits, of sums of some ten terms.
+    # Sums of some ten terms are rounded to 8 bits three times.
     assert relative_error(y.astype(jnp.float32), np.asarray(dense)) < 0.02
 
 
@@ -359,7 +359,7 @@ def test_low_rank_refuses_what_does_not_fit(
 
 
 def wide_spectrum(m, n, s):
-    """An m x n matrix with these singular values, in float64."""
+    """Returns an m x n matrix with these singular values, in float64."""
     rng = np.random.default_rng(0)
 
     def orthonormal(rows, columns):
@@ -372,7 +372,7 @@ def wide_spectrum(m, n, s):
 
 
 def missed(vectors, matrix, s, rank):
-    """What the leading vectors miss of a matrix, in units of the least possible."""
+    """Returns what the leading vectors miss, in units of the least possible."""
     kept = np.asarray(vectors, np.float64)[:, :rank]
     residual = matrix - kept @ (kept.T @ matrix)
     return np.linalg.norm(residual) / np.sqrt(np.sum(s[rank:] ** 2))
@@ -385,10 +385,10 @@ def test_singular_vectors_of_a_wide_spectrum_are_as_good_as_lapacks():
     ours, values = left_singular(jnp.asarray(narrow))
     direct = np.linalg.svd(narrow, full_matrices=False)[0]
     gram = np.linalg.eigh(narrow @ narrow.T)[1][:, ::-1]
-    # Float32 rounds by 6e-8 of the largest, in each of some steps.
+    # Each of some steps in float32 rounds by 6e-8 of the largest.
     np.testing.assert_allclose(values, s, rtol=1e-5, atol=6e-7)
-    # Where singular values are 1e-1, 1e-3 and 1e-5 of the largest. That of 3e-4, the
-    # square root of float32's rounding, is the last that the Gram matrix shows.
+    # At these ranks singular values are 1e-1, 1e-3 and 1e-5 of the largest. The Gram
+    # matrix only shows those above 3e-4, the square root of float32's rounding.
     for rank in (21, 64, 107):
         least = missed(direct, matrix, s, rank)
         assert missed(ours, matrix, s, rank) < 1.05 * least

@@ -37,7 +37,7 @@ def test_it_is_the_convolution_and_its_gradients(case, chunk_bytes, monkeypatch,
     x, kernel, cotangent = drawn(0, *case)
     xla = lambda x, kernel: convolve(x, kernel, (1, 1), padding)  # noqa: E731
     expected, pull = jax.vjp(xla, x, kernel)
-    # Another order of sums: rounding alone.
+    # Only the order of summation differs.
     same = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
     same(winograd_conv2d(x, kernel, padding=padding), expected)
     x_bar, kernel_bar = pull(cotangent)
@@ -55,7 +55,7 @@ def test_rounding_is_that_of_the_direct_sum(x64):
 
     ours = root_mean_square_error(winograd_conv2d(x, kernel, padding=ONES))
     theirs = root_mean_square_error(convolve(x, kernel, (1, 1), ONES))
-    # Of sums of 576 terms of order 1; F(4x4, 3x3) would be ten times as far off.
+    # Sums have 576 terms of order 1; F(4x4, 3x3) would be ten times as far off.
     assert ours < 2 * theirs < 1e-4
 
 
