@@ -59,14 +59,14 @@ def kernel_gradient(
     if kernel_size == (1, 1):
         chunk = n  # One product is enough: there are no views to keep in the cache.
 
-    def of_chunk(x: Array, cotangent: Array) -> Array:
+    def gradient(x: Array, cotangent: Array) -> Array:
         # Images are padded chunk by chunk: large new buffers cost more than products.
         padded = pad_image(x, padding)
         return part(padded, cotangent, kernel_size=kernel_size, strides=strides)
 
     # Chunks summed in bfloat16 would lose the last images to rounding.
     zero = jnp.zeros((*kernel_size, c_in, c_out), at_least_float32(x.dtype))
-    return sum_chunks(of_chunk, x, cotangent, size=chunk, zero=zero).astype(x.dtype)
+    return sum_chunks(gradient, x, cotangent, size=chunk, zero=zero).astype(x.dtype)
 
 
 def strided_input_gradient(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from inertia_jax.ops.conv import Padding, pad_image, stride_pair
 from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.ops.settings import Metric, Reference, check_choice, check_sizes
-from inertia_jax.ops.views import region_pads, shifted_views, square_offsets, total
+from inertia_jax.ops.views import region_grid, shifted_views, square_offsets, total
 
 
 def periphery_offsets(*, core_size: int, region_size: int) -> list[tuple[int, int]]:
@@ -76,24 +76,19 @@ def friction(
         raise ValueError(f"`channel_stride` (={channel_stride}) must be >= 1.")
     if jnp.ndim(x) != 4:
         raise ValueError(f"`x` (shape {jnp.shape(x)}) must be [n, h, w, c].")
-    x, (vertical, horizontal) = jnp.asarray(x), stride_pair(strides)
-    pads = region_pads(x.shape[1:3], region_size, (vertical, horizontal), padding)
-    x = pad_image(x, pads)
-    dtype = at_least_float32(x.dtype)
-    output_size = (
-        (x.shape[1] - region_size) // vertical + 1,
-        (x.shape[2] - region_size) // horizontal + 1,
-    )
+    x, steps = jnp.asarray(x), stride_pair(strides)
+    pads, output_size = region_grid(x.shape[1:3], region_size, steps, padding)
+    x, dtype = pad_image(x, pads), at_least_float32(x.dtype)
 
     def views(offsets: Sequence[tuple[int, int]]) -> Iterator[Array]:
-        for view in shifted_views(
+        narrow = shifted_views(
             x,
             offsets,
             output_size=output_size,
-            strides=(vertical, horizontal),
+            strides=steps,
             channel_stride=channel_stride,
-        ):
-            yield view.astype(dtype)
+        )
+        return (view.astype(dtype) for view in narrow)
 
     middle = region_size // 2
     (center,) = views([(middle, middle)])

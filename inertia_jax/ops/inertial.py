@@ -23,7 +23,7 @@ from inertia_jax.ops.settings import (
     check_slope,
     check_threshold,
 )
-from inertia_jax.ops.views import region_pads, shifted_views, square_offsets, sum_views
+from inertia_jax.ops.views import region_grid, shifted_views, square_offsets, sum_views
 
 
 class InertialOutput(NamedTuple):
@@ -88,10 +88,10 @@ def inertial_conv(
     S is `mean`, `sum` or `max`; `weighted` (weights [n, n], n = k + 1) and
     `weighted_channel` ([n, n, c_core]) weigh the sum; `weighted_input` ([n, n, c_in])
     weighs the input before a second core evaluation; `stack` returns u_delta0 and the
-    gated mean side by side, with twice the core's channels. The other joins take all
-    u_delta as shifts of one core map over the padded input; at larger strides, those
-    that are linear over the input take two core evaluations at the output's positions,
-    which are fewer.
+    gated mean side by side, with twice the core's channels. All but `weighted_input`
+    take u_delta as shifts of one core map over the padded input; at larger strides,
+    joins that are linear over the input take two core evaluations at the output's
+    positions, which are fewer.
 
     Args:
         x: Images.
@@ -128,12 +128,7 @@ def inertial_conv(
     dtype = jnp.result_type(x, core)
     x, core = x.astype(dtype), core.astype(dtype)
     steps = stride_pair(strides)
-    pads = region_pads(x.shape[1:3], d, steps, padding)
-    padded = pad_image(x, pads)
-    size = (
-        (padded.shape[1] - d) // steps[0] + 1,
-        (padded.shape[2] - d) // steps[1] + 1,
-    )
+    pads, size = region_grid(x.shape[1:3], d, steps, padding)
     if friction is None:
         friction = region_friction(
             x,
@@ -149,7 +144,7 @@ def inertial_conv(
         friction = as_friction(friction, (x.shape[0], *size))
     threshold = threshold.astype(friction.dtype)
     low, high = _responses(
-        padded,
+        pad_image(x, pads),
         core,
         weights,
         combine,

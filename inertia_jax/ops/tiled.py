@@ -73,7 +73,7 @@ def inertial_conv_tiled(
         x: Images.
         core: Filters of side m.
         region_size: Side d of the region, > m.
-        threshold: Friction above it opens a tile.
+        threshold: Friction above which a tile opens.
         metric: Measure of friction, as `friction` takes it.
         reference: Reference of friction, as `friction` takes it.
         low: Value that fills a closed tile, `mean` or `sample`.

@@ -22,26 +22,29 @@ def total(terms: Iterable[Array]) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
-def region_pads(
+def region_grid(
     image_size: Sequence[int],
     region_size: int,
     strides: tuple[int, int],
     padding: Padding,
-) -> Pads:
-    """Returns `padding` as pairs, after checking that a region fits.
+) -> tuple[Pads, tuple[int, int]]:
+    """Returns `padding` as pairs, and the number of regions (vertical, horizontal).
 
     Raises:
         ValueError: The padded image is smaller than one region.
     """
     size = (region_size, region_size)
     pads = explicit_padding(image_size, size, strides, padding, (1, 1))
-    for side, (before, after) in zip(image_size, pads, strict=True):
-        if side + before + after < region_size:
+    counts = []
+    for side, step, (before, after) in zip(image_size, strides, pads, strict=True):
+        room = side + before + after - region_size
+        if room < 0:
             raise ValueError(
                 f"`region_size` (={region_size}) must be at most the padded image's "
                 f"sides; the image is {tuple(image_size)}, the padding {pads}."
             )
-    return pads
+        counts.append(room // step + 1)
+    return pads, (counts[0], counts[1])
 
 
 def shifted_views(

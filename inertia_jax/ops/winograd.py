@@ -126,7 +126,7 @@ def convolve_transformed(
     def multiply(tile: Array, filter_: Array) -> Array:
         return lax.dot_general(tile, filter_, (((3,), (contracted,)), ((), ())))
 
-    def of_chunk(x: Array) -> Array:
+    def convolve_chunk(x: Array) -> Array:
         products = [
             [multiply(tile, filter_) for tile, filter_ in zip(*rows, strict=True)]
             for rows in zip(_transform_input(x, padding), filters, strict=True)
@@ -136,7 +136,7 @@ def convolve_transformed(
     c_out = filters[0][0].shape[1 - contracted]
     size = _images_a_chunk(x, (h_out, w_out), c_out)
     y = jax.ShapeDtypeStruct((n, h_out, w_out, c_out), x.dtype)
-    return map_chunks(of_chunk, x, size=size, y=y)
+    return map_chunks(convolve_chunk, x, size=size, y=y)
 
 
 def winograd_kernel_gradient(
@@ -157,7 +157,7 @@ def winograd_kernel_gradient(
     _, h_out, w_out, c_out = cotangent.shape
     c_in = x.shape[3]
 
-    def of_chunk(x: Array, cotangent: Array) -> Planes:
+    def products(x: Array, cotangent: Array) -> Planes:
         inputs = _transform_input(x, padding)
         outputs = _transform_cotangent(cotangent)
         return [
@@ -167,7 +167,7 @@ def winograd_kernel_gradient(
 
     size = _images_a_chunk(x, (h_out, w_out), c_out)
     zero = [[jnp.zeros((c_in, c_out), x.dtype)] * _TILE for _ in range(_TILE)]
-    return _gather_filter(sum_chunks(of_chunk, x, cotangent, size=size, zero=zero))
+    return _gather_filter(sum_chunks(products, x, cotangent, size=size, zero=zero))
 
 
 def _sum_products(a: Array, b: Array) -> Array:
