@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inertia_jax.factorised import LowRankConv, Pointwise, Tucker2Conv
-from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.factorised import Pointwise
+from inertia_jax.kinds import KINDS, kind_of
 from inertia_jax.planned import Wrapper
 
 
@@ -39,10 +39,10 @@ class Call:
     @property
     def is_factorised(self) -> bool:
         """Whether the layer's parts are layers themselves."""
-        return isinstance(self.module, (Tucker2Conv, LowRankConv))
+        return bool(kind_of(self.module).parts)
 
 
-_COUNTED = (nn.Conv, nn.Dense, Pointwise, InertialConv, Tucker2Conv, LowRankConv)
+_COUNTED = (Pointwise, *KINDS)
 
 
 def record_calls(

@@ -13,12 +13,13 @@ from jaxtyping import Float
 from inertia_jax.budget import choose_ranks
 from inertia_jax.calibration import batched, checked_images, input_moments
 from inertia_jax.factorise import Weighed
+from inertia_jax.kinds import bias_of
 from inertia_jax.models import image_shape_of
 from inertia_jax.ops.tucker import Method
 from inertia_jax.plan import Plan
 from inertia_jax.planned import Planned
 from inertia_jax.ranks import Budget, RankRule, rank_by_rule
-from inertia_jax.sites import Site, bias_of, find_sites, leaves_at, with_leaves
+from inertia_jax.sites import Site, find_sites, leaves_at, with_leaves
 from inertia_jax.specs import Conv, Spec, Tucker2
 
 

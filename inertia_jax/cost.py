@@ -9,10 +9,10 @@ from flax import linen as nn
 from flax import traverse_util
 
 from inertia_jax.calls import Call, record_calls
-from inertia_jax.cost_table import CONVOLUTIONS, CostTable, Kind, LayerCost
-from inertia_jax.factorised import LowRankConv, Tucker2Conv
+from inertia_jax.cost_table import CostTable, LayerCost
 from inertia_jax.inertial_cost import count_inertial
 from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.kinds import CONVOLUTIONS, kind_of, ranks_of
 from inertia_jax.plan import Plan
 from inertia_jax.specs import CLOSED, Fixed, Rate, Threshold, stays_dense
 
@@ -54,7 +54,7 @@ def count_cost(
         )
     calls, variables = record_calls(model, shape)
     rates = dict(gate_rates or {})
-    gated = {_gate_path(p, c) for p, c in calls.items()} - {None}
+    gated = {p for p, c in calls.items() if isinstance(c.module, InertialConv)}
     for path, rate in rates.items():
         if path not in gated:
             raise ValueError(f"`gate_rates` has {path!r}, which is no inertial layer.")
@@ -85,32 +85,13 @@ def count_cost(
         leaves = owned[path]
         params = sum(math.prod(value.shape) for value in leaves.values())
         macs, fields = _count_layer(path, call, calls, leaves, rates)
-        kind = _kind(call.module)
+        kind = kind_of(call.module).name
         if path in dense and kind in ("inertial", "tucker2", "low_rank"):
             fields["dense_macs"] = dense[path]
         if kind in CONVOLUTIONS and kind != "inertial" and isinstance(plan, Plan):
             fields["note"] = _note(plan, path, call.module)
         rows.append(LayerCost(path, kind, call.output_shape, params, macs, **fields))
     return CostTable(tuple(rows))
-
-
-def _kind(module: Any) -> Kind:
-    kinds: dict[Any, Kind] = {
-        nn.Conv: "conv",
-        nn.Dense: "dense",
-        InertialConv: "inertial",
-        Tucker2Conv: "tucker2",
-        LowRankConv: "low_rank",
-    }
-    for cls, kind in kinds.items():
-        if isinstance(module, cls):
-            return kind
-    return "other"
-
-
-def _gate_path(path: str, call: Call) -> str | None:
-    """Returns where the layer's gate rate is sown; None if it has no gates."""
-    return path if isinstance(call.module, InertialConv) else None
 
 
 def _count_layer(
@@ -132,9 +113,9 @@ def _count_layer(
         return _outputs(call) * _taps(leaves["kernel"]), {}
     if not call.is_factorised:
         return 0, {}
-    fields: dict[str, Any] = {"ranks": _ranks(module)}
+    fields: dict[str, Any] = {"ranks": ranks_of(module)}
     macs = 0
-    for name in ("u_in", "left", "core", "right", "u_out"):
+    for name in kind_of(module).parts:
         part = calls.get(f"{_inside(path)}{name}")
         if part is None:
             continue
@@ -176,12 +157,6 @@ def _outputs(call: Call) -> int:
 def _taps(kernel: Any) -> int:
     """Each output sums over all but the last axis of the kernel [.., c_out]."""
     return math.prod(kernel.shape[:-1])
-
-
-def _ranks(module: Tucker2Conv | LowRankConv) -> tuple[int, ...]:
-    if isinstance(module, Tucker2Conv):
-        return (module.rank_in, module.rank_out)
-    return (module.rank,)
 
 
 def _note(plan: Plan, path: str, module: Any) -> str:

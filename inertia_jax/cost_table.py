@@ -3,10 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
 
-Kind = Literal["conv", "inertial", "tucker2", "low_rank", "dense", "other"]
-CONVOLUTIONS = ("conv", "inertial", "tucker2", "low_rank")
+from inertia_jax.kinds import KindName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class LayerCost:
     """
 
     path: str
-    kind: Kind
+    kind: KindName
     output_shape: tuple[int, ...]
     params: int
     macs: int

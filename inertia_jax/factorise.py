@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from inertia_jax.calibration import weighing
+from inertia_jax.kinds import bias_of, kind_of
 from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors, factor_kernels
 from inertia_jax.ops.low_rank import low_rank, low_rank_to_kernel
-from inertia_jax.ops.tucker import Method, tucker2, tucker2_to_kernel
+from inertia_jax.ops.tucker import Method, tucker2
 from inertia_jax.ops.unfold import split_groups
-from inertia_jax.sites import Factorised, Site, bias_of
+from inertia_jax.sites import Factorised, Site
 from inertia_jax.specs import Conv, LowRank
 
 
@@ -85,11 +86,8 @@ class Weighed:
 
     def dense_kernel(self, spec: Factorised) -> np.ndarray:
         """Returns the kernel that HOSVD's factors stand for."""
-        factors = self.factors(spec)
-        groups = self.site.groups
-        if isinstance(factors, LowRankFactors):
-            return np.asarray(low_rank_to_kernel(factors, groups=groups))
-        return np.asarray(tucker2_to_kernel(factors, groups=groups))
+        factors, groups = self.factors(spec), self.site.groups
+        return np.asarray(kind_of(spec).to_kernel(factors, groups=groups))
 
     def parameters(
         self, spec: Conv | Factorised, leaves: Mapping[str, Any], *, method: Method
@@ -102,19 +100,17 @@ class Weighed:
             method: See `ops.tucker2`.
         """
         dtype, bias = next(iter(leaves.values())).dtype, bias_of(leaves)
-        names: tuple[str, ...] = ("",)
+        parts: tuple[str, ...] = ("",)
         kernels: tuple[Any, ...] = (self.site.kernel,)
         if not isinstance(spec, Conv):
             # On the host, or each reshape of each shape is compiled for itself.
             factors = jax.device_get(self.factors(spec, method=method))
             kernels = factor_kernels(factors, groups=self.site.groups)
-            names = ("left/", "right/")
-            if isinstance(factors, Tucker2Factors):
-                names = ("u_in/", "core/", "u_out/")
+            parts = tuple(f"{part}/" for part in kind_of(spec).parts)
         new = {
-            f"{name}kernel": jnp.asarray(kernel, dtype)
-            for name, kernel in zip(names, kernels, strict=True)
+            f"{part}kernel": jnp.asarray(kernel, dtype)
+            for part, kernel in zip(parts, kernels, strict=True)
         }
         if bias is not None:
-            new[f"{names[-1]}bias"] = bias
+            new[f"{parts[-1]}bias"] = bias
         return new

@@ -10,21 +10,11 @@ from flax import linen as nn
 from flax import traverse_util
 
 from inertia_jax.batch_norm import BatchNormToTrain
-from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.fold_trace import trace_layers
 from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.kinds import KINDS, output_kernel
 from inertia_jax.models import image_shape_of
 from inertia_jax.planned import Wrapper, on_scope
-
-# Layers that a scale of their outputs can be merged into, and the kernel that takes it:
-# outputs are its last axis, and the bias stands beside it.
-_KERNELS: dict[type, str] = {
-    nn.Conv: "kernel",
-    nn.Dense: "kernel",
-    InertialConv: "kernel",
-    Tucker2Conv: "u_out/kernel",
-    LowRankConv: "right/kernel",
-}
 
 
 class Folded(Wrapper):
@@ -68,7 +58,7 @@ class Folded(Wrapper):
                 if not _uses_running_average(module, args, kwargs):
                     raise ValueError(_no_training(self.unfolded))
                 return _as_normalised(module, args[0] if args else kwargs["x"])
-            if type(module) in _KERNELS and path in layers and not module.use_bias:
+            if type(module) in KINDS and path in layers and not module.use_bias:
                 # Made anew in the same place, so that a model's own code, which knows
                 # of no bias, need not change.
                 layer = module.clone(parent=module.scope.rewound(), use_bias=True)
@@ -123,7 +113,7 @@ def fold_batch_norm(
     if isinstance(model, Folded):
         return model, dict(variables)
     shape = image_shape_of(model, image_shape)
-    trace = trace_layers(model, shape, kinds=_KERNELS)
+    trace = trace_layers(model, shape, kinds=KINDS)
     flat = traverse_util.flatten_dict(dict(variables))
     folded, kept = [], []
     for path, norm in trace.norms.items():
@@ -200,7 +190,7 @@ def _merge(
         return np.asarray(flat[place]).astype(np.float64)
 
     here = tuple(norm_path.split("/"))
-    kernel_at = ("params", *layer_path.split("/"), *_KERNELS[type(layer)].split("/"))
+    kernel_at = ("params", *layer_path.split("/"), *output_kernel(layer).split("/"))
     bias_at = (*kernel_at[:-1], "bias")
     mean = wide(("batch_stats", *here, "mean"))
     scale = 1 / np.sqrt(wide(("batch_stats", *here, "var")) + norm.epsilon)

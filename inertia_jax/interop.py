@@ -13,6 +13,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
+from inertia_jax.kinds import KINDS
 from inertia_jax.models import abstract_variables, init_variables, input_shape
 
 _LEAVES = {
@@ -23,7 +24,7 @@ _LEAVES = {
     "var": "running_var",
 }
 # The parts of a factorised convolution, which PyTorch has as a Sequential.
-_PARTS = {"u_in": "0", "core": "1", "u_out": "2", "left": "0", "right": "1"}
+_PARTS = {part: str(i) for kind in KINDS.values() for i, part in enumerate(kind.parts)}
 # What an inertial convolution has beside a core; PyTorch's networks have none of it.
 _INERTIAL_LEAVES = ("threshold", "weights", "friction_mean")
 # What training scripts nest a network's weights under.

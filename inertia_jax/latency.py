@@ -18,9 +18,10 @@ from inertia_jax.ops.factors import (
     Tucker2Factors,
     factor_kernels,
     pointwise,
+    stack_groups,
 )
 from inertia_jax.ops.low_rank import low_rank_conv
-from inertia_jax.sites import Factorised, Site, stack_groups
+from inertia_jax.sites import Factorised, Site
 from inertia_jax.specs import Conv, LowRank
 
 _REPEATS = 7

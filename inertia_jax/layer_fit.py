@@ -7,36 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.specs import Inertial
 
-# Layers whose parts are layers themselves.
-OF_PARTS = (Tucker2Conv, LowRankConv)
 # Less than this share of the dense outputs' square is rounding, of float32; of a
 # narrower type, the square of its precision.
 _NO_ERROR = 1e-9
 
 Leaves = Mapping[str, Any]
-
-
-def linear_parts(module: Any) -> tuple[str, ...]:
-    """Returns the parts of a layer that its output is linear in; "" for itself."""
-    if isinstance(module, Tucker2Conv):
-        if not isinstance(module.core, Inertial):
-            return ("u_in", "core", "u_out")
-        # Friction is that of what u_in puts out.
-        return ("u_out",) if module.core.combine == "max" else ("core", "u_out")
-    if isinstance(module, LowRankConv):
-        return ("left", "right")
-    if isinstance(module, InertialConv):
-        return () if module.combine == "max" else ("",)
-    return ("",) if type(module) is nn.Conv else ()
 
 
 class Seen(NamedTuple):
@@ -88,7 +69,7 @@ class LayerFit:
 
         Args:
             leaves: The layer's parameters, those of its parts as `PART/kernel`.
-            part: Of `linear_parts`.
+            part: One of `kinds.linear_parts`.
             seen: What it is fitted to.
             held_out: What says when to stop.
             iterations: Most steps.

@@ -6,7 +6,16 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
-from inertia_jax.specs import Conv, Fixed, Inertial, Rate, Spec, Threshold, Tucker2
+from inertia_jax.specs import (
+    Conv,
+    Fixed,
+    Inertial,
+    Rate,
+    Spec,
+    Threshold,
+    Tucker2,
+    core_of,
+)
 
 _JSON_TYPES = {cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))}
 
@@ -57,14 +66,13 @@ class Plan:
         """
         spec = self.spec(path)
         if not isinstance(spec, Inertial):
-            spec = self.spec(path.removesuffix("/core"))
-            spec = spec.core if isinstance(spec, Tucker2) else spec
+            spec = core_of(self.spec(path.removesuffix("/core")))
         return spec if isinstance(spec, Inertial) else None
 
     @property
     def inertial(self) -> tuple[Inertial, ...]:
         """The rules' inertial convolutions, also those that are cores."""
-        specs = [s.core if isinstance(s, Tucker2) else s for _, s in self.rules]
+        specs = [core_of(spec) for _, spec in self.rules]
         return tuple(spec for spec in specs if isinstance(spec, Inertial))
 
     def without_ladders(self) -> "Plan":

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from inertia_jax.calibration import apply_as_trained, batched, checked_images
 from inertia_jax.calls import check_in_view, first_argument, record_calls
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.layer_fit import OF_PARTS, LayerFit, Seen, linear_parts
+from inertia_jax.kinds import kind_of, linear_parts
+from inertia_jax.layer_fit import LayerFit, Seen
 from inertia_jax.plan import Plan
 from inertia_jax.sites import leaves_at, with_leaves
 
@@ -107,7 +108,7 @@ def reconstruct(
         if path
         and fnmatch.fnmatchcase(path, layers)
         and linear_parts(module)
-        and not isinstance(modules.get(path.rpartition("/")[0]), OF_PARTS)
+        and not kind_of(modules.get(path.rpartition("/")[0])).parts
     ]
     if not paths:
         raise ValueError(

@@ -6,22 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta
 from jaxtyping import Float
 
-from inertia_jax.calls import Call, record_calls
-from inertia_jax.factorised import LowRankConv, Tucker2Conv
+from inertia_jax.calls import record_calls
+from inertia_jax.kinds import dense_kernel, kind_of, spec_of
 from inertia_jax.ops.conv import pair
-from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors
-from inertia_jax.ops.low_rank import low_rank_to_kernel
-from inertia_jax.ops.tucker import tucker2_to_kernel
 from inertia_jax.plan import Plan
 from inertia_jax.planned import cannot_factorise
-from inertia_jax.specs import Conv, LowRank, Tucker2
+from inertia_jax.specs import Conv, Inertial, LowRank, Tucker2, core_of
 
 Factorised = Tucker2 | LowRank
 
@@ -126,25 +122,24 @@ def find_sites(
         # A plan has no name for the network itself.
         if not path or path.rpartition("/")[0] in inside:
             continue
-        if not _has_kernel(call):
+        if not _has_kernel(call.module):
             continue
         leaves = leaves_at(variables, path)
         _check_leaves(path, leaves, leaves_at(expected, path))
-        kernel = _dense_kernel(call, leaves)
+        module = call.module
+        kernel = np.asarray(jax.device_get(dense_kernel(module, leaves)))
         if not np.isfinite(kernel).all():
             raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
-        module = call.module
-        is_low_rank = isinstance(module, LowRankConv)
         sites[path] = Site(
             path=path,
             kernel=kernel,
             groups=module.feature_group_count,
             strides=pair(module.strides or 1),
             padding=module.padding,
-            dilation=(1, 1) if is_low_rank else pair(module.kernel_dilation or 1),
+            dilation=pair(getattr(module, "kernel_dilation", None) or 1),
             input_shape=tuple(call.input_shape[1:]),
             output_shape=tuple(call.output_shape),
-            spec=_spec(module),
+            spec=spec_of(module),
             core=_core(model, path),
             again=tuple((a.input_shape[1:], a.output_shape) for a in call.again),
         )
@@ -192,61 +187,15 @@ def with_leaves(
     return {**variables, "params": traverse_util.unflatten_dict(kept, sep="/")}
 
 
-def bias_of(leaves: Mapping[str, Any]) -> Any:
-    """Returns a layer's bias, whatever form the layer has; None without one."""
-    for name in ("bias", "u_out/bias", "right/bias"):
-        if name in leaves:
-            return leaves[name]
-    return None
-
-
-def _spec(module: Any) -> Conv | Tucker2 | LowRank:
-    if isinstance(module, Tucker2Conv):
-        return Tucker2(module.rank_in, module.rank_out, core=module.core)
-    if isinstance(module, LowRankConv):
-        return LowRank(module.rank)
-    return Conv()
-
-
 def _core(model: nn.Module, path: str) -> Conv:
     plan = getattr(model, "plan", None)
     spec = plan.spec(path) if isinstance(plan, Plan) else Conv()
-    core = spec.core if isinstance(spec, Tucker2) else spec
+    core = core_of(spec)
     return core if isinstance(core, Conv) else Conv()
 
 
-def _has_kernel(call: Call) -> bool:
+def _has_kernel(module: Any) -> bool:
     """Returns whether a layer is, or stands in for, a convolution of one kernel."""
-    module = call.module
-    if isinstance(module, Tucker2Conv):
-        return isinstance(module.core, Conv)
-    is_plain = type(module) is nn.Conv and cannot_factorise(module) is None
-    return isinstance(module, LowRankConv) or is_plain
-
-
-def _dense_kernel(call: Call, leaves: Mapping[str, Any]) -> np.ndarray:
-    """Returns a layer's kernel, multiplied out."""
-    module = call.module
-    if isinstance(module, Tucker2Conv):
-        factors = Tucker2Factors(
-            stack_groups(leaves["u_in/kernel"], module.feature_group_count),
-            jnp.asarray(leaves["core/kernel"]),
-            jnp.asarray(leaves["u_out/kernel"])[0, 0].T,
-        )
-        kernel = tucker2_to_kernel(factors, groups=module.feature_group_count)
-    elif isinstance(module, LowRankConv):
-        two = LowRankFactors(
-            stack_groups(leaves["left/kernel"], module.feature_group_count),
-            jnp.asarray(leaves["right/kernel"])[0, 0].T,
-        )
-        kernel = low_rank_to_kernel(two, groups=module.feature_group_count)
-    else:
-        kernel = leaves["kernel"]
-    return np.asarray(jax.device_get(kernel))
-
-
-def stack_groups(kernel: Any, groups: int) -> jax.Array:
-    """Returns a grouped 1x1 kernel as the factor whose rows are group after group."""
-    matrix = jnp.asarray(kernel)[0, 0]
-    matrix = matrix.reshape(matrix.shape[0], groups, -1)
-    return jnp.moveaxis(matrix, 1, 0).reshape(groups * matrix.shape[0], -1)
+    if kind_of(module).parts:
+        return not isinstance(core_of(spec_of(module)), Inertial)
+    return type(module) is nn.Conv and cannot_factorise(module) is None

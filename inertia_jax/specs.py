@@ -237,6 +237,11 @@ class LowRank:
 Spec = Conv | Inertial | Tucker2 | LowRank
 
 
+def core_of(spec: Spec) -> Conv | Inertial | LowRank:
+    """Returns the core of a Tucker-2 convolution; any other is its own core."""
+    return spec.core if isinstance(spec, Tucker2) else spec
+
+
 def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
     """Returns why a convolution cannot become what the plan has, or None if it can.
 
@@ -245,8 +250,7 @@ def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
         kernel_size: Side of its filters.
         strides: Of its outputs.
     """
-    if isinstance(spec, Tucker2):
-        spec = spec.core
+    spec = core_of(spec)
     if not isinstance(spec, Inertial):
         return None
     if spec.core_size > kernel_size:

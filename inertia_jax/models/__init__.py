@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from inertia_jax.cost import count_cost
-from inertia_jax.cost_table import CONVOLUTIONS
+from inertia_jax.kinds import CONVOLUTIONS
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18

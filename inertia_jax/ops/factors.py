@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.ops.conv import mix_channels
@@ -105,3 +106,12 @@ def factor_kernels(
         stacked = into.reshape(groups, -1, into.shape[1])
         first = jnp.moveaxis(stacked, 0, 1).reshape(1, 1, stacked.shape[1], -1)
     return first, *factors[1:-1], out.T[None, None]
+
+
+def stack_groups(
+    kernel: Float[ArrayLike, "1 1 c_in_group r_groups"], groups: int
+) -> Float[Array, "c_in r"]:
+    """Returns a grouped 1x1 kernel as the factor whose rows are group after group."""
+    matrix = jnp.asarray(kernel)[0, 0]
+    matrix = matrix.reshape(matrix.shape[0], groups, -1)
+    return jnp.moveaxis(matrix, 1, 0).reshape(groups * matrix.shape[0], -1)
