@@ -195,15 +195,14 @@ class Tucker2Conv(nn.Module):
             raise ValueError(
                 f"`precision` (={self.precision}) must be None with `core` (={core})."
             )
-        names = Inertial.__dataclass_fields__
-        return InertialConv(
+        return InertialConv.from_spec(
+            core,
             features,
             strides=self.strides or 1,
             padding=self.padding,
             use_bias=False,
             axis_name=self.axis_name,
             name="core",
-            **{name: getattr(core, name) for name in names},
             **common,
         )(x, train=train)
 

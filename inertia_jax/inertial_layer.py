@@ -18,9 +18,9 @@ from inertia_jax.ops.gates import hard_gate, rate_threshold
 from inertia_jax.ops.inertial import InertialOutput, inertial_conv, weights_shape
 from inertia_jax.ops.tiled import inertial_conv_tiled
 from inertia_jax.ops.tiling import make_tiling
-from inertia_jax.specs import Fixed, Inertial, Learned, Threshold
+from inertia_jax.specs import Fixed, Inertial, Learned, Threshold, fields_as
 
-# Of running means, counted as Flax does: the share of the past that stays.
+# Momentum of the running means, as Flax counts it: the share that is kept.
 _MOMENTUM = 0.9
 
 
@@ -38,31 +38,21 @@ class InertialConv(nn.Module):
     `relative` move them. Before the first training batch, a `Rate` threshold is 0 and
     a `relative` friction is divided by 1.
 
+    Attributes other than these are the fields of `Inertial`, and mean the same; see
+    there. `from_spec` copies them over.
+
     Attributes:
-        features: Output channels.
-        core_size: See `Inertial`, as all down to `capacities`.
-        region_size: See `Inertial`.
+        features: Number of output channels.
         strides: Distance between outputs, in pixels; 1 for the tiled reading.
         padding: Zeros around the image: of the region in the window reading, of the
             m x m convolution in the tiled one.
         use_bias: Whether a bias is added to the output.
-        dtype: Of the computation; None: of the input and parameters.
-        param_dtype: Of the parameters.
-        kernel_init: Of the core.
-        bias_init: Of the bias.
-        axis_name: Mesh axis over whose devices `Rate` and `relative` look.
-        reading: See `Inertial`.
-        metric: See `Inertial`.
-        reference: See `Inertial`.
-        relative: See `Inertial`.
-        combine: See `Inertial`.
-        zero_middle: See `Inertial`.
-        low: See `Inertial`.
-        threshold: See `Inertial`.
-        gate_gradient: See `Inertial`.
-        slope: See `Inertial`.
-        channel_stride: See `Inertial`.
-        capacities: See `Inertial`.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of the core.
+        bias_init: Initialiser of the bias.
+        axis_name: Mesh axis over whose devices `Rate` and `relative` take the friction
+            together.
 
     Raises:
         ValueError: What `Inertial` refuses, tiles with strides, or `stack` of an odd
@@ -95,9 +85,19 @@ class InertialConv(nn.Module):
 
     @property
     def spec(self) -> Inertial:
-        """What stands here, as a plan says it."""
-        names = Inertial.__dataclass_fields__
-        return Inertial(**{name: getattr(self, name) for name in names})
+        """What a plan says where this layer stands."""
+        return Inertial(**fields_as(Inertial, self))
+
+    @classmethod
+    def from_spec(cls, spec: Inertial, features: int, **linen: Any) -> "InertialConv":
+        """Makes the layer that a plan's spec describes.
+
+        Args:
+            spec: Fields of the layer that a plan chooses.
+            features: Number of output channels.
+            **linen: Any of the other fields, and `name` and `parent`.
+        """
+        return cls(features, **fields_as(Inertial, spec), **linen)
 
     @property
     def core_features(self) -> int:
@@ -138,7 +138,7 @@ class InertialConv(nn.Module):
         friction = None
         if train or spec.relative or spec.reading == "window":
             friction = self._friction(spec, x, train=train)
-        # Else the operation takes friction itself, chunk by chunk, in the cache.
+        # Where it is None, the operation takes it itself, chunk by chunk, in the cache.
         threshold = self._threshold(spec.threshold, friction, train=train)
         output = self._apply(spec, x, kernel, weights, friction, threshold, train=train)
         friction = output.friction
@@ -202,7 +202,7 @@ class InertialConv(nn.Module):
         if self.axis_name is not None:
             mean = lax.pmean(mean, self.axis_name)
         running.value = _moved(running.value, mean)
-        # Nothing to divide by where every region is flat.
+        # Where every region is flat there is nothing to divide by.
         return friction / jnp.where(mean > 0, mean, 1)
 
     def _threshold(

@@ -23,7 +23,7 @@ from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors, stack_groups
 from inertia_jax.ops.low_rank import low_rank_to_kernel
 from inertia_jax.ops.tucker import tucker2_to_kernel
-from inertia_jax.specs import Conv, Inertial, LowRank, Tucker2, core_of
+from inertia_jax.specs import Conv, Inertial, LowRank, Tucker2, core_of, fields_as
 
 KindName = Literal["conv", "inertial", "tucker2", "low_rank", "dense", "other"]
 
@@ -102,8 +102,7 @@ def spec_of(module: Any) -> Any:
     if spec is Conv:
         # The network's own filters, whose side a plan does not name.
         return Conv()
-    names = [field.name for field in dataclasses.fields(spec)]
-    return spec(**{name: getattr(module, name) for name in names})
+    return spec(**fields_as(spec, module))
 
 
 def output_kernel(module: Any) -> str:

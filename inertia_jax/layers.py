@@ -139,11 +139,11 @@ class Layers:
         after = 2 * padding + size - kernel_size - before
         common["padding"] = ((before, after), (before, after))
         if isinstance(spec, Inertial):
-            return InertialConv(
+            return InertialConv.from_spec(
+                spec,
                 features,
                 bias_init=torch_bias_init(spec.core_size**2 * x.shape[-1]),
                 axis_name=self.axis_name,
-                **{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)},
                 **common,
             )(x, train=train)
         if isinstance(spec, Tucker2):

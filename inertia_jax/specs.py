@@ -237,6 +237,13 @@ class LowRank:
 Spec = Conv | Inertial | Tucker2 | LowRank
 
 
+def fields_as(cls: type, source: Any) -> dict[str, Any]:
+    """Reads the fields of a spec's class off an object that has them by name."""
+    return {
+        field.name: getattr(source, field.name) for field in dataclasses.fields(cls)
+    }
+
+
 def core_of(spec: Spec) -> Conv | Inertial | LowRank:
     """Returns the core of a Tucker-2 convolution; any other is its own core."""
     return spec.core if isinstance(spec, Tucker2) else spec

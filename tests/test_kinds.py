@@ -108,3 +108,23 @@ def test_a_layer_says_what_a_plan_says():
 )
 def test_linear_parts_come_after_friction_and_are_no_maximum(layer, parts):
     assert kinds.linear_parts(layer) == parts
+
+
+def test_an_inertial_layer_is_made_of_a_spec_and_gives_it_back():
+    spec = ij.Inertial(
+        2,
+        5,
+        reading="tiled",
+        metric="l2",
+        reference="core_mean",
+        relative=True,
+        low="sample",
+        threshold=ij.Rate(0.3),
+        gate_gradient="ste",
+        slope=3.0,
+        channel_stride=2,
+        capacities=None,
+    )
+    layer = ij.InertialConv.from_spec(spec, 6, use_bias=False, name="conv")
+    assert (layer.spec, layer.features, layer.use_bias) == (spec, 6, False)
+    assert layer.name == "conv"

@@ -39,8 +39,9 @@ def layer(name):
     spec = ij.published_variant(
         name, in_channels=SHAPE[-1], threshold=THRESHOLD, slope=SLOPE
     )
-    fields = {f: getattr(spec, f) for f in spec.__dataclass_fields__}
-    return ij.InertialConv(FEATURES, use_bias=False, **fields, param_dtype=jnp.float64)
+    return ij.InertialConv.from_spec(
+        spec, FEATURES, use_bias=False, param_dtype=jnp.float64
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
