@@ -1,9 +1,11 @@
 """What can stand at a layer of a network: kinds of convolution, kinds of threshold."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from inertia_jax.ops.settings import (
+    CLOSED,
+    OPEN,
     Combine,
     GateGradient,
     Low,
@@ -16,10 +18,6 @@ from inertia_jax.ops.settings import (
 )
 
 Reading = Literal["window", "tiled"]
-
-
-# Thresholds below and above all friction, which is >= 0.
-OPEN, CLOSED = -1.0, 1e30
 
 
 def as_python(value: Any) -> Any:
@@ -53,12 +51,20 @@ class Fixed:
 
     Attributes:
         value: Friction above it opens the gate; in the units of the friction.
+        OPEN: The threshold below all friction, which opens every gate.
+        CLOSED: The threshold above all friction, which closes every gate.
     """
+
+    OPEN: ClassVar["Fixed"]
+    CLOSED: ClassVar["Fixed"]
 
     value: float = 0.1
 
     def __post_init__(self) -> None:
         _set_number(self, "value", float("-inf"), float("inf"))
+
+
+Fixed.OPEN, Fixed.CLOSED = Fixed(OPEN), Fixed(CLOSED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_a_layer_by_itself_is_counted():
 
 
 def test_a_layer_with_closed_gates_is_counted_closed():
-    spec = ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed(1e30))
+    spec = ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed.CLOSED)
     plan = ij.Plan((("layer2_1/conv?", spec),))
     model = ij.create_model("resnet20", plan=plan)
     rows = {r.path: r for r in ij.count_cost(model, (32, 32, 3)).rows}

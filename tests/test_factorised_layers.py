@@ -229,7 +229,7 @@ def test_networks_refuse_what_a_plan_cannot_have():
             jax.eval_shape(model.init, KEY, x)
 
 
-TILED = ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed(-1.0))
+TILED = ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed.OPEN)
 
 
 def planned_lenet(spec):

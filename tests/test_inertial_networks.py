@@ -65,10 +65,13 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     ("inertial", "conv"),
     [
-        *((ij.Inertial(1, d, threshold=ij.Fixed(1e9)), ij.Conv(1)) for d in (2, 3, 4)),
-        (ij.Inertial(3, 5, threshold=ij.Fixed(1e9)), ij.Conv()),
         *(
-            (ij.Inertial(3, d, reading="tiled", threshold=ij.Fixed(-1)), ij.Conv())
+            (ij.Inertial(1, d, threshold=ij.Fixed.CLOSED), ij.Conv(1))
+            for d in (2, 3, 4)
+        ),
+        (ij.Inertial(3, 5, threshold=ij.Fixed.CLOSED), ij.Conv()),
+        *(
+            (ij.Inertial(3, d, reading="tiled", threshold=ij.Fixed.OPEN), ij.Conv())
             for d in (4, 5, 6)
         ),
     ],
@@ -108,7 +111,7 @@ def test_dense_weights_fit_a_tiled_network():
         model = dense.clone(plan=ij.Plan((("*", spec),)))
         return model, ij.load_torch(model, state)
 
-    model, opened = tiled(ij.Fixed(-1.0))
+    model, opened = tiled(ij.Fixed.OPEN)
     assert jax.tree.leaves(opened["thresholds"]) == [-1, -1]
     expected = jax.jit(dense.apply)(variables, x)
     actual = jax.jit(model.apply)(opened, x)

@@ -4,9 +4,12 @@ import json
 import statistics
 
 import pytest
+from conftest import ROOT
 
+import inertia_jax as ij
 from train.__main__ import main
-from train.sweep import append_record, read_records
+from train.build import make_model
+from train.sweep import append_record, load_sweep, read_records
 
 pytestmark = pytest.mark.usefixtures("one_device")
 SWEEP = """
@@ -123,3 +126,16 @@ def test_a_sweeps_networks_are_timed_beside_each_other(tmp_path, capsys):
     assert "`batch_size` (=361) must be at most 360" in capsys.readouterr().err
     assert main([*command, "--batch-size", "9", "--steps", "6"]) == 2
     assert "`steps` (=6) must be at most 5, an epoch" in capsys.readouterr().err
+
+
+def test_the_closed_network_of_the_sweep_is_counted_closed():
+    configs = load_sweep(ROOT / "configs/sweeps/cifar10_inertial.py").configs
+
+    def table(name):
+        (config,) = [config for config in configs if config.name == name]
+        return ij.count_cost(make_model(config.model, num_classes=10), (32, 32, 3))
+
+    closed, opened = table("tiled_closed"), table("window_d3m1_weighted_open")
+    assert {row.gate_rate for row in closed.rows} == {None, 0.0}
+    assert {row.gate_rate for row in opened.rows} == {None, 1.0}
+    assert "  0.000  " in str(closed) and "  1.000  " not in str(closed)

@@ -5,7 +5,6 @@ from train.config import Config, Data, Model, Optimizer
 from train.sweep import Sweep
 
 LAYERS = "layer*conv?"  # every 3x3 but the stem
-OPEN, CLOSED = Fixed(-1.0), Fixed(1e9)
 
 
 def window(core_size, region_size, **options):
@@ -22,14 +21,14 @@ SPECS = {
     "dense_1x1": Conv(kernel_size=1),  # the window d=3, m=1 with its gates closed
     "window_d3m1_mean": window(1, 3),
     "window_d3m1_weighted": window(1, 3, **weighted),
-    "window_d3m1_weighted_open": window(1, 3, threshold=OPEN, **weighted),
+    "window_d3m1_weighted_open": window(1, 3, threshold=Fixed.OPEN, **weighted),
     "window_d3m1_weighted_random": window(1, 3, metric="random", **weighted),
     "window_d5m3_mean": window(3, 5),
     "window_d5m3_weighted": window(3, 5, **weighted),
     "tiled_0.5": tiled(Rate(0.5)),
     "tiled_0.25": tiled(Rate(0.25)),
     "tiled_0.1": tiled(Rate(0.1)),
-    "tiled_closed": tiled(CLOSED),  # open is dense_3x3
+    "tiled_closed": tiled(Fixed.CLOSED),  # open is dense_3x3
     "tiled_0.5_random": tiled(Rate(0.5), metric="random"),
     "tiled_0.25_random": tiled(Rate(0.25), metric="random"),
     "tiled_0.1_random": tiled(Rate(0.1), metric="random"),

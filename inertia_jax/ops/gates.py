@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from inertia_jax.ops.settings import GateGradient, check_slope
+from inertia_jax.ops.settings import OPEN, GateGradient, check_slope
 
 
 def is_open(
@@ -94,7 +94,7 @@ def rate_threshold(
     """
     friction = lax.stop_gradient(friction)
     if rate == 1:
-        return jnp.full((), -1, friction.dtype)  # This is below every friction.
+        return jnp.full((), OPEN, friction.dtype)
 
     def over_devices(value: Array, reduce: Any) -> Array:
         return value if axis_name is None else reduce(value, axis_name)

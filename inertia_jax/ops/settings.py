@@ -15,6 +15,9 @@ Combine = Literal[
 Low = Literal["mean", "sample"]
 GateGradient = Literal["none", "ste"]
 
+# Thresholds below and above all friction, which is >= 0.
+OPEN, CLOSED = -1.0, 1e30
+
 
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raises ValueError unless `value` is one of the `Literal` type `choices`."""
