@@ -1,6 +1,6 @@
 """What images tell a compressor: each layer's inputs, and which errors matter."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +9,14 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.calls import check_in_view, first_argument, takes_train
 from inertia_jax.sites import Site
 
-# Of eigenvalues, relative to their mean: inputs that hardly ever occur must not make
-# weights explode where the weighing is undone.
+# The ridge added to the eigenvalues, relative to their mean. Without it, directions
+# that inputs hardly use would blow up when the weighing is undone.
 _RIDGE = 1e-3
 
 
@@ -23,7 +24,7 @@ def checked_images(calibration: Any, name: str = "calibration") -> np.ndarray:
     """Returns images as an array; errors call them `name`.
 
     Raises:
-        ValueError: No batch of images, or such that are not finite.
+        ValueError: The array is no batch of images, or is not finite.
     """
     images = np.asarray(calibration)
     if images.ndim != 4 or not len(images):
@@ -41,26 +42,47 @@ def batched(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [images[i : i + size] for i in range(0, len(images) - size + 1, size)]
 
 
-def apply_as_trained(
-    model: nn.Module, variables: Mapping[str, Any], images: Array
-) -> Array:
-    """Returns a network's outputs, BatchNorm with the batch's own statistics.
+def batch_norm_paths(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """Returns the paths of BatchNorm's running statistics in `batch_stats`."""
+    stats = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+    return {path for path in stats if path[-1] != "friction_mean"}
 
-    Those are what recalibration will give: an error that only shifts or scales a
-    channel does not count. A model whose call has no `train` is called without.
+
+def apply_as_trained(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Array,
+    *,
+    train: bool | None = None,
+) -> tuple[Any, Mapping[str, Any]]:
+    """Returns outputs under the batch's own statistics, and all that the call changed.
+
+    BatchNorm's statistics are those that recalibration will give: an error that only
+    shifts or scales a channel does not count.
+
+    Args:
+        model: The network.
+        variables: Its variables.
+        images: A batch of its inputs.
+        train: What the model is called with. None: whether it has BatchNorm; a model
+            whose call has no `train` is called without, and changes nothing.
+
+    Returns:
+        (outputs, changed): `changed` has `batch_stats` and `thresholds` after the call,
+        and the `intermediates` that layers sowed.
     """
-    if not takes_train(model):
-        return jnp.asarray(model.apply(variables, images))
-    # A mean friction alone is no reason to drop units out.
-    kept = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
-    outputs, _ = model.apply(
+    if train is None:
+        if not takes_train(model):
+            return model.apply(variables, images), {}
+        # The mean friction alone is no reason for train mode, which has dropout on.
+        train = bool(batch_norm_paths(variables))
+    return model.apply(
         variables,
         images,
-        train=any(path[-1] != "friction_mean" for path in kept),
+        train=train,
         mutable=["batch_stats", "thresholds", "intermediates"],
         rngs={"dropout": jax.random.key(0)},
     )
-    return jnp.asarray(outputs)
 
 
 def input_moments(
@@ -77,14 +99,14 @@ def input_moments(
         model: The dense network.
         variables: Its variables.
         sites: The layers.
-        batches: Of its inputs.
+        batches: Batches of its inputs.
 
     Raises:
         ValueError: Inputs that are not finite, or a layer inside `nn.scan` or its like.
     """
 
     @jax.jit
-    def of_batch(variables: Any, batch: Array) -> dict[str, Array]:
+    def batch_moments(variables: Any, batch: Array) -> dict[str, Array]:
         found: dict[str, tuple[Array, int]] = {}
         roots: list[Any] = []
 
@@ -109,7 +131,7 @@ def input_moments(
             apply_as_trained(model, variables, batch)
         return {path: total / count for path, (total, count) in found.items()}
 
-    parts = [jax.device_get(of_batch(variables, batch)) for batch in batches]
+    parts = [jax.device_get(batch_moments(variables, batch)) for batch in batches]
     moments = {
         path: np.mean([part[path].astype(np.float64) for part in parts], axis=0)
         for path in parts[0]
@@ -136,44 +158,59 @@ def weighing(
     return np.stack(roots), np.stack(inverses)
 
 
+def reference_outputs(
+    model: nn.Module, variables: Mapping[str, Any], batches: Sequence[ArrayLike]
+) -> list[Array]:
+    """Returns what a network puts out on each batch of calibration images.
+
+    Raises:
+        ValueError: Outputs that are not finite.
+    """
+    outputs = jax.jit(lambda v, batch: apply_as_trained(model, v, batch)[0])
+    found = [outputs(variables, batch) for batch in batches]
+    if not all(bool(jnp.isfinite(logits).all()) for logits in found):
+        raise ValueError("the outputs on `calibration` must be finite; some are not.")
+    return found
+
+
+def divergence(
+    reference: Float[Array, "n classes"], logits: Float[Array, "n classes"]
+) -> Float[Array, "n"]:
+    """Returns the Kullback-Leibler divergence of each image's softmax, in nats.
+
+    KL(p || q) = sum p (log p - log q), p the reference's softmax and q the other's.
+    """
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    p = jax.nn.log_softmax(reference.astype(wide))
+    q = jax.nn.log_softmax(logits.astype(wide))
+    return (jnp.exp(p) * (p - q)).sum(-1)
+
+
 def divergence_of(
     model: nn.Module, variables: Mapping[str, Any], batches: list[np.ndarray]
 ) -> Callable[[Mapping[str, Any]], float]:
     """Returns a function from other variables to how far they move the outputs.
 
-    The distance is the mean Kullback-Leibler divergence from the softmax of the network
-    as it is, in nats. Other variables of the same shapes compile nothing anew.
+    The distance is the mean `divergence` from the network as it is. Other variables of
+    the same shapes compile nothing anew.
 
     Args:
         model: The network.
-        variables: As they are.
-        batches: Of its inputs.
+        variables: Its variables as they are.
+        batches: Batches of its inputs.
 
     Raises:
         ValueError: Outputs that are not finite.
     """
     device_batches = [jnp.asarray(batch) for batch in batches]
-    outputs = jax.jit(lambda v, batch: apply_as_trained(model, v, batch))
-    dense = [outputs(variables, batch) for batch in device_batches]
-    if not all(bool(jnp.isfinite(logits).all()) for logits in dense):
-        raise ValueError("the outputs on `calibration` must be finite; some are not.")
+    reference = reference_outputs(model, variables, device_batches)
 
     @jax.jit
-    def of_batch(changed: Any, batch: Array, dense: Array) -> Array:
-        logits = apply_as_trained(model, changed, batch)
-        wide = jnp.promote_types(logits.dtype, jnp.float32)
-        p = jax.nn.log_softmax(dense.astype(wide))
-        q = jax.nn.log_softmax(logits.astype(wide))
-        return (jnp.exp(p) * (p - q)).sum(-1).mean()
+    def on_batch(changed: Any, batch: Array, expected: Array) -> Array:
+        return divergence(expected, apply_as_trained(model, changed, batch)[0]).mean()
 
     def measure(changed: Mapping[str, Any]) -> float:
-        return float(
-            np.mean(
-                [
-                    of_batch(changed, batch, logits)
-                    for batch, logits in zip(device_batches, dense, strict=True)
-                ]
-            )
-        )
+        pairs = zip(device_batches, reference, strict=True)
+        return float(np.mean([on_batch(changed, *pair) for pair in pairs]))
 
     return measure

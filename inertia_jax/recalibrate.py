@@ -12,6 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from inertia_jax.calibration import apply_as_trained, batched
+
 
 def recalibrate_batch_norm(
     model: nn.Module,
@@ -48,18 +50,12 @@ def recalibrate_batch_norm(
             f"`batch_size` (={batch_size}) and the number of `images` "
             f"(={len(images)}) must be >= 2."
         )
-    size = min(batch_size, len(images))
+    batches = batched(images, batch_size)
 
     @jax.jit
     def after_a_step(start: Any, batch: Any) -> Any:
-        _, updated = model.apply(
-            {**variables, "batch_stats": start},
-            batch,
-            train=True,
-            mutable=["batch_stats", "thresholds"],
-            rngs={"dropout": jax.random.key(0)},
-        )
-        return updated["batch_stats"]
+        start = {**variables, "batch_stats": start}
+        return apply_as_trained(model, start, batch, train=True)[1]["batch_stats"]
 
     # A step moves statistics s to a s + (1 - a) b, b the batch's: from 0 and from 1 it
     # shows a, so that no layer need say its momentum. On blank images b is small, and
@@ -67,24 +63,23 @@ def recalibrate_batch_norm(
     old = jax.tree.map(jnp.asarray, variables["batch_stats"])
     zeros = jax.tree.map(jnp.zeros_like, old)
     ones = jax.tree.map(jnp.ones_like, zeros)
-    from_zeros = [
-        after_a_step(zeros, images[i : i + size])
-        for i in range(0, len(images) - size + 1, size)
-    ]
-    blank = np.zeros_like(images[:size])
+    from_zeros = [after_a_step(zeros, batch) for batch in batches]
+    blank = np.zeros_like(batches[0])
     kept = jax.tree.map(
         jnp.subtract, after_a_step(ones, blank), after_a_step(zeros, blank)
     )
 
     def batch_statistics(moved: Array, kept: Array, old: Array) -> Array:
-        # What training does not move, stays.
+        # Statistics that training does not move are kept.
         return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)
 
-    batches = [
+    measured = [
         traverse_util.flatten_dict(jax.tree.map(batch_statistics, moved, kept, old))
         for moved in from_zeros
     ]
-    stacked = {path: jnp.stack([b[path] for b in batches]) for path in batches[0]}
+    stacked = {
+        path: jnp.stack([stats[path] for stats in measured]) for path in measured[0]
+    }
     stats = {path: values.mean(0) for path, values in stacked.items()}
     for path in stats:
         mean_path = (*path[:-1], "mean")

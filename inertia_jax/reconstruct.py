@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calibration import apply_as_trained, batched, checked_images
+from inertia_jax.calibration import (
+    apply_as_trained,
+    batch_norm_paths,
+    batched,
+    checked_images,
+)
 from inertia_jax.calls import check_in_view, first_argument, record_calls
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.kinds import kind_of, linear_parts
@@ -91,7 +95,7 @@ def reconstruct(
     checked = checked_images(images, "images")
     if len(checked) < LEAST_IMAGES:
         raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
-    if _normalised(variables) != _normalised(dense[1]):
+    if batch_norm_paths(variables) != batch_norm_paths(dense[1]):
         raise ValueError(
             "`dense` must have BatchNorm where `model` has it; fold after fitting."
         )
@@ -146,12 +150,6 @@ def _fitted(
     for part in parts:
         leaves = layer.fit(leaves, part, seen, held_out, iterations)
     return leaves
-
-
-def _normalised(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
-    """Returns where a network has BatchNorm."""
-    stats = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
-    return {path for path in stats if path[-1] != "friction_mean"}
 
 
 def _without_ladders(model: nn.Module) -> nn.Module:

@@ -11,6 +11,12 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from inertia_jax.calibration import (
+    apply_as_trained,
+    batched,
+    divergence,
+    reference_outputs,
+)
 from inertia_jax.cost import count_cost
 from inertia_jax.cost_table import CostTable
 from inertia_jax.plan import Plan
@@ -19,7 +25,6 @@ from inertia_jax.specs import CLOSED, OPEN, Inertial
 # Shares of open tiles that a layer is tried at, one after the other.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
 _BISECTIONS = 6
-# Below every friction, and above: all tiles open, all closed.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +32,11 @@ class SearchState:
     """Thresholds, and what they do to the calibration images.
 
     Attributes:
-        thresholds: By path.
+        thresholds: Each layer's threshold, by path.
         rates: Measured shares of open tiles, by path.
         divergence: Mean Kullback-Leibler divergence from the dense network, in nats.
-        frictions: Of each layer's tiles, sorted.
-        cost: Everything counted, in MACs an image.
+        frictions: The frictions of each layer's tiles, sorted, by path.
+        cost: MACs of the whole network, an image.
     """
 
     thresholds: dict[str, float]
@@ -62,21 +67,13 @@ class ThresholdSearch:
             batch_size: Images a call; what fills no whole batch is left out.
 
         Raises:
-            ValueError: Outputs are not finite.
+            ValueError: Outputs that are not finite.
         """
         rules = Plan((*specs.items(), *model.plan.rules)).without_ladders().rules
         self._model = model.clone(plan=Plan(rules))
         self._variables = variables
-        self._batches = [
-            jnp.asarray(images[i : i + batch_size])
-            for i in range(0, max(1, len(images) - batch_size + 1), batch_size)
-        ]
-        dense = jax.jit(lambda v, batch: self._logits(model, v, batch)[0])
-        self._dense = [dense(variables, batch) for batch in self._batches]
-        if not all(bool(jnp.isfinite(logits).all()) for logits in self._dense):
-            raise ValueError(
-                "the outputs on `calibration` must be finite; some are not."
-            )
+        self._batches = [jnp.asarray(batch) for batch in batched(images, batch_size)]
+        self._dense = reference_outputs(model, variables, self._batches)
         shape = images.shape[1:]
         self._dense_cost = count_cost(model, shape)
         closed = count_cost(self._model, shape, gate_rates=dict.fromkeys(specs, 0.0))
@@ -85,36 +82,20 @@ class ThresholdSearch:
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
 
-    @staticmethod
-    def _logits(model: nn.Module, variables: Mapping[str, Any], batch: Any) -> Any:
-        """Returns logits under the batch's own statistics, and what was sown."""
-        has_statistics = "batch_stats" in variables
-        return model.apply(
-            variables,
-            batch,
-            train=has_statistics,
-            mutable=["intermediates", "batch_stats"],
-            rngs={"dropout": jax.random.key(0)},
-        )
-
     def _forward(
         self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
     ) -> Any:
         nested = traverse_util.unflatten_dict(
             {(*path.split("/"), "threshold"): t for path, t in thresholds.items()}
         )
-        logits, sown = self._logits(
+        logits, changed = apply_as_trained(
             self._model, {**variables, "thresholds": nested}, batch
         )
-        wide = jnp.promote_types(logits.dtype, jnp.float32)
-        p = jax.nn.log_softmax(dense.astype(wide))
-        q = jax.nn.log_softmax(logits.astype(wide))
-        divergence = (jnp.exp(p) * (p - q)).sum(-1)
-        flat = traverse_util.flatten_dict(sown.get("intermediates", {}))
+        flat = traverse_util.flatten_dict(changed.get("intermediates", {}))
         named: dict[str, dict[str, Any]] = {"gate_rate": {}, "friction": {}}
         for (*path, name), value in flat.items():
             named[name]["/".join(path)] = value[0]
-        return divergence, named["gate_rate"], named["friction"]
+        return divergence(dense, logits), named["gate_rate"], named["friction"]
 
     def measure(self, thresholds: dict[str, float]) -> SearchState:
         """Runs the calibration images with these thresholds."""
@@ -124,12 +105,12 @@ class ThresholdSearch:
             for batch, dense in zip(self._batches, self._dense, strict=True)
         ]
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        divergence, gate_rates, frictions = joined
+        divergences, gate_rates, frictions = joined
         rates = {path: float(gate_rates[path].mean()) for path in self._paths}
         return SearchState(
             thresholds=thresholds,
             rates=rates,
-            divergence=float(divergence.mean()),
+            divergence=float(divergences.mean()),
             frictions={p: np.sort(f, axis=None) for p, f in frictions.items()},
             cost=self.cost(rates),
         )
@@ -173,7 +154,7 @@ class ThresholdSearch:
             _, path = heapq.heappop(queue)
             tried = self.with_rate(state, path, _RATES[levels[path] + 1])
             while tried.cost >= state.cost and levels[path] + 2 < len(_RATES):
-                levels[path] += 1  # friction takes what this rate saves
+                levels[path] += 1  # friction costs more than this rate saves
                 tried = self.with_rate(state, path, _RATES[levels[path] + 1])
             saved = max(state.cost - tried.cost, 1e-9)
             score = (tried.divergence - state.divergence) / saved
