@@ -18,7 +18,7 @@ from inertia_jax.allocation import (
 )
 from inertia_jax.calibration import divergence_of
 from inertia_jax.cost import count_cost
-from inertia_jax.factorise import Weighed
+from inertia_jax.factorise import WeighedKernel
 from inertia_jax.latency import model_latency_ms, site_latencies_ms
 from inertia_jax.ops.ranks import lower_hull
 from inertia_jax.ranks import Budget
@@ -37,7 +37,7 @@ def choose_ranks(
     budget: Budget,
     now: tuple[nn.Module, Mapping[str, Any]],
     dense: tuple[nn.Module, Mapping[str, Any]],
-    weighed: Mapping[str, Weighed],
+    kernels: Mapping[str, WeighedKernel],
     batches: list[np.ndarray],
     *,
     image_shape: tuple[int, ...],
@@ -49,7 +49,7 @@ def choose_ranks(
         budget: What to keep to.
         now: The network as it is, and its variables.
         dense: With its factors multiplied out: shares are of its cost.
-        weighed: The convolutions that may change, by path, as they stand.
+        kernels: The convolutions that may change, by path, as they stand.
         batches: Of its inputs; empty: relative errors are summed instead.
         image_shape: [h, w, c].
         round_to: Ranks become multiples of it.
@@ -57,10 +57,10 @@ def choose_ranks(
     Raises:
         ValueError: A budget that no ranks can meet; says the least possible.
     """
-    sites = {path: of.site for path, of in weighed.items()}
+    sites = {path: of.site for path, of in kernels.items()}
     grids = {
         path: make_grid(of.site, of.kernel, round_to=round_to)
-        for path, of in weighed.items()
+        for path, of in kernels.items()
     }
     if budget.of == "latency":
         grids = {path: _thinned(sites[path], grid) for path, grid in grids.items()}
@@ -91,7 +91,7 @@ def choose_ranks(
         )
     errors = {path: lambda lost: lost for path in sites}
     if batches:
-        errors = _measured_errors(*dense, weighed, grids, batches)
+        errors = _measured_errors(*dense, kernels, grids, batches)
     forms = {
         path: all_forms(site, grids[path], cost=costs[path], error=errors[path])
         for path, site in sites.items()
@@ -151,7 +151,7 @@ def _latencies(
 def _measured_errors(
     model: nn.Module,
     variables: Mapping[str, Any],
-    weighed: Mapping[str, Weighed],
+    kernels: Mapping[str, WeighedKernel],
     grids: Mapping[str, RankGrid],
     batches: list[np.ndarray],
 ) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
@@ -162,7 +162,7 @@ def _measured_errors(
     """
     divergence = divergence_of(model, variables, batches)
     functions: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
-    for path, of in weighed.items():
+    for path, of in kernels.items():
         macs = np.array([of.site.macs(spec) for spec in grids[path].specs], float)
         hull = lower_hull(macs, grids[path].errors)
         lost = [float(grids[path].errors[i]) for i in hull]

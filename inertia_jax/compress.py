@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from inertia_jax.budget import choose_ranks
 from inertia_jax.calibration import batched, checked_images, input_moments
-from inertia_jax.factorise import Weighed
+from inertia_jax.factorise import WeighedKernel
 from inertia_jax.kinds import bias_of
 from inertia_jax.models import image_shape_of
 from inertia_jax.ops.tucker import Method
@@ -83,6 +83,49 @@ def compress(
     References:
         Kim et al., 2016, https://arxiv.org/abs/1511.06530
     """
+    _check_options(ranks, round_to, batch_size)
+    images = None if calibration is None else checked_images(calibration)
+    shape = _image_shape(model, image_shape, images)
+    every = find_sites(model, variables, shape)
+    sites = _wanted_sites(every, layers, keep_stem)
+    _check_globs(ranks, every)
+
+    dense = _multiplied_out(model, variables, every)
+    batches = [] if images is None else batched(images, batch_size)
+    moments = input_moments(*dense, sites, batches) if batches else {}
+    kernels = {path: WeighedKernel(s, moments.get(path)) for path, s in sites.items()}
+
+    if isinstance(ranks, Budget):
+        specs = choose_ranks(
+            ranks,
+            (model, variables),
+            dense,
+            kernels,
+            batches,
+            image_shape=shape,
+            round_to=round_to,
+        )
+    else:
+        specs = {
+            path: rank_by_rule(ranks, site, kernels[path].kernel, round_to=round_to)
+            for path, site in sites.items()
+        }
+        if only_cheaper and not isinstance(ranks, Plan):
+            specs = {
+                path: spec
+                for path, spec in specs.items()
+                if sites[path].macs(spec) < sites[path].macs(sites[path].spec)
+            }
+
+    changed = {path: s for path, s in specs.items() if s != sites[path].spec}
+    leaves = {
+        path: kernels[path].parameters(spec, leaves_at(variables, path), method=method)
+        for path, spec in changed.items()
+    }
+    return _with_rules(model, changed), with_leaves(variables, leaves)
+
+
+def _check_options(ranks: Any, round_to: int, batch_size: int) -> None:
     if not isinstance(ranks, RankRule | Budget):
         raise ValueError(
             f"`ranks` (={ranks!r}) must be a Ratio, Energy, Evbmf, Budget or Plan."
@@ -93,57 +136,30 @@ def compress(
         raise ValueError(f"`round_to` (={round_to}) must be 1 with explicit ranks.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
-    images = None if calibration is None else checked_images(calibration)
-    shape = _image_shape(model, image_shape, images)
-    every = find_sites(model, variables, shape)
-    stem = next(iter(every), None)
-    sites = {
-        path: site
-        for path, site in every.items()
-        if fnmatch.fnmatchcase(path, layers) and not (keep_stem and path == stem)
-    }
-    if not sites:
+
+
+def _check_globs(ranks: RankRule | Budget, sites: Mapping[str, Site]) -> None:
+    """Raises ValueError if an explicit rule matches no convolution."""
+    for glob, _ in ranks.rules if isinstance(ranks, Plan) else ():
+        if not fnmatch.filter(sites, glob):
+            raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
+
+
+def _wanted_sites(
+    every: Mapping[str, Site], layers: str, keep_stem: bool
+) -> dict[str, Site]:
+    """Returns the convolutions that may change.
+
+    Raises:
+        ValueError: There is none.
+    """
+    sites = list(every.items())[1 if keep_stem else 0 :]
+    wanted = {p: site for p, site in sites if fnmatch.fnmatchcase(p, layers)}
+    if not wanted:
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution that can be factorised."
         )
-    if isinstance(ranks, Plan):
-        for glob, _ in ranks.rules:
-            if not fnmatch.filter(every, glob):
-                raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
-    batches = [] if images is None else batched(images, batch_size)
-    weighed = {path: Weighed(site) for path, site in sites.items()}
-    dense = _multiplied_out(model, variables, every)
-    if batches:
-        moments = input_moments(*dense, sites, batches)
-        weighed = {p: Weighed(site, moments[p]) for p, site in sites.items()}
-    if isinstance(ranks, Budget):
-        specs = choose_ranks(
-            ranks,
-            (model, variables),
-            dense,
-            weighed,
-            batches,
-            image_shape=shape,
-            round_to=round_to,
-        )
-    else:
-        specs = {
-            path: rank_by_rule(ranks, site, weighed[path].kernel, round_to=round_to)
-            for path, site in sites.items()
-        }
-        if only_cheaper and not isinstance(ranks, Plan):
-            specs = {
-                path: spec
-                for path, spec in specs.items()
-                if sites[path].macs(spec) < sites[path].macs(sites[path].spec)
-            }
-    changed = {
-        path: weighed[path].parameters(spec, leaves_at(variables, path), method=method)
-        for path, spec in specs.items()
-        if spec != sites[path].spec
-    }
-    rules = {path: specs[path] for path in changed}
-    return _with_rules(model, rules), with_leaves(variables, changed)
+    return wanted
 
 
 def decompress(

@@ -18,7 +18,7 @@ from inertia_jax.sites import Factorised, Site
 from inertia_jax.specs import Conv, LowRank
 
 
-class Weighed:
+class WeighedKernel:
     """A convolution with its kernel weighed by the inputs it sees.
 
     Attributes:
