@@ -1,53 +1,81 @@
 """What convolutions may become on a grid of ranks, and the choice of all together."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
-from inertia_jax.ops.ranks import kept_energy, lower_hull, mode_spectra
+from inertia_jax.ops.ranks import kept_energy, mode_spectra
 from inertia_jax.ops.tucker import tucker2
 from inertia_jax.ops.unfold import max_ranks, split_groups
 from inertia_jax.sites import Factorised, Site
 from inertia_jax.specs import Conv, LowRank, Tucker2
 
-# Steps into which a layer's channels are cut.
+# The most steps into which a layer's channels are cut.
 _RANK_STEPS = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """What one convolution may become: the lower hull of error over cost.
-
-    The first is what it is, of error 0; the cost falls from each to the next.
+class Forms(NamedTuple):
+    """What one convolution may become.
 
     Attributes:
         specs: The forms.
-        costs: Of each, in the units of the budget.
-        errors: Of each.
+        costs: The cost of each form.
+        errors: The error of each form.
     """
 
     specs: tuple[Conv | Factorised, ...]
-    costs: tuple[float, ...]
-    errors: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class RankGrid:
-    """The forms that ranks on a grid give a convolution.
-
-    Attributes:
-        specs: The forms.
-        errors: Share of the kernel's energy that each loses, in [0, 1].
-    """
-
-    specs: tuple[Factorised, ...]
+    costs: np.ndarray
     errors: np.ndarray
 
+    def take(self, indices: Iterable[int]) -> "Forms":
+        """Returns some of the forms, in the order of `indices`."""
+        kept = list(indices)
+        specs = tuple(self.specs[i] for i in kept)
+        return Forms(specs, self.costs[kept], self.errors[kept])
 
-def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
-    """Returns all ranks on a grid of at most 64 steps a side, and what each loses.
+    def hull(self) -> "Forms":
+        """Returns the forms on the lower hull of error over cost, by rising cost."""
+        return self.take(lower_hull(self.costs, self.errors))
+
+
+def lower_hull(
+    costs: Float[ArrayLike, "k"] | Sequence[float],
+    errors: Float[ArrayLike, "k"] | Sequence[float],
+) -> list[int]:
+    """Returns which points lie on the lower convex hull, by rising cost.
+
+    From the cheapest point to that of least error, every step buys less error for its
+    cost than the one before: the points that some price of cost makes the best.
+
+    Args:
+        costs: The cost of each choice.
+        errors: The error of each choice.
+    """
+    costs, errors = np.asarray(costs, np.float64), np.asarray(errors, np.float64)
+    hull: list[int] = []
+    for i in np.lexsort((errors, costs)):
+        if hull and errors[i] >= errors[hull[-1]]:
+            continue
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            slope_ab = (errors[b] - errors[a]) * (costs[i] - costs[a])
+            slope_ai = (errors[i] - errors[a]) * (costs[b] - costs[a])
+            if slope_ab < slope_ai:
+                break
+            hull.pop()
+        hull.append(int(i))
+    return hull
+
+
+def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
+    """Returns the forms with ranks on a grid of at most 64 steps a side.
+
+    Costs are MACs; errors are the shares of the kernel's energy that are lost, in
+    [0, 1].
 
     Args:
         site: The convolution.
@@ -65,7 +93,7 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
         kept = np.cumsum(energy)
         kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
         factors = tuple(LowRank(rank) for rank in ranks)
-        return RankGrid(factors, 1 - kept[np.asarray(ranks) - 1])
+        return _with_macs(site, factors, 1 - kept[np.asarray(ranks) - 1])
     full = tucker2(
         kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
     )
@@ -79,7 +107,11 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> RankGrid:
     ]
     errors = np.array([1 - kept[i - 1, o - 1] for i, o in pairs])
     specs = tuple(Tucker2(i, o, core=site.core) for i, o in pairs)
-    return RankGrid(specs, errors)
+    return _with_macs(site, specs, errors)
+
+
+def _with_macs(site: Site, specs: tuple[Factorised, ...], errors: np.ndarray) -> Forms:
+    return Forms(specs, np.array([site.macs(spec) for spec in specs], float), errors)
 
 
 def _steps(most: int, round_to: int) -> list[int]:
@@ -88,51 +120,40 @@ def _steps(most: int, round_to: int) -> list[int]:
     return sorted({*first, *range(step, most + 1, step), most})
 
 
-Forms = tuple[tuple[Conv | Factorised, ...], np.ndarray, np.ndarray]
-
-
 def all_forms(
     site: Site,
-    grid: RankGrid,
+    grid: Forms,
     *,
-    cost: Callable[[Conv | Factorised], float],
-    error: Callable[[np.ndarray], np.ndarray],
+    cost_of: Callable[[Conv | Factorised], float],
+    error_of: Callable[[np.ndarray], np.ndarray],
 ) -> Forms:
-    """Returns what a convolution is, and all cheaper forms, with costs and errors.
+    """Returns a convolution's present form, of error 0, and all cheaper forms.
 
     Args:
         site: The convolution.
-        grid: Its forms.
-        cost: Of a form.
-        error: Of lost shares of energy, what is to be made small.
+        grid: Its forms, with the shares of energy that they lose.
+        cost_of: The cost of a form, in the units of the budget.
+        error_of: What is to be made small, as a function of lost shares of energy.
     """
-    specs: list[Conv | Factorised] = [site.spec, *grid.specs]
-    costs = np.array([cost(spec) for spec in specs], float)
-    errors = np.concatenate([[0.0], error(grid.errors)])
-    kept = np.flatnonzero((costs < costs[0]) | (np.arange(len(specs)) == 0))
-    return tuple(specs[i] for i in kept), costs[kept], errors[kept]
+    specs = (site.spec, *grid.specs)
+    costs = np.array([cost_of(spec) for spec in specs], float)
+    forms = Forms(specs, costs, np.concatenate([[0.0], error_of(grid.errors)]))
+    return forms.take([0, *np.flatnonzero(costs < costs[0])])
 
 
-def make_choices(forms: Forms) -> Choices:
-    """Returns the forms of a convolution that are worth their cost.
+def make_choices(forms: Forms) -> Forms:
+    """Returns the present form and those that are worth their cost, which falls.
 
     Args:
-        forms: As `all_forms` gives them.
+        forms: What `all_forms` returns.
     """
-    specs, costs, errors = forms
-    hull = lower_hull(costs, errors)
-    if hull[-1] != 0:  # a form of no error at less cost replaces what stands there
-        hull.append(0)
-    hull = hull[::-1]
-    return Choices(
-        tuple(specs[i] for i in hull),
-        tuple(float(costs[i]) for i in hull),
-        tuple(float(errors[i]) for i in hull),
-    )
+    hull = lower_hull(forms.costs, forms.errors)[::-1]
+    # The present form is kept in front where a cheaper one has no error either.
+    return forms.take(dict.fromkeys([0, *hull]))
 
 
 def allocate(
-    choices: Mapping[str, Choices], *, fixed: float, budget: float
+    choices: Mapping[str, Forms], *, fixed: float, budget: float
 ) -> dict[str, Conv | Factorised]:
     """Returns the forms of least summed error within a budget that can be met.
 
@@ -140,19 +161,19 @@ def allocate(
     in the order of error added for cost saved, until the budget is met.
 
     Args:
-        choices: Of each convolution.
-        fixed: Cost of all else.
-        budget: Of everything.
+        choices: What `make_choices` returns for each convolution.
+        fixed: The cost of everything else.
+        budget: The cost allowed for everything.
 
     Raises:
         ValueError: A budget that no forms can meet.
     """
     steps = []
-    for path, of in choices.items():
-        for i in range(1, len(of.specs)):
-            saved = of.costs[i - 1] - of.costs[i]
-            steps.append(((of.errors[i] - of.errors[i - 1]) / saved, path, i, saved))
-    total = fixed + sum(of.costs[0] for of in choices.values())
+    for path, (specs, costs, errors) in choices.items():
+        for i in range(1, len(specs)):
+            saved = costs[i - 1] - costs[i]
+            steps.append(((errors[i] - errors[i - 1]) / saved, path, i, saved))
+    total = fixed + sum(forms.costs[0] for forms in choices.values())
     at = dict.fromkeys(choices, 0)
     for _, path, i, saved in sorted(steps):
         if total <= budget:
@@ -165,7 +186,7 @@ def allocate(
     for _, path, i, saved in sorted(steps, reverse=True):
         if at[path] == i and total + saved <= budget:
             at[path], total = i - 1, total + saved
-    return {path: of.specs[at[path]] for path, of in choices.items()}
+    return {path: forms.specs[at[path]] for path, forms in choices.items()}
 
 
 def spend_rest(
@@ -173,18 +194,17 @@ def spend_rest(
     forms: Mapping[str, Forms],
     rest: float,
 ) -> dict[str, Conv | Factorised]:
-    """Returns better forms for what a budget has left, also such off the hull.
+    """Returns better forms, also such off the hull, for what is left of a budget.
 
-    Again and again, of all layers, the one takes the best form it can afford that so
-    gains most.
+    Again and again, every layer looks for its best form among those it can afford, and
+    the layer that gains most takes it.
 
     Args:
         specs: The forms chosen so far.
-        forms: All there are of each convolution, with their costs and errors.
+        forms: All forms of each convolution.
         rest: What is left of the budget.
     """
-    chosen = dict(specs)
-    at = {path: forms[path][0].index(spec) for path, spec in specs.items()}
+    at = {path: forms[path].specs.index(spec) for path, spec in specs.items()}
     while True:
         gains = []
         for path, (_, costs, errors) in forms.items():
@@ -193,7 +213,7 @@ def spend_rest(
             gains.append((errors[here] - errors[best], path, best))
         gain, path, best = max(gains)
         if not gain > 0:
-            return chosen
-        costs = forms[path][1]
+            return {path: forms[path].specs[i] for path, i in at.items()}
+        costs = forms[path].costs
         rest -= float(costs[best] - costs[at[path]])
-        at[path], chosen[path] = best, forms[path][0][best]
+        at[path] = best

@@ -1,5 +1,6 @@
 """All ranks of a network together, for the least error within a budget."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax.allocation import (
-    RankGrid,
+    Forms,
     all_forms,
     allocate,
     make_choices,
@@ -20,14 +21,13 @@ from inertia_jax.calibration import divergence_of
 from inertia_jax.cost import count_cost
 from inertia_jax.factorise import WeighedKernel
 from inertia_jax.latency import model_latency_ms, site_latencies_ms
-from inertia_jax.ops.ranks import lower_hull
 from inertia_jax.ranks import Budget
 from inertia_jax.sites import Factorised, Site, leaves_at, with_leaves
 from inertia_jax.specs import Conv
 
-# Lost shares of energy at which a layer's effect on the outputs is measured.
+# The lost shares of energy at which a layer's effect on the outputs is measured.
 _PROBES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
-# Forms of a layer whose latency is measured, from the least MACs to the most.
+# The most forms of a layer whose latency is measured.
 _TIMED_FORMS = 8
 
 Costs = dict[str, Callable[[Conv | Factorised], float]]
@@ -46,21 +46,22 @@ def choose_ranks(
     """Returns the form of every convolution.
 
     Args:
-        budget: What to keep to.
+        budget: The share of the dense network's cost to keep to.
         now: The network as it is, and its variables.
-        dense: With its factors multiplied out: shares are of its cost.
+        dense: The network with its factors multiplied out, and its variables.
         kernels: The convolutions that may change, by path, as they stand.
-        batches: Of its inputs; empty: relative errors are summed instead.
+        batches: Batches of the network's inputs; without any, the relative errors of
+            the kernels are summed.
         image_shape: [h, w, c].
         round_to: Ranks become multiples of it.
 
     Raises:
         ValueError: A budget that no ranks can meet; says the least possible.
     """
-    sites = {path: of.site for path, of in kernels.items()}
+    sites = {path: kernel.site for path, kernel in kernels.items()}
     grids = {
-        path: make_grid(of.site, of.kernel, round_to=round_to)
-        for path, of in kernels.items()
+        path: make_grid(kernel.site, kernel.kernel, round_to=round_to)
+        for path, kernel in kernels.items()
     }
     if budget.of == "latency":
         grids = {path: _thinned(sites[path], grid) for path, grid in grids.items()}
@@ -72,16 +73,15 @@ def choose_ranks(
         }
     total = _cost(budget, *dense, image_shape)
     present = total if now[0] is dense[0] else _cost(budget, *now, image_shape)
-    # Timed one by one, layers may take longer than the network; a share is of both.
-    total = max(total, sum(cost(Conv()) for cost in costs.values()))
-    # What the layers take as they are, the network's cost counts too.
-    taken = sum(cost(sites[path].spec) for path, cost in costs.items())
+    # The layers' times may sum to more than the network's; shares are of the larger.
+    total = max(total, sum(cost_of(Conv()) for cost_of in costs.values()))
+    # The present cost of the network contains that of the layers.
+    taken = sum(cost_of(sites[path].spec) for path, cost_of in costs.items())
     fixed = max(0.0, present - taken)
-    cheapest = {
-        path: min(cost(spec) for spec in (sites[path].spec, *grids[path].specs))
-        for path, cost in costs.items()
-    }
-    least = fixed + sum(cheapest.values())
+    least = fixed + sum(
+        min(map(cost_of, (sites[path].spec, *grids[path].specs)))
+        for path, cost_of in costs.items()
+    )
     if least > budget.share * total * (1 + 1e-12):
         # Rounded up: the share that is named must be one that can be met.
         share = math.ceil(1e4 * least / total) / 1e4
@@ -93,12 +93,12 @@ def choose_ranks(
     if batches:
         errors = _measured_errors(*dense, kernels, grids, batches)
     forms = {
-        path: all_forms(site, grids[path], cost=costs[path], error=errors[path])
+        path: all_forms(site, grids[path], cost_of=costs[path], error_of=errors[path])
         for path, site in sites.items()
     }
-    choices = {path: make_choices(of) for path, of in forms.items()}
+    choices = {path: make_choices(every) for path, every in forms.items()}
     specs = allocate(choices, fixed=fixed, budget=budget.share * total)
-    taken = sum(cost(specs[path]) for path, cost in costs.items())
+    taken = sum(cost_of(specs[path]) for path, cost_of in costs.items())
     return spend_rest(specs, forms, budget.share * total - fixed - taken)
 
 
@@ -117,20 +117,20 @@ def _cost(
     return float(table.macs if budget.of == "macs" else table.params)
 
 
-def _thinned(site: Site, grid: RankGrid) -> RankGrid:
-    """Keeps the forms of least error for their MACs, and of those a few."""
-    macs = np.array([site.macs(spec) for spec in grid.specs], float)
-    hull = [i for i in lower_hull(macs, grid.errors) if macs[i] < site.macs(Conv())]
-    places = np.linspace(0, len(hull) - 1, min(_TIMED_FORMS, len(hull)))
-    kept = [hull[round(place)] for place in places]
-    return RankGrid(tuple(grid.specs[i] for i in kept), grid.errors[kept])
+def _thinned(site: Site, grid: Forms) -> Forms:
+    """Returns a few of the forms of least error for their MACs."""
+    hull = grid.hull()
+    hull = hull.take(np.flatnonzero(hull.costs < site.macs(Conv())))
+    count = len(hull.specs)
+    places = np.linspace(0, count - 1, min(_TIMED_FORMS, count))
+    return hull.take(round(place) for place in places)
 
 
 def _latencies(
     budget: Budget,
     model: nn.Module,
     sites: Mapping[str, Site],
-    grids: Mapping[str, RankGrid],
+    grids: Mapping[str, Forms],
 ) -> Costs:
     """Returns each layer's time by form, in milliseconds."""
     dtype = getattr(model, "dtype", None) or jnp.float32
@@ -139,12 +139,12 @@ def _latencies(
     for path, site in sites.items():
         wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
         missing = [spec for spec in wanted if (site.geometry, spec) not in measured]
-        times = site_latencies_ms(
+        found = site_latencies_ms(
             site, missing, batch_size=budget.batch_size, dtype=dtype
         )
-        measured |= {(site.geometry, s): t for s, t in zip(missing, times, strict=True)}
-        of = {spec: measured[site.geometry, spec] for spec in wanted}
-        costs[path] = of.__getitem__
+        measured |= {(site.geometry, s): t for s, t in zip(missing, found, strict=True)}
+        times = {spec: measured[site.geometry, spec] for spec in wanted}
+        costs[path] = times.__getitem__
     return costs
 
 
@@ -152,41 +152,34 @@ def _measured_errors(
     model: nn.Module,
     variables: Mapping[str, Any],
     kernels: Mapping[str, WeighedKernel],
-    grids: Mapping[str, RankGrid],
+    grids: Mapping[str, Forms],
     batches: list[np.ndarray],
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Returns, of each layer, the outputs' divergence by the share of energy lost.
+) -> dict[str, Callable[[np.ndarray], Any]]:
+    """Returns each layer's divergence of the outputs by the share of energy lost.
 
     One layer at a time is replaced by the dense kernel that its factors stand for, so
     that nothing compiles anew; between the probes the divergence is interpolated.
     """
     divergence = divergence_of(model, variables, batches)
-    functions: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
-    for path, of in kernels.items():
-        macs = np.array([of.site.macs(spec) for spec in grids[path].specs], float)
-        hull = lower_hull(macs, grids[path].errors)
-        lost = [float(grids[path].errors[i]) for i in hull]
-        # A layer that has no cheaper form has none to probe.
-        near = [np.abs(np.array(lost) - p) for p in _PROBES if lost]
-        probes = {int(np.argmin(distance)) for distance in near}
+    functions: dict[str, Callable[[np.ndarray], Any]] = {}
+    for path, layer in kernels.items():
+        specs, _, lost = grids[path].hull()
+        # A layer without a cheaper form has none to probe.
+        probes = {int(np.argmin(np.abs(lost - p))) for p in _PROBES if specs}
         points = [(0.0, 0.0)]
-        for at in sorted(probes, key=lambda at: lost[at]):
-            spec = grids[path].specs[hull[at]]
+        for i in sorted(probes, key=lambda i: lost[i]):
+            spec: Any = specs[i]  # a grid has no dense form
             # By HOSVD: which layers matter shows without HOOI's last improvement.
-            kernel = of.dense_kernel(spec)
-            leaves = {"kernel": jnp.asarray(kernel, of.site.kernel.dtype)}
+            kernel = layer.dense_kernel(spec)
+            leaves = {"kernel": jnp.asarray(kernel, layer.site.kernel.dtype)}
             changed = with_leaves(
                 variables, {path: {**leaves_at(variables, path), **leaves}}
             )
             # Noise must not make a larger error look like a smaller one.
             worst = max(points[-1][1], divergence(changed))
-            points.append((lost[at], worst))
+            points.append((float(lost[i]), worst))
         x, y = np.array(points).T
         if x[-1] < 1:  # beyond the last probe, in proportion
             x, y = np.append(x, 1.0), np.append(y, y[-1] / max(x[-1], 1e-12))
-        functions[path] = _interpolated(x, y)
+        functions[path] = functools.partial(np.interp, xp=x, fp=y)
     return functions
-
-
-def _interpolated(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda lost: np.asarray(np.interp(lost, x, y))

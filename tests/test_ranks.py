@@ -8,8 +8,15 @@ import pytest
 
 import inertia_jax as ij
 from inertia_jax import ops
-from inertia_jax.allocation import Choices, allocate, make_grid, spend_rest
-from inertia_jax.ops.ranks import kept_energy, lower_hull, mode_spectra
+from inertia_jax.allocation import (
+    Forms,
+    allocate,
+    lower_hull,
+    make_choices,
+    make_grid,
+    spend_rest,
+)
+from inertia_jax.ops.ranks import kept_energy, mode_spectra
 from inertia_jax.ranks import rounded
 from inertia_jax.sites import Site
 
@@ -204,6 +211,8 @@ def test_a_grid_says_what_every_pair_of_ranks_loses(shape, groups, x64):
     pairs = [(spec.rank_in, spec.rank_out) for spec in grid.specs]
     sides = range(1, shape[2] + 1), range(1, shape[3] // groups + 1)
     assert pairs == list(itertools.product(*sides))
+    layer = site(shape, groups=groups)
+    assert list(grid.costs) == [layer.macs(spec) for spec in grid.specs]
     for (r_in, r_out), error in zip(pairs, grid.errors, strict=True):
         lost = sum(
             np.sum((part - truncated(part, r_in, r_out)) ** 2)
@@ -270,6 +279,18 @@ def test_lower_hull_is_that_of_its_definition():
     assert lower_hull(np.zeros(0), np.zeros(0)) == []
 
 
+def test_choices_begin_with_what_stands_there():
+    specs = tuple(ij.LowRank(rank) for rank in (9, 5, 3, 1))
+    costs = np.array([9.0, 5, 3, 1])
+    # The third lies above the hull.
+    choices = make_choices(Forms(specs, costs, np.array([0.0, 1, 8, 9])))
+    assert choices.specs == (specs[0], specs[1], specs[3])
+    assert list(choices.costs) == [9, 5, 1] and list(choices.errors) == [0, 1, 9]
+    # The second loses nothing either: it comes next, and both are kept.
+    choices = make_choices(Forms(specs, costs, np.array([0.0, 0, 8, 9])))
+    assert choices.specs == (specs[0], specs[1], specs[3])
+
+
 def random_choices(rng, count):
     """Convex choices of some convolutions, cost falling, error rising from 0."""
     choices = {}
@@ -280,7 +301,7 @@ def random_choices(rng, count):
         costs = saved.sum() + 1 - np.concatenate([[0], saved.cumsum()])
         errors = np.concatenate([[0], (slopes * saved).cumsum()])
         specs = tuple(ij.LowRank(points + 1 - i) for i in range(points + 1))
-        choices[f"layer{n}"] = Choices(specs, tuple(costs), tuple(errors))
+        choices[f"layer{n}"] = Forms(specs, costs, errors)
     return choices
 
 
@@ -295,19 +316,19 @@ def test_allocation_is_as_good_as_an_exhaustive_search_up_to_a_step():
     for seed in range(60):
         rng = np.random.default_rng(seed)
         choices = random_choices(rng, 4)
-        most = sum(of.costs[0] for of in choices.values())
-        least = sum(of.costs[-1] for of in choices.values())
+        most = sum(forms.costs[0] for forms in choices.values())
+        least = sum(forms.costs[-1] for forms in choices.values())
         budget = 3 + rng.uniform(least, most)
         found = allocate(choices, fixed=3.0, budget=budget)
         cost, error = totals(choices, found)
         assert 3 + cost <= budget
         every = [
             totals(choices, dict(zip(choices, specs, strict=True)))
-            for specs in itertools.product(*(of.specs for of in choices.values()))
+            for specs in itertools.product(*(forms.specs for forms in choices.values()))
         ]
         best = min(e for c, e in every if 3 + c <= budget)
         # No better than the best, and worse by no more than the largest step.
-        steps = [np.diff(of.errors).max() for of in choices.values()]
+        steps = [np.diff(forms.errors).max() for forms in choices.values()]
         assert best - 1e-9 <= error <= best + max(steps)
         optimal += error < best + 1e-9
     assert optimal > 30  # and mostly just the best
@@ -317,9 +338,9 @@ def test_allocation_meets_budgets_at_the_hull_exactly():
     rng = np.random.default_rng(0)
     choices = random_choices(rng, 3)
     steps = sorted(
-        ((of.errors[i] - of.errors[i - 1]) / (of.costs[i - 1] - of.costs[i]), path, i)
-        for path, of in choices.items()
-        for i in range(1, len(of.specs))
+        ((errors[i] - errors[i - 1]) / (costs[i - 1] - costs[i]), path, i)
+        for path, (specs, costs, errors) in choices.items()
+        for i in range(1, len(specs))
     )
     at = dict.fromkeys(choices, 0)
     for _, path, i in [(0, "layer0", 0), *steps]:
@@ -331,7 +352,7 @@ def test_allocation_meets_budgets_at_the_hull_exactly():
 
 def test_allocation_of_what_cannot_be_met_is_refused():
     choices = random_choices(np.random.default_rng(0), 3)
-    least = sum(of.costs[-1] for of in choices.values())
+    least = sum(forms.costs[-1] for forms in choices.values())
     allocate(choices, fixed=2.0, budget=least + 2)
     with pytest.raises(ValueError, match="`budget` .* must be at least"):
         allocate(choices, fixed=2.0, budget=least + 1.99)
@@ -368,8 +389,10 @@ def test_rules_compare_and_hash_by_value(no_shape_checks):
 def test_what_is_left_of_a_budget_is_spent_off_the_hull():
     specs = tuple(ij.Tucker2(rank, rank) for rank in (9, 1, 5, 7))
     # On the hull lie the first and the second alone.
-    forms = (specs, np.array([10.0, 1.0, 5.0, 8.0]), np.array([0.0, 9.0, 7.0, 6.0]))
-    few = (specs[:2], np.array([10.0, 1.0]), np.array([0.0, 1.0]))
+    costs, errors = np.array([10.0, 1.0, 5.0, 8.0]), np.array([0.0, 9.0, 7.0, 6.0])
+    forms = Forms(specs, costs, errors)
+    assert forms.hull().specs == specs[1::-1]
+    few = Forms(specs[:2], costs[:2], np.array([0.0, 1.0]))
     start = {"a": specs[1], "b": specs[1]}
 
     def spent(rest):

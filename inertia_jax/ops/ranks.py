@@ -1,7 +1,6 @@
 """How many ranks a matrix or a kernel needs, and what each rank keeps."""
 
 import math
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -134,32 +133,3 @@ def kept_energy(
     energy = np.sum(np.asarray(core, np.float64) ** 2, axis=(0, 1))
     kept = energy.cumsum(0).cumsum(1)
     return kept / kept[-1, -1] if kept[-1, -1] > 0 else np.ones_like(kept)
-
-
-def lower_hull(
-    costs: Float[ArrayLike, "k"] | Sequence[float],
-    errors: Float[ArrayLike, "k"] | Sequence[float],
-) -> list[int]:
-    """Returns which points lie on the lower convex hull, by rising cost.
-
-    From the cheapest point to that of least error, every step buys less error for its
-    cost than the one before: the points that some price of cost makes the best.
-
-    Args:
-        costs: Of each choice.
-        errors: Likewise.
-    """
-    costs, errors = np.asarray(costs, np.float64), np.asarray(errors, np.float64)
-    hull: list[int] = []
-    for i in np.lexsort((errors, costs)):
-        if hull and errors[i] >= errors[hull[-1]]:
-            continue
-        while len(hull) >= 2:
-            a, b = hull[-2], hull[-1]
-            slope_ab = (errors[b] - errors[a]) * (costs[i] - costs[a])
-            slope_ai = (errors[i] - errors[a]) * (costs[b] - costs[a])
-            if slope_ab < slope_ai:
-                break
-            hull.pop()
-        hull.append(int(i))
-    return hull
