@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from inertia_jax.atomic import appearing
 from inertia_jax.metadata import Metadata, describe, load_model
 
 
@@ -73,29 +73,22 @@ def save_checkpoint(
     )
     processes = range(jax.process_count()) if together else (jax.process_index(),)
     commits = jax.process_index() == processes[0]
-    # Of all writers alike; the first alone makes and removes it.
-    partial = path.with_name(
-        f".{path.name}.partial-{'all' if together else os.getpid()}"
-    )
+    writer = "all" if together else None
     try:
-        if commits:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        if len(processes) > 1:
-            tree = _on_each_process(tree)
-        # Begins and ends with a barrier of those that write.
-        with _checkpointer(*processes, name=path.name) as checkpointer:
-            checkpointer.save(partial / "arrays", args=ocp.args.PyTreeSave(tree))
-        if commits:
-            (partial / "metadata.json").write_text(description)
-            manifest = json.dumps(_hash_files(partial), indent=1)
-            (partial / "manifest.json").write_text(manifest)
-            partial.rename(path)
+        with appearing(path, writer=writer, commits=commits) as partial:
+            if commits:
+                partial.mkdir()
+            if len(processes) > 1:
+                tree = _on_each_process(tree)
+            # Begins and ends with a barrier of those that write.
+            with _checkpointer(*processes, name=path.name) as checkpointer:
+                checkpointer.save(partial / "arrays", args=ocp.args.PyTreeSave(tree))
+            if commits:
+                (partial / "metadata.json").write_text(description)
+                manifest = json.dumps(_hash_files(partial), indent=1)
+                (partial / "manifest.json").write_text(manifest)
     # Tensorstore reports a full disk as ValueError or XlaRuntimeError, not as OSError.
     except Exception as error:
-        if commits:
-            shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointWriteError(f"could not write {path}: {error}") from error
 
 
@@ -139,7 +132,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads `{"variables": ..., "training": ...}` as NumPy arrays, unverified."""
     path = pathlib.Path(path).absolute() / "arrays"
     with _checkpointer(jax.process_index(), name="read") as checkpointer:
-        # Not where they lay when they were written: that may have been more devices.
+        # To host memory: the devices that wrote may not exist here.
         tree = checkpointer.metadata(path).item_metadata.tree
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         return checkpointer.restore(
@@ -173,8 +166,8 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def _checkpointer(*processes: int, name: str) -> ocp.Checkpointer:
-    # Whoever is not among them must not be waited for. The barriers go through
-    # `jax.distributed`, not the devices: training uses those at the same time.
+    # No other process is waited for. The barriers go through `jax.distributed`, not
+    # through the devices, which training uses at the same time.
     options = ocp.options.MultiprocessingOptions(
         primary_host=processes[0],
         active_processes=set(processes),

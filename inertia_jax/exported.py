@@ -33,6 +33,8 @@ from jax import Array, export
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
+from inertia_jax.atomic import appearing
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _FORMAT = 1
 _HASH_LENGTH = 64
@@ -181,17 +183,11 @@ def save_exported(
         text = json.dumps(metadata, indent=1, default=lambda value: value.item())
         archive.writestr("metadata.json", text)
         archive.comment = b"0" * _HASH_LENGTH
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as partial, partial.open("wb") as stream:
         # Given back before the buffer goes, which it would outlive from Python 3.13 on.
         with buffer.getbuffer() as whole, whole[:-_HASH_LENGTH] as content:
-            with partial.open("wb") as stream:
-                stream.write(content)
-                stream.write(hashlib.sha256(content).hexdigest().encode())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            stream.write(content)
+            stream.write(hashlib.sha256(content).hexdigest().encode())
 
 
 def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:

@@ -9,6 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 from train.data import load_data
+from train.data.cache import cached_set
 from train.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -142,6 +143,34 @@ def test_an_image_folder_is_read_resized_and_cached(folder, tmp_path):
     assert len(load(f"imagefolder:{folder}", cache, 5).train) == 7
 
 
+def test_the_first_of_two_that_cache_a_set_is_kept(tmp_path):
+    directory = tmp_path / "cache" / "set"
+
+    def decoded(value):
+        images, labels = np.full((2, 3, 3, 1), value, np.uint8), np.arange(2)
+        return {"train": (images, labels), "test": (images, labels)}, ("a", "b")
+
+    def decode_late():
+        cached_set(directory, "set", lambda: decoded(1))
+        return decoded(2)
+
+    late = cached_set(directory, "set", decode_late)
+    assert (late.train.images == 1).all()
+    assert [path.name for path in directory.parent.iterdir()] == ["set"]
+
+
+def test_a_set_that_cannot_be_cached_leaves_nothing(tmp_path, monkeypatch):
+    def fail(path, array):
+        raise OSError(28, "No space left on device")
+
+    images = np.zeros((2, 3, 3, 1), np.uint8)
+    splits = {split: (images, np.arange(2)) for split in ("train", "test")}
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        cached_set(tmp_path / "set", "set", lambda: (splits, ("a", "b")))
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_image_folders_are_refused(folder, tmp_path):
     source, cache = f"imagefolder:{folder}", tmp_path / "cache"
     Image.new("RGB", (9, 9)).save(folder / "train" / "dog" / "small.png")
@@ -172,6 +201,7 @@ import pathlib, sys
 import numpy as np
 import tensorflow_datasets as tfds
 from train.data import load_data
+from train.data.cache import cached_set
 root, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 rng = np.random.default_rng(0)
 fine = name == "cifar100"
@@ -216,6 +246,7 @@ class Hider:
         return PathFinder.find_spec(name, path, target)
 sys.meta_path = [Hider if f is PathFinder else f for f in sys.meta_path]
 from train.data import load_data
+from train.data.cache import cached_set
 data = load_data(f"tfds:{sys.argv[1]}", cache_dir=sys.argv[2], image_size=None)
 print(len(data.train), len(data.test))
 """
@@ -270,6 +301,7 @@ def fail(self, url):
 # TFDS itself tries for minutes before it raises this.
 tfds.download.DownloadManager.download_and_extract = fail
 from train.data import load_data
+from train.data.cache import cached_set
 load_data(f"tfds:{sys.argv[1]}", cache_dir=sys.argv[2], image_size=None)
 """
 

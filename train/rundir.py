@@ -15,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import inertia_jax
+from inertia_jax.atomic import appearing
 from train.config import Config
 from train.config_file import config_to_json, differing_fields, fill_defaults
 from train.errors import UsageError, user_input
@@ -205,6 +206,6 @@ def is_empty_directory(path: pathlib.Path) -> bool:
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    # One process writes a run: what a killed one left is written over.
+    with appearing(path, writer="run") as partial:
+        partial.write_text(text)

@@ -1,14 +1,12 @@
 """Decoded sets as memory-mapped arrays, written once."""
 
 import json
-import os
 import pathlib
-import shutil
-import socket
 from collections.abc import Callable
 
 import numpy as np
 
+from inertia_jax.atomic import appearing
 from train.data.sets import ImageSet, make_set
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -22,8 +20,8 @@ def cached_set(
     """Returns the set kept in `directory`, decoding it on first use.
 
     Args:
-        directory: Appears whole or not at all.
-        name: Of the set.
+        directory: Where the set is kept; it appears whole or not at all.
+        name: The set's name.
         decode: Returns splits and class names.
 
     Raises:
@@ -33,23 +31,16 @@ def cached_set(
     if not directory.is_dir():
         splits, class_names = decode()
         make_set(name, splits, class_names)  # a broken set is not kept
-        # Several machines may share the directory, and process numbers repeat.
-        writer = f"{socket.gethostname()}-{os.getpid()}"
-        partial = directory.with_name(f".{directory.name}.partial-{writer}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
-            for split, (images, labels) in splits.items():
-                np.save(partial / f"x_{split}.npy", images)
-                np.save(partial / f"y_{split}.npy", labels)
-            (partial / "class_names.json").write_text(json.dumps(class_names))
-            try:
-                partial.rename(directory)
-            except OSError:  # another process was first; its copy is the same
-                if not directory.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with appearing(directory) as partial:
+                partial.mkdir()
+                for split, (images, labels) in splits.items():
+                    np.save(partial / f"x_{split}.npy", images)
+                    np.save(partial / f"y_{split}.npy", labels)
+                (partial / "class_names.json").write_text(json.dumps(class_names))
+        except OSError:  # another process may have been first; its copy is the same
+            if not directory.is_dir():
+                raise
     names = tuple(json.loads((directory / "class_names.json").read_text()))
     return make_set(
         name,
