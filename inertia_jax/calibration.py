@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import check_in_view, first_argument, takes_train
+from inertia_jax.calls import check_in_view, first_argument, on_calls, takes_train
 from inertia_jax.sites import Site
 
 # The ridge added to the eigenvalues, relative to their mean. Without it, directions
@@ -110,13 +110,9 @@ def input_moments(
         found: dict[str, tuple[Array, int]] = {}
         roots: list[Any] = []
 
-        def record(
-            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            path = "/".join(context.module.path)
-            is_site = context.method_name == "__call__" and path in sites
-            check_in_view(context.module, roots, is_wanted=is_site)
-            if is_site:
+        def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+            check_in_view(module, roots, is_wanted=path in sites)
+            if path in sites:
                 x = jnp.asarray(first_argument(args, kwargs))
                 groups = sites[path].groups
                 rows = x.reshape(-1, groups, x.shape[-1] // groups)
@@ -127,7 +123,7 @@ def input_moments(
                 found[path] = (before + products, count + len(rows))
             return call(*args, **kwargs)
 
-        with nn.intercept_methods(record):
+        with on_calls(record):
             apply_as_trained(model, variables, batch)
         return {path: total / count for path, (total, count) in found.items()}
 

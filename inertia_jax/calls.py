@@ -1,9 +1,10 @@
 """How every layer of a network is called: its module, and the shapes it sees."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,51 @@ from flax import linen as nn
 
 from inertia_jax.factorised import Pointwise
 from inertia_jax.kinds import KINDS, kind_of
-from inertia_jax.planned import Wrapper
+
+# A model and its variables.
+Network = tuple[nn.Module, Mapping[str, Any]]
+
+_COUNTED = (Pointwise, *KINDS)
+
+
+class Wrapper(nn.Module):
+    """A module that stands around a network, and is called as the network is."""
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The network."""
+        raise NotImplementedError
+
+
+def on_scope(model: nn.Module, scope: Any) -> nn.Module:
+    """Returns the model where a module that wraps it stands, under its own paths.
+
+    Not `nn.share_scope`, which leaves the paths of modules that are fields of the
+    model, as those of `nn.Sequential`, below the name of the wrapper's field.
+    """
+    return model.clone(parent=scope, _deep_clone=True)
+
+
+def on_calls(
+    answer: Callable[[Any, str, Callable[..., Any], Any, Any], Any],
+) -> contextlib.AbstractContextManager[None]:
+    """Lets a function answer every layer's call inside a `with` block.
+
+    Args:
+        answer: Takes (module, path, call, args, kwargs) and returns the output, which
+            is `call(*args, **kwargs)` unless it is to differ. Methods other than
+            `__call__` are left alone.
+    """
+
+    def intercept(
+        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        path = "/".join(context.module.path)
+        return answer(context.module, path, call, args, kwargs)
+
+    return nn.intercept_methods(intercept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +67,7 @@ class Call:
     Attributes:
         module: The layer; None for one whose operations are not counted.
         input_shape: [n, h, w, c_in].
-        output_shape: Of one image.
+        output_shape: The output's shape, of one image.
         again: Further calls of the same layer.
     """
 
@@ -42,9 +87,6 @@ class Call:
         return bool(kind_of(self.module).parts)
 
 
-_COUNTED = (Pointwise, *KINDS)
-
-
 def record_calls(
     model: nn.Module, shape: tuple[int, ...]
 ) -> tuple[dict[str, Call], Any]:
@@ -54,30 +96,23 @@ def record_calls(
 
     Args:
         model: Called as `model(images)`, with `train=False` where it takes `train`.
-        shape: Of one image [h, w, c], or of a batch.
+        shape: [h, w, c] of one image, or the shape of a batch.
     """
     calls: dict[str, Call] = {}
     # Inside `nn.scan` and its like, a layer is traced anew, below a scope of its own.
     roots: dict[str, Any] = {}
 
-    def record(
-        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ):
-        path = "/".join(context.module.path)
+    def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
         before = calls.get(path)
         output = call(*args, **kwargs)
-        if context.method_name != "__call__":
-            return output
         known = calls.get(path)
-        if not isinstance(context.module, _COUNTED):
+        if not isinstance(module, _COUNTED):
             # Keeps the order of the computation; dropped if it owns nothing.
             calls.setdefault(path, Call(None, (), ()))
-        elif known is before:
-            # Else what stands in for the layer was recorded, inside it.
+        elif known is before:  # no replacement of the layer was recorded inside it
             x = first_argument(args, kwargs)
-            found = Call(context.module, x.shape, output.shape[1:])
-            scope = context.module.scope
-            root = None if scope is None else scope.root
+            found = Call(module, x.shape, output.shape[1:])
+            root = None if module.scope is None else module.scope.root
             if roots.setdefault(path, root) is not root:
                 return output
             if known is not None and known.module is not None:
@@ -85,7 +120,7 @@ def record_calls(
             calls[path] = found
         return output
 
-    with nn.intercept_methods(record):
+    with on_calls(record):
         images = jax.ShapeDtypeStruct((1, *shape[-3:]), jnp.float32)
         init = functools.partial(model.init, **evaluating(model))
         variables = jax.eval_shape(init, jax.random.key(0), images)
@@ -93,13 +128,13 @@ def record_calls(
 
 
 def check_in_view(module: nn.Module, roots: list[Any], *, is_wanted: bool) -> None:
-    """Checks that what a layer sees is there when the network has been called.
+    """Checks that a layer's inputs are still there when the network has been called.
 
-    An interceptor of methods does so for every module, the network itself first.
+    Whoever records inputs checks every module that is called, the network first.
 
     Args:
-        module: What the interceptor was given.
-        roots: Empty at first; the root of the network's scopes is kept there.
+        module: The module that is called.
+        roots: A list, empty at first, that keeps the root of the network's scopes.
         is_wanted: Whether the module is a layer whose inputs are to be seen.
 
     Raises:

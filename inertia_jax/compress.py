@@ -16,7 +16,7 @@ from inertia_jax.factorise import WeighedKernel
 from inertia_jax.kinds import bias_of
 from inertia_jax.models import image_shape_of
 from inertia_jax.ops.tucker import Method
-from inertia_jax.plan import Plan
+from inertia_jax.plan import Plan, plan_of
 from inertia_jax.planned import Planned
 from inertia_jax.ranks import Budget, RankRule, rank_by_rule
 from inertia_jax.sites import Site, find_sites, leaves_at, with_leaves
@@ -184,8 +184,8 @@ def decompress(
             equals.
     """
     shape = _image_shape(model, image_shape, None)
-    plan = getattr(model, "plan", None)
-    for _, spec in plan.rules if isinstance(plan, Plan) else ():
+    plan = plan_of(model)
+    for _, spec in plan.rules if plan is not None else ():
         if isinstance(spec, Tucker2) and not isinstance(spec.core, Conv):
             raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
     return _multiplied_out(model, variables, find_sites(model, variables, shape))
@@ -221,8 +221,8 @@ def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:
     """Returns the model with these layers otherwise, whatever its plan had for them."""
     if not rules:
         return model
-    plan = getattr(model, "plan", None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(model)
+    if plan is None:
         return Planned(model, Plan(tuple(rules.items())))
     rest = Plan(tuple((g, spec) for g, spec in plan.rules if g not in rules))
     new = tuple((p, spec) for p, spec in rules.items() if rest.spec(p) != spec)

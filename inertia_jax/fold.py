@@ -10,11 +10,11 @@ from flax import linen as nn
 from flax import traverse_util
 
 from inertia_jax.batch_norm import BatchNormToTrain
+from inertia_jax.calls import Wrapper, on_calls, on_scope
 from inertia_jax.fold_trace import trace_layers
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.kinds import KINDS, output_kernel
 from inertia_jax.models import image_shape_of
-from inertia_jax.planned import Wrapper, on_scope
 
 
 class Folded(Wrapper):
@@ -47,13 +47,7 @@ class Folded(Wrapper):
         if kwargs.get("train"):
             raise ValueError(_no_training(self.unfolded))
 
-        def replace(
-            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            module: Any = context.module
-            path = "/".join(module.path)
-            if context.method_name != "__call__":
-                return call(*args, **kwargs)
+        def replace(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
             if type(module) in (nn.BatchNorm, BatchNormToTrain) and path in norms:
                 if not _uses_running_average(module, args, kwargs):
                     raise ValueError(_no_training(self.unfolded))
@@ -65,7 +59,7 @@ class Folded(Wrapper):
                 return layer(*args, **kwargs)
             return call(*args, **kwargs)
 
-        with nn.intercept_methods(replace):
+        with on_calls(replace):
             return on_scope(self.unfolded, self.scope)(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from inertia_jax.calls import evaluating
+from inertia_jax.calls import evaluating, on_calls
 
 _MARK = "inertia_jax.fold"
 
@@ -59,13 +59,7 @@ def trace_layers(
     norms: dict[str, nn.BatchNorm] = {}
     outputs: dict[str, Any] = {}
 
-    def mark(
-        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        module: Any = context.module
-        path = "/".join(module.path)
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
+    def mark(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
         if type(module) is nn.BatchNorm:
             x, *rest = args or (kwargs.pop("x"),)
             axis = -1 if module.axis == x.ndim - 1 else module.axis
@@ -81,7 +75,7 @@ def trace_layers(
 
     options = evaluating(model)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with nn.intercept_methods(mark):
+    with on_calls(mark):
         init = jax.make_jaxpr(lambda key, x: model.init(key, x, **options))
         jaxpr = init(jax.random.key(0), images).jaxpr
     follows: dict[str, str] = {}

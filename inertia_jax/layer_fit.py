@@ -20,7 +20,7 @@ _NO_ERROR = 1e-9
 Leaves = Mapping[str, Any]
 
 
-class Seen(NamedTuple):
+class LayerIO(NamedTuple):
     """One call of a layer on one batch.
 
     Attributes:
@@ -59,8 +59,8 @@ class LayerFit:
         self,
         leaves: Leaves,
         part: str,
-        seen: list[Seen],
-        held_out: list[Seen],
+        calls: list[LayerIO],
+        held_out: list[LayerIO],
         iterations: int,
     ) -> Leaves:
         """Returns the layer's parameters, one part of them fitted.
@@ -70,12 +70,12 @@ class LayerFit:
         Args:
             leaves: The layer's parameters, those of its parts as `PART/kernel`.
             part: One of `kinds.linear_parts`.
-            seen: What it is fitted to.
-            held_out: What says when to stop.
+            calls: The calls that it is fitted to.
+            held_out: The calls that say when to stop.
             iterations: Most steps.
         """
         names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
-        wide = seen[0].x.dtype
+        wide = calls[0].x.dtype
         start = {
             name: jnp.asarray(leaves[name], wide) for name in names if name in leaves
         }
@@ -95,7 +95,7 @@ class LayerFit:
 
         def matvec(vector: np.ndarray) -> np.ndarray:
             step = unravel(jnp.asarray(vector, flat.dtype))
-            return total([normal(step, x) for x, _ in seen])
+            return total([normal(step, x) for x, _ in calls])
 
         def error_held_out(step: np.ndarray) -> float:
             moved = unravel(flat + jnp.asarray(step, flat.dtype))
@@ -114,7 +114,7 @@ class LayerFit:
             if found < least:
                 best, least = step.copy(), found
 
-        b = total([slope(start, *one) for one in seen]) / -2
+        b = total([slope(start, *one) for one in calls]) / -2
         # Not at the top: it takes a quarter of a second, and few ask for it.
         from scipy.sparse.linalg import LinearOperator, cg
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
+from flax import linen as nn
+
 from inertia_jax.specs import (
     Conv,
     Fixed,
@@ -163,3 +165,15 @@ def _from_jsonable(value: Any) -> Any:
         return cls(**fields)
     except TypeError as error:
         raise ValueError(f"a plan's {name} is incomplete: {error}.") from error
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Returns the plan of a network of this library or a `Planned`; else None."""
+    plan = getattr(model, "plan", None)
+    return plan if isinstance(plan, Plan) else None
+
+
+def without_ladders(model: nn.Module) -> nn.Module:
+    """Returns the model with layers that compile sooner, where a plan makes them."""
+    plan = plan_of(model)
+    return model if plan is None else model.clone(plan=plan.without_ladders())

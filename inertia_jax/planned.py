@@ -4,19 +4,11 @@ from typing import Any
 
 from flax import linen as nn
 
+from inertia_jax.calls import Wrapper, on_calls, on_scope
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.ops.conv import pair
 from inertia_jax.plan import Plan
 from inertia_jax.specs import Conv, LowRank, Tucker2
-
-
-class Wrapper(nn.Module):
-    """A module that stands around a network, and is called as the network is."""
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """The network."""
-        raise NotImplementedError
 
 
 class Planned(Wrapper):
@@ -45,39 +37,28 @@ class Planned(Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.plan
-        # Parts of what stands in for a layer are nn.Conv themselves.
+        # The parts of a layer that was put in place of another are nn.Conv, too.
         replaced: set[tuple[str, ...]] = set()
 
         def replace(
-            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+            module: nn.Module, path: str, call: Any, args: Any, kwargs: Any
         ) -> Any:
-            module = context.module
-            if type(module) is not nn.Conv or context.method_name != "__call__":
-                return call(*args, **kwargs)
-            spec = plan.spec("/".join(module.path))
-            if module.path[:-1] in replaced or spec == Conv():
+            spec = plan.spec(path)
+            is_part = module.path[:-1] in replaced
+            if type(module) is not nn.Conv or is_part or spec == Conv():
                 return call(*args, **kwargs)
             replaced.add(module.path)
             # Its only argument, which `nn.Conv` calls `inputs`.
             return factorised_like(module, spec)(*args, *kwargs.values())
 
-        with nn.intercept_methods(replace):
+        with on_calls(replace):
             return on_scope(self.unplanned, self.scope)(*args, **kwargs)
-
-
-def on_scope(model: nn.Module, scope: Any) -> nn.Module:
-    """Returns the model where a module that wraps it stands, under its own paths.
-
-    Not `nn.share_scope`, which leaves the paths of modules that are fields of the
-    model, as those of `nn.Sequential`, below the name of the wrapper's field.
-    """
-    return model.clone(parent=scope, _deep_clone=True)
 
 
 def factorised_like(
     module: nn.Conv, spec: Conv | Tucker2 | LowRank | Any
 ) -> Tucker2Conv | LowRankConv:
-    """Returns what stands in for an `nn.Conv`, on its scope.
+    """Returns the layer that takes the place of an `nn.Conv`, on its scope.
 
     Raises:
         ValueError: See `Planned`.
@@ -125,7 +106,7 @@ def factorised_like(
 
 def cannot_factorise(module: nn.Conv) -> str | None:
     """Returns why a convolution cannot be factorised, or None if it can."""
-    # Of `nn.Conv`, a number is the size of a one-dimensional one.
+    # A number is the filter size of a one-dimensional `nn.Conv`.
     if isinstance(module.kernel_size, int) or len(module.kernel_size) != 2:
         return "is not two-dimensional"
     if pair(module.input_dilation or 1) != (1, 1):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from inertia_jax.calibration import checked_images
 from inertia_jax.cost import count_cost
 from inertia_jax.ops.settings import Low, Metric, Reference
-from inertia_jax.plan import Plan
+from inertia_jax.plan import Plan, plan_of
 from inertia_jax.recalibrate import recalibrate_batch_norm
 from inertia_jax.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python
 from inertia_jax.threshold_search import ThresholdSearch
@@ -84,8 +84,8 @@ def make_inertial(
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
     if tile_size < 2:
         raise ValueError(f"`tile_size` (={tile_size}) must be >= 2.")
-    plan = getattr(model, "plan", None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(model)
+    if plan is None:
         raise ValueError(
             f"`model` (={type(model).__name__}) must be one that create_model makes."
         )

@@ -18,19 +18,23 @@ from inertia_jax.calibration import (
     batched,
     checked_images,
 )
-from inertia_jax.calls import check_in_view, first_argument, record_calls
+from inertia_jax.calls import (
+    Network,
+    check_in_view,
+    first_argument,
+    on_calls,
+    record_calls,
+)
 from inertia_jax.inertial_layer import InertialConv
-from inertia_jax.kinds import kind_of, linear_parts
-from inertia_jax.layer_fit import LayerFit, Seen
-from inertia_jax.plan import Plan
+from inertia_jax.kinds import linear_parts
+from inertia_jax.layer_fit import LayerFit, LayerIO
+from inertia_jax.plan import without_ladders
 from inertia_jax.sites import leaves_at, with_leaves
 
-# So that two are held out, which BatchNorm needs.
+# A quarter is held out, and BatchNorm needs two images.
 LEAST_IMAGES = 8
-# What the layers of one program see of a batch: all of it is held at once.
+# The most that one program returns of a batch: all of it is held at once.
 _PROGRAM_BYTES = 1 << 29
-
-Network = tuple[nn.Module, Mapping[str, Any]]
 
 
 def reconstruct(
@@ -88,13 +92,7 @@ def reconstruct(
         Zhang et al., 2016, https://arxiv.org/abs/1505.06798, section 3.3 (asymmetric
         reconstruction)
     """
-    if iterations < 1:
-        raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
-    if batch_size < 2:
-        raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
-    checked = checked_images(images, "images")
-    if len(checked) < LEAST_IMAGES:
-        raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
+    checked = _checked(images, iterations=iterations, batch_size=batch_size)
     if batch_norm_paths(variables) != batch_norm_paths(dense[1]):
         raise ValueError(
             "`dense` must have BatchNorm where `model` has it; fold after fitting."
@@ -103,81 +101,82 @@ def reconstruct(
     size = min(batch_size, num_held_out)
     fitting = batched(checked[:-num_held_out], size)
     held_out = batched(checked[-num_held_out:], size)
-    model, dense = _without_ladders(model), (_without_ladders(dense[0]), dense[1])
-    calls, _ = record_calls(model, checked.shape[1:])
-    modules = {path: call.module for path, call in calls.items()}
-    paths = [
-        path
-        for path, module in modules.items()
-        if path
-        and fnmatch.fnmatchcase(path, layers)
-        and linear_parts(module)
-        and not kind_of(modules.get(path.rpartition("/")[0])).parts
-    ]
-    if not paths:
-        raise ValueError(
-            f"`layers` (={layers!r}) matches no convolution that can be fitted."
-        )
-    see = _watcher(tuple(paths), (model, variables), dense, fitting[0])
+
+    model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
+    modules = _modules_to_fit(model, checked.shape[1:], layers)
+    calls_on = _recorder(tuple(modules), (model, variables), dense, fitting[0])
     changed = dict(variables)
-    for path in paths:
+    for path, module in modules.items():
         others = {
             collection: leaves_at({"params": tree}, path)
             for collection, tree in changed.items()
             if collection != "params"
         }
-        leaves = _fitted(
-            LayerFit(modules[path], others),
-            linear_parts(modules[path]),
-            leaves_at(changed, path),
-            see(path, changed, fitting),
-            see(path, changed, held_out),
-            iterations,
-        )
+        layer = LayerFit(module, others)
+        leaves: Mapping[str, Any] = leaves_at(changed, path)
+        calls = calls_on(fitting, path, changed)
+        calls_held_out = calls_on(held_out, path, changed)
+        for part in linear_parts(module):
+            leaves = layer.fit(leaves, part, calls, calls_held_out, iterations)
         changed = with_leaves(changed, {path: leaves})
     return changed
 
 
-def _fitted(
-    layer: LayerFit,
-    parts: tuple[str, ...],
-    leaves: Mapping[str, Any],
-    seen: list[Seen],
-    held_out: list[Seen],
-    iterations: int,
-) -> Mapping[str, Any]:
-    """Returns a layer's parameters, fitted part after part."""
-    for part in parts:
-        leaves = layer.fit(leaves, part, seen, held_out, iterations)
-    return leaves
+def _checked(images: Any, *, iterations: int, batch_size: int) -> np.ndarray:
+    """Returns the images as an array, all arguments checked."""
+    if iterations < 1:
+        raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
+    if batch_size < 2:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
+    checked = checked_images(images, "images")
+    if len(checked) < LEAST_IMAGES:
+        raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
+    return checked
 
 
-def _without_ladders(model: nn.Module) -> nn.Module:
-    """Returns the model with layers that compile sooner, where a plan makes them."""
-    plan = getattr(model, "plan", None)
-    return (
-        model
-        if not isinstance(plan, Plan)
-        else model.clone(plan=plan.without_ladders())
-    )
-
-
-def _watcher(
-    paths: tuple[str, ...], compressed: Network, dense: Network, batch: np.ndarray
-) -> Callable[[str, Mapping[str, Any], list[np.ndarray]], list[Seen]]:
-    """Returns a function from a layer, variables and batches to the layer's calls.
-
-    One program gives what many layers see: to compile one a layer takes longer than to
-    compute the layers after it in vain.
+def _modules_to_fit(
+    model: nn.Module, image_shape: tuple[int, ...], layers: str
+) -> dict[str, nn.Module]:
+    """Returns the layers that match a glob and can be fitted, in order of their calls.
 
     Raises:
-        ValueError: The dense network has no such layers, or other shapes of outputs;
-            of the function: something is not finite.
+        ValueError: There is none.
+    """
+    calls, _ = record_calls(model, image_shape)
+
+    def is_part(path: str) -> bool:
+        whole = calls.get(path.rpartition("/")[0])
+        return whole is not None and whole.is_factorised
+
+    modules = {
+        path: call.module
+        for path, call in calls.items()
+        if path and fnmatch.fnmatchcase(path, layers) and not is_part(path)
+    }
+    modules = {path: module for path, module in modules.items() if linear_parts(module)}
+    if not modules:
+        raise ValueError(
+            f"`layers` (={layers!r}) matches no convolution that can be fitted."
+        )
+    return modules
+
+
+def _recorder(
+    paths: tuple[str, ...], compressed: Network, dense: Network, batch: np.ndarray
+) -> Callable[[list[np.ndarray], str, Mapping[str, Any]], list[LayerIO]]:
+    """Returns a function from batches, a layer and variables to the layer's calls.
+
+    One program serves many layers: to compile one for each takes longer than to compute
+    the layers after it in vain.
+
+    Raises:
+        ValueError: The dense network has no such layers, or other shapes of outputs.
+            The function raises it where inputs or outputs are not finite.
     """
     calls = jax.eval_shape(_calls_of(paths, compressed[0]), compressed[1], batch)
-    there = jax.eval_shape(_calls_of(paths, dense[0]), dense[1], batch)
+    targets = jax.eval_shape(_calls_of(paths, dense[0]), dense[1], batch)
     for path in paths:
-        own, wanted = ([y.shape for _, y in of[path]] for of in (calls, there))
+        own, wanted = ([y.shape for _, y in found[path]] for found in (calls, targets))
         if own != wanted:
             raise ValueError(
                 f"`dense` puts out {wanted} at {path!r}; must be {own}, as `model` "
@@ -189,31 +188,31 @@ def _watcher(
         outputs = jax.jit(_calls_of(group, dense[0], which=1))
         programs |= dict.fromkeys(group, (inputs, outputs))
 
-    def see(
-        path: str, variables: Mapping[str, Any], batches: list[np.ndarray]
-    ) -> list[Seen]:
+    def calls_on(
+        batches: list[np.ndarray], path: str, variables: Mapping[str, Any]
+    ) -> list[LayerIO]:
         inputs, outputs = programs[path]
-        seen = []
+        pairs: list[LayerIO] = []
         for batch in batches:
-            before = inputs(variables, batch)[path]
-            wanted = outputs(dense[1], batch)[path]
-            for x, y in zip(before, wanted, strict=True):
-                if not bool(jnp.isfinite(x).all() & jnp.isfinite(y).all()):
-                    raise ValueError(
-                        f"inputs and outputs of {path!r} must be finite; some are not."
-                    )
-                seen.append(Seen(x, y))
-        return seen
+            x, y = inputs(variables, batch)[path], outputs(dense[1], batch)[path]
+            pairs += map(LayerIO, x, y)
+        if not all(
+            bool(jnp.isfinite(x).all() & jnp.isfinite(y).all()) for x, y in pairs
+        ):
+            raise ValueError(
+                f"inputs and outputs of {path!r} must be finite; some are not."
+            )
+        return pairs
 
-    return see
+    return calls_on
 
 
 def _groups(calls: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Returns layers in groups that see at most `_PROGRAM_BYTES` of a batch."""
+    """Returns layers in groups whose calls take `_PROGRAM_BYTES` of a batch at most."""
     groups: list[tuple[str, ...]] = []
     held = 0
-    for path, of in calls.items():
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of))
+    for path, pairs in calls.items():
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pairs))
         if not groups or held + size > _PROGRAM_BYTES:
             groups.append(())
             held = 0
@@ -228,7 +227,7 @@ def _calls_of(
     """Returns a function from variables and a batch to every call of some layers.
 
     Args:
-        paths: Of the layers.
+        paths: The layers' paths.
         model: Their network.
         which: 0 for the calls' inputs, 1 for their outputs, None for pairs of both; in
             float32 or wider.
@@ -239,19 +238,14 @@ def _calls_of(
         depth = dict.fromkeys(paths, 0)
         roots: list[Any] = []
 
-        def record(
-            call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            is_call = context.method_name == "__call__"
-            path = "/".join(context.module.path)
-            is_wanted = is_call and path in found
-            check_in_view(context.module, roots, is_wanted=is_wanted)
-            if is_call and isinstance(context.module, InertialConv):
+        def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+            check_in_view(module, roots, is_wanted=path in found)
+            if isinstance(module, InertialConv):
                 # As in evaluation: no batch moves a threshold.
                 kwargs = {**kwargs, "train": False}
-            if not is_wanted:
+            if path not in found:
                 return call(*args, **kwargs)
-            # What stands in for a layer has its path, too.
+            # A replacement is called inside the replaced layer, under the same path.
             depth[path] += 1
             output = call(*args, **kwargs)
             depth[path] -= 1
@@ -262,7 +256,7 @@ def _calls_of(
                 found[path].append(pair if which is None else pair[which])
             return output
 
-        with nn.intercept_methods(record):
+        with on_calls(record):
             apply_as_trained(model, variables, batch)
         return found
 

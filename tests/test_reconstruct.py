@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 import inertia_jax as ij
-from inertia_jax.layer_fit import LayerFit, Seen
+from inertia_jax.layer_fit import LayerFit, LayerIO
 from inertia_jax.models.resnet_cifar import CifarResNet
 
 KEY = jax.random.key(0)
@@ -113,7 +113,7 @@ def test_a_part_becomes_the_least_squares_solution(layer, part):
     variables = {**variables, "params": params}
     start = flat(variables)
     target = noise(*layer.apply(variables, x).shape)
-    seen = [Seen(jnp.asarray(x[i : i + 2]), target[i : i + 2]) for i in (0, 2)]
+    seen = [LayerIO(jnp.asarray(x[i : i + 2]), target[i : i + 2]) for i in (0, 2)]
     others = {
         name: traverse_util.flatten_dict(tree, sep="/")
         for name, tree in variables.items()
@@ -182,12 +182,12 @@ def test_one_program_is_compiled_for_all_layers_unless_they_see_much(
 ):
     dense, compressed = two_convs
     module = importlib.import_module("inertia_jax.reconstruct")
-    of, made = module._calls_of, []
+    original, made = module._calls_of, []
 
     def calls_of(paths, model, *, which=None):
-        if which is not None:  # else of shapes alone
+        if which is not None:  # None asks for shapes alone
             made.append(paths)
-        return of(paths, model, which=which)
+        return original(paths, model, which=which)
 
     monkeypatch.setattr(module, "_calls_of", calls_of)
     options = {"dense": dense, "images": smooth(16, 8, 8, 4), "iterations": 3}

@@ -16,6 +16,7 @@ from inertia_jax.ops.conv_layers import conv2d_to_apply, filters_for_cpu
 from inertia_jax.ops.ladder import CHUNK_BYTES
 from inertia_jax.ops.tiled_winograd import fill_by_winograd
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
+from inertia_jax.plan import without_ladders
 from train.timing import interleaved
 
 # Images, side, channels.
@@ -162,7 +163,7 @@ def tiled_model(name: str, width: float, rate: float) -> Any:
 def thresholds_at(name: str, width: float, variables: Any, x: Any, rate: float) -> Any:
     """Returns each layer's threshold for a rate, under the gates of those before it."""
     model = tiled_model(name, width, rate)
-    model = model.clone(plan=model.plan.without_ladders())
+    model = without_ladders(model)
     shapes = abstract_variables(model)["thresholds"]
     thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     # Evaluation mode leaves thresholds alone, training mode changes BatchNorm: so the

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from inertia_jax.plan import without_ladders
 from train.augment import Augmentation
 from train.feed import Feed, in_order
 from train.parallel import Parallel
@@ -143,9 +144,7 @@ def make_evaluator(
     """
     devices = parallel.num_devices
     batch_size = -(-min(batch_size, len(feed.split)) // devices) * devices
-    plan = getattr(model, "plan", None)
-    if plan is not None:
-        model = model.clone(plan=plan.without_ladders())
+    model = without_ladders(model)
     evaluate = make_eval_call(model, augmentation, flip_test=flip_test)
 
     def per_device(variables: Any, images: Any, labels: Any, indices: Any) -> Any:

@@ -6,11 +6,10 @@ from typing import Any
 
 from flax import linen as nn
 
+from inertia_jax.calls import Network
 from inertia_jax.metadata import Metadata
 from train.evaluate import Evaluation, paired_difference
 from train.evaluate_checkpoint import evaluator_for
-
-Network = tuple[nn.Module, dict[str, Any]]
 
 
 def evaluate_stages(

@@ -10,6 +10,7 @@ import numpy as np
 
 from inertia_jax import load_checkpoint
 from inertia_jax.metadata import Preprocessing, load_metadata
+from inertia_jax.plan import without_ladders
 from train.checkpoints import find_checkpoint
 from train.config import Config
 from train.config_file import differing_fields
@@ -82,7 +83,7 @@ def load_teacher(
     if model.dtype == "float64" and jnp.result_type(float) != "float64":
         raise UsageError(f"`teacher` (={path}), in float64, needs JAX_ENABLE_X64=1.")
     # The same answers, with no switch over capacities in the step.
-    model = model.clone(plan=model.plan.without_ladders())
+    model = without_ladders(model)
     distillation = Distillation(
         model, weight=config.distill_weight, temperature=config.distill_temperature
     )

@@ -14,6 +14,7 @@ from flax import linen as nn
 from inertia_jax import fold_batch_norm, load_checkpoint, load_exported, save_exported
 from inertia_jax.exported import check_platforms
 from inertia_jax.metadata import Preprocessing, load_metadata
+from inertia_jax.plan import without_ladders
 from train.augment import Augmentation
 from train.checkpoints import find_checkpoint
 from train.errors import UsageError, user_input
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
         )
     print(f"checkpoint  {path}")
     print(f"exported    {out}, {out.stat().st_size / 1e6:.1f} MB")
-    plain = model.clone(plan=model.plan.without_ladders())
+    plain = without_ladders(model)
     before = _calls(plain, variables, metadata.preprocessing, args.input)
     print(_compared(out, before, args.platforms))
     number = "n" if batch_size is None else batch_size
