@@ -1,8 +1,9 @@
 """The table of what a network costs, a row a layer."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from inertia_jax.kinds import KindName
 
@@ -118,7 +119,7 @@ class CostTable:
         }
         body = [tuple(show(row) for show in columns.values()) for row in self.rows]
         last = tuple(totals.get(name, "") for name in columns)
-        text = _aligned([tuple(columns), *body, last])
+        text = aligned([tuple(columns), *body, last], left=2)
         share = self.total_macs / max(1, self.dense_macs)
         if gated:
             compiled = (self.ladder_macs + self.other_ops / 2) / max(1, self.dense_macs)
@@ -139,8 +140,17 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = [f"{{:<{width}}}" for width in widths[:2]]
-    row = "  ".join([*left, *(f"{{:>{width}}}" for width in widths[2:])])
-    return "\n".join(row.format(*line).rstrip() for line in lines)
+def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Returns lines of cells as a table whose columns are as wide as their widest cell.
+
+    Args:
+        lines: Cells of each line; a short line leaves the last columns empty.
+        left: Number of first columns that are aligned to the left; the others are
+            aligned to the right.
+    """
+    columns = []
+    for index, cells in enumerate(itertools.zip_longest(*lines, fillvalue="")):
+        width = max(map(len, cells))
+        pad = str.ljust if index < left else str.rjust
+        columns.append([pad(cell, width) for cell in cells])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

@@ -6,6 +6,7 @@ import pytest
 from flax import linen as nn
 
 import inertia_jax as ij
+from inertia_jax.cost_table import aligned
 
 
 class Mixed(nn.Module):
@@ -41,6 +42,13 @@ def test_the_table_prints_totals():
     text = str(ij.count_cost(ij.create_model("lenet"), (28, 28, 1)))
     assert text.splitlines()[0].split() == ["layer", "output", "parameters", "MACs"]
     assert text.splitlines()[-1].split() == ["total", "1,199,882", "11,992,448"]
+
+
+def test_tables_are_as_wide_as_their_cells():
+    lines = [["layer", "kind", "MACs"], ["a", "dense", "1,234"], ["b", "c"]]
+    expected = "layer  kind    MACs\na      dense  1,234\nb      c"
+    assert aligned(lines, left=2) == expected
+    assert aligned(lines[1:], left=0) == "a  dense  1,234\nb      c"
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (0, 32, 3), (1, 1, 32, 32, 3)])

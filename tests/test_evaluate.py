@@ -1,5 +1,6 @@
 """Flip tests: the mean of the answers to an image and to its mirror image."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from test_distill import SEEN, SHAPE
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata
 from train.__main__ import main
+from train.evaluate import Evaluation
 from train.step import gate_rates
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -51,3 +53,37 @@ def test_a_flip_test_is_the_mean_by_hand(dtype, tmp_path):
         np.testing.assert_allclose(found["top1"], (mean.argmax(-1) == labels).mean())
         # One of the two alone is something else.
         assert abs(logits[0] - mean).max() > 1e-3 and rates[0] != rates[1]
+
+
+def test_an_evaluation_prints_its_gates_and_its_confusion():
+    confusion = np.array([[99, 1, 0], [0, 0, 0], [25, 0, 75]])
+    found = Evaluation(
+        num_examples=200,
+        loss=0.25,
+        top1=0.87,
+        top5=1.0,
+        confusion=confusion,
+        class_names=("cat", "giraffe", "ox"),
+        gate_rates={"conv1": 0.5, "layer1/conv": 0.125},
+        right=np.repeat([True, False], [174, 26]),
+    )
+    expected = """\
+top-1      87.00%  (174 of 200)
+top-5     100.00%
+loss       0.2500
+
+Open gates by layer
+  conv1        0.500
+  layer1/conv  0.125
+
+Accuracy by class, and confusion matrix (rows: truth, columns: answer)
+  cat      99.00%  99  1   0
+  giraffe    nan%   0  0   0
+  ox       75.00%  25  0  75"""
+    assert str(found) == expected
+    many = dataclasses.replace(
+        found,
+        class_names=tuple("abcdefghijklmnopqrstu"),
+        confusion=np.eye(21, dtype=int),
+    )
+    assert str(many).splitlines()[8:10] == ["Accuracy by class", "  a  100.00%"]

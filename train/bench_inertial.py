@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
+from inertia_jax.cost_table import aligned
 from inertia_jax.models import abstract_variables, input_shape
 from inertia_jax.ops.conv import pad_image
 from inertia_jax.ops.conv_layers import conv2d_to_apply, filters_for_cpu
@@ -131,16 +132,15 @@ def format_times(row: dict[str, Any]) -> str:
     """Returns a row's medians, beside the dense one's, as lines."""
     dense = row["times"]["dense"]["median_ms"]
     title = row.get("model") or "x".join(map(str, row["shape"]))
-    lines = [f"{title}: dense {dense:.1f} ms"]
+    lines = []
     for name, times in row["times"].items():
+        median = times["median_ms"]
         if name.startswith("part "):
             share = row["shape"][0] / row["images_of_parts"]
-            median = times["median_ms"]
-            lines.append(f"  {name:<16} {share:4.0f} x {median:6.2f} ms")
+            lines.append([f"  {name}", f"{share:.0f} x {median:.2f} ms"])
         elif name != "dense":
-            median = times["median_ms"]
-            lines.append(f"  {name:<16} {median:7.1f} ms  {dense / median:5.2f}x")
-    return "\n".join(lines)
+            lines.append([f"  {name}", f"{median:.1f} ms", f"{dense / median:.2f}x"])
+    return f"{title}: dense {dense:.1f} ms\n{aligned(lines)}"
 
 
 def _blocking(call: Callable[[], Any]) -> Callable[[], Any]:

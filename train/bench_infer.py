@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from inertia_jax import compress, create_model, fold_batch_norm, init_variables
+from inertia_jax.cost_table import aligned
 from inertia_jax.models import input_shape
 from train.bench_inertial import thresholds_at, tiled_model
 from train.bench_tucker import RULES, torch_call
@@ -63,22 +64,19 @@ def bench_infer(
 
 def format_infer(row: dict[str, Any]) -> str:
     """Returns a row's medians, beside the dense network's with BatchNorm, as lines."""
-    lines = [
-        f"{row['model']}, width {row['width']:g}; the gap is that of folded logits, "
-        f"and of PyTorch's to JAX's"
-    ]
+    title = f"{row['model']}, width {row['width']:g}; the gap is that of folded logits"
+    lines = []
     for batch_size, times in row["times"].items():
         dense = times["dense"]["median_ms"]
         gaps = row["gaps"][batch_size]
-        for name, of in times.items():
-            gap = f"  gap {gaps[name]:.1e}" if name in gaps else ""
-            lines.append(
-                f"  batch {batch_size:>3}  {name:<24} {of['median_ms']:8.2f} ms "
-                f"({of['min_ms']:.2f} to {of['max_ms']:.2f}) "
-                f"{of['images_per_s']:9.0f} images/s {dense / of['median_ms']:6.2f}x"
-                f"{gap}"
-            )
-    return "\n".join(lines)
+        for name, found in times.items():
+            median = found["median_ms"]
+            line = [f"  batch {batch_size}", name, f"{median:.2f} ms"]
+            line += [f"({found['min_ms']:.2f} to {found['max_ms']:.2f})"]
+            line += [f"{found['images_per_s']:.0f} images/s", f"{dense / median:.2f}x"]
+            line += [f"gap {gaps[name]:.1e}"] if name in gaps else []
+            lines.append(line)
+    return f"{title}, and of PyTorch's to JAX's\n{aligned(lines, left=2)}"
 
 
 def _call(network: tuple[Any, Any], images: np.ndarray) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import ops
+from inertia_jax.cost_table import aligned
 from inertia_jax.ops.conv_layers import conv2d_to_train
 from train.bench_inertial import TILED
 from train.errors import needs_torch
@@ -84,20 +85,20 @@ def bench_ops(
 def format_ops(row: dict[str, Any]) -> str:
     """Returns a row's medians, beside the dense 3x3 convolution's, as lines."""
     times = row["times"]
-    lines = [f"{row['shape']}, {row['dtype']}, Tucker-2 at ranks {row['rank']}"]
-    for name, of in times.items():
+    dense = times["conv 3x3"]["median_ms"]
+    lines = []
+    for name, found in times.items():
         if name.endswith(", PyTorch"):
             continue
-        share = f"{of['share_of_peak']:6.1%}" if "share_of_peak" in of else " " * 6
-        line = (
-            f"  {name:<25} {of['median_ms']:8.2f} ms  {share} of peak  "
-            f"{times['conv 3x3']['median_ms'] / of['median_ms']:5.2f}x"
-        )
+        share, median = found.get("share_of_peak"), found["median_ms"]
+        of_peak = "" if share is None else f"{share:.1%} of peak"
+        line = [f"  {name}", f"{median:.2f} ms", of_peak, f"{dense / median:.2f}x"]
         if f"{name}, PyTorch" in times:
             theirs = times[f"{name}, PyTorch"]["median_ms"]
-            line += f"  PyTorch {theirs:8.2f} ms, ratio {of['median_ms'] / theirs:.2f}"
+            line += [f"PyTorch {theirs:.2f} ms", f"ratio {median / theirs:.2f}"]
         lines.append(line)
-    return "\n".join(lines)
+    title = f"{row['shape']}, {row['dtype']}, Tucker-2 at ranks {row['rank']}"
+    return f"{title}\n{aligned(lines)}"
 
 
 def _jax_calls(

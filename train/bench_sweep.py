@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from inertia_jax.cost_table import aligned
 from train.config import Config, Data
 from train.data import ImageSet
 from train.errors import UsageError
@@ -108,14 +109,13 @@ def _timed_calls(
 def format_sweep(rows: list[dict[str, Any]]) -> str:
     """Returns the medians, beside those of a network without gates, as a table."""
     dense = next((row for row in rows if not row["gate_rates"]), rows[0])
-    lines = [f"{'run':<16}  step, ms  of {dense['name']}  forward, ms  of the same"]
+    of_dense = f"of {dense['name']}"
+    lines = [["run", "step, ms", of_dense, "forward, ms", "of the same"]]
     for row in rows:
-        step, forward = (row[what]["median_ms"] for what in ("train", "evaluate"))
-        of_step = step / dense["train"]["median_ms"]
-        of_forward = forward / dense["evaluate"]["median_ms"]
-        width = len(dense["name"]) + 3
-        lines.append(
-            f"{row['name']:<16}  {step:8.1f}  {of_step:{width}.2f}  {forward:11.1f}  "
-            f"{of_forward:11.2f}"
-        )
-    return "\n".join(lines)
+        line = [row["name"]]
+        for what in ("train", "evaluate"):
+            median = row[what]["median_ms"]
+            share = median / dense[what]["median_ms"]
+            line += [f"{median:.1f}", f"{share:.2f}"]
+        lines.append(line)
+    return aligned(lines)

@@ -18,6 +18,7 @@ from inertia_jax import (
     init_variables,
     to_torch,
 )
+from inertia_jax.cost_table import aligned
 from inertia_jax.interop import torch_key
 from inertia_jax.models import input_shape
 from inertia_jax.sites import Site, find_sites
@@ -100,18 +101,17 @@ def bench_tucker(
 def format_tucker(row: dict[str, Any]) -> str:
     """Returns a row's medians as lines."""
     lines = [
-        f"{row['model']}: {key}, {of['share']:.3f} of the MACs, {of['params']:,} "
-        f"parameters"
-        for key, of in row["networks"].items()
+        f"{row['model']}: {key}, {network['share']:.3f} of the MACs, "
+        f"{network['params']:,} parameters"
+        for key, network in row["networks"].items()
     ]
+    timed = []
     for batch_size, times in row["times"].items():
         dense = times["dense, JAX"]["median_ms"]
-        for name, of in times.items():
-            median = of["median_ms"]
-            lines.append(
-                f"  batch {batch_size:>3}  {name:<27} {median:8.2f} ms  "
-                f"{dense / median:5.2f}x"
-            )
+        for name, found in times.items():
+            median, size = found["median_ms"], f"  batch {batch_size}"
+            timed.append([size, name, f"{median:.2f} ms", f"{dense / median:.2f}x"])
+    lines.append(aligned(timed, left=2))
     lines.append(f"layers at budget 0.25 by 8, batch {max(map(int, row['times']))}:")
     lines.append(format_layers([LayerReport(**layer) for layer in row["layers"]]))
     seconds = row["compressing_s"]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from inertia_jax.cost_table import aligned
 from inertia_jax.plan import without_ladders
 from train.augment import Augmentation
 from train.feed import Feed, in_order
@@ -78,25 +79,18 @@ class Evaluation:
             f"({right:,} of {self.num_examples:,}{how})",
             f"top-5     {100 * self.top5:6.2f}%",
             f"loss      {self.loss:7.4f}",
-            "",
-            "Accuracy by class, and confusion matrix (rows: truth, columns: answer)",
         ]
-        if len(self.class_names) > 20:
-            lines[-1] = "Accuracy by class"
         if self.gate_rates:
-            width = max(map(len, self.gate_rates))
-            rates = [f"  {p:<{width}}  {r:6.3f}" for p, r in self.gate_rates.items()]
-            lines[3:3] = ["", "Open gates by layer", *rates]
-        width = max(len(name) for name in self.class_names)
-        cell = len(str(self.confusion.max())) + 1
-        for name, share, row in zip(
-            self.class_names, self.per_class, self.confusion, strict=True
-        ):
-            line = f"  {name:<{width}}  {100 * share:6.2f}%"
-            if len(self.class_names) <= 20:
-                line += "  " + "".join(f"{count:>{cell}}" for count in row)
-            lines.append(line)
-        return "\n".join(lines)
+            rates = [[f"  {p}", f"{r:.3f}"] for p, r in self.gate_rates.items()]
+            lines += ["", "Open gates by layer", aligned(rates)]
+        names = [f"  {name}" for name in self.class_names]
+        shares = [f"{100 * share:.2f}%" for share in self.per_class]
+        columns = [names, shares]
+        title = "Accuracy by class"
+        if len(names) <= 20:
+            title += ", and confusion matrix (rows: truth, columns: answer)"
+            columns += [list(map(str, counts)) for counts in self.confusion.T]
+        return "\n".join([*lines, "", title, aligned(list(zip(*columns, strict=True)))])
 
 
 def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax import Budget, Energy, Evbmf, Plan, Ratio
+from inertia_jax.cost_table import aligned
 from inertia_jax.latency import site_latencies_ms
 from inertia_jax.ranks import RankRule
 from inertia_jax.sites import Site, find_sites
@@ -125,14 +126,7 @@ def format_layers(rows: list[LayerReport]) -> str:
         after = sum(row.latency_ms[1] for row in rows if row.latency_ms)
         total.append(f"{before:.2f} -> {after:.2f}")
     lines.append(total)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return aligned(lines, left=3)
 
 
 def _change(values: tuple[int, int]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from inertia_jax import load_checkpoint
+from inertia_jax.cost_table import aligned
 from train.config_file import config_to_json
 from train.evaluate import paired_difference
 from train.layer_report import plan_to_json
@@ -50,11 +51,8 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
 
 def summarise(stages: list[Stage]) -> str:
     """Returns the stages as a table."""
-    width = max(len(stage.name) for stage in stages)
-    lines = [f"{'stage':<{width}}   top-1    parameters            MACs"]
-    lines += [
-        f"{stage.name:<{width}}  {stage.evaluation.top1:6.2%}  {stage.params:12,}  "
-        f"{stage.macs:14,}"
-        for stage in stages
-    ]
-    return "\n".join(lines)
+    lines = [["stage", "top-1", "parameters", "MACs"]]
+    for stage in stages:
+        top1 = f"{stage.evaluation.top1:.2%}"
+        lines.append([stage.name, top1, f"{stage.params:,}", f"{stage.macs:,}"])
+    return aligned(lines)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from inertia_jax.cost_table import aligned
 from train.errors import UsageError, user_input
 from train.rundir import read_json
 
@@ -89,15 +90,23 @@ def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
 
 def format_curve(record: dict[str, Any]) -> str:
     """Returns the curve as a table."""
-    lines = ["epoch  train loss  train acc  test loss  test top-1  images/s"]
-    lines += [
-        f"{row['epoch']:5d}  {row['train_loss']:10.4f}  {row['train_accuracy']:9.2%}  "
-        f"{row['test_loss']:9.4f}  {row['test_top1']:10.2%}  {row['images_per_s']:8.0f}"
+    columns = {
+        "epoch": ("epoch", "d"),
+        "train loss": ("train_loss", ".4f"),
+        "train acc": ("train_accuracy", ".2%"),
+        "test loss": ("test_loss", ".4f"),
+        "test top-1": ("test_top1", ".2%"),
+        "images/s": ("images_per_s", ".0f"),
+    }
+    rows = [
+        [format(row[key], form) for key, form in columns.values()]
         for row in record["curve"]
     ]
-    for share, reached in record.get("seconds_to", {}).items():
-        lines.append(f"{float(share):.2%} {_in_words(reached)}")
-    return "\n".join(lines)
+    reached = [
+        f"{float(share):.2%} {_in_words(epoch)}"
+        for share, epoch in record.get("seconds_to", {}).items()
+    ]
+    return "\n".join([aligned([list(columns), *rows], left=0), *reached])
 
 
 def _in_words(reached: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inertia_jax import count_cost, load_checkpoint
+from inertia_jax.cost_table import aligned
 from inertia_jax.metadata import load_metadata
 from train.checkpoints import latest_steps
 from train.config import Config
@@ -174,21 +175,19 @@ def make_failed_record(config: Config, error: Exception) -> dict[str, Any]:
 
 def summarise(records: list[dict[str, Any]]) -> str:
     """Returns a table, a row a name: mean and spread over seeds."""
-    header = f"{'run':<28} seeds  top-1 mean  std     MACs in all  params"
-    lines = [header]
+    lines = [["run", "seeds", "top-1 mean", "std", "MACs in all", "params"]]
     ended = [record for record in records if "failed" not in record]
     for name in dict.fromkeys(record["name"] for record in ended):
         mine = [record for record in ended if record["name"] == name]
         top1 = [100 * record["top1"] for record in mine]
         spread = statistics.stdev(top1) if len(top1) > 1 else float("nan")
         macs = statistics.mean(record["cost"]["total_macs"] for record in mine)
-        lines.append(
-            f"{name:<28} {len(mine):5d}  {statistics.mean(top1):9.2f}%  {spread:4.2f}  "
-            f"{macs:14,.0f}  {mine[0]['cost']['params']:,}"
-        )
-    lines += [
+        mean, params = statistics.mean(top1), mine[0]["cost"]["params"]
+        numbers = [f"{mean:.2f}%", f"{spread:.2f}", f"{macs:,.0f}", f"{params:,}"]
+        lines.append([name, str(len(mine)), *numbers])
+    failed = [
         f"{record['name']}, seed {record['seed']}, failed: {record['failed']}"
         for record in records
         if "failed" in record
     ]
-    return "\n".join(lines)
+    return "\n".join([aligned(lines), *failed])
