@@ -5,30 +5,88 @@ import functools
 import importlib.util
 import itertools
 import json
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_parallel import make_config, synthetic_set
 
 import inertia_jax as ij
 from inertia_jax.sites import find_sites
-from train import platform
+from train import bench_ops, platform
 from train.__main__ import main
 from train.bench_loop import _blocks, overhead
 from train.timing import median_with_interval, relative_gap, times_in_turn
 from train.trainer import Trainer
-from train.verbs import benchmark_verb
+from train.verbs.benchmark_verb import SUITES
 
 WHAT = ("train", "eval")
+# Options of each suite beside `--help` and `--out`.
+NETWORKS = {"models", "batch-size", "width", "against"}
+OPTIONS = {
+    "train": {*NETWORKS, "dtype", "repeats"},
+    "infer": {*NETWORKS, "repeats"},
+    "ops": {"batch-size", "dtype", "against", "repeats"},
+    "memory": NETWORKS,
+    "startup": {"repeats"},
+    "loop": {"config", "data", "width", "steps", "repeats"},
+    "inertial": {"batch-size", "width", "repeats"},
+    "tucker": {*NETWORKS, "stem", "repeats"},
+    "sweep": {"sweep", "data", "batch-size", "steps", "repeats"},
+}
 NARROW = ["--models", "vgg16", "--width", "0.02", "--batch-size", "2", "--repeats", "2"]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_has_its_own_options_alone(suite, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["benchmark", "--suite", suite, "--help"])
+    said = set(re.findall(r"(?<!\S)--([a-z][a-z-]+)", capsys.readouterr().out))
+    assert said - {"suite", "help", "out"} == OPTIONS[suite]
+
+
+def test_options_of_other_suites_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "--steps", "3", "--suite", "ops"])
+    assert "--steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "--suite", "speed"])
+    assert "invalid choice: 'speed'" in capsys.readouterr().err
+    assert main(["benchmark", "--suite=startup", "--repeats", "0"]) == 2
+    assert "`repeats` (=0) must be >= 1." in capsys.readouterr().err
+    assert main(["benchmark", "--suite", "tucker", "--stem", "imagenet"]) == 2
+    assert "`stem` (=imagenet) is for `models`" in capsys.readouterr().err
+
+
+def test_help_lists_the_suites_and_imports_none():
+    code = """if True:
+        import sys
+        from train.__main__ import main
+        try:
+            main(["benchmark", "--help"])
+        finally:
+            print("imported", {"torch"} & {*sys.modules})
+            print([name for name in sys.modules if name.startswith("train.bench")])
+    """
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    *said, torch, suites = found.stdout.splitlines()
+    assert (torch, suites) == ("imported set()", "[]")
+    listed = [line.split()[0] for line in said if line.startswith("  ")]
+    assert [name for name in listed if name in SUITES] == list(SUITES)
 
 
 def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     out = tmp_path / "record.json"
     assert main(["benchmark", *NARROW, "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
-    assert "vgg16       train" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in said[2:]] == [["vgg16", w, "2"] for w in WHAT]
     for what in WHAT:
         of = row[what]["jax"]
         assert 0 < of["min_ms"] <= of["median_ms"] <= of["max_ms"]
@@ -41,7 +99,7 @@ def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
 
 
 def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_verb, "STAGES", ((8, 4),))
+    monkeypatch.setattr(bench_ops, "STAGES", ((8, 4),))
     out = tmp_path / "record.json"
     command = ["benchmark", "--suite", "ops", "--repeats", "1", "--batch-size", "3"]
     if importlib.util.find_spec("torch") is not None:

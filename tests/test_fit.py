@@ -631,8 +631,6 @@ def test_outputs_are_looked_at_before_the_work(run, tmp_path, capsys):
         ["evaluate", str(run), "--out", out],
         ["compress", str(run), "--macs", "0.9", "--out", "x", "--record", out],
         ["benchmark", "--suite", "ops", "--out", out],
-        ["benchmark", "--suite", "ops", "--models", "vgg16"],
     ):
         assert main(arguments) == 2
-        found = capsys.readouterr().err
-        assert "does not exist" in found or "does nothing in the suite ops" in found
+        assert "does not exist" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,12 +18,41 @@ from inertia_jax.ops.ladder import CHUNK_BYTES
 from inertia_jax.ops.tiled_winograd import fill_by_winograd
 from inertia_jax.ops.tiling import fill_low, fill_open, make_tiling
 from inertia_jax.plan import without_ladders
+from train.bench_suite import BaseSuite
 from train.timing import interleaved
 
 # Images, side, channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
-# Rungs above the shares that are asked for, since those of chunks of images vary.
+_RATES = (0.1, 0.25, 0.5, 1.0)
+# Capacities a little above the tested shares: a chunk may have more open tiles than
+# the mean.
 TILED = Inertial(3, 4, reading="tiled", capacities=(1 / 8, 0.28, 0.55, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """Tiled convolutions and networks beside dense ones."""
+
+    batch_size: int = 64
+    """Images a call of the networks."""
+    width: float = 1.0
+    """Width of the networks."""
+    repeats: int = 9
+    """Timed calls of each."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times two convolutions, then two networks."""
+        options: dict[str, Any] = {"rates": _RATES, "repeats": self.repeats}
+        networks = {"batch_size": self.batch_size, "width": self.width, **options}
+        calls = [
+            *(functools.partial(bench_op, *shape, **options) for shape in OP_SHAPES),
+            functools.partial(bench_network, "resnet20", **networks),
+            functools.partial(bench_network, "resnet18", **networks),
+        ]
+        for call in calls:
+            row = call()
+            print(format_times(row), flush=True)
+            yield row
 
 
 def bench_op(

@@ -1,6 +1,7 @@
 """Timing of networks as they are deployed: BatchNorm as it is, and folded."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,11 +11,28 @@ from inertia_jax import compress, create_model, fold_batch_norm, init_variables
 from inertia_jax.cost_table import aligned
 from inertia_jax.models import input_shape
 from train.bench_inertial import thresholds_at, tiled_model
+from train.bench_suite import NetworkSuite
 from train.bench_tucker import RULES, torch_call
 from train.timing import interleaved, relative_gap
 
 _TUCKER = ("budget 0.25 by 8", "ratio 0.2")
 _RATES = (0.1, 0.25)
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(NetworkSuite):
+    """Dense, compressed and tiled networks as they are exported, BatchNorm folded.
+
+    Each is timed at batch 1 and at `batch_size`.
+    """
+
+    repeats: int = 9
+    """Timed calls of each."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times each network as it is and folded."""
+        options = {"batch_sizes": self.both_batches, "repeats": self.repeats}
+        return self.each_model(bench_infer, format_infer, **options)
 
 
 def bench_infer(

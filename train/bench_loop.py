@@ -6,13 +6,15 @@ import itertools
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
 
+from train.bench_suite import BaseSuite, load_images, with_source
 from train.checkpoints import Checkpoints
 from train.config import Config
+from train.config_file import load_config
 from train.data import ImageSet
 from train.errors import UsageError
 from train.meter import Meter, progress_bar
@@ -23,6 +25,33 @@ from train.trainer import Trainer, make_metadata
 
 # Of what is timed by itself: a checkpoint, an epoch's first input.
 _EXTRA_REPEATS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """What a run adds to its steps: input, logging, progress bar, checkpoints."""
+
+    config: str = "configs/cifar10_resnet18_small.py"
+    """File of the run's configuration."""
+    data: str | None = None
+    """Source of the data; None: the configuration's own."""
+    width: float | None = None
+    """Width of the network; None: the configuration's own."""
+    steps: int = 200
+    """Steps of a block, at most an epoch's."""
+    repeats: int = 9
+    """Blocks of each kind, at least 6."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times blocks of steps bare and in the loop, and what an epoch adds."""
+        config = with_source(load_config(self.config), self.data)
+        if self.width is not None:
+            model = dataclasses.replace(config.model, width=self.width)
+            config = dataclasses.replace(config, model=model)
+        images = load_images(config.data)
+        row = bench_loop(config, images, steps=self.steps, rounds=self.repeats)
+        print(format_loop(row))
+        yield row
 
 
 def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
@@ -137,6 +166,22 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
             blocks_per_epoch=trainer.steps_per_epoch / (calls * rows),
         ),
     }
+
+
+def format_loop(row: dict[str, Any]) -> str:
+    """Returns what the loop adds, as lines."""
+    step_ms = row["bare"]["median_ms"] / row["steps"]
+    first_ms, checkpoint_ms = (
+        row[name]["median_ms"] for name in ("first_input", "checkpoint")
+    )
+    added = {name: f"{share:.2%}" for name, share in row["added_to_steps"].items()}
+    interval = f"95% interval {added['low_95']} to {added['high_95']}"
+    return (
+        f"a bare step {step_ms:.1f} ms, {row['steps_per_epoch']} an epoch\n"
+        f"an epoch's first input {first_ms:.0f} ms, checkpoint {checkpoint_ms:.0f} ms\n"
+        f"the loop adds to steps: {added['median']} ({interval})\n"
+        f"the loop adds to an epoch: {row['added_to_epoch']:.2%}"
+    )
 
 
 def overhead(

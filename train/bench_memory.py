@@ -1,14 +1,26 @@
 """Peak memory of training, in JAX and in PyTorch, each in a process of its own."""
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import resource
+from collections.abc import Iterator
 from typing import Any, Literal
 
+from train.bench_suite import NetworkSuite
 from train.bench_train import make_functions
 from train.host_memory import give_back_after_compiling
 
 _STEPS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(NetworkSuite):
+    """Peak memory of a process that trains a network."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Trains each network in a process of its own."""
+        return self.each_model(bench_memory, format_memory, batch_size=self.batch_size)
 
 
 def bench_memory(
@@ -17,10 +29,10 @@ def bench_memory(
     """Returns the peak resident size of a process that trains, in MB.
 
     Args:
-        name: Of the network.
+        name: The network's name.
         batch_size: Images a step.
-        width: Of the network.
-        against_torch: PyTorch's, too.
+        width: The network's width.
+        against_torch: Whether PyTorch is measured, too.
     """
     kinds: tuple[Literal["jax", "torch"], ...] = ("jax",)
     if against_torch:

@@ -1,7 +1,8 @@
 """Timing of operations alone, at the shapes of ResNet18's stages, beside PyTorch's."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from inertia_jax import ops
 from inertia_jax.cost_table import aligned
 from inertia_jax.ops.conv_layers import conv2d_to_train
 from train.bench_inertial import TILED
-from train.errors import needs_torch
-from train.timing import interleaved
+from train.bench_suite import BaseSuite
+from train.errors import needs_torch, user_input
+from train.timing import interleaved, measure_peak_gflops
 
 # Side, channels.
 STAGES = ((32, 64), (16, 128), (8, 256), (4, 512))
@@ -26,6 +28,38 @@ _TILED: dict[str, Any] = {
 }
 
 Calls = dict[str, Callable[[], Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """Convolutions, their gradients, and what stands in for them."""
+
+    batch_size: int = 64
+    """Images a call."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of images and kernels."""
+    against: Literal["none", "torch"] = "none"
+    """torch: the same operations in PyTorch, in turn."""
+    repeats: int = 9
+    """Timed calls of each."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times the operations at the shapes of each stage."""
+        peak = measure_peak_gflops(self.dtype)
+        print(f"product of two large matrices: {peak:,.0f} GFLOP/s")
+        for side, channels in STAGES:
+            with user_input():
+                row = bench_ops(
+                    side,
+                    channels,
+                    batch_size=self.batch_size,
+                    repeats=self.repeats,
+                    dtype=self.dtype,
+                    against_torch=self.against == "torch",
+                    peak_gflops=peak,
+                )
+            print(format_ops(row), flush=True)
+            yield {**row, "peak_gflops": peak}
 
 
 def bench_ops(

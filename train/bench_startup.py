@@ -1,5 +1,6 @@
 """Seconds from the command to the first step, with and without compiled programs."""
 
+import dataclasses
 import os
 import pathlib
 import statistics
@@ -7,11 +8,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
+from train.bench_suite import BaseSuite
 from train.errors import UsageError
 
 _ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """Seconds from the command to the first step."""
+
+    repeats: int = 9
+    """Starts with an empty compilation cache, each with one after it that finds it."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times both kinds of start."""
+        row = bench_startup(repeats=self.repeats)
+        for name, seconds in row.items():
+            median = seconds["median_s"]
+            print(f"first step, {name}: {median:.1f} s after the command")
+        yield row
 
 
 def bench_startup(*, repeats: int) -> dict[str, Any]:

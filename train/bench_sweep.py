@@ -3,27 +3,53 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from inertia_jax.cost_table import aligned
-from train.config import Config, Data
+from train.bench_suite import BaseSuite, load_images, with_source
+from train.config import Config
 from train.data import ImageSet
 from train.errors import UsageError
+from train.sweep import load_sweep
 from train.timing import interleaved
 from train.trainer import Trainer
 
 
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """A sweep's networks beside each other: training steps, and evaluation."""
+
+    sweep: str = "configs/sweeps/mnist_inertial.py"
+    """File of the sweep."""
+    data: str | None = None
+    """Source of the data; None: the configurations' own."""
+    batch_size: int = 64
+    """Images of an evaluation."""
+    steps: int = 200
+    """Steps of training before anything is timed, at most an epoch's."""
+    repeats: int = 9
+    """Timed calls of each."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times every network of the sweep, in turn."""
+        sweep = load_sweep(pathlib.Path(self.sweep))
+        rows = bench_sweep(
+            [with_source(config, self.data) for config in sweep.configs],
+            batch_size=self.batch_size,
+            steps=self.steps,
+            repeats=self.repeats,
+        )
+        print(format_sweep(rows))
+        yield from rows
+
+
 def bench_sweep(
-    configs: Sequence[Config],
-    load: Callable[[Data], ImageSet],
-    *,
-    batch_size: int,
-    steps: int,
-    repeats: int,
+    configs: Sequence[Config], *, batch_size: int, steps: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Times a call of training, and an evaluation of one batch, of every network.
 
@@ -31,10 +57,9 @@ def bench_sweep(
     settled then, so that gates open as often as they do in training.
 
     Args:
-        configs: The sweep's.
-        load: Returns a configuration's data; called once for all that share them.
+        configs: The sweep's configurations; those that share data load them once.
         batch_size: Images of an evaluation.
-        steps: Taken before anything is timed.
+        steps: Steps before anything is timed.
         repeats: Timed calls of each.
 
     Returns:
@@ -44,7 +69,7 @@ def bench_sweep(
     Raises:
         UsageError: More images than there are test images, or steps than in an epoch.
     """
-    load = functools.cache(load)
+    load = functools.cache(load_images)
     parts = [
         (config, *_timed_calls(config, load(config.data), batch_size, steps))
         for config in configs

@@ -1,6 +1,7 @@
 """Timing of training steps and evaluations, beside PyTorch's."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,15 +10,39 @@ import numpy as np
 import optax
 
 from inertia_jax import count_cost, create_model, init_variables
+from inertia_jax.cost_table import aligned
+from train.bench_suite import NetworkSuite
 from train.errors import needs_torch
-from train.timing import interleaved
+from train.timing import interleaved, measure_peak_gflops
 
 _RECIPE = {"learning_rate": 0.1, "momentum": 0.9}
 _WEIGHT_DECAY = 5e-4
 _SHAPE = (32, 32, 3)
 
-
 Functions = dict[str, dict[str, Callable[[], None]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(NetworkSuite):
+    """Training steps and evaluations of networks at 32 x 32."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters are float32."""
+    repeats: int = 9
+    """Timed calls of each."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times each network, and sets it against a product of two matrices."""
+        peak = measure_peak_gflops(self.dtype)
+        print(f"product of two large matrices: {peak:,.0f} GFLOP/s")
+        yield from self.each_model(
+            bench_model,
+            format_model,
+            batch_size=self.batch_size,
+            repeats=self.repeats,
+            dtype=self.dtype,
+            peak_gflops=peak,
+        )
 
 
 def bench_model(
@@ -27,8 +52,8 @@ def bench_model(
     repeats: int,
     width: float,
     against_torch: bool,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    peak_gflops: float | None = None,
+    dtype: Literal["float32", "bfloat16"],
+    peak_gflops: float,
 ) -> dict[str, Any]:
     """Times a training step and an evaluation of a network at 32 x 32.
 
@@ -36,13 +61,14 @@ def bench_model(
     on a batch already there.
 
     Args:
-        name: Of the network.
+        name: The network's name.
         batch_size: Images a step.
         repeats: Timed calls of each.
-        width: Of the network.
-        against_torch: PyTorch's in turn, at its best: channels_last, compiled on a GPU.
-        dtype: Of the computation; parameters are float32.
-        peak_gflops: What `measure_peak_gflops` found; None: no share of it is given.
+        width: The network's width.
+        against_torch: Whether PyTorch is timed in turn, at its best: channels_last,
+            compiled on a GPU.
+        dtype: Type of the computation; parameters are float32.
+        peak_gflops: What `measure_peak_gflops` found.
     """
     kinds: tuple[Literal["jax", "torch"], ...] = ("jax",)
     if against_torch:
@@ -52,17 +78,34 @@ def bench_model(
     )
     macs = count_cost(create_model(name, width=width), _SHAPE).macs
     row = {"model": name, "batch_size": batch_size, "width": width, "dtype": dtype}
+    row["peak_gflops"] = peak_gflops
     # Backward takes a product for the inputs and one for the kernels.
     for what, passes in (("train", 3), ("eval", 1)):
         times: dict[str, Any] = interleaved(functions[what], repeats=repeats)
-        for of in times.values():
-            seconds = of["median_ms"] / 1e3
-            of["images_per_s"] = batch_size / seconds
-            of["gflops"] = 2e-9 * passes * macs * batch_size / seconds
-            if peak_gflops is not None:
-                of["share_of_peak"] = of["gflops"] / peak_gflops
+        for found in times.values():
+            seconds = found["median_ms"] / 1e3
+            found["images_per_s"] = batch_size / seconds
+            found["gflops"] = 2e-9 * passes * macs * batch_size / seconds
+            found["share_of_peak"] = found["gflops"] / peak_gflops
         row[what] = times
     return row
+
+
+def format_model(row: dict[str, Any]) -> str:
+    """Returns a row's medians as a table."""
+    header = ["network", "what", "batch", "JAX ms", "images/s", "of peak"]
+    if "torch" in row["train"]:
+        header += ["PyTorch ms", "JAX / PyTorch"]
+    lines = [header]
+    for what in ("train", "eval"):
+        ours = row[what]["jax"]
+        line = [row["model"], what, f"{row['batch_size']}", f"{ours['median_ms']:.1f}"]
+        line += [f"{ours['images_per_s']:,.0f}", f"{ours['share_of_peak']:.1%}"]
+        if "torch" in row[what]:
+            theirs = row[what]["torch"]["median_ms"]
+            line += [f"{theirs:.1f}", f"{ours['median_ms'] / theirs:.2f}"]
+        lines.append(line)
+    return aligned(lines, left=2)
 
 
 def make_functions(

@@ -1,9 +1,10 @@
 """Timing of Tucker-2 networks and of compressing them, beside PyTorch and TensorLy."""
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,7 +24,8 @@ from inertia_jax.interop import torch_key
 from inertia_jax.models import input_shape
 from inertia_jax.sites import Site, find_sites
 from inertia_jax.specs import Tucker2
-from train.errors import needs_torch
+from train.bench_suite import NetworkSuite
+from train.errors import UsageError, needs_torch
 from train.layer_report import LayerReport, format_layers, report_layers
 from train.timing import interleaved, relative_gap
 
@@ -33,6 +35,32 @@ RULES: dict[str, dict[str, Any]] = {
     # What vector units like: 17 channels take longer than 24.
     "budget 0.25 by 8": {"ranks": Budget(macs=0.25), "round_to": 8},
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(NetworkSuite):
+    """Compressed networks beside dense ones, at batch 1 and at `batch_size`.
+
+    With `--against torch`, TensorLy factorises the same kernels, too.
+    """
+
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """Stem of resnet18; imagenet: torchvision's, 1,000 classes at 224 x 224."""
+    repeats: int = 9
+    """Timed calls of each."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times each network, its layers, and compressing it.
+
+        Raises:
+            UsageError: A stem that a network has not.
+        """
+        if self.stem != "cifar" and self.models != ("resnet18",):
+            raise UsageError(f"`stem` (={self.stem}) is for `models` (=resnet18).")
+        options = {"batch_sizes": self.both_batches, "repeats": self.repeats}
+        yield from self.each_model(
+            bench_tucker, format_tucker, stem=self.stem, **options
+        )
 
 
 def bench_tucker(
