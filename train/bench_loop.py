@@ -65,97 +65,51 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
     next epoch computes.)
 
     Args:
-        config: Of the run.
-        data: Its images.
-        steps: Of a block; rounded up to whole calls.
-        rounds: Blocks of each.
+        config: The run's configuration.
+        data: The run's images.
+        steps: Steps of a block; rounded up to whole calls.
+        rounds: Blocks of each kind.
 
     Returns:
         Times of blocks and of what an epoch adds, and what `overhead` makes of them.
 
     Raises:
-        UsageError: More steps than an epoch has; fewer than six rounds.
+        UsageError: A block has more steps than an epoch; there are fewer than six
+            rounds.
     """
     if rounds < 6:
         raise UsageError(f"`repeats` (={rounds}) must be >= 6 in the suite loop.")
     trainer = Trainer(config, data)
-    state = trainer.init_state()
     ready = next(trainer.inputs(0, 0))
-    rows = ready[2].shape[1]  # steps a call
-    calls, in_epoch = -(-steps // rows), trainer.steps_per_epoch // rows
-    if calls > in_epoch:
+    steps_per_call = ready[2].shape[1]
+    calls = -(-steps // steps_per_call)
+    most = trainer.steps_per_epoch // steps_per_call
+    if calls > most:
         raise UsageError(
-            f"`steps` (={steps}) must be at most {in_epoch * rows}, an epoch's in "
-            f"whole calls."
+            f"`steps` (={steps}) must be at most {most * steps_per_call}, an epoch's "
+            f"in whole calls."
         )
-    config = dataclasses.replace(config, log_steps=calls * rows)
-    # Else the thread that writes events does so, among the steps.
+    steps = calls * steps_per_call
+    config = dataclasses.replace(config, log_steps=steps)
+    # Imported now: otherwise the writer thread imports it during the timed steps.
     import tensorboardX  # noqa: F401
 
     with contextlib.ExitStack() as stack:
-        scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        directory = RunDirectory(scratch / "run", config, resume=False)
-        stack.callback(directory.close)
-        directory.lock()
-        directory.open(0)
-        checkpoints = Checkpoints(directory.checkpoints)
-        bar = stack.enter_context(progress_bar(None, 0, config.batch_size))
-        meter = Meter(directory, bar, config, 0, has_gates=trainer.has_gates)
-        blocks = _blocks(trainer, calls)
-        stack.callback(blocks.close)
-        saved = step = 0
-        inputs: Any = None
-
-        def prepare() -> None:
-            nonlocal inputs
-            inputs = next(blocks)
-
-        def bare() -> None:
-            nonlocal state
-            pending = None
-            for _ in range(calls):
-                state, totals = trainer.train_call(state, ready)
-                if pending is not None:
-                    jax.device_get(pending)
-                pending = totals
-            jax.device_get(pending)
-
-        def whole() -> None:
-            nonlocal state, step
-            for batch in inputs:
-                state, totals = trainer.train_call(state, batch)
-                step += rows
-                meter.after_call(step, totals)
-            meter.flush()
-
-        def checkpoint() -> None:
-            nonlocal saved
-            saved += 1
-            training = training_to_dict(state)
-            metadata = make_metadata(trainer, None, train_seconds=0.0)
-            checkpoints.save(saved, trainer.model, state.result, training, metadata)
-            checkpoints.wait()
-
-        epochs: list[Any] = []
-
-        def first_input() -> None:
-            epochs.append(trainer.inputs(0, 0))
-            jax.block_until_ready(next(epochs[-1]))
-
+        run = _TimedRun(trainer, config, ready, calls, stack)
         times = times_in_turn(
-            {"bare": bare, "whole": whole},
+            {"bare": run.bare_block, "whole": run.whole_block},
             repeats=rounds,
             calls_before=0,
-            prepare=prepare,
+            prepare=run.prepare_block,
         )
         extra = times_in_turn(
-            {"first_input": first_input, "checkpoint": checkpoint},
+            {"first_input": run.first_input, "checkpoint": run.checkpoint},
             repeats=_EXTRA_REPEATS,
             calls_before=0,
-            prepare=lambda: [epoch.close() for epoch in epochs],
+            prepare=run.close_epochs,
         )
     return {
-        "steps": calls * rows,
+        "steps": steps,
         "rounds": rounds,
         "steps_per_epoch": trainer.steps_per_epoch,
         **{name: spread_of(values) for name, values in (times | extra).items()},
@@ -163,9 +117,86 @@ def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> An
             times["bare"],
             times["whole"],
             [sum(both) for both in zip(*extra.values(), strict=True)],
-            blocks_per_epoch=trainer.steps_per_epoch / (calls * rows),
+            blocks_per_epoch=trainer.steps_per_epoch / steps,
         ),
     }
+
+
+class _TimedRun:
+    """A run in a scratch directory, whose parts are called one by one.
+
+    Args:
+        trainer: What takes the steps.
+        config: The run's configuration, with a line of metrics a block.
+        ready: Inputs of a call, which bare blocks take again and again.
+        calls: Calls of a block.
+        stack: What closes the run at its end.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: Config,
+        ready: Any,
+        calls: int,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory = RunDirectory(scratch / "run", config, resume=False)
+        stack.callback(directory.close)
+        directory.lock()
+        directory.open(0)
+        bar = stack.enter_context(progress_bar(None, 0, config.batch_size))
+        self._trainer, self._ready, self._calls = trainer, ready, calls
+        self._meter = Meter(directory, bar, config, 0, has_gates=trainer.has_gates)
+        self._checkpoints = Checkpoints(directory.checkpoints)
+        self._blocks = stack.enter_context(contextlib.closing(_blocks(trainer, calls)))
+        self._state = trainer.init_state()
+        self._block: Any = ()
+        self._epochs: list[Any] = []
+        self._step = self._saved = 0
+
+    def prepare_block(self) -> None:
+        """Takes the next whole block's inputs."""
+        self._block = next(self._blocks)
+
+    def bare_block(self) -> None:
+        """Takes a block's steps on the inputs that lie ready."""
+        pending = None
+        for _ in range(self._calls):
+            self._state, totals = self._trainer.train_call(self._state, self._ready)
+            if pending is not None:
+                jax.device_get(pending)
+            pending = totals
+        jax.device_get(pending)
+
+    def whole_block(self) -> None:
+        """Takes a block's steps as the loop does."""
+        for inputs in self._block:
+            self._state, totals = self._trainer.train_call(self._state, inputs)
+            self._step += self._ready[2].shape[1]
+            self._meter.after_call(self._step, totals)
+        self._meter.flush()
+
+    def checkpoint(self) -> None:
+        """Saves a checkpoint, and waits for it."""
+        self._saved += 1
+        training = training_to_dict(self._state)
+        metadata = make_metadata(self._trainer, None, train_seconds=0.0)
+        self._checkpoints.save(
+            self._saved, self._trainer.model, self._state.result, training, metadata
+        )
+        self._checkpoints.wait()
+
+    def first_input(self) -> None:
+        """Shuffles an epoch, and waits for its first input."""
+        self._epochs.append(self._trainer.inputs(0, 0))
+        jax.block_until_ready(next(self._epochs[-1]))
+
+    def close_epochs(self) -> None:
+        """Closes the epochs whose first input was taken."""
+        for epoch in self._epochs:
+            epoch.close()
 
 
 def format_loop(row: dict[str, Any]) -> str:
