@@ -17,7 +17,7 @@ from test_parallel import make_config, synthetic_set
 
 import inertia_jax as ij
 from inertia_jax.sites import find_sites
-from train import bench_ops, platform
+from train import bench_ops, bench_startup, platform
 from train.__main__ import main
 from train.bench_loop import _blocks, overhead
 from train.timing import median_with_interval, relative_gap, times_in_turn
@@ -60,6 +60,10 @@ def test_options_of_other_suites_are_refused(capsys):
     assert "`repeats` (=0) must be >= 1." in capsys.readouterr().err
     assert main(["benchmark", "--suite", "tucker", "--stem", "imagenet"]) == 2
     assert "`stem` (=imagenet) is for `models`" in capsys.readouterr().err
+
+
+def test_starts_are_timed_from_the_root_of_the_repository():
+    assert (bench_startup._ROOT / "configs" / "quickstart.py").is_file()
 
 
 def test_help_lists_the_suites_and_imports_none():
@@ -225,10 +229,35 @@ def test_factors_by_tensorly_in_pytorch_give_the_same_logits():
     assert relative_gap(found, expected) > 1e-3
 
 
-def test_what_the_user_set_stays_set(monkeypatch):
-    place = jax.config.values["jax_compilation_cache_dir"]
+@pytest.fixture
+def cache_settings():
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    settings = {name: jax.config.values[name] for name in names}
+    yield settings
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_unless_the_user_says_where(
+    cache_settings, monkeypatch, tmp_path
+):
+    place, size, seconds = cache_settings
+    jax.config.update(place, "/theirs")
+    before = {name: jax.config.values[name] for name in cache_settings}
     platform.use_compilation_cache()
-    assert jax.config.values["jax_compilation_cache_dir"] == place
+    assert {name: jax.config.values[name] for name in cache_settings} == before
+    jax.config.update(place, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    platform.use_compilation_cache()
+    expected = {place: f"{tmp_path}/inertia_jax/compiled", size: 2 << 30, seconds: 0}
+    assert {name: jax.config.values[name] for name in cache_settings} == expected
+
+
+def test_flags_that_the_user_set_stay_set(monkeypatch):
     monkeypatch.setenv(
         "XLA_FLAGS",
         "--xla_cpu_experimental_ynn_fusion_type=1 --xla_cpu_scheduler_type=2",

@@ -119,7 +119,7 @@ def _run(num_processes: int, repeats: int) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "train.bench_processes", "--repeats", str(repeats)]
+    command = [sys.executable, "-m", __spec__.name, "--repeats", str(repeats)]
     command += ["--worker", address, str(num_processes)]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     processes = [
@@ -170,7 +170,7 @@ def main() -> None:
             )
     if args.out is not None:
         machine = describe_machine()
-        machine["command"] = f"python -m train.bench_processes --out {args.out}"
+        machine["command"] = f"python -m {__spec__.name} --out {args.out}"
         settings = {"batch_per_device": _PER_DEVICE, "repeats": args.repeats}
         fit = {"MB_per_s": speed, "us_per_message": latency}
         record = {**machine, **settings, "model": "lenet", "fit": fit, "rows": rows}

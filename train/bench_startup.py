@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import train
 from train.bench_suite import BaseSuite
 from train.errors import UsageError
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(train.__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from train.scaling_model import (
 )
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MARKER = "<!-- tables of python -m train.scaling -->"
+MARKER = "<!-- tables of the model of scaling -->"
 
 
 def tucker_model(name: str, share: float) -> nn.Module:
@@ -154,9 +154,8 @@ def _cell(
 
 def main() -> None:
     """Prints the tables, or writes them into the document."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.scaling", description=__doc__
-    )
+    prog = f"python -m {__spec__.name}"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--write", type=pathlib.Path, help="file with the markers")
     file = parser.parse_args().write
     text = tables(list(all_steps()))
