@@ -98,9 +98,7 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
 
 def load_model(path: str | os.PathLike[str]) -> nn.Module:
     """Returns the network, with its plan; does not check the hashes."""
-    description = _read_description(path)
-    plan = Plan.from_json(json.dumps(description["plan"]))
-    return create_model(plan=plan, **description["model"])
+    return _make_model(_read_description(path))
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:
@@ -110,7 +108,28 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         FileNotFoundError: There is no checkpoint at `path`.
         ValueError: Its description is broken, or of another version.
     """
+    return _make_metadata(path, _read_description(path))
+
+
+def load_description(path: str | os.PathLike[str]) -> tuple[nn.Module, Metadata]:
+    """Reads both, the network and what its checkpoint says of itself, but no arrays.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint at `path`.
+        ValueError: Its description is broken, or of another version.
+    """
     description = _read_description(path)
+    return _make_model(description), _make_metadata(path, description)
+
+
+def _make_model(description: dict[str, Any]) -> nn.Module:
+    plan = Plan.from_json(json.dumps(description["plan"]))
+    return create_model(plan=plan, **description["model"])
+
+
+def _make_metadata(
+    path: str | os.PathLike[str], description: dict[str, Any]
+) -> Metadata:
     preprocessing = description["preprocessing"]
     try:
         return Metadata(

@@ -21,10 +21,10 @@ import inertia_jax as ij
 from inertia_jax.checkpoint import load_arrays
 from inertia_jax.metadata import load_metadata
 from train.__main__ import VERBS, main
-from train.build import make_model
 from train.checkpoints import best_step, latest_steps
 from train.config_file import load_config
 from train.errors import UsageError
+from train.networks import make_model
 from train.verbs.fit_verb import parse
 
 FIT = [

@@ -1,105 +1,73 @@
-"""Evaluation of a checkpoint: its network, its preprocessing, any data that fit."""
+"""Evaluation of a checkpoint's network on any data that fit it."""
 
-import pathlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
-from inertia_jax import CostTable, count_cost, load_checkpoint
-from inertia_jax.metadata import Metadata, load_metadata
 from train.augment import Augmentation
 from train.class_names import warn_of_other_names
 from train.config import Data
 from train.data import ImageSet, load_data
-from train.errors import UsageError, user_input
+from train.errors import UsageError
 from train.evaluate import Evaluation, make_evaluator
 from train.feed import make_feed
+from train.networks import NetworkDescription, TrainedNetwork
 from train.parallel import Parallel
 from train.processes import first_devices
 
 
-def cost_at_rates(path: pathlib.Path, gate_rates: Mapping[str, float]) -> CostTable:
-    """Returns what a checkpoint's network costs at measured gate rates."""
-    model, _ = load_checkpoint(path)
-    preprocessing = load_metadata(path).preprocessing
-    if preprocessing is None:
-        raise ValueError(f"{path} has no preprocessing.")
-    return count_cost(model, preprocessing.image_shape, gate_rates=gate_rates)
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How test images are evaluated."""
+
+    cache_dir: str = Data.cache_dir
+    """Directory in which decoded sets are kept."""
+    batch_size: int = 500
+    """Images a step, over all devices."""
+    devices: int | None = None
+    """Number of devices to use, the first ones; None: all."""
+    resize: bool = False
+    """Resize images of another size than the network was trained on."""
+    flip_test: bool = False
+    """Answer by the mean logits of each image and its mirror image."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"`batch_size` (={self.batch_size}) must be >= 1.")
 
 
-def recorded_source(path: pathlib.Path) -> str | None:
-    """Returns the data that a checkpoint says it was trained on, if it says."""
-    with user_input():
-        info = load_metadata(path).info
-    return info.get("config", {}).get("data", {}).get("source") or None
-
-
-def evaluate_checkpoint(
-    path: pathlib.Path,
-    *,
-    source: str | None = None,
-    cache_dir: str = Data.cache_dir,
-    batch_size: int = 500,
-    num_devices: int | None = None,
-    resize: bool = False,
-    flip_test: bool = False,
+def evaluate_network(
+    network: TrainedNetwork, settings: EvaluationSettings, *, source: str | None = None
 ) -> Evaluation:
-    """Evaluates a checkpoint.
+    """Evaluates a network.
+
+    Args:
+        network: The network.
+        settings: How it is evaluated.
+        source: The data; None: those that it was trained on.
 
     Raises:
-        UsageError: A damaged checkpoint, or data that do not fit it.
+        UsageError: The data do not fit the network, or no data are named.
     """
-    if batch_size < 1:
-        raise UsageError(f"`batch_size` (={batch_size}) must be >= 1.")
-    first_devices(num_devices)  # before anything is read
-    with user_input():
-        model, variables = load_checkpoint(path)
-        metadata = load_metadata(path)
-    source = source or recorded_source(path)
+    source = source or network.source
     if source is None:
-        raise UsageError(f"{path} names no data; say which with --data.")
-    if metadata.preprocessing is None:
-        raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
-    evaluate = evaluator_for(
-        model,
-        metadata,
-        source=source,
-        cache_dir=cache_dir,
-        batch_size=batch_size,
-        num_devices=num_devices,
-        resize=resize,
-        flip_test=flip_test,
-    )
-    return evaluate(variables)
+        raise UsageError(f"{network.path} names no data; say which with --data.")
+    return evaluator_for(network, source, settings)(network.variables)
 
 
 def evaluator_for(
-    model: nn.Module,
-    metadata: Metadata,
-    *,
-    source: str,
-    cache_dir: str = Data.cache_dir,
-    batch_size: int = 500,
-    num_devices: int | None = None,
-    resize: bool = False,
-    flip_test: bool = False,
+    network: NetworkDescription, source: str, settings: EvaluationSettings
 ) -> Callable[[Mapping[str, Any]], Evaluation]:
-    """Returns a function from variables to what evaluating a checkpoint of them finds.
+    """Returns a function that evaluates variables of a network on a source's data.
 
     Raises:
-        UsageError: Data that do not fit it.
+        UsageError: The data do not fit the network.
     """
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise ValueError("`metadata` must have a preprocessing.")
-    trained_on = metadata.info.get("config", {}).get("data", {})
-    resize = resize or trained_on.get("image_size") is not None
-    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
-    data = load_data(source, cache_dir=cache_dir, image_size=size if resize else None)
-    _check_fit(data, metadata, model.num_classes, resize=resize)
-    parallel = Parallel("pmap", tuple(first_devices(num_devices)))
+    model, preprocessing = network.model, network.preprocessing
+    data = _load_fitting(network, source, settings)
+    parallel = Parallel("pmap", tuple(first_devices(settings.devices)))
     evaluate = make_evaluator(
         model,
         Augmentation(
@@ -111,20 +79,21 @@ def evaluator_for(
         ),
         make_feed(data.test, parallel, memory_share=Data.memory_share),
         parallel,
-        batch_size=batch_size,
-        class_names=_class_names(data, metadata, model.num_classes),
-        flip_test=flip_test,
+        batch_size=settings.batch_size,
+        class_names=_class_names(network, data),
+        flip_test=settings.flip_test,
     )
     return lambda variables: evaluate(parallel.replicate(variables))
 
 
-def _check_fit(
-    data: ImageSet, metadata: Metadata, num_classes: int, *, resize: bool
-) -> None:
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise ValueError("checked by the caller.")
+def _load_fitting(
+    network: NetworkDescription, source: str, settings: EvaluationSettings
+) -> ImageSet:
+    preprocessing, trained_on = network.preprocessing, network.trained_on
     height, width, channels = preprocessing.image_shape
+    resize = settings.resize or bool(trained_on and trained_on.image_size)
+    size = max(height, preprocessing.resize or 0) if resize else None
+    data = load_data(source, cache_dir=settings.cache_dir, image_size=size)
     if data.image_shape[2] != channels:
         raise UsageError(
             f"{data.name} has {data.image_shape[2]} channels; the network takes "
@@ -135,18 +104,18 @@ def _check_fit(
             f"{data.name} has images of {data.image_shape[0]} x {data.image_shape[1]}; "
             f"the network was trained on {height} x {width} (--resize resizes them)."
         )
-    warn_of_other_names(data, metadata)
-    highest = int(data.test.labels.max())
+    warn_of_other_names(data, network.metadata)
+    highest, num_classes = int(data.test.labels.max()), network.model.num_classes
     if highest >= num_classes:
         raise UsageError(
             f"{data.name} has label {highest}; the network has {num_classes} classes."
         )
+    return data
 
 
-def _class_names(
-    data: ImageSet, metadata: Metadata, num_classes: int
-) -> tuple[str, ...]:
-    if metadata.class_names:
-        return metadata.class_names
+def _class_names(network: NetworkDescription, data: ImageSet) -> tuple[str, ...]:
+    if network.class_names:
+        return network.class_names
+    num_classes = network.model.num_classes
     unnamed = range(data.num_classes, num_classes)
     return (*data.class_names, *map(str, unnamed))[:num_classes]

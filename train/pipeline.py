@@ -8,26 +8,32 @@ import jax
 from flax import linen as nn
 
 from inertia_jax import (
+    CostTable,
+    Plan,
     compress,
-    count_cost,
-    load_checkpoint,
     load_torch,
     recalibrate_batch_norm,
     save_checkpoint,
 )
-from inertia_jax.metadata import Metadata, load_metadata
-from train.build import make_model, make_preprocessing
+from inertia_jax.metadata import Metadata
 from train.calibration import training_inputs
-from train.checkpoints import latest_steps
 from train.config import Config
 from train.config_file import config_to_json
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation
-from train.evaluate_checkpoint import evaluate_checkpoint
+from train.evaluate_checkpoint import EvaluationSettings, evaluate_network
 from train.keys import run_keys
 from train.layer_report import parse_ranks
 from train.loop import fit
+from train.networks import (
+    from_checkpoint,
+    last_checkpoint,
+    make_model,
+    make_preprocessing,
+    read_description,
+    read_network,
+)
 from train.pipeline_config import Pipeline, check_claim, claim
 from train.trainer import check_trainable
 
@@ -37,18 +43,16 @@ class Stage:
     """What a stage ended with.
 
     Attributes:
-        name: Of the stage.
-        checkpoint: Where the network lies.
-        evaluation: Of the test images.
-        params: Of the network.
-        macs: Of the network, an image.
+        name: The stage's name.
+        evaluation: The network's answers to the test images.
+        cost: The network's cost.
+        plan: The network's plan.
     """
 
     name: str
-    checkpoint: pathlib.Path
     evaluation: Evaluation
-    params: int
-    macs: int
+    cost: CostTable
+    plan: Plan
 
 
 def run_pipeline(
@@ -141,20 +145,13 @@ def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path | None:
     result = fit(config, workdir=workdir, resume=True)
     if result.stopped_by is not None:
         return None
-    checkpoints = workdir / "checkpoints"
-    return checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
+    return last_checkpoint(workdir)
 
 
 def _from(config: Config, checkpoint: pathlib.Path, teacher: str | None) -> Config:
     """Returns the configuration that trains a checkpoint's network further."""
-    model, _ = load_checkpoint(checkpoint)
-    return dataclasses.replace(
-        config,
-        name="tune",
-        init=str(checkpoint.absolute()),
-        teacher=teacher,
-        model=dataclasses.replace(config.model, plan=model.plan.to_json()),
-    )
+    config = dataclasses.replace(config, name="tune", teacher=teacher)
+    return from_checkpoint(config, read_description(checkpoint), keep_data=True)
 
 
 def _compress(
@@ -166,14 +163,13 @@ def _compress(
 ) -> None:
     config = pipeline.run
     with user_input():
-        model, variables = load_checkpoint(before)
-        metadata = load_metadata(before)
-        preprocessing = metadata.preprocessing
-        if preprocessing is None or data.train is None:
-            raise ValueError("training has checked both.")
+        network = read_network(before)
+        preprocessing = network.preprocessing
+        if data.train is None:
+            raise ValueError("training has checked it.")
         model, variables = compress(
-            model,
-            variables,
+            network.model,
+            network.variables,
             ranks=parse_ranks(rule),
             image_shape=preprocessing.image_shape,
         )
@@ -192,22 +188,14 @@ def _compress(
             variables = recalibrate_batch_norm(
                 model, variables, images, batch_size=config.batch_size
             )
-        info = {**metadata.info, "evaluation": None, "compressed": {"ranks": rule}}
-        metadata = Metadata(preprocessing, metadata.class_names, info)
+        info = {**network.info, "evaluation": None, "compressed": {"ranks": rule}}
+        metadata = Metadata(preprocessing, network.class_names, info)
         save_checkpoint(out, model, variables, metadata=metadata)
 
 
 def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
-    evaluation = evaluate_checkpoint(
-        checkpoint,
-        source=config.data.source,
-        cache_dir=config.data.cache_dir,
-        batch_size=config.eval_batch_size,
-    )
-    model, _ = load_checkpoint(checkpoint)
-    preprocessing = load_metadata(checkpoint).preprocessing
-    if preprocessing is None:
-        raise ValueError("a run's checkpoints have a preprocessing.")
-    cost = count_cost(model, preprocessing.image_shape)
+    network = read_network(checkpoint)
+    settings = EvaluationSettings(config.data.cache_dir, config.eval_batch_size)
+    evaluation = evaluate_network(network, settings, source=config.data.source)
     print(f"{name}: top-1 {evaluation.top1:.2%}", flush=True)
-    return Stage(name, checkpoint, evaluation, cost.params, cost.macs)
+    return Stage(name, evaluation, network.cost(), network.model.plan)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from inertia_jax import load_checkpoint
 from inertia_jax.cost_table import aligned
 from train.config_file import config_to_json
 from train.evaluate import paired_difference
@@ -22,7 +21,6 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
     rows = []
     for stage in stages:
         difference, margin = paired_difference(first, stage.evaluation)
-        model, _ = load_checkpoint(stage.checkpoint)
         rows.append(
             {
                 "name": stage.name,
@@ -32,9 +30,9 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
                 "num_examples": stage.evaluation.num_examples,
                 "difference": difference,
                 "margin_95": margin,
-                "params": stage.params,
-                "macs": stage.macs,
-                "plan": plan_to_json(model.plan),
+                "params": stage.cost.params,
+                "macs": stage.cost.macs,
+                "plan": plan_to_json(stage.plan),
             }
         )
     config = config_to_json(pipeline.run)
@@ -54,5 +52,7 @@ def summarise(stages: list[Stage]) -> str:
     lines = [["stage", "top-1", "parameters", "MACs"]]
     for stage in stages:
         top1 = f"{stage.evaluation.top1:.2%}"
-        lines.append([stage.name, top1, f"{stage.params:,}", f"{stage.macs:,}"])
+        lines.append(
+            [stage.name, top1, f"{stage.cost.params:,}", f"{stage.cost.macs:,}"]
+        )
     return aligned(lines)

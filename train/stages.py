@@ -1,5 +1,6 @@
 """Accuracy of a network before and after every stage of its compression."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +8,15 @@ from typing import Any
 from flax import linen as nn
 
 from inertia_jax.calls import Network
-from inertia_jax.metadata import Metadata
 from train.evaluate import Evaluation, paired_difference
-from train.evaluate_checkpoint import evaluator_for
+from train.evaluate_checkpoint import EvaluationSettings, evaluator_for
+from train.networks import NetworkDescription
 
 
 def evaluate_stages(
     stages: Mapping[str, Network],
     *,
-    metadata: Metadata,
+    description: NetworkDescription,
     sources: Sequence[str],
     cache_dir: str,
 ) -> dict[str, list[Evaluation]]:
@@ -23,19 +24,19 @@ def evaluate_stages(
 
     Args:
         stages: By name.
-        metadata: Of the checkpoint.
+        description: What the dense network's checkpoint says, the same of all.
         sources: Of the test sets.
         cache_dir: Where decoded sets are kept.
     """
+    settings = EvaluationSettings(cache_dir=cache_dir)
     found: dict[str, list[Evaluation]] = {name: [] for name in stages}
     for source in sources:
         evaluators: list[tuple[nn.Module, Any]] = []
         for name, (model, variables) in stages.items():
             known = [evaluate for other, evaluate in evaluators if other == model]
             if not known:
-                evaluate = evaluator_for(
-                    model, metadata, source=source, cache_dir=cache_dir
-                )
+                network = dataclasses.replace(description, model=model)
+                evaluate = evaluator_for(network, source, settings)
                 evaluators.append((model, evaluate))
                 known = [evaluate]
             found[name].append(known[0](variables))

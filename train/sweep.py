@@ -7,14 +7,12 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from inertia_jax import count_cost, load_checkpoint
 from inertia_jax.cost_table import aligned
-from inertia_jax.metadata import load_metadata
-from train.checkpoints import latest_steps
 from train.config import Config
 from train.config_file import config_to_json, fill_defaults, load_from_file
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation
+from train.networks import last_checkpoint, read_description
 from train.report import make_record
 
 
@@ -130,15 +128,7 @@ def make_sweep_record(
         evaluation: Of its last epoch.
     """
     record = make_record(workdir)
-    step = latest_steps(workdir / "checkpoints")[-1]
-    path = workdir / "checkpoints" / f"step_{step:08d}"
-    model, _ = load_checkpoint(path)
-    preprocessing = load_metadata(path).preprocessing
-    if preprocessing is None:
-        raise ValueError("a run's checkpoints have a preprocessing.")
-    cost = count_cost(
-        model, preprocessing.image_shape, gate_rates=evaluation.gate_rates
-    )
+    cost = read_description(last_checkpoint(workdir)).cost(evaluation.gate_rates)
     rates = [row["images_per_s"] for row in record["curve"][1:]]
     return {
         "name": config.name,

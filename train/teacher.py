@@ -2,20 +2,21 @@
 
 import dataclasses
 import hashlib
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inertia_jax import load_checkpoint
-from inertia_jax.metadata import Preprocessing, load_metadata
+from inertia_jax.metadata import Preprocessing
 from inertia_jax.plan import without_ladders
 from train.checkpoints import find_checkpoint
 from train.config import Config
 from train.config_file import differing_fields
 from train.distill import Distillation
-from train.errors import UsageError, user_input
+from train.errors import UsageError
+from train.networks import read_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +67,16 @@ def load_teacher(
     path = resolve_teacher(config).teacher
     if path is None:
         return None
-    with user_input():
-        model, variables = load_checkpoint(path)
-        theirs = load_metadata(path).preprocessing
-    if theirs is None:
-        raise UsageError(f"`teacher` (={path}) has no preprocessing; it cannot teach.")
+    try:
+        network = read_network(pathlib.Path(path))
+    except UsageError as error:
+        raise UsageError(f"`teacher` (={path}) cannot teach: {error}") from error
+    model = network.model
     differing = differing_fields(
-        {"num_classes": model.num_classes, **dataclasses.asdict(theirs)},
+        {
+            "num_classes": model.num_classes,
+            **dataclasses.asdict(network.preprocessing),
+        },
         {"num_classes": num_classes, **dataclasses.asdict(preprocessing)},
     )
     if differing:
@@ -87,7 +91,7 @@ def load_teacher(
     distillation = Distillation(
         model, weight=config.distill_weight, temperature=config.distill_temperature
     )
-    return Teacher(distillation, variables, hash_variables(variables))
+    return Teacher(distillation, network.variables, hash_variables(network.variables))
 
 
 def hash_variables(variables: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from inertia_jax import Rate, load_checkpoint
 from inertia_jax.metadata import Metadata, load_metadata
 from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
-from train.build import make_model, make_preprocessing
 from train.checkpoints import find_checkpoint
 from train.class_names import warn_of_other_names
 from train.config import Config
@@ -22,6 +21,7 @@ from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
 from train.feed import choose_steps_per_call, epoch_order, make_feed
 from train.keys import run_keys
+from train.networks import make_model, make_preprocessing
 from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
 from train.processes import differing_process

@@ -5,8 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from flax import linen as nn
-
 from inertia_jax import (
     Budget,
     compress,
@@ -14,32 +12,37 @@ from inertia_jax import (
     recalibrate_batch_norm,
     reconstruct,
 )
-from inertia_jax.metadata import Metadata
 from train.calibration import training_inputs
 from train.config import Data
 from train.data import load_data
 from train.errors import UsageError
 from train.layer_report import parse_ranks
+from train.networks import NetworkDescription
 from train.stages import Network
 from train.verbs.compress_options import Compress
 
+# Augmentation that is assumed of the training of imported weights.
+IMPORTED = Data(source="", crop_padding=0, flip=False)
+
 
 def drawer(
-    args: Compress, source: str | None, model: nn.Module, metadata: Metadata
+    args: Compress, source: str | None, network: NetworkDescription
 ) -> Callable[..., Any] | None:
     """Returns a function that draws training images; None if no data are known."""
     if source is None:
         return None
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise ValueError("checked by the caller.")
+    preprocessing = network.preprocessing
     size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
     data = load_data(source, cache_dir=args.cache_dir, image_size=size)
     if data.train is None:
         raise UsageError(f"{data.name} has no training images to calibrate on.")
-    trained = metadata.info.get("config", {}).get("data", {})
+    trained_on = network.trained_on or IMPORTED
     draw = functools.partial(
-        training_inputs, data.train, preprocessing, seed=args.seed, dtype=model.dtype
+        training_inputs,
+        data.train,
+        preprocessing,
+        seed=args.seed,
+        dtype=network.model.dtype,
     )
 
     def draw_some(count: int, *, augmented: bool) -> Any:
@@ -49,8 +52,8 @@ def drawer(
             count,
             crop_padding=args.crop_padding or 0,
             flip=bool(args.flip),
-            resized_crop=trained.get("resized_crop", False),
-            crop_mode=trained.get("crop_mode", Data.crop_mode),
+            resized_crop=trained_on.resized_crop,
+            crop_mode=trained_on.crop_mode,
         )
 
     return draw_some

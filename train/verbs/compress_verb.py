@@ -11,12 +11,18 @@ from typing import Any
 
 import tyro
 
-from inertia_jax import count_cost, load_checkpoint, save_checkpoint
-from inertia_jax.metadata import Metadata, load_metadata
-from train.checkpoints import find_checkpoint, latest_steps
+from inertia_jax import count_cost, save_checkpoint
+from inertia_jax.metadata import Metadata
+from train.checkpoints import find_checkpoint
 from train.errors import UsageError, user_input
 from train.layer_report import format_layers, plan_to_json, report_layers
 from train.loop import FitResult, fit
+from train.networks import (
+    from_checkpoint,
+    last_checkpoint,
+    read_description,
+    read_network,
+)
 from train.rundir import describe_machine
 from train.stages import Network, compare_stages, evaluate_stages, in_words
 from train.verbs.compress_options import (
@@ -24,8 +30,8 @@ from train.verbs.compress_options import (
     check_options,
     check_options_without_data,
 )
-from train.verbs.compress_stages import compressed_stages, drawer
-from train.verbs.finetune_verb import DEFAULTS, from_checkpoint
+from train.verbs.compress_stages import IMPORTED, compressed_stages, drawer
+from train.verbs.finetune_verb import DEFAULTS
 from train.verbs.fit_verb import exit_code
 
 
@@ -37,14 +43,11 @@ def run(argv: Sequence[str]) -> int:
     for place in (out, out.with_name(f"{out.name}_finetuned")):
         if place.exists() and (place == out or args.finetune_epochs):
             raise UsageError(f"`out` (={place}) must not exist; nothing was changed.")
-    with user_input():
-        dense = load_checkpoint(path)
-        metadata = load_metadata(path)
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise UsageError(f"{path} has no preprocessing; it cannot be evaluated.")
-    trained = metadata.info.get("config", {}).get("data", {})
-    source = args.data or trained.get("source")
+    network = read_network(path)
+    dense = (network.model, network.variables)
+    preprocessing = network.preprocessing
+    trained_on = network.trained_on or IMPORTED
+    source = args.data or network.source
     if source is None and (is_inertial or args.finetune_epochs):
         raise UsageError(f"{path} names no data; say which with --data.")
     if source is None:
@@ -55,14 +58,14 @@ def run(argv: Sequence[str]) -> int:
         )
     args = dataclasses.replace(
         args,
-        crop_padding=_or(args.crop_padding, trained.get("crop_padding", 0)),
-        flip=_or(args.flip, trained.get("flip", False)),
+        crop_padding=_or(args.crop_padding, trained_on.crop_padding),
+        flip=_or(args.flip, trained_on.flip),
     )
     sources = () if source is None else (source, *args.also_test)
     evaluate = functools.partial(
-        evaluate_stages, metadata=metadata, sources=sources, cache_dir=args.cache_dir
+        evaluate_stages, description=network, sources=sources, cache_dir=args.cache_dir
     )
-    draw = drawer(args, source, dense[0], metadata)
+    draw = drawer(args, source, network)
     before = evaluate({"before": dense})["before"]
     start = time.perf_counter()
     with user_input():
@@ -70,12 +73,12 @@ def run(argv: Sequence[str]) -> int:
     seconds = time.perf_counter() - start
     model, variables = next(reversed(stages.values()))
     info = {
-        **metadata.info,
+        **network.info,
         "evaluation": None,  # was the dense network's
         "compressed": dataclasses.asdict(args),
     }
     with user_input():
-        metadata = Metadata(preprocessing, metadata.class_names, info)
+        metadata = Metadata(preprocessing, network.class_names, info)
         save_checkpoint(out, model, variables, metadata=metadata)
     if args.finetune_epochs:
         tuned = _finetune(args, path, out, source)
@@ -136,7 +139,7 @@ def _finetune(
     """Trains the compressed checkpoint; returns how it ended if a signal stopped it."""
     if source is None:
         raise UsageError("`finetune_epochs` needs data; say which with --data.")
-    config = from_checkpoint(DEFAULTS, out, keep_data=False)
+    config = from_checkpoint(DEFAULTS, read_description(out), keep_data=False)
     data = dataclasses.replace(
         config.data,
         source=source,
@@ -159,10 +162,9 @@ def _finetune(
     result = fit(config, workdir=workdir, resume=False)
     if result.stopped_by is not None:
         return result
-    checkpoints = workdir / "checkpoints"
-    last = checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
-    print(f"fine-tuned checkpoint {last}")
-    return load_checkpoint(last)
+    tuned = read_network(last_checkpoint(workdir))
+    print(f"fine-tuned checkpoint {tuned.path}")
+    return tuned.model, tuned.variables
 
 
 def _tuned_beside(out: pathlib.Path) -> pathlib.Path:

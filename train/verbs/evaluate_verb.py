@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,16 +11,12 @@ import jax
 import tyro
 
 from train.checkpoints import find_checkpoint
-from train.config import Data
 from train.errors import user_input
 from train.evaluate import paired_difference
-from train.evaluate_checkpoint import (
-    cost_at_rates,
-    evaluate_checkpoint,
-    recorded_source,
-)
+from train.evaluate_checkpoint import EvaluationSettings, evaluate_network
+from train.networks import read_network
 from train.outputs import check_output_file
-from train.processes import Processes, joined
+from train.processes import Processes, first_devices, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +27,13 @@ class Evaluate:
     """A checkpoint, or a run, whose best is taken."""
     data: str | None = None
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
-    cache_dir: str = Data.cache_dir
-    """Where decoded sets are kept."""
-    batch_size: int = 500
-    """Images a step, over all devices."""
-    devices: int | None = None
-    """Use the first so many devices; None: all."""
-    resize: bool = False
-    """Resize images of another size than the network was trained on."""
-    flip_test: bool = False
-    """Answer by the mean logits of each image and its mirror image."""
     against: str | None = None
     """Another checkpoint, or run, to compare with on the same data, image by image."""
     out: str | None = None
     """Write everything to this file, as JSON."""
+    settings: Annotated[EvaluationSettings, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=EvaluationSettings
+    )
     processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=Processes
     )
@@ -65,24 +53,17 @@ def run(argv: Sequence[str]) -> int:
 def _run(args: Evaluate) -> int:
     if jax.process_index() == 0:  # the others write nothing
         check_output_file("out", args.out)
-    path = find_checkpoint(args.checkpoint)
-    print(f"checkpoint  {path}")
-    evaluate = functools.partial(
-        evaluate_checkpoint,
-        # Of both checkpoints, if there are two: they are compared image by image.
-        source=args.data or recorded_source(path),
-        cache_dir=args.cache_dir,
-        batch_size=args.batch_size,
-        num_devices=args.devices,
-        resize=args.resize,
-        flip_test=args.flip_test,
-    )
+    first_devices(args.settings.devices)  # before anything is read
     other = find_checkpoint(args.against) if args.against else None
-    evaluation = evaluate(path)
+    network = read_network(find_checkpoint(args.checkpoint))
+    print(f"checkpoint  {network.path}")
+    evaluation = evaluate_network(network, args.settings, source=args.data)
     print(evaluation)
     found = json.loads(evaluation.to_json())
     if other is not None:
-        baseline = evaluate(other)
+        # On the same data, so that they can be compared image by image.
+        source = args.data or network.source
+        baseline = evaluate_network(read_network(other), args.settings, source=source)
         difference, margin = paired_difference(baseline, evaluation)
         change = f"{100 * difference:+.2f} points"
         interval = f"95% interval +-{100 * margin:.2f}, paired"
@@ -93,7 +74,7 @@ def _run(args: Evaluate) -> int:
             "margin_95": margin,
         }
     if evaluation.gate_rates:
-        print(f"\n{cost_at_rates(path, evaluation.gate_rates)}")
+        print(f"\n{network.cost(evaluation.gate_rates)}")
     if args.out is not None and jax.process_index() == 0:
         with user_input():
             pathlib.Path(args.out).write_text(json.dumps(found, indent=1) + "\n")

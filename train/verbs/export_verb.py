@@ -11,13 +11,14 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from inertia_jax import fold_batch_norm, load_checkpoint, load_exported, save_exported
+from inertia_jax import fold_batch_norm, load_exported, save_exported
 from inertia_jax.exported import check_platforms
-from inertia_jax.metadata import Preprocessing, load_metadata
+from inertia_jax.metadata import Preprocessing
 from inertia_jax.plan import without_ladders
 from train.augment import Augmentation
 from train.checkpoints import find_checkpoint
 from train.errors import UsageError, user_input
+from train.networks import TrainedNetwork, read_network
 
 _EXAMPLE = """\
     import inertia_jax
@@ -61,12 +62,9 @@ def run(argv: Sequence[str]) -> int:
         if out.exists():
             raise ValueError(f"`out` (={out}) must not exist; nothing was changed.")
         check_platforms(args.platforms)
-        model, variables = load_checkpoint(path)
-        metadata = load_metadata(path)
-        if metadata.preprocessing is None:
-            raise ValueError(f"{path} has no preprocessing; it cannot be exported.")
-        shape = _image_shape(args, metadata.preprocessing)
-        function = _function(args, model, variables, metadata.preprocessing)
+        network = read_network(path)
+        shape = _image_shape(args, network.preprocessing)
+        function = _function(args, network)
         save_exported(
             out,
             function,
@@ -74,13 +72,13 @@ def run(argv: Sequence[str]) -> int:
             image_dtype=args.input,
             batch_size=batch_size,
             platforms=args.platforms,
-            class_names=metadata.class_names,
-            info={"checkpoint": str(path), **dataclasses.asdict(metadata)},
+            class_names=network.class_names,
+            info={"checkpoint": str(path), **dataclasses.asdict(network.metadata)},
         )
     print(f"checkpoint  {path}")
     print(f"exported    {out}, {out.stat().st_size / 1e6:.1f} MB")
-    plain = without_ladders(model)
-    before = _calls(plain, variables, metadata.preprocessing, args.input)
+    plain = without_ladders(network.model)
+    before = _calls(plain, network.variables, network.preprocessing, args.input)
     print(_compared(out, before, args.platforms))
     number = "n" if batch_size is None else batch_size
     shown = f"[{', '.join(map(str, (number, *shape)))}]"
@@ -103,25 +101,23 @@ def _image_shape(args: Export, preprocessing: Preprocessing) -> tuple[int, int, 
     return height, width, channels
 
 
-def _function(
-    args: Export, model: Any, variables: Any, preprocessing: Preprocessing
-) -> Callable[[Any], Any]:
+def _function(args: Export, network: TrainedNetwork) -> Callable[[Any], Any]:
     """Returns the network to export, from images to logits, and says what it folded."""
-    dtype = jnp.dtype(args.dtype or model.dtype)
+    dtype = jnp.dtype(args.dtype or network.model.dtype)
     if dtype == jnp.float64:
         raise ValueError(
             "the checkpoint computes in float64; `dtype` must be float32 or bfloat16."
         )
-    network: nn.Module = model.clone(dtype=dtype)
+    model: nn.Module = network.model.clone(dtype=dtype)
+    variables: Any = network.variables
     if args.fold:
-        shape = preprocessing.image_shape
-        network, variables = folded = fold_batch_norm(
-            network, variables, image_shape=shape
-        )
+        shape = network.preprocessing.image_shape
+        model, variables = folded = fold_batch_norm(model, variables, image_shape=shape)
         print(f"folded      {len(folded[0].folded)} BatchNorm layers")
         for norm, reason in folded[0].kept:
             print(f"  {norm} stays: it {reason}")
-    return _calls(network, _in_type(variables, dtype), preprocessing, args.input)
+    variables = _in_type(variables, dtype)
+    return _calls(model, variables, network.preprocessing, args.input)
 
 
 def _in_type(variables: Any, dtype: Any) -> Any:

@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
 
-from inertia_jax import load_checkpoint
-from inertia_jax.metadata import load_metadata
-from inertia_jax.models import model_name
 from train.checkpoints import find_checkpoint
-from train.config import Config, Data, Model, Optimizer, check_used
+from train.config import Config, Optimizer, check_used
 from train.config_file import load_config
-from train.errors import UsageError, user_input
+from train.errors import UsageError
 from train.loop import fit
+from train.networks import from_checkpoint, read_description
 from train.processes import Processes, early_processes, joined
 from train.verbs.fit_verb import exit_code, summary
 
@@ -70,7 +67,8 @@ def _run(argv: Sequence[str]) -> int:
     path = None
     if argv and not argv[0].startswith("-"):
         path = find_checkpoint(argv[0])
-        default = from_checkpoint(default, path, keep_data=file is not None)
+        network = read_description(path)
+        default = from_checkpoint(default, network, keep_data=file is not None)
     args = tyro.cli(
         Finetune,
         default=Finetune(tyro.MISSING, default, config=file),
@@ -97,50 +95,3 @@ def _run(argv: Sequence[str]) -> int:
 def _check_kept(name: str, own: Any, given: Any) -> None:
     if own != given:
         raise UsageError(f"`{name}` (={given}) must be the checkpoint's, {own}.")
-
-
-def from_checkpoint(config: Config, path: pathlib.Path, *, keep_data: bool) -> Config:
-    """Returns the configuration that trains a checkpoint's network further.
-
-    Args:
-        config: Everything but network, data and normalisation.
-        path: The checkpoint.
-        keep_data: Keep the configured data and augmentation, not the checkpoint's.
-
-    Raises:
-        UsageError: The checkpoint is damaged, or has no preprocessing.
-    """
-    with user_input():
-        model, _ = load_checkpoint(path)
-        metadata = load_metadata(path)
-    preprocessing = metadata.preprocessing
-    if preprocessing is None:
-        raise UsageError(f"{path} has no preprocessing; it cannot be trained further.")
-    network = Model(
-        name=model_name(model),
-        width=model.width,
-        stem=getattr(model, "stem", Model.stem),
-        shortcut=getattr(model, "shortcut", Model.shortcut),
-        dtype=np.dtype(model.dtype).name,
-        plan=model.plan.to_json(),
-    )
-    trained = metadata.info.get("config", {}).get("data")
-    data = config.data
-    if not keep_data:
-        names = {field.name for field in dataclasses.fields(Data)}
-        known = {k: v for k, v in (trained or {}).items() if k in names}
-        data = Data(**{"source": "", **known})
-    height, width, _ = preprocessing.image_shape
-    data = dataclasses.replace(
-        data,
-        mean=tuple(preprocessing.mean),
-        std=tuple(preprocessing.std),
-        # An imported network does not say whether its images were resized.
-        image_size=trained["image_size"]
-        if trained
-        else (height if height == width else None),
-        eval_resize=preprocessing.resize,
-    )
-    return dataclasses.replace(
-        config, init=str(path.absolute()), model=network, data=data
-    )

@@ -9,8 +9,9 @@ import tyro
 
 from train.checkpoints import find_checkpoint
 from train.config_file import load_config
-from train.evaluate_checkpoint import evaluate_checkpoint
+from train.evaluate_checkpoint import EvaluationSettings, evaluate_network
 from train.loop import fit
+from train.networks import read_network
 from train.verbs import fit_verb
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
@@ -33,8 +34,9 @@ def run(argv: Sequence[str]) -> int:
     if result.evaluation is None:
         print(f"stopped and saved at step {result.step}; the same command goes on.")
         return fit_verb.exit_code(result)
-    best = find_checkpoint(workdir)
-    print(f"\nevaluated again, from {best}:\n{evaluate_checkpoint(best)}\n")
+    best = read_network(find_checkpoint(workdir))
+    evaluation = evaluate_network(best, EvaluationSettings())
+    print(f"\nevaluated again, from {best.path}:\n{evaluation}\n")
     print(fit_verb.summary(result))
     print(f"took         {time.monotonic() - start:.0f} s")
     return 0

@@ -1,0 +1,192 @@
+"""A network from a configuration, or from a checkpoint, which is opened once."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax import CostTable, Plan, count_cost, create_model
+from inertia_jax.checkpoint import load_arrays, verify_checkpoint
+from inertia_jax.metadata import Metadata, Preprocessing, load_description
+from inertia_jax.models import model_name
+from train.checkpoints import latest_steps
+from train.config import Config, Data, Model
+from train.errors import UsageError, user_input
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkDescription:
+    """What a checkpoint says of its network.
+
+    Attributes:
+        path: The checkpoint.
+        model: The network, with its plan.
+        preprocessing: How images become the network's input.
+        class_names: One name a class, or empty.
+        info: Whatever the writer added, e.g. step, metrics and configuration.
+    """
+
+    path: pathlib.Path
+    model: nn.Module
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    info: Mapping[str, Any]
+
+    @property
+    def trained_on(self) -> Data | None:
+        """Data and augmentation of the training; None where nothing is said of them."""
+        recorded = self.info.get("config", {}).get("data")
+        if not recorded:
+            return None
+        names = {field.name for field in dataclasses.fields(Data)}
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in recorded.items()
+            if name in names  # a later version may have more
+        }
+        return Data(**({"source": ""} | known))
+
+    @property
+    def source(self) -> str | None:
+        """Source of the data that the network was trained on, if it is recorded."""
+        data = self.trained_on
+        return (data.source or None) if data else None
+
+    @property
+    def metadata(self) -> Metadata:
+        """The same for `save_checkpoint`."""
+        return Metadata(self.preprocessing, self.class_names, self.info)
+
+    def cost(self, gate_rates: Mapping[str, float] | None = None) -> CostTable:
+        """Returns what the network costs, at measured gate rates if any are given."""
+        shape = self.preprocessing.image_shape
+        return count_cost(self.model, shape, gate_rates=gate_rates or {})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedNetwork(NetworkDescription):
+    """A checkpoint's network with its variables.
+
+    Attributes:
+        variables: The variables, as NumPy arrays.
+    """
+
+    variables: dict[str, Any]
+
+
+def read_description(path: pathlib.Path) -> NetworkDescription:
+    """Reads what a checkpoint says of its network; arrays and hashes are left alone.
+
+    Raises:
+        UsageError: There is no checkpoint at `path`, its description is broken, or it
+            does not say how images become the network's input.
+    """
+    with user_input():
+        model, metadata = load_description(path)
+    if metadata.preprocessing is None:
+        raise UsageError(
+            f"{path} has no preprocessing: it does not say how images become its input."
+        )
+    return NetworkDescription(
+        path, model, metadata.preprocessing, metadata.class_names, metadata.info
+    )
+
+
+def read_network(path: pathlib.Path) -> TrainedNetwork:
+    """Reads a checkpoint's network, every file checked against its SHA-256.
+
+    Raises:
+        UsageError: As `read_description`, or the checkpoint is damaged.
+    """
+    with user_input():
+        verify_checkpoint(path)
+    description = read_description(path)
+    with user_input():
+        variables = load_arrays(path)["variables"]
+    return TrainedNetwork(**vars(description), variables=variables)
+
+
+def last_checkpoint(run: pathlib.Path) -> pathlib.Path:
+    """Returns the latest checkpoint of a run that has some."""
+    checkpoints = run / "checkpoints"
+    return checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
+
+
+def make_model(config: Model, *, num_classes: int) -> nn.Module:
+    """Makes the configured network.
+
+    Raises:
+        ValueError: The name is unknown, or an option is outside its range.
+    """
+    return create_model(
+        config.name,
+        num_classes=num_classes,
+        width=config.width,
+        stem=config.stem,
+        shortcut=config.shortcut,
+        plan=Plan.from_json(config.plan),
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Preprocessing:
+    """Returns how the configured data become the network's input.
+
+    Raises:
+        ValueError: Mean or deviation do not fit the stored channels.
+    """
+    height, width, channels = stored_shape
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        if len(values) != channels:
+            raise ValueError(
+                f"`data.{name}` (={values}) must have {channels} entries, one a "
+                f"channel of these images."
+            )
+    size = data.image_size
+    shape = (size, size, channels) if size else (height, width, channels)
+    return Preprocessing(shape, data.mean, data.std, data.eval_resize)
+
+
+def from_checkpoint(
+    config: Config, network: NetworkDescription, *, keep_data: bool
+) -> Config:
+    """Returns the configuration that trains a checkpoint's network further.
+
+    Args:
+        config: Everything but network, data and normalisation.
+        network: The network, from whose checkpoint training starts.
+        keep_data: Keep the configured data and augmentation, not the checkpoint's.
+    """
+    model, preprocessing = network.model, network.preprocessing
+    trained_on = network.trained_on
+    height, width, _ = preprocessing.image_shape
+    if trained_on is not None:
+        image_size = trained_on.image_size
+    else:
+        # An imported network does not say whether its images were resized.
+        image_size = height if height == width else None
+    data = config.data if keep_data else (trained_on or Data(source=""))
+    return dataclasses.replace(
+        config,
+        init=str(network.path.absolute()),
+        model=Model(
+            name=model_name(model),
+            width=model.width,
+            stem=getattr(model, "stem", Model.stem),
+            shortcut=getattr(model, "shortcut", Model.shortcut),
+            dtype=np.dtype(model.dtype).name,
+            plan=model.plan.to_json(),
+        ),
+        data=dataclasses.replace(
+            data,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            image_size=image_size,
+            eval_resize=preprocessing.resize,
+        ),
+    )
