@@ -8,6 +8,7 @@ from PIL import Image
 
 from inertia_jax.metadata import Preprocessing
 from train import augment
+from train.config import Data
 
 FLOAT32 = jnp.dtype("float32")
 RNG = np.random.default_rng(0)
@@ -132,6 +133,22 @@ def test_training_images_are_padded_as_said():
     mirrored = make_augmentation(crop_mode="reflect").for_training(one, keys)
     assert float(zeros.min()) == -2
     np.testing.assert_array_equal(mirrored, 2)
+
+
+def test_a_configuration_gives_every_field():
+    preprocessing = Preprocessing((12, 10, 3), (0.5,) * 3, (0.25,) * 3)
+    data = Data(crop_padding=3, flip=False, resized_crop=True, crop_mode="reflect")
+    assert augment.Augmentation.of(
+        data, preprocessing, "bfloat16"
+    ) == make_augmentation(
+        crop_padding=3,
+        flip=False,
+        resized_crop=True,
+        dtype=jnp.dtype(jnp.bfloat16),
+        crop_mode="reflect",
+    )
+    plain = augment.Augmentation.plain(preprocessing, jnp.float32)
+    assert plain == make_augmentation(crop_padding=0, flip=False)
 
 
 def mirrors_of(images, epoch, seed=0):

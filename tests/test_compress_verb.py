@@ -11,6 +11,7 @@ import pytest
 import inertia_jax as ij
 from inertia_jax.metadata import Preprocessing
 from train.__main__ import main
+from train.augment import Augmentation
 from train.calibration import training_inputs
 from train.data import Split
 from train.errors import UsageError
@@ -237,7 +238,8 @@ def test_training_inputs_come_in_the_order_of_the_draw():
     )
     split = Split(images, np.zeros(40, np.int32))
     preprocessing = Preprocessing((2, 2, 1), (0.0,), (1.0,), None)
-    seen = training_inputs(split, preprocessing, 20, seed=3, dtype="float32")
+    plain = Augmentation.plain(preprocessing, "float32")
+    seen = training_inputs(split, plain, 20, seed=3)
     numbers = np.rint(seen[:, 0, 0, 0] * 255).astype(int)
     assert len(set(numbers)) == 20
     # Sets may lie class by class: batches must not.

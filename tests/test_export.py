@@ -67,13 +67,7 @@ def logits(checkpoint, images):
     """What the checkpoint's own network and preprocessing give."""
     if images.dtype == np.uint8:
         metadata = ij.metadata.load_metadata(checkpoint)
-        augmentation = Augmentation(
-            metadata.preprocessing,
-            crop_padding=0,
-            flip=False,
-            resized_crop=False,
-            dtype=np.dtype(np.float32),
-        )
+        augmentation = Augmentation.plain(metadata.preprocessing, np.float32)
         images = augmentation.for_evaluation(jnp.asarray(images))
     return network_of(checkpoint)(images)
 

@@ -52,13 +52,8 @@ def gated(first):
 
 def train_gated(model, steps, optimizer, **gates):
     """Returns first variables, last state and totals of steps of the whole batch."""
-    augmentation = Augmentation(
-        Preprocessing((8, 8, 3), (0.0,) * 3, (1.0,) * 3),
-        crop_padding=0,
-        flip=False,
-        resized_crop=False,
-        dtype=jnp.dtype("float32"),
-    )
+    preprocessing = Preprocessing((8, 8, 3), (0.0,) * 3, (1.0,) * 3)
+    augmentation = Augmentation.plain(preprocessing, "float32")
     tx = make_optimizer(optimizer, steps_per_epoch=1, epochs=1)
     call = make_train_call(
         model, tx, augmentation, label_smoothing=0.0, steps_per_epoch=1, seed=1, **gates

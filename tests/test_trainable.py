@@ -53,13 +53,8 @@ class Small(nn.Module):
 def take_steps(model, steps, *, optimizer=DECAYING, teacher=(), **options):
     """Returns first and last state after steps of the whole batch."""
     shape = INPUTS.shape[1:]
-    augmentation = Augmentation(
-        Preprocessing(shape, (0.0,) * 2, (1.0,) * 2),
-        crop_padding=0,
-        flip=False,
-        resized_crop=False,
-        dtype=jnp.dtype(model.dtype),
-    )
+    preprocessing = Preprocessing(shape, (0.0,) * 2, (1.0,) * 2)
+    augmentation = Augmentation.plain(preprocessing, model.dtype)
     tx = make_optimizer(optimizer, steps_per_epoch=1, epochs=1)
     options = {"label_smoothing": 0.0, "steps_per_epoch": 1, "seed": 1, **options}
     call = make_train_call(model, tx, augmentation, **options)

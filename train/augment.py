@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
 from inertia_jax.metadata import Preprocessing
+from train.config import Data
 
 
 def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, "n"]:
@@ -205,6 +207,31 @@ class Augmentation:
     resized_crop: bool
     dtype: jnp.dtype
     crop_mode: Literal["zeros", "reflect"] = "zeros"
+
+    @classmethod
+    def of(
+        cls, data: Data, preprocessing: Preprocessing, dtype: DTypeLike
+    ) -> "Augmentation":
+        """Returns what the configuration of the data asks for."""
+        return cls(
+            preprocessing,
+            crop_padding=data.crop_padding,
+            flip=data.flip,
+            resized_crop=data.resized_crop,
+            dtype=jnp.dtype(dtype),
+            crop_mode=data.crop_mode,
+        )
+
+    @classmethod
+    def plain(cls, preprocessing: Preprocessing, dtype: DTypeLike) -> "Augmentation":
+        """Returns one that resizes and normalises alone, also for training."""
+        return cls(
+            preprocessing,
+            crop_padding=0,
+            flip=False,
+            resized_crop=False,
+            dtype=jnp.dtype(dtype),
+        )
 
     def for_training(
         self,

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
 from train.augment import Augmentation
 from train.class_names import warn_of_other_names
 from train.config import Data
@@ -65,18 +63,12 @@ def evaluator_for(
     Raises:
         UsageError: The data do not fit the network.
     """
-    model, preprocessing = network.model, network.preprocessing
+    model = network.model
     data = _load_fitting(network, source, settings)
     parallel = Parallel("pmap", tuple(first_devices(settings.devices)))
     evaluate = make_evaluator(
         model,
-        Augmentation(
-            preprocessing,
-            crop_padding=0,
-            flip=False,
-            resized_crop=False,
-            dtype=jnp.dtype(model.dtype),
-        ),
+        Augmentation.plain(network.preprocessing, model.dtype),
         make_feed(data.test, parallel, memory_share=Data.memory_share),
         parallel,
         batch_size=settings.batch_size,

@@ -16,6 +16,7 @@ from inertia_jax import (
     save_checkpoint,
 )
 from inertia_jax.metadata import Metadata
+from train.augment import Augmentation
 from train.calibration import training_inputs
 from train.config import Config
 from train.config_file import config_to_json
@@ -176,14 +177,9 @@ def _compress(
         if pipeline.recalibration_images:
             images = training_inputs(
                 data.train,
-                preprocessing,
+                Augmentation.of(config.data, preprocessing, network.model.dtype),
                 pipeline.recalibration_images,
                 seed=config.seed,
-                dtype=model.dtype,
-                crop_padding=config.data.crop_padding,
-                flip=config.data.flip,
-                resized_crop=config.data.resized_crop,
-                crop_mode=config.data.crop_mode,
             )
             variables = recalibrate_batch_norm(
                 model, variables, images, batch_size=config.batch_size

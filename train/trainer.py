@@ -87,13 +87,8 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 epochs=config.epochs,
             )
-        self.augmentation = Augmentation(
-            self.preprocessing,
-            crop_padding=config.data.crop_padding,
-            flip=config.data.flip,
-            resized_crop=config.data.resized_crop,
-            dtype=jnp.dtype(config.model.dtype),
-            crop_mode=config.data.crop_mode,
+        self.augmentation = Augmentation.of(
+            config.data, self.preprocessing, config.model.dtype
         )
         share = config.data.memory_share
         self.feed = make_feed(train, self.parallel, memory_share=share)

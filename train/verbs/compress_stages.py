@@ -1,7 +1,6 @@
 """What `python -m train compress` does to a network, stage after stage."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from inertia_jax import (
     recalibrate_batch_norm,
     reconstruct,
 )
+from train.augment import Augmentation
 from train.calibration import training_inputs
 from train.config import Data
 from train.data import load_data
@@ -36,27 +36,21 @@ def drawer(
     data = load_data(source, cache_dir=args.cache_dir, image_size=size)
     if data.train is None:
         raise UsageError(f"{data.name} has no training images to calibrate on.")
-    trained_on = network.trained_on or IMPORTED
-    draw = functools.partial(
-        training_inputs,
-        data.train,
-        preprocessing,
-        seed=args.seed,
-        dtype=network.model.dtype,
+    split = data.train
+    as_trained = dataclasses.replace(
+        network.trained_on or IMPORTED,
+        crop_padding=args.crop_padding or 0,
+        flip=bool(args.flip),
     )
+    form = (network.preprocessing, network.model.dtype)
+    plain, augmented = Augmentation.plain(*form), Augmentation.of(as_trained, *form)
 
-    def draw_some(count: int, *, augmented: bool) -> Any:
-        if not augmented:
-            return draw(count)
-        return draw(
-            count,
-            crop_padding=args.crop_padding or 0,
-            flip=bool(args.flip),
-            resized_crop=trained_on.resized_crop,
-            crop_mode=trained_on.crop_mode,
+    def draw(count: int, *, augment: bool) -> Any:
+        return training_inputs(
+            split, augmented if augment else plain, count, seed=args.seed
         )
 
-    return draw_some
+    return draw
 
 
 def compressed_stages(
@@ -83,7 +77,7 @@ def compressed_stages(
             model,
             variables,
             dense=dense,
-            images=draw(args.reconstruction_images, augmented=True),
+            images=draw(args.reconstruction_images, augment=True),
             layers=args.layers,
         )
         stages["reconstructed"] = _recalibrated(args, (model, variables), draw)
@@ -98,8 +92,8 @@ def _make_inertial(
     return make_inertial(
         *dense,
         macs=args.macs,
-        calibration=draw(args.calibration_images, augmented=False),
-        recalibration=draw(args.recalibration_images, augmented=True),
+        calibration=draw(args.calibration_images, augment=False),
+        recalibration=draw(args.recalibration_images, augment=True),
         layers=args.layers,
         tile_size=args.tile_size,
         metric=args.metric,
@@ -121,7 +115,7 @@ def _make_tucker2(
         rule = dataclasses.replace(rule, batch_size=args.latency_batch)
     calibration = None
     if args.weigh and draw is not None:
-        calibration = draw(args.calibration_images, augmented=False)
+        calibration = draw(args.calibration_images, augment=False)
     raw = compress(
         *dense,
         ranks=rule,
@@ -146,5 +140,5 @@ def _recalibrated(
     if not args.recalibration_images or "batch_stats" not in variables:
         return network
     still = model.clone(plan=model.plan.with_fixed_thresholds())
-    images = draw(args.recalibration_images, augmented=True)
+    images = draw(args.recalibration_images, augment=True)
     return model, recalibrate_batch_norm(still, variables, images)

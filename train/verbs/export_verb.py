@@ -135,9 +135,7 @@ def _calls(
 ) -> Callable[[Any], Any]:
     """Returns the function from raw or normalised images to logits in float32."""
     dtype = jnp.dtype(getattr(network, "unfolded", network).dtype)
-    augmentation = Augmentation(
-        preprocessing, crop_padding=0, flip=False, resized_crop=False, dtype=dtype
-    )
+    augmentation = Augmentation.plain(preprocessing, dtype)
 
     def function(x: Any) -> Any:
         x = augmentation.for_evaluation(x) if images == "uint8" else x.astype(dtype)
