@@ -15,7 +15,8 @@ from train.augment import Augmentation
 from train.calibration import training_inputs
 from train.data import Split
 from train.errors import UsageError
-from train.layer_report import parse_ranks, report_layers
+from train.layer_report import report_layers
+from train.rank_rules import parse_ranks
 from train.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_device")

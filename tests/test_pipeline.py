@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -99,6 +100,17 @@ def test_fine_tuning_moves_the_factors(done):
     assert set(before) == {"u_in", "core", "u_out"}
     for part in before:
         assert (before[part]["kernel"] != after[part]["kernel"]).any()
+
+
+def test_networks_are_compressed_as_the_verb_compresses(done, tmp_path):
+    workdir, _ = done
+    out = tmp_path / "compressed"
+    options = ["--ranks", "ratio:0.2", "--no-weigh", "--recalibration-images", "0"]
+    dense = last(workdir / "head")
+    assert main(["compress", str(dense), *options, "--out", str(out)]) == 0
+    both = [ij.load_checkpoint(path) for path in (workdir / "compressed_1", out)]
+    assert both[0][0] == both[1][0]
+    jax.tree.map(np.testing.assert_array_equal, both[0][1], both[1][1])
 
 
 def test_the_same_command_again_trains_nothing(done, capsys):

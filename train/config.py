@@ -245,6 +245,13 @@ class Config:
             )
 
 
+# The defaults of `finetune`: a tenth of the recipe's learning rate, for a few epochs.
+FINETUNE = Config(
+    name="finetune",
+    epochs=5,
+    optimizer=Optimizer(learning_rate=0.01, schedule="cosine"),
+)
+
 # Fields, and what another one must be lest they do nothing.
 _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("distill_weight", "teacher", lambda path: path is not None),

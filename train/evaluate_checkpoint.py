@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from train.augment import Augmentation
-from train.class_names import warn_of_other_names
 from train.config import Data
-from train.data import ImageSet, load_data
+from train.data import ImageSet, load_data, warn_of_other_names
 from train.errors import UsageError
 from train.evaluate import Evaluation, make_evaluator
 from train.feed import make_feed
@@ -96,7 +95,7 @@ def _load_fitting(
             f"{data.name} has images of {data.image_shape[0]} x {data.image_shape[1]}; "
             f"the network was trained on {height} x {width} (--resize resizes them)."
         )
-    warn_of_other_names(data, network.metadata)
+    warn_of_other_names(data, network.class_names)
     highest, num_classes = int(data.test.labels.max()), network.model.num_classes
     if highest >= num_classes:
         raise UsageError(

@@ -1,8 +1,6 @@
 """What compression did to each layer of a network: a row a layer, and totals."""
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from inertia_jax import Budget, Energy, Evbmf, Plan, Ratio
 from inertia_jax.cost_table import aligned
 from inertia_jax.latency import site_latencies_ms
-from inertia_jax.ranks import RankRule
 from inertia_jax.sites import Site, find_sites
 from inertia_jax.specs import LowRank, Tucker2
-from train.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,40 +127,3 @@ def format_layers(rows: list[LayerReport]) -> str:
 def _change(values: tuple[int, int]) -> str:
     before, after = values
     return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
-
-
-def parse_ranks(text: str) -> RankRule | Budget:
-    """Reads a rule for ranks as the command line has it.
-
-    `ratio:0.2`, `energy:0.9`, `evbmf`, `budget:macs=0.5` (or `params`, `latency`), or
-    `plan:FILE`, a file of JSON as `Plan.to_json` writes it.
-
-    Raises:
-        UsageError: Anything else, or a value outside its range.
-    """
-    kind, _, value = text.partition(":")
-    try:
-        if kind == "ratio":
-            return Ratio(float(value))
-        if kind == "energy":
-            return Energy(float(value))
-        if kind == "evbmf" and not value:
-            return Evbmf()
-        if kind == "plan":
-            return Plan.from_json(pathlib.Path(value).read_text())
-        if kind == "budget":
-            names, _, share = value.partition("=")
-            if names in ("macs", "params", "latency"):
-                shares: dict[str, Any] = {names: float(share)}
-                return Budget(**shares)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"`ranks` (={text}): {error}") from error
-    raise UsageError(
-        f"`ranks` (={text}) must be ratio:SHARE, energy:SHARE, evbmf, "
-        f"budget:macs=SHARE (or params, latency), or plan:FILE."
-    )
-
-
-def plan_to_json(plan: Plan) -> Any:
-    """Returns a plan as JSON has it, for records."""
-    return json.loads(plan.to_json())

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import signal
 import sys
 import time
 from typing import Any
@@ -239,3 +240,29 @@ def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bo
             return False
         is_late = bool(multihost_utils.broadcast_one_to_all(np.int32(is_late)))
     return is_late
+
+
+def exit_code(result: FitResult) -> int:
+    """Returns 130 after Ctrl-C; SIGTERM is how clusters ask, and saving is success."""
+    return 130 if result.stopped_by == signal.SIGINT else 0
+
+
+def summary(result: FitResult) -> str:
+    """Returns how a run ended and where things lie."""
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        return (
+            f"stopped by {name} and saved at step {result.step}; the same command with "
+            f"--resume goes on."
+        )
+    evaluation = result.evaluation
+    if evaluation is None:
+        raise ValueError("a run that was not stopped has an evaluation.")
+    return (
+        f"test top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss "
+        f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
+        f"checkpoints  {result.workdir}/checkpoints\n"
+        f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
+        f"evaluate     python -m train evaluate {result.workdir}"
+        f"{' --flip-test' if evaluation.flip_test else ''}"
+    )

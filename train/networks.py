@@ -116,6 +116,18 @@ def last_checkpoint(run: pathlib.Path) -> pathlib.Path:
     return checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
 
 
+def cost_to_json(cost: CostTable) -> dict[str, int | float]:
+    """Returns a network's cost as records have it."""
+    return {
+        "params": cost.params,
+        "dense_macs": cost.dense_macs,
+        "macs": cost.macs,
+        "ladder_macs": cost.ladder_macs,
+        "other_ops": cost.other_ops,
+        "total_macs": cost.total_macs,
+    }
+
+
 def make_model(config: Model, *, num_classes: int) -> nn.Module:
     """Makes the configured network.
 

@@ -7,25 +7,15 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from inertia_jax import (
-    CostTable,
-    Plan,
-    compress,
-    load_torch,
-    recalibrate_batch_norm,
-    save_checkpoint,
-)
+from inertia_jax import CostTable, Plan, load_torch, save_checkpoint
 from inertia_jax.metadata import Metadata
-from train.augment import Augmentation
-from train.calibration import training_inputs
 from train.config import Config
 from train.config_file import config_to_json
 from train.data import ImageSet, load_data
 from train.errors import UsageError, user_input
-from train.evaluate import Evaluation
+from train.evaluate import Evaluation, paired_difference
 from train.evaluate_checkpoint import EvaluationSettings, evaluate_network
 from train.keys import run_keys
-from train.layer_report import parse_ranks
 from train.loop import fit
 from train.networks import (
     from_checkpoint,
@@ -36,7 +26,11 @@ from train.networks import (
     read_network,
 )
 from train.pipeline_config import Pipeline, check_claim, claim
+from train.rank_rules import plan_to_json
+from train.rundir import describe_machine
 from train.trainer import check_trainable
+from train.verbs.compress_options import Compress
+from train.verbs.compress_stages import compressed_stages, save_compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +98,7 @@ def run_pipeline(
         if not out.is_dir():
             _compress(pipeline, rule, before, data, out)
         stages.append(_evaluated(f"compressed, {rule}", out, config))
-        tuned = _train(_from(config, out, teacher), workdir / f"tuned_{i}")
+        tuned = _train(_tuned(config, out, teacher), workdir / f"tuned_{i}")
         if tuned is None:
             return None
         stages.append(_evaluated(f"fine-tuned, {rule}", tuned, config))
@@ -113,7 +107,7 @@ def run_pipeline(
         before = dense
         # Its schedule starts anew as often as that of the compressed networks.
         for i in range(1, len(pipeline.ranks) + 1):
-            control = _train(_from(config, before, None), workdir / f"control_{i}")
+            control = _train(_tuned(config, before, None), workdir / f"control_{i}")
             if control is None:
                 return None
             before = control
@@ -149,7 +143,7 @@ def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path | None:
     return last_checkpoint(workdir)
 
 
-def _from(config: Config, checkpoint: pathlib.Path, teacher: str | None) -> Config:
+def _tuned(config: Config, checkpoint: pathlib.Path, teacher: str | None) -> Config:
     """Returns the configuration that trains a checkpoint's network further."""
     config = dataclasses.replace(config, name="tune", teacher=teacher)
     return from_checkpoint(config, read_description(checkpoint), keep_data=True)
@@ -162,31 +156,24 @@ def _compress(
     data: ImageSet,
     out: pathlib.Path,
 ) -> None:
+    """Compresses as the verb does, without weighing errors."""
     config = pipeline.run
+    args = Compress(
+        checkpoint=str(before),
+        out=str(out),
+        ranks=rule,
+        weigh=False,
+        recalibration_images=pipeline.recalibration_images,
+        crop_padding=config.data.crop_padding,
+        flip=config.data.flip,
+        seed=config.seed,
+    )
+    network = read_network(before)
     with user_input():
-        network = read_network(before)
-        preprocessing = network.preprocessing
-        if data.train is None:
-            raise ValueError("training has checked it.")
-        model, variables = compress(
-            network.model,
-            network.variables,
-            ranks=parse_ranks(rule),
-            image_shape=preprocessing.image_shape,
+        stages = compressed_stages(
+            args, network, data.train, batch_size=config.batch_size
         )
-        if pipeline.recalibration_images:
-            images = training_inputs(
-                data.train,
-                Augmentation.of(config.data, preprocessing, network.model.dtype),
-                pipeline.recalibration_images,
-                seed=config.seed,
-            )
-            variables = recalibrate_batch_norm(
-                model, variables, images, batch_size=config.batch_size
-            )
-        info = {**network.info, "evaluation": None, "compressed": {"ranks": rule}}
-        metadata = Metadata(preprocessing, network.class_names, info)
-        save_checkpoint(out, model, variables, metadata=metadata)
+    save_compressed(args, network, next(reversed(stages.values())))
 
 
 def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
@@ -195,3 +182,47 @@ def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
     evaluation = evaluate_network(network, settings, source=config.data.source)
     print(f"{name}: top-1 {evaluation.top1:.2%}", flush=True)
     return Stage(name, evaluation, network.cost(), network.model.plan)
+
+
+def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, Any]:
+    """Returns what the stages found, as JSON."""
+    first = stages[0].evaluation
+    rows = []
+    for stage in stages:
+        difference, margin = paired_difference(first, stage.evaluation)
+        rows.append(
+            {
+                "name": stage.name,
+                "top1": stage.evaluation.top1,
+                "top5": stage.evaluation.top5,
+                "loss": stage.evaluation.loss,
+                "num_examples": stage.evaluation.num_examples,
+                "difference": difference,
+                "margin_95": margin,
+                "params": stage.cost.params,
+                "macs": stage.cost.macs,
+                "plan": plan_to_json(stage.plan),
+            }
+        )
+    config = config_to_json(pipeline.run)
+    # Where data lie on this machine is no part of what was run.
+    config["data"]["source"] = pathlib.PurePath(config["data"]["source"]).name
+    config["data"]["cache_dir"] = ""
+    return {
+        "machine": describe_machine(),
+        "backend": jax.default_backend(),
+        "pipeline": {**dataclasses.asdict(pipeline), "run": config},
+        "stages": rows,
+    }
+
+
+def summarise(stages: list[Stage]) -> str:
+    """Returns the stages as a table."""
+    width = max(len(stage.name) for stage in stages)
+    lines = [f"{'stage':<{width}}   top-1    parameters            MACs"]
+    lines += [
+        f"{stage.name:<{width}}  {stage.evaluation.top1:6.2%}  "
+        f"{stage.cost.params:12,}  {stage.cost.macs:14,}"
+        for stage in stages
+    ]
+    return "\n".join(lines)

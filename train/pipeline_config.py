@@ -9,7 +9,7 @@ from typing import Any
 from train.config import Config
 from train.config_file import config_to_json
 from train.errors import UsageError, user_input
-from train.layer_report import parse_ranks
+from train.rank_rules import parse_ranks
 from train.rundir import is_empty_directory, read_json, write_whole
 
 

@@ -12,7 +12,7 @@ from train.config import Config
 from train.config_file import config_to_json, fill_defaults, load_from_file
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation
-from train.networks import last_checkpoint, read_description
+from train.networks import cost_to_json, last_checkpoint, read_description
 from train.report import make_record
 
 
@@ -137,14 +137,7 @@ def make_sweep_record(
         "loss": evaluation.loss,
         "num_examples": evaluation.num_examples,
         "gate_rates": dict(evaluation.gate_rates),
-        "cost": {
-            "params": cost.params,
-            "dense_macs": cost.dense_macs,
-            "macs": cost.macs,
-            "ladder_macs": cost.ladder_macs,
-            "other_ops": cost.other_ops,
-            "total_macs": cost.total_macs,
-        },
+        "cost": cost_to_json(cost),
         "train_images_per_s": statistics.median(rates) if rates else None,
         "test_top1_by_epoch": [row["test_top1"] for row in record["curve"]],
         "train_seconds_by_epoch": [row["train_seconds"] for row in record["curve"]],

@@ -13,10 +13,9 @@ from inertia_jax.metadata import Metadata, load_metadata
 from inertia_jax.models import abstract_variables
 from train.augment import Augmentation
 from train.checkpoints import find_checkpoint
-from train.class_names import warn_of_other_names
 from train.config import Config
 from train.config_file import config_to_json
-from train.data import ImageSet, Split
+from train.data import ImageSet, Split, warn_of_other_names
 from train.errors import UsageError, user_input
 from train.evaluate import Evaluation, make_evaluator
 from train.feed import choose_steps_per_call, epoch_order, make_feed
@@ -165,7 +164,7 @@ class Trainer:
             metadata = load_metadata(path)
         if jax.process_count() > 1:
             _check_same_everywhere(path, variables)
-        warn_of_other_names(self.data, metadata)
+        warn_of_other_names(self.data, metadata.class_names)
         own, theirs = self.preprocessing, metadata.preprocessing
         if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
             raise UsageError(

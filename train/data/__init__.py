@@ -3,11 +3,11 @@
 from train.data.digits import load_digits
 from train.data.imagefolder import load_imagefolder
 from train.data.npz import load_npz
-from train.data.sets import ImageSet, Split
+from train.data.sets import ImageSet, Split, warn_of_other_names
 from train.data.tfds import load_tfds
 from train.errors import UsageError, user_input
 
-__all__ = ["ImageSet", "Split", "load_data"]
+__all__ = ["ImageSet", "Split", "load_data", "warn_of_other_names"]
 
 
 def load_data(source: str, *, cache_dir: str, image_size: int | None) -> ImageSet:

@@ -1,7 +1,10 @@
 """What every source gives: uint8 images and labels, checked."""
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 
@@ -126,3 +129,27 @@ def make_set(
             f"{test.images.shape[1:]}; must be of one shape."
         )
     return ImageSet(name, train, test, class_names)
+
+
+def warn_of_other_names(data: ImageSet, class_names: Sequence[str]) -> None:
+    """Warns on standard error where data name a class differently than a checkpoint.
+
+    Args:
+        data: The data.
+        class_names: The checkpoint's names; mere numbers, as where it has none, agree
+            with all.
+    """
+    pairs = list(zip(data.class_names, class_names, strict=False))
+    numbers = [(str(i), str(i)) for i in range(len(pairs))]
+    named = all(
+        [pair[side] for pair in pairs] != [pair[side] for pair in numbers]
+        for side in (0, 1)
+    )
+    for label, (ours, name) in enumerate(pairs):
+        if named and ours != name and jax.process_index() == 0:
+            print(
+                f"warning: label {label} is {ours!r} in {data.name} and {name!r} in "
+                f"the checkpoint.",
+                file=sys.stderr,
+            )
+            return

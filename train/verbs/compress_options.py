@@ -10,8 +10,8 @@ from inertia_jax.reconstruct import LEAST_IMAGES
 from inertia_jax.specs import Inertial
 from train.config import Data
 from train.errors import UsageError
-from train.layer_report import parse_ranks
 from train.outputs import check_output, check_output_file
+from train.rank_rules import parse_ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,11 @@ class Compress:
     seed: int = 1
     """Of the choice of images and their crops."""
 
+    @property
+    def is_inertial(self) -> bool:
+        """Whether convolutions become inertial, not Tucker-2."""
+        return self.macs is not None
+
 
 # Options of one method alone.
 _OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
@@ -95,17 +100,13 @@ _OF_DATA = (
 _OF_INERTIAL = ("tile_size", "metric", "reference", "low", "channel_stride")
 
 
-def check_options(args: Compress) -> bool:
-    """Returns whether convolutions become inertial.
-
-    Raises:
-        UsageError: Options that contradict each other, or outside their range.
-    """
-    is_inertial = _is_inertial(args)
-    for name in _OF_TUCKER2 if is_inertial else _OF_INERTIAL:
+def check_options(args: Compress) -> None:
+    """Raises UsageError where options contradict each other, or lie outside a range."""
+    _check_method(args)
+    for name in _OF_TUCKER2 if args.is_inertial else _OF_INERTIAL:
         value = getattr(args, name)
         if value != getattr(Compress, name):
-            given = "--macs" if is_inertial else "--ranks"
+            given = "--macs" if args.is_inertial else "--ranks"
             raise UsageError(f"`{name}` (={value}) does nothing with {given}.")
     check_output("out", args.out)
     check_output_file("record", args.record)
@@ -124,7 +125,7 @@ def check_options(args: Compress) -> bool:
             raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
     for name, least, is_needed in (
         ("calibration_images", 2, True),
-        ("recalibration_images", 2, is_inertial),
+        ("recalibration_images", 2, args.is_inertial),
         ("reconstruction_images", LEAST_IMAGES, False),
     ):
         value = getattr(args, name)
@@ -135,7 +136,6 @@ def check_options(args: Compress) -> bool:
         raise UsageError(f"`crop_padding` (={args.crop_padding}) must be >= 0.")
     if args.ranks is not None:
         parse_ranks(args.ranks)
-    return is_inertial
 
 
 def check_options_without_data(args: Compress) -> None:
@@ -148,13 +148,13 @@ def check_options_without_data(args: Compress) -> None:
             )
 
 
-def _is_inertial(args: Compress) -> bool:
+def _check_method(args: Compress) -> None:
     if (args.ranks is None) == (args.macs is None):
         raise UsageError(
             f"`ranks` (={args.ranks}) or `macs` (={args.macs}) must be given, not both."
         )
-    is_inertial = args.macs is not None
-    if args.method is not None and is_inertial != (args.method == "inertial"):
-        rule = "inertial with --macs" if is_inertial else "hosvd or hooi with --ranks"
+    if args.method is not None and args.is_inertial != (args.method == "inertial"):
+        rule = "hosvd or hooi with --ranks"
+        if args.is_inertial:
+            rule = "inertial with --macs"
         raise UsageError(f"`method` (={args.method}) must be {rule}.")
-    return is_inertial

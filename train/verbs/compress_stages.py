@@ -1,6 +1,7 @@
 """What `python -m train compress` does to a network, stage after stage."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,15 @@ from inertia_jax import (
     make_inertial,
     recalibrate_batch_norm,
     reconstruct,
+    save_checkpoint,
 )
 from train.augment import Augmentation
 from train.calibration import training_inputs
 from train.config import Data
-from train.data import load_data
-from train.errors import UsageError
-from train.layer_report import parse_ranks
-from train.networks import NetworkDescription
+from train.data import Split, load_data
+from train.errors import UsageError, user_input
+from train.networks import NetworkDescription, TrainedNetwork
+from train.rank_rules import parse_ranks
 from train.stages import Network
 from train.verbs.compress_options import Compress
 
@@ -25,52 +27,53 @@ from train.verbs.compress_options import Compress
 IMPORTED = Data(source="", crop_padding=0, flip=False)
 
 
-def drawer(
-    args: Compress, source: str | None, network: NetworkDescription
-) -> Callable[..., Any] | None:
-    """Returns a function that draws training images; None if no data are known."""
-    if source is None:
+def load_training_images(args: Compress, network: NetworkDescription) -> Split | None:
+    """Returns the training images; None if no data are known.
+
+    Raises:
+        UsageError: The data cannot be read, or have no training images.
+    """
+    if args.data is None:
         return None
     preprocessing = network.preprocessing
     size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
-    data = load_data(source, cache_dir=args.cache_dir, image_size=size)
+    data = load_data(args.data, cache_dir=args.cache_dir, image_size=size)
     if data.train is None:
         raise UsageError(f"{data.name} has no training images to calibrate on.")
-    split = data.train
-    as_trained = dataclasses.replace(
-        network.trained_on or IMPORTED,
-        crop_padding=args.crop_padding or 0,
-        flip=bool(args.flip),
-    )
-    form = (network.preprocessing, network.model.dtype)
-    plain, augmented = Augmentation.plain(*form), Augmentation.of(as_trained, *form)
-
-    def draw(count: int, *, augment: bool) -> Any:
-        return training_inputs(
-            split, augmented if augment else plain, count, seed=args.seed
-        )
-
-    return draw
+    return data.train
 
 
 def compressed_stages(
     args: Compress,
-    dense: Network,
-    draw: Callable[..., Any] | None,
-    image_shape: tuple[int, int, int],
+    network: TrainedNetwork,
+    split: Split | None,
+    *,
+    batch_size: int = 128,
 ) -> dict[str, Network]:
     """Returns the network after each stage, by name: the last is the one to keep.
 
     Args:
-        args: Checked.
-        dense: The network as it was.
-        draw: Of `drawer`.
-        image_shape: [h, w, c].
+        args: The options, checked and complete.
+        network: The network as it was.
+        split: The training images; None where no data are known.
+        batch_size: The number of images a batch when BatchNorm is recalibrated.
+
+    Raises:
+        ValueError: The options do not fit the network.
     """
-    if args.macs is None:
-        stages = _make_tucker2(args, dense, draw, image_shape)
-    else:
+    dense = (network.model, network.variables)
+    draw = None if split is None else _drawer(args, split, network)
+    recalibrate = functools.partial(
+        _recalibrated, args, draw=draw, batch_size=batch_size
+    )
+    if args.macs is not None:
         stages = {"inertial": _make_inertial(args, dense, draw)}
+    else:
+        raw = _make_tucker2(args, network, draw)
+        stages = {"raw": raw}
+        recalibrated = recalibrate(raw)
+        if recalibrated is not raw:
+            stages["recalibrated"] = recalibrated
     if draw is not None and args.reconstruction_images:
         model, variables = next(reversed(stages.values()))
         variables = reconstruct(
@@ -80,8 +83,43 @@ def compressed_stages(
             images=draw(args.reconstruction_images, augment=True),
             layers=args.layers,
         )
-        stages["reconstructed"] = _recalibrated(args, (model, variables), draw)
+        stages["reconstructed"] = recalibrate((model, variables))
     return stages
+
+
+def save_compressed(args: Compress, dense: NetworkDescription, small: Network) -> None:
+    """Writes the compressed network's checkpoint.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    info = {
+        **dense.info,
+        "evaluation": None,  # what is there is the dense network's
+        "compressed": dataclasses.asdict(args),
+    }
+    metadata = dataclasses.replace(dense.metadata, info=info)
+    with user_input():
+        save_checkpoint(args.out, *small, metadata=metadata)
+
+
+def _drawer(
+    args: Compress, split: Split, network: NetworkDescription
+) -> Callable[..., Any]:
+    """Returns a function that draws training images, plain or augmented."""
+    as_trained = dataclasses.replace(
+        network.trained_on or IMPORTED,
+        crop_padding=args.crop_padding or 0,
+        flip=bool(args.flip),
+    )
+    form = (network.preprocessing, network.model.dtype)
+    plain, augmented = Augmentation.plain(*form), Augmentation.of(as_trained, *form)
+
+    def draw(count: int, *, augment: bool) -> Any:
+        augmentation = augmented if augment else plain
+        return training_inputs(split, augmentation, count, seed=args.seed)
+
+    return draw
 
 
 def _make_inertial(
@@ -104,41 +142,41 @@ def _make_inertial(
 
 
 def _make_tucker2(
-    args: Compress,
-    dense: Network,
-    draw: Callable[..., Any] | None,
-    image_shape: tuple[int, int, int],
-) -> dict[str, Network]:
-    """Returns the compressed network as it comes, and recalibrated if it can be."""
+    args: Compress, network: TrainedNetwork, draw: Callable[..., Any] | None
+) -> Network:
     rule = parse_ranks(args.ranks or "")
     if isinstance(rule, Budget) and rule.of == "latency" and args.latency_batch:
         rule = dataclasses.replace(rule, batch_size=args.latency_batch)
     calibration = None
     if args.weigh and draw is not None:
         calibration = draw(args.calibration_images, augment=False)
-    raw = compress(
-        *dense,
+    return compress(
+        network.model,
+        network.variables,
         ranks=rule,
         method="hooi" if args.method == "hooi" else "hosvd",
         calibration=calibration,
         layers=args.layers,
         keep_stem=args.keep_stem,
         round_to=args.round_to,
-        image_shape=image_shape,
+        image_shape=network.preprocessing.image_shape,
     )
-    recalibrated = raw if draw is None else _recalibrated(args, raw, draw)
-    if recalibrated is raw:
-        return {"raw": raw}
-    return {"raw": raw, "recalibrated": recalibrated}
 
 
 def _recalibrated(
-    args: Compress, network: Network, draw: Callable[..., Any]
+    args: Compress,
+    network: Network,
+    *,
+    draw: Callable[..., Any] | None,
+    batch_size: int,
 ) -> Network:
-    """Returns a network with statistics of training images, thresholds as they are."""
+    """Returns a network with statistics of training images, or itself without any."""
     model, variables = network
-    if not args.recalibration_images or "batch_stats" not in variables:
+    if draw is None or not args.recalibration_images or "batch_stats" not in variables:
         return network
+    # Thresholds stay as they are.
     still = model.clone(plan=model.plan.with_fixed_thresholds())
     images = draw(args.recalibration_images, augment=True)
-    return model, recalibrate_batch_norm(still, variables, images)
+    return model, recalibrate_batch_norm(
+        still, variables, images, batch_size=batch_size
+    )

@@ -10,20 +10,13 @@ import jax
 import tyro
 
 from train.checkpoints import find_checkpoint
-from train.config import Config, Optimizer, check_used
+from train.config import FINETUNE, Config, check_used
 from train.config_file import load_config
 from train.errors import UsageError
-from train.loop import fit
+from train.loop import exit_code, fit, summary
 from train.networks import from_checkpoint, read_description
 from train.processes import Processes, early_processes, joined
-from train.verbs.fit_verb import exit_code, summary
 
-# A tenth of the recipe's learning rate, and an end within a few epochs.
-DEFAULTS = Config(
-    name="finetune",
-    epochs=5,
-    optimizer=Optimizer(learning_rate=0.01, schedule="cosine"),
-)
 # Fields of `data` that the network was trained with.
 _ITS_OWN = ("mean", "std", "image_size", "eval_resize")
 
@@ -62,7 +55,7 @@ def _run(argv: Sequence[str]) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     file = early.parse_known_args(argv)[0].config
-    default = load_config(file) if file else DEFAULTS
+    default = load_config(file) if file else FINETUNE
     # What the checkpoint says is the default of what follows it.
     path = None
     if argv and not argv[0].startswith("-"):

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import os
 import pathlib
-import signal
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import tyro
 
 from train.config import Config, check_used
 from train.config_file import load_config
-from train.loop import FitResult, fit
+from train.loop import exit_code, fit, summary
 from train.processes import Processes, first_devices, joined
 
 
@@ -73,29 +72,3 @@ def run(argv: Sequence[str]) -> int:
         if jax.process_index() == 0:
             print(summary(result))
         return exit_code(result)
-
-
-def exit_code(result: FitResult) -> int:
-    """Returns 130 after Ctrl-C; SIGTERM is how clusters ask, and saving is success."""
-    return 130 if result.stopped_by == signal.SIGINT else 0
-
-
-def summary(result: FitResult) -> str:
-    """Returns how a run ended and where things lie."""
-    if result.stopped_by is not None:
-        name = signal.Signals(result.stopped_by).name
-        return (
-            f"stopped by {name} and saved at step {result.step}; the same command with "
-            f"--resume goes on."
-        )
-    evaluation = result.evaluation
-    if evaluation is None:
-        raise ValueError("a run that was not stopped has an evaluation.")
-    return (
-        f"test top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss "
-        f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
-        f"checkpoints  {result.workdir}/checkpoints\n"
-        f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
-        f"evaluate     python -m train evaluate {result.workdir}"
-        f"{' --flip-test' if evaluation.flip_test else ''}"
-    )

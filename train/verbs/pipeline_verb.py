@@ -13,9 +13,8 @@ from train.config import Config
 from train.config_file import load_from_file
 from train.errors import UsageError, user_input
 from train.outputs import check_output_file
-from train.pipeline import run_pipeline
+from train.pipeline import make_pipeline_record, run_pipeline, summarise
 from train.pipeline_config import Pipeline
-from train.pipeline_report import make_pipeline_record, summarise
 
 
 @dataclasses.dataclass(frozen=True)

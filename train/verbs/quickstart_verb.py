@@ -10,9 +10,8 @@ import tyro
 from train.checkpoints import find_checkpoint
 from train.config_file import load_config
 from train.evaluate_checkpoint import EvaluationSettings, evaluate_network
-from train.loop import fit
+from train.loop import exit_code, fit, summary
 from train.networks import read_network
-from train.verbs import fit_verb
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 
@@ -33,10 +32,10 @@ def run(argv: Sequence[str]) -> int:
     result = fit(load_config(_CONFIG), workdir=workdir, resume=True)
     if result.evaluation is None:
         print(f"stopped and saved at step {result.step}; the same command goes on.")
-        return fit_verb.exit_code(result)
+        return exit_code(result)
     best = read_network(find_checkpoint(workdir))
     evaluation = evaluate_network(best, EvaluationSettings())
     print(f"\nevaluated again, from {best.path}:\n{evaluation}\n")
-    print(fit_verb.summary(result))
+    print(summary(result))
     print(f"took         {time.monotonic() - start:.0f} s")
     return 0

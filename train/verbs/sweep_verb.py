@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from train.errors import DivergedError, UsageError, user_input
-from train.loop import fit
+from train.loop import exit_code, fit
 from train.sweep import (
     append_record,
     find_record,
@@ -19,7 +19,6 @@ from train.sweep import (
     read_records,
     summarise,
 )
-from train.verbs.fit_verb import exit_code
 
 
 @dataclasses.dataclass(frozen=True)
