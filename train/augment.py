@@ -1,7 +1,8 @@
 """Augmentation on the device: pure functions of images and drawn numbers.
 
-Random numbers are drawn per example from its own key, so that they do not depend on how
-a batch is split over devices. Images stay uint8 until they are resized or normalised.
+Each example's random numbers are drawn from its own key, so that they do not depend on
+how a batch is split over devices. Images stay uint8 until they are resized or
+normalised.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from train.config import Data
 
 
 def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, "n"]:
-    """Returns one key an example, from its position in the global batch."""
+    """Returns a key for each example, made from its position in the global batch."""
     return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
 
 
@@ -34,10 +35,11 @@ def crop(
     """Surrounds images with `padding` pixels and cuts their own size out at `offsets`.
 
     Args:
-        images: Images.
-        offsets: Top and left of the cut in the padded image, in [0, 2 padding].
-        padding: On every side, in pixels.
-        mode: Zeros, or the image mirrored at its edges, which are not repeated.
+        images: The images.
+        offsets: The top and left of the cut in the padded image, in [0, 2 padding].
+        padding: The width of the padding on every side, in pixels.
+        mode: What the padding is: zeros, or the image mirrored at its edges, which are
+            not repeated.
     """
     sides = (padding, padding)
     widths = ((0, 0), sides, sides, (0, 0))
@@ -62,14 +64,15 @@ def alternating_mirrors(
 ) -> Bool[Array, "n"]:
     """Returns which images are mirrored: at random in epoch 0, then by turns.
 
-    In any two epochs that follow each other, an image is seen both ways. What it begins
-    with is the top bit of `sum_i weight_i pixel_i mod 2^32`, of random weights: a coin
-    for each image, wherever it stands in batch or chunk; equal images share theirs.
+    In any two consecutive epochs, an image is seen both ways. Its side in epoch 0 is
+    the top bit of `sum_i weight_i pixel_i mod 2^32` with random weights: a coin for
+    each image, which does not depend on the image's place in a batch or chunk. Equal
+    images share their coin.
 
     Args:
-        images: As they are stored, before any other augmentation.
-        epoch: From 0.
-        key: The same in every epoch.
+        images: The images as they are stored, before any other augmentation.
+        epoch: The number of the epoch, from 0.
+        key: The key of the weights, the same in every epoch.
 
     References:
         Jordan, 2024, https://arxiv.org/abs/2404.00498, alternating flip
@@ -89,11 +92,11 @@ def resize(
     """Resizes the short side to `size` and cuts the centre out, bilinear, antialiased.
 
     Args:
-        images: Images.
-        size: Short side of the resized image, in pixels.
-        output_shape: [h, w] of the cut.
+        images: The images.
+        size: The short side of the resized image, in pixels.
+        output_shape: The shape [h, w] of the cut.
     """
-    # Static sizes. torchvision rounds the long side down, the corner to a pixel.
+    # Sizes are static. torchvision rounds the long side down, the corner to a pixel.
     stored = np.array(images.shape[1:3])
     resized = stored * size // stored.min()
     corner = np.round((resized - np.array(output_shape)) / 2)
@@ -110,9 +113,9 @@ def resized_crop(
     """Resizes a part of each image to `output_shape`, bilinear, antialiased.
 
     Args:
-        images: Images.
-        boxes: Top, left, height and width of the part, in pixels.
-        output_shape: [h, w] of the result.
+        images: The images.
+        boxes: The top, left, height and width of each part, in pixels.
+        output_shape: The shape [h, w] of the result.
     """
 
     def one(image: Array, box: Array) -> Array:
@@ -139,13 +142,13 @@ def _scale(
 def draw_boxes(keys: Key[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n 4"]:
     """Draws parts of 8% to 100% of the area and 3/4 to 4/3 of width over height.
 
-    torchvision's RandomResizedCrop draws up to ten times until a part fits; here ten
-    are drawn at once and the first that fits is taken, else the whole image's largest
-    centred part, as there.
+    torchvision's RandomResizedCrop draws up to ten times until a part fits. Here ten
+    parts are drawn at once, and the first that fits is taken. If none fits, both take
+    the largest centred part of the image.
 
     Args:
-        keys: One an image.
-        shape: [h, w] of the images.
+        keys: A key for each image.
+        shape: The shape [h, w] of the images.
     """
     height, width = shape
 
@@ -193,12 +196,14 @@ class Augmentation:
     """What happens to images on their way into the network.
 
     Attributes:
-        preprocessing: Shape and normalisation of the input.
-        crop_padding: Around a training image before a random crop, in pixels.
-        flip: Mirror every second training image.
-        resized_crop: A random part resized, in place of the padded crop.
-        dtype: Of the result.
-        crop_mode: See `crop`.
+        preprocessing: The shape and normalisation of the input.
+        crop_padding: The padding around a training image before a random crop, in
+            pixels.
+        flip: Whether every second training image is mirrored.
+        resized_crop: Whether training images are random parts, resized, in place of the
+            padded crop.
+        dtype: The type of the result.
+        crop_mode: The mode of `crop`.
     """
 
     preprocessing: Preprocessing
@@ -242,9 +247,10 @@ class Augmentation:
         """Resizes, crops, mirrors and normalises; random, each image by its key.
 
         Args:
-            images: As they are stored.
-            keys: One an image.
-            mirrored: Which to mirror, if any are; None: by their keys.
+            images: The images as they are stored.
+            keys: A key for each image.
+            mirrored: Which images are mirrored where `flip` is on; None: their keys
+                decide.
         """
         crop_keys, flip_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         output_shape = self.preprocessing.image_shape[:2]

@@ -1,4 +1,4 @@
-"""What compression did to each layer of a network: a row a layer, and totals."""
+"""The effect of compression on each layer of a network: a row a layer, and totals."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,13 +19,16 @@ class LayerReport:
     """One convolution, before and after.
 
     Attributes:
-        path: Of the layer.
-        shape: Of its kernel [kh, kw, c_in / groups, c_out].
-        ranks: (rank_in, rank_out), (rank,) of two factors, or () where it stays.
-        energy: Share of the kernel's squared norm that is left, 1 - |K - K'|^2 / |K|^2.
-        params: Before and after, without the bias.
-        macs: Before and after, an image.
-        latency_ms: Before and after, a call; None where it was not measured.
+        path: The layer's path.
+        shape: The kernel's shape [kh, kw, c_in / groups, c_out].
+        ranks: (rank_in, rank_out) of Tucker-2, (rank,) of two factors, or () where the
+            convolution stays as it is.
+        energy: The share of the kernel's squared norm that is left,
+            1 - |K - K'|^2 / |K|^2.
+        params: The numbers of parameters before and after, without the bias.
+        macs: The MACs an image before and after.
+        latency_ms: The milliseconds a call before and after; None where they were not
+            measured.
     """
 
     path: str
@@ -47,11 +50,11 @@ def report_layers(
     """Compares every convolution of two networks that differ in form alone.
 
     Args:
-        before: Model and variables.
-        after: Likewise.
-        image_shape: [h, w, c].
-        latency_batch: Images a call where each layer's time is measured, both forms in
-            alternation; 0: not measured.
+        before: Model and variables before compression.
+        after: Model and variables after it.
+        image_shape: The shape [h, w, c] of the networks' input.
+        latency_batch: The number of images a call with which each layer is timed, both
+            forms in alternation; 0: layers are not timed.
     """
     old_sites = find_sites(*before, image_shape)
     new_sites = find_sites(*after, image_shape)

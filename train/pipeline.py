@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from inertia_jax import CostTable, Plan, load_torch, save_checkpoint
+from inertia_jax.cost_table import aligned
 from inertia_jax.metadata import Metadata
 from train.config import Config
 from train.config_file import config_to_json
@@ -35,7 +36,7 @@ from train.verbs.compress_stages import compressed_stages, save_compressed
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage ended with.
+    """The network that a stage ended with.
 
     Attributes:
         name: The stage's name.
@@ -56,15 +57,16 @@ def run_pipeline(
     """Runs the stages that have not ended yet, and returns all of them.
 
     Args:
-        pipeline: What to do.
-        weights: PyTorch weights of the network; None where `workdir` has them already.
-        workdir: Directory of everything; the same command again goes on.
+        pipeline: The pipeline.
+        weights: The PyTorch weights of the network; None where `workdir` already has
+            the imported network.
+        workdir: The directory of all stages, in which the same call goes on.
 
     Returns:
-        The stages; None if a signal stopped one, which the same command goes on with.
+        The stages; None if a signal stopped one of them. The same call goes on with it.
 
     Raises:
-        UsageError: Bad input, or another pipeline in `workdir`.
+        UsageError: The input is bad, or `workdir` holds another pipeline.
     """
     check_claim(pipeline, weights, workdir)
     config = pipeline.run
@@ -105,7 +107,7 @@ def run_pipeline(
         before = tuned
     if pipeline.control:
         before = dense
-        # Its schedule starts anew as often as that of the compressed networks.
+        # The control's schedule starts anew as often as the compressed networks'.
         for i in range(1, len(pipeline.ranks) + 1):
             control = _train(_tuned(config, before, None), workdir / f"control_{i}")
             if control is None:
@@ -185,7 +187,7 @@ def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
 
 
 def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, Any]:
-    """Returns what the stages found, as JSON."""
+    """Returns the record of all stages; JSON."""
     first = stages[0].evaluation
     rows = []
     for stage in stages:
@@ -205,7 +207,7 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
             }
         )
     config = config_to_json(pipeline.run)
-    # Where data lie on this machine is no part of what was run.
+    # The place of the data on this machine is no part of the configuration.
     config["data"]["source"] = pathlib.PurePath(config["data"]["source"]).name
     config["data"]["cache_dir"] = ""
     return {
@@ -218,11 +220,8 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
 
 def summarise(stages: list[Stage]) -> str:
     """Returns the stages as a table."""
-    width = max(len(stage.name) for stage in stages)
-    lines = [f"{'stage':<{width}}   top-1    parameters            MACs"]
-    lines += [
-        f"{stage.name:<{width}}  {stage.evaluation.top1:6.2%}  "
-        f"{stage.cost.params:12,}  {stage.cost.macs:14,}"
-        for stage in stages
+    rows = [
+        [s.name, f"{s.evaluation.top1:.2%}", f"{s.cost.params:,}", f"{s.cost.macs:,}"]
+        for s in stages
     ]
-    return "\n".join(lines)
+    return aligned([["stage", "top-1", "parameters", "MACs"], *rows])

@@ -1,4 +1,4 @@
-"""What a pipeline does, and the directory that it claims."""
+"""The configuration of a pipeline, and the directory that it claims."""
 
 import dataclasses
 import hashlib
@@ -15,25 +15,26 @@ from train.rundir import is_empty_directory, read_json, write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What happens to a network, one stage after another.
+    """The stages that a network goes through.
 
-    New head, head alone trained; then compress and fine-tune, once a rule of `ranks`;
-    and, as a control, the dense network fine-tuned as often for as long, from labels
-    alone.
+    First the head is drawn anew and trained alone. Then the network is compressed and
+    fine-tuned, once for each rule of `ranks`. As a control, the dense network is
+    fine-tuned as often and for as long, from labels alone.
     """
 
     run: Config
-    """Every stage's training; its epochs are those of each fine-tuning."""
+    """Configuration of every training; its epochs are those of each fine-tuning."""
     head: str = "fc"
     """Layer that is drawn anew for the data's classes."""
     head_epochs: int = 5
     """Epochs in which the head alone is trained."""
     ranks: tuple[str, ...] = ("ratio:0.2",)
-    """Rules as `compress` takes them; of several, each starts from the one before."""
+    """Rules as `compress` takes them; each is applied to the network of the one
+    before."""
     recalibration_images: int = 0
-    """Training images that recalibrate BatchNorm after compressing; 0: it is not."""
+    """Training images that recalibrate BatchNorm after compressing; 0: none do."""
     distill: bool = False
-    """Fine-tune with the network after head training as a teacher."""
+    """Fine-tune with the network after head training as the teacher."""
     control: bool = True
     """Fine-tune the dense network, too."""
 
@@ -95,7 +96,7 @@ def check_claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) 
 
 
 def claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) -> None:
-    """Notes what runs here."""
+    """Writes into the directory which pipeline and which weights it belongs to."""
     said = _describe(pipeline)
     if weights is not None:
         said["weights_sha256"] = _hash_weights(weights)

@@ -1,4 +1,4 @@
-"""Rules for ranks as the command line has them, and plans as records have them."""
+"""Rules for ranks as the command line writes them, and plans as records have them."""
 
 import json
 import pathlib
@@ -10,13 +10,13 @@ from train.errors import UsageError
 
 
 def parse_ranks(text: str) -> RankRule | Budget:
-    """Reads a rule for ranks as the command line has it.
+    """Reads a rule for ranks.
 
-    `ratio:0.2`, `energy:0.9`, `evbmf`, `budget:macs=0.5` (or `params`, `latency`), or
-    `plan:FILE`, a file of JSON as `Plan.to_json` writes it.
+    The forms are `ratio:0.2`, `energy:0.9`, `evbmf`, `budget:macs=0.5` (or `params`,
+    `latency`), and `plan:FILE`, whose file holds what `Plan.to_json` writes.
 
     Raises:
-        UsageError: Anything else, or a value outside its range.
+        UsageError: The text has another form, or its value is outside the range.
     """
     kind, _, value = text.partition(":")
     try:
@@ -42,5 +42,5 @@ def parse_ranks(text: str) -> RankRule | Budget:
 
 
 def plan_to_json(plan: Plan) -> Any:
-    """Returns a plan as JSON has it, for records."""
+    """Returns a plan as the JSON value that records have."""
     return json.loads(plan.to_json())

@@ -1,4 +1,4 @@
-"""Accuracy of a network before and after every stage of its compression."""
+"""The accuracy of a network before and after every stage of its compression."""
 
 import dataclasses
 import pathlib
@@ -20,13 +20,13 @@ def evaluate_stages(
     sources: Sequence[str],
     cache_dir: str,
 ) -> dict[str, list[Evaluation]]:
-    """Evaluates networks on every test set; those of one form compile once.
+    """Evaluates networks on every test set; equal models are compiled once.
 
     Args:
-        stages: By name.
-        description: What the dense network's checkpoint says, the same of all.
-        sources: Of the test sets.
-        cache_dir: Where decoded sets are kept.
+        stages: The networks, by the names of their stages.
+        description: What the dense network's checkpoint says; it holds for all of them.
+        sources: The sources of the test sets.
+        cache_dir: The directory in which decoded sets are kept.
     """
     settings = EvaluationSettings(cache_dir=cache_dir)
     found: dict[str, list[Evaluation]] = {name: [] for name in stages}

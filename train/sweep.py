@@ -1,4 +1,4 @@
-"""Many runs, one record a run, appended as they end: stopped and gone on with."""
+"""Sweeps: many runs, each of which appends a record to one file when it ends."""
 
 import dataclasses
 import json
@@ -21,8 +21,9 @@ class Sweep:
     """Configurations by name, each run with every seed.
 
     Attributes:
-        configs: Each `name` is the run's name in the records.
-        seeds: Of every configuration; all take the first before any takes the second.
+        configs: The configurations, whose names stand in the records.
+        seeds: The seeds. Every configuration runs with the first seed before any runs
+            with the second.
     """
 
     configs: tuple[Config, ...]
@@ -44,16 +45,16 @@ def load_sweep(path: pathlib.Path) -> Sweep:
     """Reads the `sweep` of a Python file.
 
     Raises:
-        UsageError: There is no such file, it fails, or it holds no Sweep.
+        UsageError: The file is missing, fails, or defines no Sweep.
     """
     return load_from_file(path, "sweep", Sweep)
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records so far; a line cut off by a kill is left out.
+    """Returns the records so far; a last line that a kill cut off is left out.
 
     Raises:
-        UsageError: The file holds something else.
+        UsageError: The file holds something other than records.
     """
     if not path.is_file():
         return []
@@ -97,7 +98,7 @@ def find_record(
     """Returns the record of a run.
 
     Raises:
-        UsageError: There is one of that name and seed with another configuration.
+        UsageError: The record of that name and seed has another configuration.
     """
     for record in records:
         if (record["name"], record["seed"]) == (config.name, config.seed):
@@ -112,7 +113,7 @@ def find_record(
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     filled = fill_defaults(config, config_to_json(Config()))
-    # In which directory data lie is no part of what was run.
+    # The place of the data on a machine is no part of what was run.
     name = pathlib.PurePath(filled["data"]["source"]).name
     return {**filled, "data": {**filled["data"], "source": name, "cache_dir": ""}}
 
@@ -123,9 +124,9 @@ def make_sweep_record(
     """Returns the record of a run that has ended.
 
     Args:
-        config: Of the run.
-        workdir: Its directory.
-        evaluation: Of its last epoch.
+        config: The run's configuration.
+        workdir: The run's directory.
+        evaluation: The evaluation of the last epoch.
     """
     record = make_record(workdir)
     cost = read_description(last_checkpoint(workdir)).cost(evaluation.gate_rates)
@@ -147,7 +148,7 @@ def make_sweep_record(
 
 
 def make_failed_record(config: Config, error: Exception) -> dict[str, Any]:
-    """Returns the record of a run that diverged, and would again."""
+    """Returns the record of a run that diverged; it would diverge again."""
     return {
         "name": config.name,
         "seed": config.seed,
@@ -157,7 +158,7 @@ def make_failed_record(config: Config, error: Exception) -> dict[str, Any]:
 
 
 def summarise(records: list[dict[str, Any]]) -> str:
-    """Returns a table, a row a name: mean and spread over seeds."""
+    """Returns a table with a row for each name: mean and spread over seeds."""
     lines = [["run", "seeds", "top-1 mean", "std", "MACs in all", "params"]]
     ended = [record for record in records if "failed" not in record]
     for name in dict.fromkeys(record["name"] for record in ended):

@@ -1,4 +1,4 @@
-"""The teacher's checkpoint: found, read, and checked against the run."""
+"""The teacher: its checkpoint is found, read, and checked against the run."""
 
 import dataclasses
 import hashlib
@@ -24,9 +24,9 @@ class Teacher:
     """A network that teaches another.
 
     Attributes:
-        distillation: What the step knows of it.
-        variables: What the step is given.
-        sha256: Of the variables, for a resumed run to know it by.
+        distillation: The teacher's part in the compiled step.
+        variables: The teacher's variables, an argument of the step.
+        sha256: The hash of the variables, by which a resumed run knows its teacher.
     """
 
     distillation: Distillation
@@ -37,10 +37,11 @@ class Teacher:
 def resolve_teacher(config: Config) -> Config:
     """Returns the configuration with a checkpoint in place of the teacher's run.
 
-    A run's best may be another one tomorrow, and a resumed run must not change teacher.
+    A run's best checkpoint may be another one tomorrow, but a resumed run must keep its
+    teacher.
 
     Raises:
-        UsageError: There is neither a checkpoint nor a run.
+        UsageError: The teacher is neither a checkpoint nor a run.
     """
     if config.teacher is None:
         return config
@@ -57,12 +58,12 @@ def load_teacher(
     """Returns the configured teacher, or None without one.
 
     Args:
-        config: Of the run.
-        preprocessing: Of the run, which the teacher must share.
-        num_classes: Of the run's data, likewise.
+        config: The run's configuration.
+        preprocessing: The run's preprocessing, which the teacher must share.
+        num_classes: The number of the run's classes, which the teacher must share.
 
     Raises:
-        UsageError: There is no such checkpoint, it is damaged, or it does not fit.
+        UsageError: The checkpoint is missing or damaged, or does not fit.
     """
     path = resolve_teacher(config).teacher
     if path is None:
@@ -86,7 +87,7 @@ def load_teacher(
         )
     if model.dtype == "float64" and jnp.result_type(float) != "float64":
         raise UsageError(f"`teacher` (={path}), in float64, needs JAX_ENABLE_X64=1.")
-    # The same answers, with no switch over capacities in the step.
+    # The answers are the same, and the step needs no switch over capacities.
     model = without_ladders(model)
     distillation = Distillation(
         model, weight=config.distill_weight, temperature=config.distill_temperature
@@ -96,7 +97,7 @@ def load_teacher(
 
 def hash_variables(variables: dict[str, Any]) -> str:
     """Returns the SHA-256 of a network's variables: names, types, shapes, numbers."""
-    # Not of the files: the same numbers written anew are the same teacher.
+    # The files are not hashed: the same numbers written anew are the same teacher.
     digest = hashlib.sha256()
     for path, value in jax.tree.leaves_with_path(variables):
         array = np.asarray(value)

@@ -18,69 +18,78 @@ from train.rank_rules import parse_ranks
 class Compress:
     """Makes a trained network smaller, and evaluates it before and after.
 
-    With `--ranks`, convolutions become Tucker-2 factors; with `--macs`, inertial, in
-    tiles. BatchNorm is then recalibrated on training images; with
-    `--reconstruction-images`, kernels are first fitted to what the dense layers put
-    out. Nothing is trained, unless `--finetune-epochs` asks for it; `python -m train
-    finetune OUT` has more options for that.
+    With `--ranks`, convolutions become Tucker-2 factors. With `--macs`, they become
+    inertial, in tiles. BatchNorm is then recalibrated on training images. With
+    `--reconstruction-images`, kernels are fitted to the outputs of the dense layers
+    before that. Nothing is trained unless `--finetune-epochs` asks for it; `python -m
+    train finetune OUT` has more options for that.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A checkpoint, or a run, whose best is taken."""
+    """Checkpoint, or run, of which the best checkpoint is taken."""
     out: str
-    """Directory of the new checkpoint; must not exist."""
+    """Directory of the new checkpoint, which must not exist."""
     ranks: str | None = None
-    """ratio:0.2, energy:0.9, evbmf, budget:macs=0.5 (params, latency), plan:FILE."""
+    """Tucker-2: ratio:0.2, energy:0.9, evbmf, budget:macs=0.5 (or params, latency) or
+    plan:FILE."""
     macs: float | None = None
-    """Inertial: share of the network's MACs to keep, friction counted, in (0, 1]."""
+    """Inertial: share of the network's MACs to keep, in (0, 1]; friction counts."""
     method: Literal["hosvd", "hooi", "inertial"] | None = None
-    """How factors are found (None: hosvd), or inertial, which `--macs` means."""
+    """How factors are found; None: hosvd. `inertial` goes with `--macs`."""
     layers: str = "*"
     """Glob over the paths of the convolutions that may change."""
     keep_stem: bool = False
     """Tucker-2: leave the first convolution as it is."""
     round_to: int = 1
-    """Tucker-2: ranks become multiples of it, rounded up."""
+    """Tucker-2: number of which all ranks become multiples, rounded up."""
     weigh: bool = True
-    """Tucker-2: weigh errors by what calibration images show each layer."""
+    """Tucker-2: weigh errors by the inputs that each layer has of calibration
+    images."""
     latency_batch: int = 0
-    """Tucker-2: measure each layer's time at so many images a call; 0: do not, and a
-    budget of latency takes 64."""
+    """Tucker-2: number of images a call with which layers are timed; 0: layers are not
+    timed, and a budget of latency takes 64."""
     tile_size: int = 2
     """Inertial: side of a tile of outputs."""
     metric: Metric = Inertial.metric
-    """Inertial: of friction; `random` is a control, noise in its place."""
+    """Inertial: how friction is measured; `random` is a control, noise in place of
+    friction."""
     reference: Reference = Inertial.reference
-    """Inertial: of friction."""
+    """Inertial: value from which friction is measured."""
     low: Low = Inertial.low
-    """Inertial: what fills a tile of low friction."""
+    """Inertial: value that fills a tile of low friction."""
     channel_stride: int = Inertial.channel_stride
-    """Inertial: take friction on every so many channels."""
+    """Inertial: distance between the channels on which friction is measured."""
     data: str | None = None
-    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network
+    was trained on."""
     cache_dir: str = Data.cache_dir
-    """Where decoded sets are kept."""
+    """Directory in which decoded sets are kept."""
     calibration_images: int = 512
-    """Training images that choose ranks or thresholds, as evaluation would see them."""
+    """Number of training images that choose ranks or thresholds, not augmented."""
     recalibration_images: int = 4096
-    """Training images that recalibrate BatchNorm, cropped and flipped as they were."""
+    """Number of training images that recalibrate BatchNorm, augmented as in
+    training."""
     reconstruction_images: int = 0
-    """Training images on which every layer's kernels are fitted to what the dense layer
-    puts out, by least squares, a quarter of them to say when to stop; 0: none are."""
+    """Number of training images on which every layer's kernels are fitted to the
+    outputs of the dense layer, by least squares; a quarter of them say when to stop. 0:
+    kernels are not fitted."""
     crop_padding: int | None = None
-    """Of the training that made the checkpoint; None: as it says, 0 if imported."""
+    """Padding of random crops in the training of the checkpoint; None: as the
+    checkpoint says, 0 if it was imported."""
     flip: bool | None = None
-    """Likewise."""
+    """Whether the training of the checkpoint mirrored images; None: as the checkpoint
+    says, no if it was imported."""
     also_test: tuple[str, ...] = ()
     """Further data whose test images are evaluated before and after."""
     finetune_epochs: int = 0
-    """Then train so many epochs, with the old network as teacher, in OUT_finetuned."""
+    """Number of epochs for which OUT is then trained, with the old network as teacher,
+    in OUT_finetuned."""
     finetune_learning_rate: float = 0.02
-    """Of these epochs, falling to 0 by cosine."""
+    """First learning rate of these epochs, which falls to 0 by cosine."""
     record: str | None = None
-    """Write what was found to this file, as JSON."""
+    """File to which costs and accuracies are written, as JSON."""
     seed: int = 1
-    """Of the choice of images and their crops."""
+    """Seed of the choice of images and of their augmentation."""
 
     @property
     def is_inertial(self) -> bool:
@@ -88,7 +97,7 @@ class Compress:
         return self.macs is not None
 
 
-# Options of one method alone.
+# Options of one method alone, and options that need data.
 _OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
 _OF_DATA = (
     "also_test",
@@ -139,7 +148,7 @@ def check_options(args: Compress) -> None:
 
 
 def check_options_without_data(args: Compress) -> None:
-    """Raises UsageError where an option is set that needs data, and there are none."""
+    """Raises UsageError where an option is set that does nothing without data."""
     for name in _OF_DATA:
         value = getattr(args, name)
         if value != getattr(Compress, name):

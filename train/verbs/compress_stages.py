@@ -1,4 +1,4 @@
-"""What `python -m train compress` does to a network, stage after stage."""
+"""The stages in which `python -m train compress` changes a network."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from train.rank_rules import parse_ranks
 from train.stages import Network
 from train.verbs.compress_options import Compress
 
-# Augmentation that is assumed of the training of imported weights.
+# The augmentation that imported weights are assumed to have been trained with.
 IMPORTED = Data(source="", crop_padding=0, flip=False)
 
 

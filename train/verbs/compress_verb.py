@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
         config = _tuning_config(args, path, out)
         result = fit(config, workdir=_tuned_beside(out), resume=False)
         if result.stopped_by is not None:
-            print(_how_to_go_on(args, path, out, result))
+            print(_resume_command(args, path, out, result))
             return exit_code(result)
         tuned = read_network(last_checkpoint(result.workdir))
         print(f"fine-tuned checkpoint {tuned.path}")
@@ -87,7 +87,7 @@ def _report(
     tests: Sequence[Mapping[str, Any]],
     seconds: float,
 ) -> None:
-    """Prints what became of the network, and writes the record that was asked for."""
+    """Prints cost and accuracy of the new network, and writes the record."""
     shape = dense.preprocessing.image_shape
     last = list(tests[0]["stages"].values())[-1] if tests else {}
     cost = count_cost(small[0], shape, gate_rates=last.get("gate_rates"))
@@ -127,10 +127,10 @@ def _report(
 
 
 def _completed(args: Compress, network: NetworkDescription) -> Compress:
-    """Returns the options, what is not given being that of the network's training.
+    """Returns the options with data and augmentation of the training filled in.
 
     Raises:
-        UsageError: The data are not known, and the options need them.
+        UsageError: The options need data, and none are known.
     """
     source = args.data or network.source
     if source is None and (args.is_inertial or args.finetune_epochs):
@@ -177,10 +177,10 @@ def _tuned_beside(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}_finetuned")
 
 
-def _how_to_go_on(
+def _resume_command(
     args: Compress, teacher: pathlib.Path, out: pathlib.Path, result: FitResult
 ) -> str:
-    """Returns the command that goes on with the fine-tuning that was stopped."""
+    """Returns the command that resumes the fine-tuning after a signal stopped it."""
     flip = "flip" if args.flip else "no-flip"
     words = ["python", "-m", "train", "finetune", str(out), "--resume"]
     words += ["--workdir", str(result.workdir), "--name", out.name]

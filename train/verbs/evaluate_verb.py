@@ -24,13 +24,14 @@ class Evaluate:
     """Evaluates a checkpoint on every test image, each once."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A checkpoint, or a run, whose best is taken."""
+    """Checkpoint, or run, of which the best checkpoint is taken."""
     data: str | None = None
-    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what it was trained on."""
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network
+    was trained on."""
     against: str | None = None
-    """Another checkpoint, or run, to compare with on the same data, image by image."""
+    """Checkpoint, or run, to compare with on the same data, image by image."""
     out: str | None = None
-    """Write everything to this file, as JSON."""
+    """File to which everything is written, as JSON."""
     settings: Annotated[EvaluationSettings, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=EvaluationSettings
     )
@@ -40,11 +41,11 @@ class Evaluate:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Evaluates as the arguments say, and prints what it found."""
+    """Evaluates as the arguments say, and prints the result."""
     args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
     with joined(args.processes, saves_on_sigterm=False):
         if jax.process_index() != 0:
-            # It computes its share; the first speaks for all.
+            # Only process 0 prints.
             with contextlib.redirect_stdout(None):
                 return _run(args)
         return _run(args)

@@ -1,4 +1,4 @@
-"""`python -m train export`: a network as one file that needs JAX alone."""
+"""`python -m train export`: write a network as one file that needs JAX alone."""
 
 import dataclasses
 import pathlib
@@ -35,26 +35,30 @@ class Export:
     """Exports a checkpoint as one file that needs JAX alone to run."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A checkpoint, or a run, whose best is taken."""
+    """Checkpoint, or run, of which the best checkpoint is taken."""
     out: str
-    """The file; must not exist."""
+    """File to write, which must not exist."""
     batch_size: int | Literal["dynamic"] = "dynamic"
-    """Images a call; dynamic: any number, which tiled inertial layers cannot have."""
+    """Number of images a call; dynamic: any number, which tiled inertial layers do not
+    allow."""
     platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")
-    """Where it shall run: cpu, cuda, rocm, tpu; none need be here."""
+    """Platforms that the file is to run on: cpu, cuda, rocm, tpu. This machine need not
+    have them."""
     input: Literal["uint8", "float32"] = "uint8"
-    """uint8: raw pixels, resized and normalised inside; float32: normalised ones."""
+    """uint8: raw pixels, which the file resizes and normalises; float32: normalised
+    pixels."""
     image_size: tuple[int, int] | None = None
-    """Height and width of raw pixels; None: the network's, or the side that it resizes
-    to before the centre is cut out."""
+    """Height and width of raw pixels; None: those of the network's input, or the side
+    to which images are resized before the centre is cut out."""
     fold: bool = True
     """Merge BatchNorm into the kernels before it."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the computation, and of the kernels in the file; None: the checkpoint's."""
+    """Type of the computation and of the kernels in the file; None: the
+    checkpoint's."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Exports as the arguments say, and prints how far its logits are from before."""
+    """Exports as the arguments say, and compares the file with the checkpoint."""
     args = tyro.cli(Export, args=argv, prog="python -m train export")
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
     batch_size = None if args.batch_size == "dynamic" else int(args.batch_size)
@@ -102,7 +106,7 @@ def _image_shape(args: Export, preprocessing: Preprocessing) -> tuple[int, int, 
 
 
 def _function(args: Export, network: TrainedNetwork) -> Callable[[Any], Any]:
-    """Returns the network to export, from images to logits, and says what it folded."""
+    """Returns the function from images to logits, and prints which layers it folded."""
     dtype = jnp.dtype(args.dtype or network.model.dtype)
     if dtype == jnp.float64:
         raise ValueError(
@@ -121,7 +125,7 @@ def _function(args: Export, network: TrainedNetwork) -> Callable[[Any], Any]:
 
 
 def _in_type(variables: Any, dtype: Any) -> Any:
-    """Returns variables with kernels in the type that they are computed in."""
+    """Returns variables with kernels in the type of the computation."""
 
     def convert(path: Any, leaf: Any) -> Any:
         is_kernel = path[-1] == jax.tree_util.DictKey("kernel")
@@ -147,7 +151,7 @@ def _calls(
 def _compared(
     path: pathlib.Path, before: Callable[[Any], Any], platforms: Sequence[str]
 ) -> str:
-    """Returns how far the file's logits are from the checkpoint's, on random images."""
+    """Returns a line about the file's and the checkpoint's logits on random images."""
     backend = jax.default_backend()
     here = ("cuda", "rocm") if backend == "gpu" else (backend,)
     if not set(here) & set(platforms):

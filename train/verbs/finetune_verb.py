@@ -17,36 +17,37 @@ from train.loop import exit_code, fit, summary
 from train.networks import from_checkpoint, read_description
 from train.processes import Processes, early_processes, joined
 
-# Fields of `data` that the network was trained with.
+# Fields of `data` that must stay those of the network's training.
 _ITS_OWN = ("mean", "std", "image_size", "eval_resize")
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-    """Trains a checkpoint's network further, on its own data unless told otherwise.
+    """Trains a checkpoint's network further, on the data of its training by default.
 
-    The checkpoint comes first; network and normalisation are its own.
+    The checkpoint comes before the options; it fixes network and normalisation.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
-    """A checkpoint, or a run, whose best is taken."""
+    """Checkpoint, or run, of which the best checkpoint is taken."""
     run: Annotated[Config, tyro.conf.arg(name="")]
     config: str | None = None
     """Python file that defines `config`; options below override it."""
     workdir: str | None = None
     """Directory of the run; None: runs/NAME."""
     resume: bool = False
-    """Go on with the run in the directory, if there is one."""
+    """Resume the run in the directory, if there is one."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=Processes
     )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Trains as the arguments say, and prints where things lie."""
-    if {"-h", "--help"} & set(argv):  # for which nobody has to come
+    """Trains as the arguments say, and prints where checkpoints and metrics are."""
+    if {"-h", "--help"} & set(argv):  # help needs no other process
         return _run(argv)
-    # Before the checkpoint is read, which says what the other options begin from.
+    # Processes are joined before the checkpoint, which has the options' defaults, is
+    # read.
     with joined(early_processes(argv)):
         return _run(argv)
 
@@ -56,7 +57,7 @@ def _run(argv: Sequence[str]) -> int:
     early.add_argument("--config")
     file = early.parse_known_args(argv)[0].config
     default = load_config(file) if file else FINETUNE
-    # What the checkpoint says is the default of what follows it.
+    # The checkpoint gives the defaults of the options that follow it.
     path = None
     if argv and not argv[0].startswith("-"):
         path = find_checkpoint(argv[0])

@@ -18,7 +18,7 @@ from train.processes import Processes, first_devices, joined
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Trains a network; every field of the config is an option."""
+    """Trains a network; every field of the configuration is an option."""
 
     run: Annotated[Config, tyro.conf.arg(name="")]
     config: str | None = None
@@ -26,22 +26,22 @@ class Fit:
     workdir: str | None = None
     """Directory of the run; None: runs/NAME."""
     resume: bool = False
-    """Go on with the run in the directory, if there is one."""
+    """Resume the run in the directory, if there is one."""
     devices: int | None = None
-    """Use the first so many devices; None: all."""
+    """Number of devices to use, the first ones; None: all."""
     deterministic: bool = False
-    """Bitwise repeatable on GPU too, slower."""
+    """Make training on GPU bitwise repeatable, and slower."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=Processes
     )
 
 
 def parse(argv: Sequence[str]) -> Fit:
-    """Reads the arguments, the config file first.
+    """Reads the configuration file, then the arguments, which override it.
 
     Raises:
-        UsageError: A config file that is missing or broken, or an option that does
-            nothing with the others.
+        UsageError: The file is missing or broken, or an option has no effect beside the
+            others.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> Fit:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Trains as the arguments say, and prints where things lie."""
+    """Trains as the arguments say, and prints where checkpoints and metrics are."""
     args = parse(argv)
     if args.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")

@@ -18,33 +18,34 @@ class Import:
     """Makes a checkpoint from PyTorch weights."""
 
     weights: Annotated[str, tyro.conf.Positional]
-    """A .pth, .pt or .safetensors file."""
+    """File of weights: .pth, .pt or .safetensors."""
     out: str
-    """Directory of the checkpoint; must not exist."""
+    """Directory of the checkpoint, which must not exist."""
     model: str
     """lenet, resnet18/20/32/44/56, simpledla or vgg16."""
     mean: tuple[float, ...]
-    """Mean that the inputs were normalised with, one a channel, of pixels in [0, 1]."""
+    """Mean of each channel with which inputs were normalised, of pixels in [0, 1]."""
     std: tuple[float, ...]
-    """Standard deviation, likewise."""
+    """Standard deviation of each channel with which inputs were normalised."""
     num_classes: int = 10
-    """Outputs."""
+    """Number of classes."""
     width: float = 1.0
-    """Multiplies every number of channels."""
+    """Factor of every number of channels."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers of resnet18."""
     shortcut: Literal["A", "B"] = "A"
-    """Of resnet20 to resnet56."""
+    """Shortcuts of resnet20 to resnet56: padded, or 1x1 convolutions."""
     image_size: int | None = None
     """Side of the network's input; None: the published one."""
     resize: int | None = None
-    """Side to which images are resized before the centre is cut out; None: not."""
+    """Side to which images are resized before the centre is cut out; None: the side of
+    the input, so that nothing is cut."""
     class_names: tuple[str, ...] = ()
-    """One a class."""
+    """Name of each class."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Imports as the arguments say, and prints the checkpoint's place."""
+    """Imports as the arguments say, and prints where the checkpoint is."""
     args = tyro.cli(Import, args=argv, prog="python -m train import")
     with user_input():
         model = create_model(

@@ -21,23 +21,23 @@ from train.pipeline_config import Pipeline
 class Run:
     """Trains a new head, compresses, fine-tunes, and fine-tunes the dense control.
 
-    The file comes first; it defines `pipeline`, and options override it. The same
-    command again goes on with what was stopped.
+    The file comes before the options, which override the `pipeline` that it defines.
+    The same command resumes a pipeline that was stopped.
     """
 
     file: Annotated[str, tyro.conf.Positional]
-    """Python file that defines `pipeline`, e.g. in configs/pipelines."""
+    """Python file that defines `pipeline`, such as those in configs/pipelines."""
     pipeline: Annotated[Pipeline, tyro.conf.arg(name="")]
     weights: str | None = None
-    """PyTorch weights of the network: .pth, .pt or .safetensors."""
+    """File of the network's PyTorch weights: .pth, .pt or .safetensors."""
     workdir: str | None = None
-    """Directory of everything; None: runs/NAME."""
+    """Directory of all stages; None: runs/NAME."""
     record: str | None = None
-    """Write what was found to this file, as JSON."""
+    """File to which costs and accuracies are written, as JSON."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs as the arguments say, and prints a row a stage."""
+    """Runs as the arguments say, and prints a row for each stage."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("file", nargs="?")
     file = early.parse_known_args(argv)[0].file

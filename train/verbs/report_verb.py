@@ -21,11 +21,12 @@ class Report:
     out: str | None = None
     """Stem of the files OUT.json and OUT.png; None: RUN/report."""
     seconds_to: tuple[float, ...] = ()
-    """Test accuracies, in (0, 1]: how many seconds of training each took."""
+    """Test accuracies in (0, 1], for each of which the seconds of training until then
+    are reported."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Reports as the arguments say, and prints where the files lie."""
+    """Reports as the arguments say, and prints where the files are."""
     args = tyro.cli(Report, args=argv, prog="python -m train report")
     directory = pathlib.Path(args.run).expanduser()
     record = make_record(directory, seconds_to=args.seconds_to)

@@ -1,4 +1,4 @@
-"""`python -m train sweep`: many runs, one record a run."""
+"""`python -m train sweep`: train many runs, and record each."""
 
 import dataclasses
 import pathlib
@@ -23,24 +23,27 @@ from train.sweep import (
 
 @dataclasses.dataclass(frozen=True)
 class SweepArguments:
-    """Runs what a file lists, skips what is recorded, goes on with what was stopped."""
+    """Trains the runs that a file lists.
+
+    Runs that have a record are skipped; a run that was stopped is resumed.
+    """
 
     sweep: Annotated[str, tyro.conf.Positional]
     """Python file that defines `sweep`, a train.sweep.Sweep."""
     out: str
-    """JSON lines; a record is appended when its run ends."""
+    """File of JSON lines, to which each run appends a record when it ends."""
     data: str | None = None
-    """In place of every run's `data.source`."""
+    """Data that replace every run's `data.source`."""
     only: tuple[str, ...] = ()
-    """Names of runs; none: all."""
+    """Names of the runs to train; none: all of them."""
     workdir: str = "runs/sweeps"
-    """Runs that are under way; one that has ended is kept there too."""
+    """Directory in which the runs' directories are made and kept."""
     max_runs: int | None = None
-    """Stop after so many; None: when all are done."""
+    """Number of runs after which to stop; None: all of them are trained."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs what is missing and prints the table so far; 1: one of them diverged."""
+    """Trains the missing runs and prints the table; returns 1 if one diverged."""
     args = tyro.cli(SweepArguments, args=argv, prog="python -m train sweep")
     path, out = pathlib.Path(args.sweep), pathlib.Path(args.out)
     sweep = load_sweep(path)
@@ -51,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     if args.max_runs is not None and args.max_runs < 1:
         raise UsageError(f"`max_runs` (={args.max_runs}) must be >= 1.")
     with user_input(), out.open("a"):
-        pass  # before hours of training: the file can be written
+        pass  # shows, before hours of training, that the file can be written
     done, failed = 0, False
     for config in sweep.runs():
         if args.only and config.name not in args.only:
