@@ -36,7 +36,10 @@ LIBRARY = """
 jaxtyping.install_import_hook(
     [
         *(f"inertia_jax.{name}" for name in LIBRARY.split()),
-        *(f"train.{name}" for name in ("augment", "distill", "feed", "step")),
+        *(
+            f"train.{name}"
+            for name in ("augment", "distill", "eval_step", "feed", "step")
+        ),
     ],
     "beartype.beartype",
 )

@@ -14,8 +14,8 @@ from test_trainable import Small, flat, take_steps
 
 import inertia_jax as ij
 from train.__main__ import main
-from train.average import moving_average
 from train.config import Data, Model, Optimizer
+from train.state import moving_average
 from train.trainer import Trainer
 
 

@@ -84,7 +84,7 @@ def taught(teacher, weight, temperature, **options):
         Small(),
         1,
         distillation=Distillation(teacher, weight, temperature),
-        teacher=(variables,),
+        teacher=variables,
         **options,
     )
     return variables, *states
@@ -137,7 +137,7 @@ def test_each_network_computes_in_its_own_type():
         Spy(dtype="bfloat16"),
         1,
         distillation=Distillation(Spy(), 0.5, 1.0),
-        teacher=(variables,),
+        teacher=variables,
     )
     assert {inputs for dtype, inputs, _ in seen if dtype == "float32"} == {"float32"}
     assert {inputs for _, inputs, train in seen if train} == {"bfloat16"}

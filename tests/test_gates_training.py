@@ -18,8 +18,8 @@ from train.augment import Augmentation
 from train.config import Model, Optimizer
 from train.optimizer import make_optimizer
 from train.parallel import Parallel
-from train.state import init_state
-from train.step import make_train_call
+from train.state import Update, init_state
+from train.step import Objective, TrainStep
 
 IMAGES = np.random.default_rng(0).integers(256, size=(32, 8, 8, 3), dtype=np.uint8)
 LABELS = np.arange(32, dtype=np.int32) % 10
@@ -55,11 +55,12 @@ def train_gated(model, steps, optimizer, **gates):
     preprocessing = Preprocessing((8, 8, 3), (0.0,) * 3, (1.0,) * 3)
     augmentation = Augmentation.plain(preprocessing, "float32")
     tx = make_optimizer(optimizer, steps_per_epoch=1, epochs=1)
-    call = make_train_call(
-        model, tx, augmentation, label_smoothing=0.0, steps_per_epoch=1, seed=1, **gates
+    update = Update(tx)
+    step = TrainStep(
+        model, update, augmentation, Objective(**gates), steps_per_epoch=1, seed=1
     )
-    call = Parallel("pmap", (jax.devices()[0],)).wrap(call, (False, *[True] * 4))
-    state = init_state(model, tx, (8, 8, 3), jax.random.key(0))
+    call = Parallel("pmap", (jax.devices()[0],)).wrap(step.call, (False, *[True] * 4))
+    state = init_state(model, update, (8, 8, 3), jax.random.key(0))
     start, places = state.variables, np.arange(32, dtype=np.int32)
     for _ in range(steps):
         state, totals = call(

@@ -136,7 +136,9 @@ def test_every_step_lowers_for_tpu(name, parallel):
     config = make_config(dtype, name, parallel=parallel, steps_per_call=2)
     trainer = Trainer(config, synthetic_set())
     state = jax.eval_shape(
-        lambda: init_state(trainer.model, trainer.tx, (32, 32, 3), jax.random.key(0))
+        lambda: init_state(
+            trainer.model, trainer.update, (32, 32, 3), jax.random.key(0)
+        )
     )
     args = (state, *next(trainer.inputs(0, 0)), trainer._positions)
     exported = jax.export.export(jax.jit(trainer._call), platforms=["tpu"])(*args)

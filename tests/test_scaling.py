@@ -57,7 +57,9 @@ def test_the_bytes_are_those_of_the_compiled_step(name, parallel, sync_batch_nor
         config = dataclasses.replace(config, model=model)
     trainer = Trainer(config, synthetic_set(num_train=16, num_test=8))
     state = jax.eval_shape(
-        lambda: init_state(trainer.model, trainer.tx, (32, 32, 3), jax.random.key(0))
+        lambda: init_state(
+            trainer.model, trainer.update, (32, 32, 3), jax.random.key(0)
+        )
     )
     args = (state, *next(trainer.inputs(0, 0)), trainer._positions)
     lowered = trainer._call.lower(*args)

@@ -18,8 +18,8 @@ from train.config import Config, Model, Optimizer
 from train.errors import UsageError
 from train.optimizer import make_optimizer
 from train.parallel import Parallel
-from train.state import init_state
-from train.step import make_train_call
+from train.state import Update, init_state
+from train.step import Objective, TrainStep
 from train.trainable import describe_trained, join_params, split_params, trained_paths
 from train.trainer import Trainer
 
@@ -50,25 +50,32 @@ class Small(nn.Module):
         return nn.Dense(10, dtype=dtype, name="fc")(x)
 
 
-def take_steps(model, steps, *, optimizer=DECAYING, teacher=(), **options):
+def take_steps(
+    model,
+    steps,
+    *,
+    optimizer=DECAYING,
+    trained=None,
+    ema_decay=0.0,
+    teacher=None,
+    **objective,
+):
     """Returns first and last state after steps of the whole batch."""
     shape = INPUTS.shape[1:]
     preprocessing = Preprocessing(shape, (0.0,) * 2, (1.0,) * 2)
     augmentation = Augmentation.plain(preprocessing, model.dtype)
     tx = make_optimizer(optimizer, steps_per_epoch=1, epochs=1)
-    options = {"label_smoothing": 0.0, "steps_per_epoch": 1, "seed": 1, **options}
-    call = make_train_call(model, tx, augmentation, **options)
-    spread = (False, *[True] * 4, *[False] * len(teacher))
-    call = Parallel("pmap", (jax.devices()[0],)).wrap(call, spread)
-    trained = options.get("trained")
-    averaged = "ema_decay" in options
-    first = last = init_state(
-        model, tx, shape, jax.random.key(0), trained=trained, averaged=averaged
+    update = Update(tx, trained, ema_decay)
+    step = TrainStep(
+        model, update, augmentation, Objective(**objective), steps_per_epoch=1, seed=1
     )
+    spread = (False, *[True] * 4, False)
+    call = Parallel("pmap", (jax.devices()[0],)).wrap(step.call, spread)
+    first = last = init_state(model, update, shape, jax.random.key(0))
     places = np.arange(16, dtype=np.int32)
     for _ in range(steps):
         last, _ = call(
-            last, IMAGES[None], LABELS[None], places[None, None], places[None], *teacher
+            last, IMAGES[None], LABELS[None], places[None, None], places[None], teacher
         )
     return first, last
 
@@ -198,7 +205,7 @@ def test_training_everything_by_glob_is_the_same_program():
     _, state = lenet()
     trainer, by_glob = lenet(train_only=("*",))
     assert jax.tree.structure(by_glob) == jax.tree.structure(state)
-    expected = trainer.tx.init(state.params)
+    expected = trainer.update.tx.init(state.params)
     assert jax.tree.structure(state.opt_state) == jax.tree.structure(expected)
 
 

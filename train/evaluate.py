@@ -12,9 +12,9 @@ from flax import linen as nn
 from inertia_jax.cost_table import aligned
 from inertia_jax.plan import without_ladders
 from train.augment import Augmentation
+from train.eval_step import make_eval_call
 from train.feed import Feed, in_order
 from train.parallel import Parallel
-from train.step import make_eval_call
 
 
 @dataclasses.dataclass(frozen=True)

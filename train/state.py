@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -36,6 +37,23 @@ class Totals(struct.PyTreeNode):
         """Returns the totals before the first example."""
         zero, real = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return cls(real, zero, zero, real, zero - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How a step's gradient changes the state.
+
+    Attributes:
+        tx: The optimiser of the trained parameters.
+        trained: Paths of the trained parameters; None means all. No gradient is taken
+            for the others. What is no parameter, such as BatchNorm statistics, moves
+            anyway.
+        ema_decay: Highest decay of the averages, in [0, 1); 0: no averages are taken.
+    """
+
+    tx: optax.GradientTransformation
+    trained: frozenset[str] | None = None
+    ema_decay: float = 0.0
 
 
 class TrainState(struct.PyTreeNode):
@@ -77,34 +95,58 @@ class TrainState(struct.PyTreeNode):
             averages = jax.tree.map(jnp.copy, variables)
         return self.replace(params=params, collections=collections, averages=averages)
 
+    def with_moved_averages(self, decay: float) -> "TrainState":
+        """Returns the state after a step with its averages, if any, moved along."""
+        if self.averages is None:
+            return self
+        averages = moving_average(
+            self.averages, self.variables, decay=decay, step=self.step - 1
+        )
+        return self.replace(averages=averages)
+
+
+def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) -> Any:
+    """Returns `d averages + (1 - d) variables` after a step.
+
+    d = min(decay, (1 + step) / (10 + step)): the poor networks of the first steps are
+    soon forgotten.
+
+    Args:
+        averages: The averages before the step.
+        variables: The variables after it.
+        decay: The highest d, in [0, 1).
+        step: Number of steps taken before this one.
+    """
+    rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    moved = optax.incremental_update(variables, averages, rate)
+
+    def choose(old: Array, new: Array, mean: Array) -> Array:
+        # Rounding must not move what stays: frozen parameters, fixed thresholds.
+        return jnp.where(new == old, old, mean.astype(old.dtype))
+
+    return jax.tree.map(choose, averages, variables, moved)
+
 
 def init_state(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    image_shape: tuple[int, int, int],
-    key: Array,
-    *,
-    trained: frozenset[str] | None = None,
-    averaged: bool = False,
+    model: nn.Module, update: Update, image_shape: tuple[int, int, int], key: Array
 ) -> TrainState:
-    """Draws the first variables; all else starts at zero.
+    """Draws the first variables; everything else starts at zero.
 
     Args:
         model: The network.
-        tx: The optimiser.
+        update: What says which parameters are trained, and whether they are averaged.
         image_shape: [h, w, c] of the network's input.
-        key: For the parameters.
-        trained: Paths of the parameters that are trained; None: all.
-        averaged: Whether averages are taken.
+        key: Key of the parameters.
     """
     variables = init_variables(model, key, image_shape)
+    moving, _ = split_params(variables["params"], update.trained)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params={},
         collections={},
-        opt_state=jax.jit(tx.init)(split_params(variables["params"], trained)[0]),
+        opt_state=jax.jit(update.tx.init)(moving),
         totals=Totals.zeros(),
-        averages={} if averaged else None,
+        averages={} if update.ema_decay > 0 else None,
     )
     return state.with_variables(variables)
 

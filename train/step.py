@@ -1,7 +1,6 @@
-"""The training step and the evaluation step, written for one device."""
+"""The training step, written for one device."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,15 +9,14 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array, lax
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from inertia_jax import Inertial, Rate
 from train.augment import Augmentation, alternating_mirrors, example_keys
-from train.average import moving_average
 from train.distill import Distillation
 from train.keys import run_keys
 from train.parallel import AXIS
-from train.state import TrainState
+from train.state import Totals, TrainState, Update
 from train.trainable import join_params, split_params
 
 
@@ -47,52 +45,109 @@ def is_held(spec: Inertial | None) -> bool:
     return spec.gate_gradient == "ste" and not isinstance(spec.threshold, Rate)
 
 
-def make_train_call(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    augmentation: Augmentation,
-    *,
-    label_smoothing: float,
-    alternating_flip: bool = False,
-    ema_decay: float = 0.0,
-    gate_budget: float | None = None,
-    gate_penalty: float = 1.0,
-    trained: frozenset[str] | None = None,
-    distillation: Distillation | None = None,
-    steps_per_epoch: int,
-    seed: int,
-) -> Callable[..., tuple[TrainState, Any]]:
-    """Returns the function of one device that takes several steps.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss that a step descends; what it reports is the cross-entropy alone.
 
-    Its arguments are the state, the images [m, h, w, c] and labels [m] that lie on the
-    device, the examples' places in them `indices` [steps, n], and their positions in
-    the global batch [n]; with `distillation`, the teacher's variables come last. It
-    returns the new state and its totals.
+    `(1 - weight) * cross-entropy + weight * distillation_loss + gate_penalty * (mean
+    gate rate - gate_budget)^2`
 
-    With `alternating_flip`, images that are mirrored are so by `alternating_mirrors`.
-    The state's averages, if it has any, follow with `ema_decay`.
+    Attributes:
+        label_smoothing: Share of each target that all classes share, in [0, 1).
+        gate_budget: Mean rate of open gates to hold; None adds no penalty.
+        gate_penalty: Weight of the squared distance from the budget.
+        distillation: The teacher, and the weight of its answers; None: no teacher.
+    """
 
-    With `gate_budget`, the loss that is followed has `gate_penalty * (mean gate rate -
-    gate_budget)^2` added, the mean over the whole batch and the layers whose gates it
-    can move (`is_held`); the loss that is reported has not.
+    label_smoothing: float = 0.0
+    gate_budget: float | None = None
+    gate_penalty: float = 1.0
+    distillation: Distillation | None = None
 
-    With `trained`, paths of parameters, the others stay as they are, and no gradient is
-    taken for them; what is no parameter, such as BatchNorm statistics, moves anyway.
+    def loss(
+        self,
+        cross_entropy: Float[Array, ""],
+        logits: Float[Array, "n k"],
+        teacher_logits: Float[Array, "n k"] | None,
+        held_rates: list[Float[Array, "n"]],
+    ) -> Float[Array, ""]:
+        """Returns the loss of a device's examples.
 
-    With `distillation`, the loss that is followed is `(1 - weight) * cross-entropy +
-    weight * distillation_loss`; the teacher, in evaluation mode, sees the same crops.
+        Args:
+            cross_entropy: The mean cross-entropy.
+            logits: The network's answers.
+            teacher_logits: The teacher's answers; None without one.
+            held_rates: Gate rates of the layers that the budget holds (`is_held`).
+        """
+        loss = cross_entropy
+        if self.distillation is not None and teacher_logits is not None:
+            loss = self.distillation.loss(loss, logits, teacher_logits)
+        if self.gate_budget is not None:
+            rate = jnp.stack([rates.mean() for rates in held_rates]).mean()
+            # The budget is one of the whole batch and all layers together.
+            excess = lax.pmean(rate, AXIS) - self.gate_budget
+            loss = loss + (self.gate_penalty * excess**2).astype(loss.dtype)
+        return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A step of one device, and a call of several.
 
     All randomness is a function of (seed, step, position): the step number holds the
     epoch, and positions are global, so the split over devices does not matter.
+
+    Attributes:
+        model: The network.
+        update: How gradients change the state.
+        augmentation: How stored images become the network's input.
+        objective: The loss to descend.
+        alternating_flip: Whether `alternating_mirrors` says which images are mirrored.
+        steps_per_epoch: Number of steps after which totals start anew.
+        seed: The run's seed.
     """
 
-    for_teacher = None
-    if distillation is not None:
-        dtype = jnp.dtype(distillation.model.dtype)
-        if dtype != augmentation.dtype:
-            for_teacher = dataclasses.replace(augmentation, dtype=dtype)
+    model: nn.Module
+    update: Update
+    augmentation: Augmentation
+    objective: Objective
+    alternating_flip: bool = False
+    _: dataclasses.KW_ONLY
+    steps_per_epoch: int
+    seed: int
+
+    def call(
+        self,
+        state: TrainState,
+        images: UInt8[Array, "m h w c"],
+        labels: Int[Array, "m"],
+        indices: Int[Array, "steps n"],
+        positions: Int[Array, "n"],
+        teacher: Any = None,
+    ) -> tuple[TrainState, Totals]:
+        """Takes several steps; returns the new state and its totals.
+
+        Args:
+            state: The state before.
+            images: Images on the device.
+            labels: Their labels.
+            indices: The examples of each step, as places in `images`.
+            positions: The examples' positions in the global batch.
+            teacher: The teacher's variables; None without one.
+        """
+        if indices.shape[0] == 1:
+            # Not a scan of one: XLA's CPU convolution gradients are slow inside one.
+            state = self.step(state, images, labels, indices[0], positions, teacher)
+        else:
+
+            def body(state: TrainState, row: Array) -> tuple[TrainState, None]:
+                return self.step(state, images, labels, row, positions, teacher), None
+
+            state, _ = lax.scan(body, state, indices)
+        return state, state.totals
 
     def step(
+        self,
         state: TrainState,
         images: UInt8[Array, "m h w c"],
         labels: Int[Array, "m"],
@@ -100,74 +155,37 @@ def make_train_call(
         positions: Int[Array, "n"],
         teacher: Any,
     ) -> TrainState:
-        step_key = jax.random.fold_in(run_keys(seed).steps, state.step)
+        """Takes one step, as `call` does several."""
+        step_key = jax.random.fold_in(run_keys(self.seed).steps, state.step)
         augment_key, dropout_key = jax.random.split(step_key)
         pixels, keys = images[indices], example_keys(augment_key, positions)
-        mirrored = None
-        if alternating_flip:
-            epoch, key = state.step // steps_per_epoch, run_keys(seed).mirrors
-            mirrored = alternating_mirrors(pixels, epoch, key=key)
-        batch = augmentation.for_training(pixels, keys, mirrored)
+        mirrored = self._mirrored(pixels, state.step)
+        batch = self.augmentation.for_training(pixels, keys, mirrored)
         targets = labels[indices]
-        moving, fixed = split_params(state.params, trained)
-        if distillation is not None:
-            # The same crops, and normalised in the type that the teacher computes in.
-            seen = batch
-            if for_teacher is not None:
-                seen = for_teacher.for_training(pixels, keys, mirrored)
-            teacher_logits = distillation.logits(teacher, seen)
+        moving, fixed = split_params(state.params, self.update.trained)
+        teacher_logits = self._teacher_logits(teacher, batch, pixels, keys, mirrored)
 
         def loss_fn(moving: Any) -> tuple[Array, Any]:
-            logits, collections = model.apply(
-                {
-                    "params": join_params(moving, fixed),
-                    **state.collections,
-                    "examples": {"position": positions},
-                },
-                batch,
-                train=True,
-                rngs={"dropout": dropout_key},
-                mutable=[*state.collections, "intermediates"],
+            params = join_params(moving, fixed)
+            logits, collections, rates = self._forward(
+                {"params": params, **state.collections}, batch, positions, dropout_key
             )
-            collections = dict(collections)
-            rates = gate_rates(collections.pop("intermediates", {}))
-            losses = cross_entropy(logits, targets, label_smoothing=label_smoothing)
+            smoothing = self.objective.label_smoothing
+            losses = cross_entropy(logits, targets, label_smoothing=smoothing)
             loss, gate_rate = losses.mean(), jnp.zeros(())
-            if distillation is not None:
-                loss = distillation.loss(loss, logits, teacher_logits)
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
-            if gate_budget is not None:
-                specs = {path: model.plan.gates(path) for path in rates}
-                held = [r.mean() for path, r in rates.items() if is_held(specs[path])]
-                excess = lax.pmean(jnp.stack(held).mean(), AXIS) - gate_budget
-                loss = loss + (gate_penalty * excess**2).astype(loss.dtype)
+            held = self._held(rates)
+            loss = self.objective.loss(loss, logits, teacher_logits, held)
             return loss, (collections, losses, logits, gate_rate)
 
-        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (_, aux), grads = gradient_fn(moving)
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
         collections, losses, logits, gate_rate = aux
         grads = lax.pmean(grads, AXIS)
         # The same on every device already where BatchNorm is synchronised.
         collections = lax.pmean(collections, AXIS)
-        updates, opt_state = tx.update(grads, state.opt_state, moving)
-
-        loss = lax.psum(losses.sum(dtype=jnp.float32), AXIS)
-        correct = (jnp.argmax(logits, axis=-1) == targets).sum(dtype=jnp.int32)
-        # An epoch's sums start anew with its first step.
-        kept = (state.step % steps_per_epoch != 0).astype(jnp.int32)
-        totals = state.totals
-        # The gradient too: it could spoil the parameters that a checkpoint then keeps.
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-        is_bad = ~is_finite & (totals.bad_step < 0)
-        totals = totals.replace(
-            loss=totals.loss * kept + loss,
-            correct=totals.correct * kept + lax.psum(correct, AXIS),
-            count=totals.count * kept + lax.psum(jnp.int32(targets.shape[0]), AXIS),
-            gate_rate=totals.gate_rate * kept
-            + lax.psum(gate_rate.astype(jnp.float32) * targets.shape[0], AXIS),
-            bad_step=jnp.where(is_bad, state.step, totals.bad_step),
-        )
+        updates, opt_state = self.update.tx.update(grads, state.opt_state, moving)
+        totals = self._totals(state, losses, logits, targets, gate_rate, grads)
         state = state.replace(
             step=state.step + 1,
             params=join_params(optax.apply_updates(moving, updates), fixed),
@@ -175,82 +193,86 @@ def make_train_call(
             opt_state=opt_state,
             totals=totals,
         )
-        if state.averages is None:
-            return state
-        averages = moving_average(
-            state.averages, state.variables, decay=ema_decay, step=state.step - 1
-        )
-        return state.replace(averages=averages)
+        return state.with_moved_averages(self.update.ema_decay)
 
-    def call(
-        state: TrainState,
-        images: UInt8[Array, "m h w c"],
-        labels: Int[Array, "m"],
-        indices: Int[Array, "steps n"],
-        positions: Int[Array, "n"],
-        teacher: Any = None,
-    ) -> tuple[TrainState, Any]:
-        if indices.shape[0] == 1:
-            # Not a scan of one: XLA's CPU convolution gradients are slow inside one.
-            state = step(state, images, labels, indices[0], positions, teacher)
-        else:
+    def _mirrored(
+        self, pixels: UInt8[Array, "n h w c"], step: Int[Array, ""]
+    ) -> Bool[Array, "n"] | None:
+        """Returns which images are mirrored; None leaves it to their own keys."""
+        if not self.alternating_flip:
+            return None
+        epoch, key = step // self.steps_per_epoch, run_keys(self.seed).mirrors
+        return alternating_mirrors(pixels, epoch, key=key)
 
-            def body(state: TrainState, row: Array) -> tuple[TrainState, None]:
-                return step(state, images, labels, row, positions, teacher), None
+    def _teacher_logits(
+        self,
+        variables: Any,
+        batch: Float[Array, "n h w c"],
+        pixels: UInt8[Array, "n h w c"],
+        keys: Key[Array, "n"],
+        mirrored: Bool[Array, "n"] | None,
+    ) -> Float[Array, "n k"] | None:
+        """Returns the teacher's answers to the same crops, None without a teacher."""
+        distillation = self.objective.distillation
+        if distillation is None:
+            return None
+        dtype = jnp.dtype(distillation.model.dtype)
+        if dtype != self.augmentation.dtype:
+            # Normalised in the type that the teacher computes in.
+            augmentation = dataclasses.replace(self.augmentation, dtype=dtype)
+            batch = augmentation.for_training(pixels, keys, mirrored)
+        return distillation.logits(variables, batch)
 
-            state, _ = lax.scan(body, state, indices)
-        return state, state.totals
-
-    return call
-
-
-def make_eval_call(
-    model: nn.Module, augmentation: Augmentation, *, flip_test: bool = False
-) -> Callable[..., dict[str, Any]]:
-    """Returns the function of one device that evaluates a batch.
-
-    Its arguments are the variables, the images [m, h, w, c] and labels [m] on the
-    device, and `indices` [n] into them. It returns, of every example of all devices in
-    their order: `loss`, `prediction`, `rank`, the number of classes that score higher
-    than the right one, and `gate_rates`, by path of the inertial layers.
-
-    With `flip_test`, logits and gate rates are the means of those of the image and of
-    its mirror image.
-    """
-
-    def answer(variables: dict[str, Any], batch: Array) -> tuple[Array, Any]:
-        logits, sown = model.apply(
-            variables, batch, train=False, mutable=["intermediates"]
-        )
-        return logits, gate_rates(sown.get("intermediates", {}))
-
-    def call(
+    def _forward(
+        self,
         variables: dict[str, Any],
-        images: UInt8[Array, "m h w c"],
-        labels: Int[Array, "m"],
-        indices: Int[Array, "n"],
-    ) -> dict[str, Any]:
-        batch = augmentation.for_evaluation(images[indices])
-        targets = labels[indices]
-        logits, rates = answer(variables, batch)
-        if flip_test:
-            logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-            mirrored = answer(variables, batch[:, :, ::-1])
-            logits, rates = jax.tree.map(
-                lambda a, b: (a + b) / 2, (logits, rates), mirrored
-            )
-        score = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-        # Ties go to the lower class, as in argmax. Written so that NaN counts as
-        # higher: it must not pass for a right answer.
-        classes = jnp.arange(logits.shape[-1])
-        ahead = (logits == score) & (classes[None] < targets[:, None])
-        higher = ~(logits <= score) | ahead
-        results = {
-            "loss": cross_entropy(logits, targets, label_smoothing=0.0),
-            "prediction": jnp.argmax(logits, axis=-1),
-            "rank": higher.sum(axis=-1),
-            "gate_rates": rates,
-        }
-        return lax.all_gather(results, AXIS, tiled=True)
+        batch: Float[Array, "n h w c"],
+        positions: Int[Array, "n"],
+        dropout_key: Key[Array, ""],
+    ) -> tuple[Array, dict[str, Any], dict[str, Array]]:
+        """Returns logits, the collections after the step, and `gate_rates`."""
+        moving = [name for name in variables if name != "params"]
+        logits, collections = self.model.apply(
+            {**variables, "examples": {"position": positions}},
+            batch,
+            train=True,
+            rngs={"dropout": dropout_key},
+            mutable=[*moving, "intermediates"],
+        )
+        collections = dict(collections)
+        rates = gate_rates(collections.pop("intermediates", {}))
+        return logits, collections, rates
 
-    return call
+    def _held(self, rates: dict[str, Array]) -> list[Array]:
+        """Returns the gate rates of the layers that a gate budget holds."""
+        if self.objective.gate_budget is None:
+            return []
+        plan = self.model.plan
+        return [rate for path, rate in rates.items() if is_held(plan.gates(path))]
+
+    def _totals(
+        self,
+        state: TrainState,
+        losses: Float[Array, "n"],
+        logits: Float[Array, "n k"],
+        targets: Int[Array, "n"],
+        gate_rate: Float[Array, ""],
+        grads: Any,
+    ) -> Totals:
+        """Returns the state's totals with a step's examples added, of all devices."""
+        totals, num_examples = state.totals, losses.shape[0]
+        loss = lax.psum(losses.sum(dtype=jnp.float32), AXIS)
+        correct = (jnp.argmax(logits, axis=-1) == targets).sum(dtype=jnp.int32)
+        # An epoch's sums start anew with its first step.
+        kept = (state.step % self.steps_per_epoch != 0).astype(jnp.int32)
+        # The gradient too: it could spoil the parameters that a checkpoint then keeps.
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        is_bad = ~is_finite & (totals.bad_step < 0)
+        return totals.replace(
+            loss=totals.loss * kept + loss,
+            correct=totals.correct * kept + lax.psum(correct, AXIS),
+            count=totals.count * kept + lax.psum(jnp.int32(num_examples), AXIS),
+            gate_rate=totals.gate_rate * kept
+            + lax.psum(gate_rate.astype(jnp.float32) * num_examples, AXIS),
+            bad_step=jnp.where(is_bad, state.step, totals.bad_step),
+        )

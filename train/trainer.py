@@ -24,8 +24,8 @@ from train.networks import make_model, make_preprocessing
 from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
 from train.processes import differing_process
-from train.state import TrainState, init_state, restore_state
-from train.step import is_held, make_train_call
+from train.state import TrainState, Update, init_state, restore_state
+from train.step import Objective, TrainStep, is_held
 from train.teacher import hash_variables, load_teacher
 from train.trainable import trained_paths
 
@@ -81,11 +81,12 @@ class Trainer:
         self.steps_per_epoch = len(train) // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
         with user_input():
-            self.tx = make_optimizer(
+            tx = make_optimizer(
                 scale_learning_rate(config.optimizer, batch_size=config.batch_size),
                 steps_per_epoch=self.steps_per_epoch,
                 epochs=config.epochs,
             )
+        self.update = Update(tx, self.trained, config.optimizer.ema_decay)
         self.augmentation = Augmentation.of(
             config.data, self.preprocessing, config.model.dtype
         )
@@ -102,23 +103,23 @@ class Trainer:
         self._positions = self.parallel.spread(
             np.arange(config.batch_size, dtype=np.int32).reshape(num_devices, local)
         )
-        call = make_train_call(
+        step = TrainStep(
             self._trained_model,
-            self.tx,
+            self.update,
             self.augmentation,
-            label_smoothing=config.optimizer.label_smoothing,
+            Objective(
+                label_smoothing=config.optimizer.label_smoothing,
+                gate_budget=config.gate_budget,
+                gate_penalty=config.gate_penalty,
+                distillation=teacher.distillation if teacher else None,
+            ),
             alternating_flip=config.data.flip
             and config.data.flip_mode == "alternating",
-            ema_decay=config.optimizer.ema_decay,
-            gate_budget=config.gate_budget,
-            gate_penalty=config.gate_penalty,
-            trained=self.trained,
-            distillation=teacher.distillation if teacher else None,
             steps_per_epoch=self.steps_per_epoch,
             seed=config.seed,
         )
         spread = (False, *self.feed.spread, True, *(False for _ in self._teacher))
-        self._call = self.parallel.wrap(call, spread, donate=True)
+        self._call = self.parallel.wrap(step.call, spread, donate=True)
         self._evaluate = make_evaluator(
             self.model,
             self.augmentation,
@@ -138,14 +139,7 @@ class Trainer:
         with user_input():
             shape = self.preprocessing.image_shape
             key = run_keys(self.config.seed).init
-            state = init_state(
-                self.model,
-                self.tx,
-                shape,
-                key,
-                trained=self.trained,
-                averaged=self.config.optimizer.ema_decay > 0,
-            )
+            state = init_state(self.model, self.update, shape, key)
         # In its final place before the first step, or the step compiles twice.
         return self.parallel.replicate(jax.device_get(state))
 
