@@ -8,6 +8,9 @@ import jax
 import jaxtyping
 import pytest
 
+# What fails in a helper is shown as what fails in a test.
+pytest.register_assert_rewrite("helpers")
+
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 

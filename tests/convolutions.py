@@ -1,4 +1,4 @@
-"""XLA's convolution, and arguments for tests of convolutions."""
+"""XLA's convolution, and arguments and geometries for tests of convolutions."""
 
 import jax
 import jax.numpy as jnp

@@ -7,10 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_parallel
-from test_distill import stop_at
-from test_fit import assert_bitwise_equal, final_arrays, read_metrics
-from test_trainable import Small, flat, take_steps
+from helpers import (
+    Small,
+    assert_bitwise_equal,
+    final_arrays,
+    flat,
+    make_config,
+    read_metrics,
+    relative,
+    save_bright_digits,
+    stop_at,
+    synthetic_set,
+    take_steps,
+)
 
 import inertia_jax as ij
 from train.__main__ import main
@@ -64,7 +73,7 @@ GATED = ij.Inertial(1, 3, threshold=ij.Learned(1.0), relative=True)
 def fast(memory_share=0.5, **options):
     """All that the fast recipe turns on, for a small network with statistics."""
     return dataclasses.replace(
-        test_parallel.make_config(batch_size=16, **options),
+        make_config(batch_size=16, **options),
         data=Data(
             source="synthetic",
             mean=(0.5,),
@@ -94,7 +103,7 @@ def fast(memory_share=0.5, **options):
 
 def four_steps(num_devices, **options):
     """Returns flat averages and variables after two epochs of two steps."""
-    images = test_parallel.synthetic_set(8, 1, num_train=32)
+    images = synthetic_set(8, 1, num_train=32)
     trainer = Trainer(fast(**options), images, jax.devices()[:num_devices])
     state = trainer.init_state()
     for epoch in range(2):
@@ -106,25 +115,18 @@ def four_steps(num_devices, **options):
 
 def test_eight_devices_that_stream_agree_with_one(x64):
     one = four_steps(1)
-    assert test_parallel.relative(*one) > 1e-3
+    assert relative(*one) > 1e-3
     for ours, expected in zip(four_steps(8, memory_share=1e-9), one, strict=True):
-        assert test_parallel.relative(ours, expected) < 1e-9
+        assert relative(ours, expected) < 1e-9
 
 
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory):
     """The command of a run with averages and a flip test."""
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 48), ("test", 37)):
-        labels = np.arange(count) % 10
-        noise = rng.integers(60, size=(count, 8, 8, 1))
-        arrays[f"x_{split}"] = (noise + 18 * labels[:, None, None, None]).astype("u1")
-        arrays[f"y_{split}"] = labels
     path = tmp_path_factory.mktemp("data") / "set.npz"
-    np.savez(path, **arrays)
+    source = save_bright_digits(path, 48, 37, 8, noise=60, step=18)
     return [
-        *("fit", "--data.source", f"npz:{path}", "--batch-size", "8", "--epochs", "3"),
+        *("fit", "--data.source", source, "--batch-size", "8", "--epochs", "3"),
         *("--data.mean", "0.5", "--data.std", "0.25", "--data.crop-padding", "1"),
         *("--data.crop-mode", "reflect", "--data.flip-mode", "alternating"),
         *("--model.name", "lenet", "--model.width", "0.1", "--steps-per-call", "2"),

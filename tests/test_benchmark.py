@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_parallel import make_config, synthetic_set
+from helpers import make_config, synthetic_set
 
 import inertia_jax as ij
 from inertia_jax.sites import find_sites

@@ -1,28 +1,21 @@
 """Compressing a checkpoint, training it further, and the gate rates on the way."""
 
-import json
 import re
 
 import numpy as np
 import pytest
+from helpers import DIGITS, evaluate, fit_digits, last_checkpoint, read_metrics
 
 import inertia_jax as ij
 from train.__main__ import main
 
-FIT = [
-    *("--data.source", "digits", "--data.mean", "0.3", "--data.std", "0.4"),
-    *("--data.crop-padding", "0", "--data.no-flip", "--batch-size", "64"),
-    *("--model.name", "lenet", "--model.width", "0.2", "--log-steps", "10"),
-    *("--optimizer.learning-rate", "0.05"),
-]
+LENET = ["--model.name", "lenet", "--model.width", "0.2"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A dense network that knows some digits."""
-    workdir = tmp_path_factory.mktemp("dense") / "run"
-    assert main(["fit", *FIT, "--epochs", "2", "--workdir", str(workdir)]) == 0
-    return workdir
+    return fit_digits(tmp_path_factory.mktemp("dense") / "run", *LENET)
 
 
 def compress(run, out, *options):
@@ -36,12 +29,6 @@ def compressed(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("compressed") / "checkpoint"
     assert compress(run, out) == 0
     return out
-
-
-def evaluate(checkpoint, tmp_path):
-    out = tmp_path / "evaluation.json"
-    assert main(["evaluate", str(checkpoint), "--out", str(out)]) == 0
-    return json.loads(out.read_text())
 
 
 def test_a_compressed_checkpoint_evaluates_by_itself(run, compressed, tmp_path, capsys):
@@ -88,9 +75,7 @@ def test_finetuning_holds_the_rate_and_logs_it(compressed, tmp_path, capsys):
     assert main(arguments) == 0
     model, _ = ij.load_checkpoint(compressed)
     target = model.plan.spec("conv2").threshold.target
-    lines = [
-        json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = read_metrics(workdir)
     trained = [line["gate_rate"] for line in lines if line["kind"] != "test"]
     # At most the share of each batch's tiles, and less than one tile short of it.
     np.testing.assert_allclose(trained, target, atol=1 / (64 * 4))
@@ -102,8 +87,7 @@ def test_finetuning_holds_the_rate_and_logs_it(compressed, tmp_path, capsys):
 
 
 def test_init_of_another_network_is_refused(run, tmp_path, capsys):
-    checkpoint = sorted((run / "checkpoints").glob("step_*"))[-1]
-    arguments = ["fit", *FIT, "--init", str(checkpoint)]
+    arguments = ["fit", *DIGITS, *LENET, "--init", str(last_checkpoint(run))]
     workdir = tmp_path / "run"
     wider = ["--model.width", "0.3", "--workdir", str(workdir)]
     assert main([*arguments, *wider]) == 2

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+from helpers import evaluate, fit_digits
 
 import inertia_jax as ij
 from inertia_jax.metadata import Preprocessing
@@ -20,12 +21,6 @@ from train.rank_rules import parse_ranks
 from train.stop import StopSignal
 
 pytestmark = pytest.mark.usefixtures("one_device")
-FIT = [
-    *("--data.source", "digits", "--data.mean", "0.3", "--data.std", "0.4"),
-    *("--data.crop-padding", "0", "--data.no-flip", "--batch-size", "64"),
-    *("--model.name", "resnet20", "--model.width", "0.4", "--log-steps", "10"),
-    *("--optimizer.learning-rate", "0.05"),
-]
 IMAGES = ["--calibration-images", "64", "--recalibration-images", "128"]
 
 
@@ -33,8 +28,7 @@ IMAGES = ["--calibration-images", "64", "--recalibration-images", "128"]
 def run(tmp_path_factory):
     """A dense network that knows some digits."""
     workdir = tmp_path_factory.mktemp("dense") / "run"
-    assert main(["fit", *FIT, "--epochs", "2", "--workdir", str(workdir)]) == 0
-    return workdir
+    return fit_digits(workdir, "--model.name", "resnet20", "--model.width", "0.4")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +40,6 @@ def compressed(run, tmp_path_factory):
     arguments += ["--out", str(out), "--record", str(record)]
     assert main(["compress", str(run), *arguments]) == 0
     return out, json.loads(record.read_text())
-
-
-def evaluate(checkpoint, tmp_path):
-    out = tmp_path / "evaluation.json"
-    assert main(["evaluate", str(checkpoint), "--out", str(out)]) == 0
-    return json.loads(out.read_text())
 
 
 def test_the_record_says_what_the_checkpoint_is(compressed, tmp_path):

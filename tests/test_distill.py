@@ -4,28 +4,38 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_parallel
-from test_fit import assert_bitwise_equal, final_arrays
-from test_trainable import INPUTS, LABELS, Small, flat, take_steps
+from helpers import (
+    GREY,
+    INPUTS,
+    LABELS,
+    PREPROCESSING,
+    SHAPE,
+    Small,
+    assert_bitwise_equal,
+    compilations,
+    final_arrays,
+    flat,
+    make_config,
+    relative,
+    stop_at,
+    synthetic_set,
+    take_steps,
+    train_steps,
+)
 
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata, Preprocessing
-from train import stop
 from train.__main__ import main
 from train.config import Config, Model, Optimizer
 from train.distill import Distillation, distillation_loss
 from train.errors import UsageError
 from train.teacher import load_teacher
 from train.trainer import Trainer
-
-SHAPE = (8, 8, 1)
-SEEN = Preprocessing(SHAPE, (0.5,), (0.25,))
 
 
 def softmax(logits):
@@ -143,12 +153,12 @@ def test_each_network_computes_in_its_own_type():
     assert {inputs for _, inputs, train in seen if train} == {"bfloat16"}
 
 
-def save(path, name="lenet", *, seed=0, seen=SEEN, **options):
+def save(path, name="lenet", *, seed=0, preprocessing=PREPROCESSING, **options):
     """Makes a checkpoint of a network that was never trained."""
     model = ij.create_model(name, **{"width": 0.06, **options})
     variables = ij.init_variables(model, jax.random.key(seed), SHAPE)
     classes = tuple(map(str, range(model.num_classes)))
-    metadata = Metadata(seen, classes, {"evaluation": None})
+    metadata = Metadata(preprocessing, classes, {"evaluation": None})
     ij.save_checkpoint(path, model, variables, metadata=metadata)
     return path
 
@@ -162,22 +172,21 @@ def teacher(tmp_path_factory):
 
 
 def student(teacher, **options):
-    data = dataclasses.replace(test_parallel.SYNTHETIC, mean=(0.5,), std=(0.25,))
     return dataclasses.replace(
-        test_parallel.make_config(freeze=("conv2", "fc2/bias"), **options),
-        data=data,
+        make_config(freeze=("conv2", "fc2/bias"), **options),
+        data=GREY,
         teacher=str(teacher),
         model=Model("lenet", width=0.06, dtype="float64"),
     )
 
 
-IMAGES = test_parallel.synthetic_set(8, 1)
+IMAGES = synthetic_set(8, 1)
 
 
 @pytest.fixture(scope="module")
 def one_device(teacher):
     with jax.enable_x64(True):
-        return test_parallel.train(student(teacher), IMAGES, 1, 4)
+        return train_steps(student(teacher), IMAGES, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -188,29 +197,31 @@ def test_four_steps_agree_over_devices(
     x64, one_device, teacher, num_devices, parallel, steps_per_call
 ):
     config = student(teacher, parallel=parallel, steps_per_call=steps_per_call)
-    values = test_parallel.train(config, IMAGES, num_devices, 4)
-    assert test_parallel.relative(values, one_device) < 1e-9
+    values = train_steps(config, IMAGES, num_devices, 4)
+    assert relative(values, one_device) < 1e-9
 
 
 def test_the_teacher_is_an_argument_that_is_kept(x64, teacher):
     config = student(teacher, parallel="shard_map")
     trainer = Trainer(config, IMAGES, jax.devices()[:1])
     inputs = next(trainer.inputs(0, 0))
-    (variables,) = trainer._teacher
+    variables = trainer.teacher_variables
     first, _ = trainer.train_call(trainer.init_state(), inputs)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
     assert variables["params"]["conv1"]["kernel"].dtype == jnp.float32
     # Another teacher's numbers teach something else, without another program.
-    trainer._teacher = (jax.tree.map(lambda leaf: leaf + 0.1, variables),)
-    second, _ = trainer.train_call(trainer.init_state(), inputs)
-    assert trainer._call._cache_size() == 1
+    trainer.teacher_variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    state = trainer.init_state()
+    with compilations() as compiled:
+        second, _ = trainer.train_call(state, inputs)
+    assert not compiled
     assert np.any(first.params["fc1"]["kernel"] != second.params["fc1"]["kernel"])
 
 
 def test_ladders_are_left_out_of_the_step(tmp_path):
     spec = ij.Inertial(3, 4, reading="tiled", capacities=(0.5, 1.0))
     path = save(tmp_path / "inertial", plan=ij.Plan((("conv2", spec),)))
-    found = load_teacher(Config(teacher=str(path)), SEEN, 10)
+    found = load_teacher(Config(teacher=str(path)), PREPROCESSING, 10)
     assert found.distillation.model.plan.spec("conv2") == dataclasses.replace(
         spec, capacities=None
     )
@@ -221,24 +232,24 @@ def test_ladders_are_left_out_of_the_step(tmp_path):
     [
         ({"num_classes": 7}, r"num_classes: 7 there, 10 here\.$"),
         (
-            {"seen": Preprocessing((9, 8, 1), (0.4,), (0.2,), 12)},
+            {"preprocessing": Preprocessing((9, 8, 1), (0.4,), (0.2,), 12)},
             r"image_shape: \(9, 8, 1\) there, \(8, 8, 1\) here; mean: \(0.4,\) there, "
             r"\(0.5,\) here; std: \(0.2,\) .*; resize: 12 there, None here\.$",
         ),
-        ({"seen": None}, "has no preprocessing"),
+        ({"preprocessing": None}, "has no preprocessing"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(options, message, tmp_path):
     path = save(tmp_path / "teacher", **options)
     with pytest.raises(UsageError, match=rf"^`teacher` \(={path}\) .*{message}"):
-        load_teacher(Config(teacher=str(path)), SEEN, 10)
+        load_teacher(Config(teacher=str(path)), PREPROCESSING, 10)
 
 
 def test_a_teacher_in_float64_needs_float64(tmp_path, x64):
     config = Config(teacher=str(save(tmp_path / "teacher", dtype="float64")))
-    load_teacher(config, SEEN, 10)
+    load_teacher(config, PREPROCESSING, 10)
     with jax.enable_x64(False), pytest.raises(UsageError, match="JAX_ENABLE_X64=1"):
-        load_teacher(config, SEEN, 10)
+        load_teacher(config, PREPROCESSING, 10)
 
 
 @pytest.fixture(scope="module")
@@ -293,12 +304,6 @@ def test_finetuning_learns_the_teachers_answers(finetune, finetuned, teacher):
         for params in (start["params"], arrays["variables"]["params"])
     ]
     assert distance[1] < distance[0] / 2
-
-
-def stop_at(call, monkeypatch):
-    calls = iter(range(1, 1000))
-    found = lambda self: signal.SIGTERM if next(calls) == call else None  # noqa: E731
-    monkeypatch.setattr(stop.StopSignal, "after_call", found)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(finetune, finetuned, tmp_path, monkeypatch):

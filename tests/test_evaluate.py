@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_distill import SEEN, SHAPE
+from helpers import PREPROCESSING, SHAPE
 
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata
@@ -25,7 +25,9 @@ def test_a_flip_test_is_the_mean_by_hand(dtype, tmp_path):
     variables = ij.init_variables(model, jax.random.key(0), SHAPE)
     path, out = tmp_path / "checkpoint", tmp_path / "evaluation.json"
     classes = tuple(map(str, range(10)))
-    ij.save_checkpoint(path, model, variables, metadata=Metadata(SEEN, classes))
+    ij.save_checkpoint(
+        path, model, variables, metadata=Metadata(PREPROCESSING, classes)
+    )
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(23, *SHAPE), dtype=np.uint8)
     labels = rng.integers(10, size=23)

@@ -16,9 +16,16 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, shared_file
+from helpers import (
+    assert_bitwise_equal,
+    final_arrays,
+    last_checkpoint,
+    read_metrics,
+    save_bright_digits,
+    start,
+)
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import load_arrays
 from inertia_jax.metadata import load_metadata
 from train.__main__ import VERBS, main
 from train.checkpoints import best_step, latest_steps
@@ -39,19 +46,8 @@ FIT = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Ten classes that differ in brightness: learnt in a few steps."""
-    rng = np.random.default_rng(0)
-
-    def split(n):
-        labels = np.arange(n) % 10
-        images = (
-            rng.integers(40, size=(n, 10, 10, 1)) + 20 * labels[:, None, None, None]
-        )
-        return images.astype(np.uint8), labels
-
     path = tmp_path_factory.mktemp("data") / "set.npz"
-    (x_train, y_train), (x_test, y_test) = split(165), split(37)
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    return f"npz:{path}"
+    return save_bright_digits(path, 165, 37, 10)
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +56,6 @@ def run(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     assert main([*FIT, "--data.source", data, "--workdir", str(workdir)]) == 0
     return workdir
-
-
-def start(arguments, env):
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", *arguments],
-        env=env,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def final_arrays(workdir):
-    steps = latest_steps(workdir / "checkpoints")
-    return load_arrays(workdir / "checkpoints" / f"step_{steps[-1]:08d}")
-
-
-def read_metrics(workdir):
-    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_bitwise_equal(a, b):
-    def compare(x, y):
-        assert x.dtype == y.dtype
-        assert x.tobytes() == y.tobytes()
-
-    jax.tree.map(compare, a, b)
 
 
 def test_a_run_leaves_everything_it_promises(run, data):
@@ -154,7 +122,7 @@ def uninterrupted(data, tmp_path_factory):
     env |= {"JAX_COMPILATION_CACHE_DIR": cache}
     arguments = [*FIT, "--epochs", "30", "--checkpoint-steps", "3"]
     arguments += ["--data.source", data]
-    process = start([*arguments, "--workdir", str(workdir)], env)
+    process = start(["-m", "train", *arguments, "--workdir", str(workdir)], env)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return arguments, env, workdir
@@ -166,7 +134,9 @@ def test_ten_random_kills_change_no_bit(uninterrupted, tmp_path):
     random.seed(0)
     kills = 0
     while kills < 10:
-        process = start([*arguments, "--workdir", str(workdir), "--resume"], env)
+        process = start(
+            ["-m", "train", *arguments, "--workdir", str(workdir), "--resume"], env
+        )
         metrics = workdir / "metrics.jsonl"
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         # The run itself takes under a second; wait for its first sign of life.
@@ -181,7 +151,9 @@ def test_ten_random_kills_change_no_bit(uninterrupted, tmp_path):
         process.kill()
         process.communicate()
         kills += 1
-    last = start([*arguments, "--workdir", str(workdir), "--resume"], env)
+    last = start(
+        ["-m", "train", *arguments, "--workdir", str(workdir), "--resume"], env
+    )
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
     assert kills == 10, "the run was over before it had been killed ten times"
@@ -196,7 +168,7 @@ def test_ten_random_kills_change_no_bit(uninterrupted, tmp_path):
 def test_sigterm_saves_and_exits_0(uninterrupted, tmp_path):
     arguments, env, whole = uninterrupted
     workdir = tmp_path / "run"
-    process = start([*arguments, "--workdir", str(workdir)], env)
+    process = start(["-m", "train", *arguments, "--workdir", str(workdir)], env)
     while process.poll() is None and not (workdir / "metrics.jsonl").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
@@ -205,7 +177,9 @@ def test_sigterm_saves_and_exits_0(uninterrupted, tmp_path):
     assert "stopped by SIGTERM and saved at step" in output
     stopped_at = latest_steps(workdir / "checkpoints")[-1]
     assert 0 < stopped_at < 300
-    process = start([*arguments, "--workdir", str(workdir), "--resume"], env)
+    process = start(
+        ["-m", "train", *arguments, "--workdir", str(workdir), "--resume"], env
+    )
     output, _ = process.communicate(timeout=120)
     assert f"step {stopped_at} of 300" in output
     assert_bitwise_equal(final_arrays(workdir), final_arrays(whole))
@@ -497,7 +471,10 @@ def test_a_full_disk_is_one_error(uninterrupted, data, tmp_path):
         pytest.skip("cannot mount a small disk here")
     try:
         workdir = disk / "run"
-        process = start([*arguments, "--epochs", "500", "--workdir", str(workdir)], env)
+        process = start(
+            ["-m", "train", *arguments, "--epochs", "500", "--workdir", str(workdir)],
+            env,
+        )
         while not latest_steps(workdir / "checkpoints") and process.poll() is None:
             time.sleep(0.002)
         while process.poll() is None:
@@ -507,8 +484,7 @@ def test_a_full_disk_is_one_error(uninterrupted, data, tmp_path):
         assert process.returncode == 2, output
         assert output.count("error:") == 1
         assert "could not write" in output and "the latest on disk is step" in output
-        step = latest_steps(workdir / "checkpoints")[-1]
-        ij.load_checkpoint(workdir / "checkpoints" / f"step_{step:08d}")
+        ij.load_checkpoint(last_checkpoint(workdir))
     finally:
         process.kill()
         process.wait()

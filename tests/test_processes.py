@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -16,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_parallel import SYNTHETIC, make_config, relative, synthetic_set, train
+from helpers import (
+    make_config,
+    read_metrics,
+    relative,
+    save_bright_digits,
+    start,
+    synthetic_set,
+    train_steps,
+)
 
 from inertia_jax.checkpoint import load_arrays
 from train.__main__ import main
@@ -35,17 +41,6 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
-
-
-def start(arguments, env):
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=env,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @contextlib.contextmanager
@@ -68,27 +63,20 @@ WORKER = """
 import sys
 import jax
 import numpy as np
-address, index, output = sys.argv[1:]
+address, index, steps, output = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(index))
-from test_processes import train_streamed
+from helpers import train_streamed
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_enable_x64", True)
 assert jax.device_count() == 4
-np.save(output, train_streamed())
+np.save(output, train_streamed(int(steps)))
 """
-
-
-def train_streamed():
-    """Returns what a few steps on all devices give; BatchNorm after 20 convolutions."""
-    data = dataclasses.replace(SYNTHETIC, memory_share=1e-9)
-    config = dataclasses.replace(make_config(parallel="pmap"), data=data)
-    return train(config, synthetic_set(16), jax.device_count(), _STEPS)
 
 
 @pytest.fixture(scope="module")
 def one_process():
     with jax.enable_x64(True):
-        return train(make_config(), synthetic_set(16), 1, _STEPS)
+        return train_steps(make_config(), synthetic_set(16), 1, _STEPS)
 
 
 def test_two_processes_of_two_devices_agree_with_one(
@@ -100,7 +88,7 @@ def test_two_processes_of_two_devices_agree_with_one(
     env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     files = [tmp_path / f"{index}.npy" for index in range(2)]
     processes = [
-        start(["-c", WORKER, address, str(i), str(file)], env)
+        start(["-c", WORKER, address, str(i), str(_STEPS), str(file)], env)
         for i, file in enumerate(files)
     ]
     with ended(processes):
@@ -113,19 +101,11 @@ def test_two_processes_of_two_devices_agree_with_one(
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """Five epochs of 41 steps, in float64: `fit` and its options."""
-    rng = np.random.default_rng(0)
-
-    def split(n):
-        labels = np.arange(n) % 10
-        images = rng.integers(40, size=(n, 8, 8, 1)) + 20 * labels[:, None, None, None]
-        return images.astype(np.uint8), labels
-
     path = tmp_path_factory.mktemp("data") / "set.npz"
-    (x_train, y_train), (x_test, y_test) = split(328), split(37)
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    source = save_bright_digits(path, 328, 37, 8)
     return [
         "fit",
-        *("--data.source", f"npz:{path}", "--batch-size", "8", "--epochs", "5"),
+        *("--data.source", source, "--batch-size", "8", "--epochs", "5"),
         *("--data.mean", "0.5", "--data.std", "0.25", "--data.crop-padding", "1"),
         *("--model.name", "lenet", "--model.width", "0.1", "--model.dtype", "float64"),
         *("--optimizer.learning-rate", "0.02", "--checkpoint-steps", "15"),
@@ -177,8 +157,7 @@ def latest(workdir):
 
 
 def evaluations_of(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [x["loss"] for x in map(json.loads, lines) if x["kind"] == "test"]
+    return [x["loss"] for x in read_metrics(workdir) if x["kind"] == "test"]
 
 
 def assert_same_run(workdir, whole):

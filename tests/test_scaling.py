@@ -7,12 +7,11 @@ import re
 import jax
 import pytest
 from conftest import ROOT
-from test_parallel import make_config, synthetic_set
+from helpers import abstract_state, make_config, synthetic_set
 
 from inertia_jax import Fixed, Inertial, Plan
 from train.scaling import MARKER, all_steps, tables
 from train.scaling_model import MACHINES, count_step, efficiency, step_seconds
-from train.state import init_state
 from train.trainer import Trainer
 
 NVLINK, INFINIBAND = MACHINES[:2]
@@ -56,13 +55,8 @@ def test_the_bytes_are_those_of_the_compiled_step(name, parallel, sync_batch_nor
         model = dataclasses.replace(config.model, plan=TILED_PLAN)
         config = dataclasses.replace(config, model=model)
     trainer = Trainer(config, synthetic_set(num_train=16, num_test=8))
-    state = jax.eval_shape(
-        lambda: init_state(
-            trainer.model, trainer.update, (32, 32, 3), jax.random.key(0)
-        )
-    )
-    args = (state, *next(trainer.inputs(0, 0)), trainer._positions)
-    lowered = trainer._call.lower(*args)
+    state = abstract_state(trainer)
+    lowered = trainer.lower(state)
     # What is reduced is settled before code is generated, which takes long.
     compiled = lowered.compile({"xla_backend_optimization_level": 0})
     found = reduced_bytes(compiled.as_text())

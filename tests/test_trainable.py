@@ -1,88 +1,14 @@
 """Trained and frozen parameters: which they are, and that the latter stay."""
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_parallel
-from flax import linen as nn
-from flax import traverse_util
+from helpers import GREY, Small, flat, synthetic_set, take_steps
 
-import inertia_jax as ij
-from inertia_jax.layers import Layers
-from inertia_jax.metadata import Preprocessing
-from train.augment import Augmentation
 from train.config import Config, Model, Optimizer
 from train.errors import UsageError
-from train.optimizer import make_optimizer
-from train.parallel import Parallel
-from train.state import Update, init_state
-from train.step import Objective, TrainStep
 from train.trainable import describe_trained, join_params, split_params, trained_paths
 from train.trainer import Trainer
-
-IMAGES = np.random.default_rng(0).integers(256, size=(16, 6, 6, 2), dtype=np.uint8)
-LABELS = np.arange(16, dtype=np.int32) % 10
-INPUTS = (IMAGES / 255).astype(np.float32)
-DECAYING = Optimizer(learning_rate=0.1, weight_decay=0.1, milestones=(1000,))
-
-
-class Small(nn.Module):
-    """An inertial convolution with a threshold, BatchNorm, a linear layer."""
-
-    features: int = 4
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        spec = ij.Inertial(1, 3, threshold=ij.Learned(0.5))
-        dtype = jnp.dtype(self.dtype)
-        make = Layers(ij.Plan((("conv", spec),)), dtype, None)
-        x = make.conv(
-            self, "conv", jnp.asarray(x), self.features, 3, padding=1, train=train
-        )
-        x = nn.relu(
-            nn.BatchNorm(use_running_average=not train, dtype=dtype, name="bn")(x)
-        )
-        x = x.mean((1, 2))
-        return nn.Dense(10, dtype=dtype, name="fc")(x)
-
-
-def take_steps(
-    model,
-    steps,
-    *,
-    optimizer=DECAYING,
-    trained=None,
-    ema_decay=0.0,
-    teacher=None,
-    **objective,
-):
-    """Returns first and last state after steps of the whole batch."""
-    shape = INPUTS.shape[1:]
-    preprocessing = Preprocessing(shape, (0.0,) * 2, (1.0,) * 2)
-    augmentation = Augmentation.plain(preprocessing, model.dtype)
-    tx = make_optimizer(optimizer, steps_per_epoch=1, epochs=1)
-    update = Update(tx, trained, ema_decay)
-    step = TrainStep(
-        model, update, augmentation, Objective(**objective), steps_per_epoch=1, seed=1
-    )
-    spread = (False, *[True] * 4, False)
-    call = Parallel("pmap", (jax.devices()[0],)).wrap(step.call, spread)
-    first = last = init_state(model, update, shape, jax.random.key(0))
-    places = np.arange(16, dtype=np.int32)
-    for _ in range(steps):
-        last, _ = call(
-            last, IMAGES[None], LABELS[None], places[None, None], places[None], teacher
-        )
-    return first, last
-
-
-def flat(tree):
-    return traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-
 
 NESTED = {
     "conv1": {"kernel": 0},
@@ -167,20 +93,19 @@ def lenet(**options):
     config = Config(
         batch_size=8,
         epochs=2,
-        data=dataclasses.replace(test_parallel.SYNTHETIC, mean=(0.5,), std=(0.25,)),
+        data=GREY,
         model=Model("lenet", width=0.06),
         optimizer=Optimizer(milestones=(1,)),
         **options,
     )
-    images = test_parallel.synthetic_set(8, 1, num_train=16)
+    images = synthetic_set(8, 1, num_train=16)
     trainer = Trainer(config, images, jax.devices()[:1])
     return trainer, trainer.init_state()
 
 
 def lowered(**options):
     trainer, state = lenet(**options)
-    inputs = (state, *next(trainer.inputs(0, 0)), trainer._positions)
-    return trainer._call.lower(*inputs).as_text()
+    return trainer.lower(state).as_text()
 
 
 @pytest.mark.parametrize(

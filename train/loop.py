@@ -167,8 +167,9 @@ def _run(
     if trainer.has_gates and jax.process_index() == 0:
         shape = trainer.preprocessing.image_shape
         tqdm.write(f"{count_cost(trainer.model, shape)}\n")
-    if trainer.trained is not None and jax.process_index() == 0:
-        tqdm.write(describe_trained(state.params, trainer.trained))
+    trained = trainer.update.trained
+    if trained is not None and jax.process_index() == 0:
+        tqdm.write(describe_trained(state.params, trained))
     dropped = len(trainer.data.train or ()) - spe * config.batch_size
     if dropped and jax.process_index() == 0:
         tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")

@@ -10,6 +10,7 @@ from flax import linen as nn
 from inertia_jax import CostTable, Plan, load_torch, save_checkpoint
 from inertia_jax.cost_table import aligned
 from inertia_jax.metadata import Metadata
+from train.checks import check_trainable
 from train.config import Config
 from train.config_file import config_to_json
 from train.data import ImageSet, load_data
@@ -29,7 +30,6 @@ from train.networks import (
 from train.pipeline_config import Pipeline, check_claim, claim
 from train.rank_rules import plan_to_json
 from train.rundir import describe_machine
-from train.trainer import check_trainable
 from train.verbs.compress_options import Compress
 from train.verbs.compress_stages import compressed_stages, save_compressed
 

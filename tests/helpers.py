@@ -1,0 +1,255 @@
+"""What several files of tests share: images, configurations, networks, runs."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import ROOT
+from flax import linen as nn
+from flax import traverse_util
+
+import inertia_jax as ij
+from inertia_jax.checkpoint import load_arrays
+from inertia_jax.layers import Layers
+from inertia_jax.metadata import Preprocessing
+from train import stop
+from train.__main__ import main
+from train.augment import Augmentation
+from train.checkpoints import latest_steps
+from train.config import Config, Data, Model, Optimizer
+from train.data.sets import ImageSet, Split
+from train.optimizer import make_optimizer
+from train.parallel import Parallel
+from train.state import Update, init_state
+from train.step import Objective, TrainStep
+from train.trainer import Trainer
+
+# Images that are drawn, and a configuration of them.
+
+SYNTHETIC = Data(source="synthetic", mean=(0.5,) * 3, std=(0.25,) * 3)
+GREY = dataclasses.replace(SYNTHETIC, mean=(0.5,), std=(0.25,))
+SHAPE = (8, 8, 1)
+PREPROCESSING = Preprocessing(SHAPE, (0.5,), (0.25,))
+
+
+def synthetic_set(size=32, channels=3, num_train=64, num_test=19):
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        images = rng.integers(256, size=(n, size, size, channels), dtype=np.uint8)
+        return Split(images, rng.integers(10, size=n).astype(np.int32))
+
+    names = tuple(map(str, range(10)))
+    return ImageSet("synthetic", split(num_train), split(num_test), names)
+
+
+def save_bright_digits(path, num_train, num_test, size, *, noise=40, step=20):
+    """Saves ten classes that differ in brightness, learnt in a few steps.
+
+    Returns the source that names them.
+    """
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", num_train), ("test", num_test)):
+        labels = np.arange(count) % 10
+        images = rng.integers(noise, size=(count, size, size, 1))
+        images += step * labels[:, None, None, None]
+        arrays |= {f"x_{split}": images.astype(np.uint8), f"y_{split}": labels}
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+def make_config(
+    dtype="float64", name="resnet18", batch_size=32, width=0.125, **options
+):
+    return Config(
+        batch_size=batch_size,
+        epochs=10,
+        data=SYNTHETIC,
+        model=Model(name=name, width=width, dtype=dtype),
+        optimizer=Optimizer(learning_rate=0.05, label_smoothing=0.1),
+        **options,
+    )
+
+
+# Steps of a trainer.
+
+
+def train_steps(config, data, num_devices, steps):
+    """Returns flat parameters and statistics after `steps`."""
+    trainer = Trainer(config, data, jax.devices()[:num_devices])
+    state, step, epoch = trainer.init_state(), 0, 0
+    while step < steps:
+        for inputs in trainer.inputs(epoch, 0):
+            state, _ = trainer.train_call(state, inputs)
+            step += inputs[2].shape[1]
+        epoch += 1
+    assert step == steps
+    values, _ = jax.flatten_util.ravel_pytree(jax.device_get(state.variables))
+    return np.asarray(values)
+
+
+def train_streamed(steps):
+    """Returns what steps on all devices give; BatchNorm after 20 convolutions."""
+    data = dataclasses.replace(SYNTHETIC, memory_share=1e-9)
+    config = dataclasses.replace(make_config(parallel="pmap"), data=data)
+    return train_steps(config, synthetic_set(16), jax.device_count(), steps)
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def abstract_state(trainer):
+    """Returns the shapes of a trainer's state."""
+    shape, key = trainer.preprocessing.image_shape, jax.random.key(0)
+    return jax.eval_shape(lambda: init_state(trainer.model, trainer.update, shape, key))
+
+
+@contextlib.contextmanager
+def compilations():
+    """Gives a list that has an entry for each program that is compiled meanwhile."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Steps of a small network, without a trainer.
+
+IMAGES = np.random.default_rng(0).integers(256, size=(16, 6, 6, 2), dtype=np.uint8)
+LABELS = np.arange(16, dtype=np.int32) % 10
+INPUTS = (IMAGES / 255).astype(np.float32)
+DECAYING = Optimizer(learning_rate=0.1, weight_decay=0.1, milestones=(1000,))
+
+
+class Small(nn.Module):
+    """An inertial convolution with a threshold, BatchNorm, a linear layer."""
+
+    features: int = 4
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        spec = ij.Inertial(1, 3, threshold=ij.Learned(0.5))
+        dtype = jnp.dtype(self.dtype)
+        make = Layers(ij.Plan((("conv", spec),)), dtype, None)
+        x = make.conv(
+            self, "conv", jnp.asarray(x), self.features, 3, padding=1, train=train
+        )
+        x = nn.relu(
+            nn.BatchNorm(use_running_average=not train, dtype=dtype, name="bn")(x)
+        )
+        x = x.mean((1, 2))
+        return nn.Dense(10, dtype=dtype, name="fc")(x)
+
+
+def take_steps(
+    model,
+    steps,
+    *,
+    images=IMAGES,
+    labels=LABELS,
+    optimizer=DECAYING,
+    trained=None,
+    ema_decay=0.0,
+    teacher=None,
+    **objective,
+):
+    """Returns first and last state after steps of the whole batch."""
+    shape, places = images.shape[1:], np.arange(len(images), dtype=np.int32)
+    preprocessing = Preprocessing(shape, (0.0,) * shape[-1], (1.0,) * shape[-1])
+    augmentation = Augmentation.plain(preprocessing, getattr(model, "dtype", "float32"))
+    tx = make_optimizer(optimizer, steps_per_epoch=1, epochs=1)
+    update = Update(tx, trained, ema_decay)
+    step = TrainStep(
+        model, update, augmentation, Objective(**objective), steps_per_epoch=1, seed=1
+    )
+    spread = (False, *[True] * 4, False)
+    call = Parallel("pmap", (jax.devices()[0],)).wrap(step.call, spread)
+    first = last = init_state(model, update, shape, jax.random.key(0))
+    for _ in range(steps):
+        last, _ = call(
+            last, images[None], labels[None], places[None, None], places[None], teacher
+        )
+    return first, last
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+
+
+# The program, and what a run of it leaves.
+
+DIGITS = [
+    *("--data.source", "digits", "--data.mean", "0.3", "--data.std", "0.4"),
+    *("--data.crop-padding", "0", "--data.no-flip", "--batch-size", "64"),
+    *("--log-steps", "10", "--optimizer.learning-rate", "0.05"),
+]
+
+
+def fit_digits(workdir, *options):
+    """Trains a network until it knows some digits."""
+    arguments = ["fit", *DIGITS, *options, "--epochs", "2", "--workdir", str(workdir)]
+    assert main(arguments) == 0
+    return workdir
+
+
+def evaluate(checkpoint, tmp_path):
+    """Returns what the program finds on a checkpoint's own test images."""
+    out = tmp_path / "evaluation.json"
+    assert main(["evaluate", str(checkpoint), "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def start(arguments, env):
+    """Starts Python in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def stop_at(call, monkeypatch):
+    """Has training stop after a call, as if the process were told to end."""
+    calls = iter(range(1, 1000))
+    found = lambda self: signal.SIGTERM if next(calls) == call else None  # noqa: E731
+    monkeypatch.setattr(stop.StopSignal, "after_call", found)
+
+
+def last_checkpoint(workdir):
+    checkpoints = workdir / "checkpoints"
+    return checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
+
+
+def final_arrays(workdir):
+    return load_arrays(last_checkpoint(workdir))
+
+
+def read_metrics(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_bitwise_equal(a, b):
+    def compare(x, y):
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes()
+
+    jax.tree.map(compare, a, b)
