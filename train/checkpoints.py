@@ -58,7 +58,7 @@ class Checkpoints:
         metadata = dataclasses.replace(metadata, info={**metadata.info, "step": step})
 
         def write() -> None:
-            path = self._directory / f"step_{step:08d}"
+            path = checkpoint_path(self._directory, step)
             save_checkpoint(
                 path,
                 model,
@@ -98,7 +98,9 @@ class Checkpoints:
         for step in steps:
             if step not in kept:
                 # One that cannot be deleted is no reason to stop.
-                shutil.rmtree(self._directory / f"step_{step:08d}", ignore_errors=True)
+                shutil.rmtree(
+                    checkpoint_path(self._directory, step), ignore_errors=True
+                )
 
     def restore(self) -> tuple[pathlib.Path, dict[str, Any]] | None:
         """Returns the latest checkpoint that is whole, and its arrays.
@@ -112,7 +114,7 @@ class Checkpoints:
         """
         damaged: list[pathlib.Path] = []
         for step in reversed(latest_steps(self._directory)):
-            path = self._directory / f"step_{step:08d}"
+            path = checkpoint_path(self._directory, step)
             try:
                 with _unreadable(path):
                     verify_checkpoint(path)
@@ -157,6 +159,11 @@ def _unreadable(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+def checkpoint_path(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Returns where the checkpoint of a step lies in a run's `checkpoints`."""
+    return directory / f"step_{step:08d}"
+
+
 def latest_steps(directory: pathlib.Path) -> list[int]:
     """Returns the steps that have a checkpoint, in order."""
     if not directory.is_dir():
@@ -170,7 +177,7 @@ def best_step(directory: pathlib.Path) -> int | None:
     best: tuple[float, int] | None = None
     for step in latest_steps(directory):
         try:
-            info = load_metadata(directory / f"step_{step:08d}").info
+            info = load_metadata(checkpoint_path(directory, step)).info
             evaluation = info.get("evaluation")
             if not evaluation:
                 continue  # saved inside an epoch
@@ -201,4 +208,4 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
             )
         raise UsageError(f"there is no checkpoint at {path}, and no run that has one.")
     best = best_step(directory)
-    return directory / f"step_{best if best is not None else steps[-1]:08d}"
+    return checkpoint_path(directory, best if best is not None else steps[-1])

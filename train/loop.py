@@ -81,7 +81,9 @@ def fit(
         state, step, seconds = _restore(trainer, state, checkpoints, resume=resume)
         directory.open(step)
         with StopSignal() as stop, TrainingClock(seconds) as clock:
-            return _run(trainer, state, step, directory, checkpoints, stop, clock)
+            return _Run(
+                trainer, state, step, directory, checkpoints, stop, clock
+            ).finish()
     except jax.errors.JaxRuntimeError as error:
         if is_lost(error):
             checkpoints.abandon()
@@ -154,79 +156,118 @@ def _check_same_sources(path: pathlib.Path, trainer: Trainer) -> None:
         )
 
 
-def _run(
-    trainer: Trainer,
-    state: TrainState,
-    step: int,
-    directory: RunDirectory,
-    checkpoints: Checkpoints,
-    stop: StopSignal,
-    clock: TrainingClock,
-) -> FitResult:
-    config, spe = trainer.config, trainer.steps_per_epoch
-    if trainer.has_gates and jax.process_index() == 0:
+@dataclasses.dataclass
+class _Run:
+    """A run under way.
+
+    Attributes:
+        trainer: The compiled calls.
+        state: What training carries from step to step.
+        step: Steps taken in all.
+        directory: The run's directory, where metrics go.
+        checkpoints: The run's checkpoints.
+        stop: What notes signals to stop.
+        clock: The stopwatch of training alone.
+        last_save: When the last checkpoint was begun, by the monotonic clock.
+    """
+
+    trainer: Trainer
+    state: TrainState
+    step: int
+    directory: RunDirectory
+    checkpoints: Checkpoints
+    stop: StopSignal
+    clock: TrainingClock
+    last_save: float = dataclasses.field(default_factory=time.monotonic)
+
+    def finish(self) -> FitResult:
+        """Trains the epochs that are left, or until a signal to stop."""
+        config, steps_per_epoch = self.trainer.config, self.trainer.steps_per_epoch
+        _announce(self.trainer, self.state)
+        evaluation: Evaluation | None = None
+        with progress_bar(self.trainer.steps, self.step, config.batch_size) as bar:
+            for epoch in range(self.step // steps_per_epoch, config.epochs):
+                bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
+                has_gates = self.trainer.has_gates
+                meter = Meter(
+                    self.directory, bar, config, self.step, has_gates=has_gates
+                )
+                stopped_by = self._train_epoch(epoch, meter)
+                if self.step == (epoch + 1) * steps_per_epoch:
+                    evaluation = self._end_epoch(epoch, meter, bar)
+                    # A signal that came during the evaluation is seen here. With
+                    # several processes, a later signal is seen after the next call.
+                    stopped_by = stopped_by or self.stop.received
+                if stopped_by is not None and self.step < self.trainer.steps:
+                    self.checkpoints.wait()
+                    return FitResult(self.directory.path, self.step, None, stopped_by)
+        self.checkpoints.wait()
+        if evaluation is None:  # resumed after its end
+            evaluation = self.trainer.evaluate(self.state)
+        return FitResult(self.directory.path, self.step, evaluation, None)
+
+    def _train_epoch(self, epoch: int, meter: Meter) -> int | None:
+        """Takes the steps that an epoch has left; returns a signal that ended them."""
+        trainer, end = self.trainer, (epoch + 1) * self.trainer.steps_per_epoch
+        first_step = self.step - epoch * trainer.steps_per_epoch
+        stopped_by = None
+        self.clock.start()
+        for inputs in trainer.inputs(epoch, first_step):
+            self.state, totals = trainer.train_call(self.state, inputs)
+            before, self.step = self.step, self.step + inputs[2].shape[1]
+            # One call behind, so that the devices need not wait for the host.
+            meter.after_call(self.step, totals)
+            stopped_by = self.stop.after_call()
+            if self.step < end and (
+                stopped_by is not None
+                or _is_save_due(trainer.config, before, self.step, self.last_save)
+            ):
+                meter.flush()
+                self._save(None)
+                if stopped_by is not None:
+                    return stopped_by
+        meter.flush()
+        self.clock.stop()
+        return stopped_by
+
+    def _end_epoch(self, epoch: int, meter: Meter, bar: tqdm) -> Evaluation:
+        """Logs, evaluates and saves after an epoch's last step."""
+        words = meter.log_epoch(epoch, self.clock.seconds)
+        evaluation = self.trainer.evaluate(self.state)
+        metrics = {"epoch": epoch + 1, **evaluation.metrics()}
+        self.directory.log(self.step, "test", metrics)
+        if jax.process_index() == 0:
+            bar.write(
+                f"epoch {epoch + 1:3d}  {words}  test loss {evaluation.loss:.4f}  "
+                f"test top-1 {evaluation.top1:.2%}",
+                file=sys.stdout,
+            )
+        self._save(evaluation)
+        return evaluation
+
+    def _save(self, evaluation: Evaluation | None) -> None:
+        trainer, state = self.trainer, self.state
+        metadata = make_metadata(trainer, evaluation, train_seconds=self.clock.seconds)
+        training = training_to_dict(state)
+        self.checkpoints.save(
+            self.step, trainer.model, state.result, training, metadata
+        )
+        self.last_save = time.monotonic()
+
+
+def _announce(trainer: Trainer, state: TrainState) -> None:
+    """Says on the first process what will be trained."""
+    if jax.process_index() != 0:
+        return
+    if trainer.has_gates:
         shape = trainer.preprocessing.image_shape
         tqdm.write(f"{count_cost(trainer.model, shape)}\n")
-    trained = trainer.update.trained
-    if trained is not None and jax.process_index() == 0:
-        tqdm.write(describe_trained(state.params, trained))
-    dropped = len(trainer.data.train or ()) - spe * config.batch_size
-    if dropped and jax.process_index() == 0:
+    if trainer.update.trained is not None:
+        tqdm.write(describe_trained(state.params, trainer.update.trained))
+    taken = trainer.steps_per_epoch * trainer.config.batch_size
+    dropped = len(trainer.data.train or ()) - taken
+    if dropped:
         tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")
-    evaluation: Evaluation | None = None
-    last_save = time.monotonic()
-
-    def save(evaluation: Evaluation | None) -> None:
-        nonlocal last_save
-        metadata = make_metadata(trainer, evaluation, train_seconds=clock.seconds)
-        training = training_to_dict(state)
-        checkpoints.save(step, trainer.model, state.result, training, metadata)
-        last_save = time.monotonic()
-
-    with progress_bar(trainer.steps, step, config.batch_size) as bar:
-        for epoch in range(step // spe, config.epochs):
-            bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
-            has_gates = trainer.has_gates
-            meter = Meter(directory, bar, config, step, has_gates=has_gates)
-            clock.start()
-            for inputs in trainer.inputs(epoch, step - epoch * spe):
-                state, totals = trainer.train_call(state, inputs)
-                before, step = step, step + inputs[2].shape[1]
-                # One call behind, so that the devices need not wait for the host.
-                meter.after_call(step, totals)
-                stopped_by = stop.after_call()
-                at_epoch_end = step == (epoch + 1) * spe
-                if stopped_by is not None:
-                    meter.flush()
-                    if not at_epoch_end:
-                        save(None)
-                        checkpoints.wait()
-                        return FitResult(directory.path, step, None, stopped_by)
-                elif not at_epoch_end and _is_save_due(config, before, step, last_save):
-                    meter.flush()
-                    save(None)
-            meter.flush()
-            clock.stop()
-            words = meter.log_epoch(epoch, clock.seconds)
-            evaluation = trainer.evaluate(state)
-            directory.log(step, "test", {"epoch": epoch + 1, **evaluation.metrics()})
-            if jax.process_index() == 0:
-                bar.write(
-                    f"epoch {epoch + 1:3d}  {words}  test loss {evaluation.loss:.4f}  "
-                    f"test top-1 {evaluation.top1:.2%}",
-                    file=sys.stdout,
-                )
-            save(evaluation)
-            # A signal that came during the evaluation is seen here, where all processes
-            # know it; of several, else after the next call.
-            stopped_by = stopped_by or stop.received
-            if stopped_by is not None and step < trainer.steps:
-                checkpoints.wait()
-                return FitResult(directory.path, step, None, stopped_by)
-    checkpoints.wait()
-    if evaluation is None:  # resumed after its end
-        evaluation = trainer.evaluate(state)
-    return FitResult(directory.path, step, evaluation, None)
 
 
 def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bool:
