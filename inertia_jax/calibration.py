@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.calls import check_in_view, first_argument, on_calls, takes_train
+from inertia_jax.inertial_layer import FRICTION_MEAN
 from inertia_jax.sites import Site
 
 # The ridge added to the eigenvalues, relative to their mean. Without it, directions
@@ -45,7 +46,7 @@ def batched(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
 def batch_norm_paths(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
     """Returns the paths of BatchNorm's running statistics in `batch_stats`."""
     stats = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
-    return {path for path in stats if path[-1] != "friction_mean"}
+    return {path for path in stats if path[-1] != FRICTION_MEAN}
 
 
 def apply_as_trained(

@@ -20,6 +20,10 @@ from inertia_jax.ops.tiled import inertial_conv_tiled
 from inertia_jax.ops.tiling import make_tiling
 from inertia_jax.specs import Fixed, Inertial, Learned, Threshold, fields_as
 
+# Names of what a layer sows and of its running mean, for those who read them.
+GATE_RATE, FRICTION = "gate_rate", "friction"
+FRICTION_MEAN = "friction_mean"
+
 # Momentum of the running means, as Flax counts it: the share that is kept.
 _MOMENTUM = 0.9
 
@@ -148,8 +152,8 @@ class InertialConv(nn.Module):
         )
         if spec.gate_gradient == "none":
             opening = lax.stop_gradient(opening)
-        self.sow("intermediates", "gate_rate", opening.mean((1, 2, 3)))
-        self.sow("intermediates", "friction", friction)
+        self.sow("intermediates", GATE_RATE, opening.mean((1, 2, 3)))
+        self.sow("intermediates", FRICTION, friction)
         y = output.y
         if bias is not None:
             y = y + bias.reshape(1, 1, 1, -1)
@@ -195,7 +199,7 @@ class InertialConv(nn.Module):
         if not spec.relative:
             return friction
         ones = lambda: jnp.ones((), friction.dtype)  # noqa: E731
-        running = self.variable("batch_stats", "friction_mean", ones)
+        running = self.variable("batch_stats", FRICTION_MEAN, ones)
         if not train or self.is_initializing():
             return friction / running.value
         mean = lax.stop_gradient(friction).mean()

@@ -13,6 +13,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
+from inertia_jax.inertial_layer import FRICTION_MEAN
 from inertia_jax.kinds import KINDS
 from inertia_jax.models import abstract_variables, init_variables, input_shape
 
@@ -26,7 +27,7 @@ _LEAVES = {
 # The parts of a factorised convolution, which PyTorch has as a Sequential.
 _PARTS = {part: str(i) for kind in KINDS.values() for i, part in enumerate(kind.parts)}
 # What an inertial convolution has beside a core; PyTorch's networks have none of it.
-_INERTIAL_LEAVES = ("threshold", "weights", "friction_mean")
+_INERTIAL_LEAVES = ("threshold", "weights", FRICTION_MEAN)
 # What training scripts nest a network's weights under.
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 

@@ -37,6 +37,10 @@ def torch_bias_init(fan_in: int) -> Initializer:
     return init
 
 
+# Collection and name of the examples' positions, which `Dropout` reads.
+POSITIONS = ("examples", "position")
+
+
 class Dropout(nn.Module):
     """Zeroes elements at random, the same ones however the batch is split.
 
@@ -60,9 +64,7 @@ class Dropout(nn.Module):
             return x
         if self.scope is None:
             raise ValueError("Dropout must be called inside `apply`.")
-        positions = self.scope.root.get_variable(
-            "examples", "position", jnp.arange(x.shape[0])
-        )
+        positions = self.scope.root.get_variable(*POSITIONS, jnp.arange(x.shape[0]))
         key = self.make_rng("dropout")
 
         def keep(position: Array) -> Array:

@@ -19,6 +19,7 @@ from inertia_jax.calibration import (
 )
 from inertia_jax.cost import count_cost
 from inertia_jax.cost_table import CostTable
+from inertia_jax.inertial_layer import FRICTION, GATE_RATE
 from inertia_jax.plan import Plan
 from inertia_jax.specs import CLOSED, OPEN, Inertial
 
@@ -92,10 +93,10 @@ class ThresholdSearch:
             self._model, {**variables, "thresholds": nested}, batch
         )
         flat = traverse_util.flatten_dict(changed.get("intermediates", {}))
-        named: dict[str, dict[str, Any]] = {"gate_rate": {}, "friction": {}}
+        named: dict[str, dict[str, Any]] = {GATE_RATE: {}, FRICTION: {}}
         for (*path, name), value in flat.items():
             named[name]["/".join(path)] = value[0]
-        return divergence(dense, logits), named["gate_rate"], named["friction"]
+        return divergence(dense, logits), named[GATE_RATE], named[FRICTION]
 
     def measure(self, thresholds: dict[str, float]) -> SearchState:
         """Runs the calibration images with these thresholds."""

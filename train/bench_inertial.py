@@ -11,6 +11,7 @@ import numpy as np
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
 from inertia_jax.cost_table import aligned
+from inertia_jax.inertial_layer import FRICTION
 from inertia_jax.models import abstract_variables, input_shape
 from inertia_jax.ops.conv import pad_image
 from inertia_jax.ops.conv_layers import conv2d_to_apply, filters_for_cpu
@@ -204,8 +205,8 @@ def thresholds_at(name: str, width: float, variables: Any, x: Any, rate: float) 
     )
 
     def level(sown: Any) -> Any:
-        if "friction" in sown:
-            return {"threshold": _threshold_for(np.asarray(sown["friction"][0]), rate)}
+        if FRICTION in sown:
+            return {"threshold": _threshold_for(np.asarray(sown[FRICTION][0]), rate)}
         return {name: level(inner) for name, inner in sown.items()}
 
     for _ in range(1 if rate == 1 else 4):

@@ -12,6 +12,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from inertia_jax import Inertial, Rate
+from inertia_jax.inertial_layer import GATE_RATE
+from inertia_jax.layers import POSITIONS
 from train.augment import Augmentation, alternating_mirrors, example_keys
 from train.distill import Distillation
 from train.keys import run_keys
@@ -35,7 +37,7 @@ def cross_entropy(
 def gate_rates(intermediates: dict[str, Any]) -> dict[str, Float[Array, "n"]]:
     """Returns each inertial layer's share of open gates of each example, by path."""
     flat = traverse_util.flatten_dict(intermediates)
-    return {"/".join(p[:-1]): v[0] for p, v in flat.items() if p[-1] == "gate_rate"}
+    return {"/".join(p[:-1]): v[0] for p, v in flat.items() if p[-1] == GATE_RATE}
 
 
 def is_held(spec: Inertial | None) -> bool:
@@ -232,8 +234,9 @@ class TrainStep:
     ) -> tuple[Array, dict[str, Any], dict[str, Array]]:
         """Returns logits, the collections after the step, and `gate_rates`."""
         moving = [name for name in variables if name != "params"]
+        examples, position = POSITIONS
         logits, collections = self.model.apply(
-            {**variables, "examples": {"position": positions}},
+            {**variables, examples: {position: positions}},
             batch,
             train=True,
             rngs={"dropout": dropout_key},
