@@ -1,8 +1,11 @@
-"""The wheel: the library alone, and it imports by itself."""
+"""The wheel holds the library alone, and what is imported is declared."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -39,12 +42,26 @@ def test_the_wheel_holds_the_library_alone_and_imports(tmp_path, subprocess_env)
     assert params == "269722"
 
 
-def imported(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+# Nodes whose bodies run when they are called, not when the module is imported.
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def imported(file, *, nested=True):
+    """Yields the modules that a file imports, `nested` in functions or not."""
+    nodes = [ast.parse(file.read_text())]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
+        elif isinstance(node, ast.Call) and node.args:
+            # `importlib.import_module("name")`
+            is_import = getattr(node.func, "attr", "") == "import_module"
+            if is_import and isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value
+        if nested or not isinstance(node, FUNCTIONS):
+            nodes.extend(ast.iter_child_nodes(node))
 
 
 @pytest.mark.parametrize(
@@ -56,3 +73,60 @@ def test_imports_run_one_way(folder, forbidden):
     for file in files:
         tops = {name.partition(".")[0] for name in imported(file)}
         assert forbidden not in tops, file
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(*extras):
+    """Returns the distributions that pyproject.toml names: the core's and these."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    lists = [project["dependencies"], *(optional[extra] for extra in extras)]
+    names = {re.match(r"[\w.-]+", line)[0] for lines in lists for line in lines}
+    return {canonical(name) for name in names}
+
+
+def undeclared(files, distributions, *, nested):
+    """Returns the third-party modules among the imports that none of them brings."""
+    ours = {"inertia_jax", "train", *sys.stdlib_module_names}
+    installed = importlib.metadata.packages_distributions()
+    tops = {
+        name.partition(".")[0]
+        for file in files
+        for name in imported(file, nested=nested)
+    }
+    assert tops & {"jax", "torch"}
+    # A package that is not installed here is taken to be named as its module is.
+    return {
+        top
+        for top in tops - ours
+        if distributions.isdisjoint(map(canonical, installed.get(top, [top])))
+    }
+
+
+def test_the_library_imports_with_its_own_dependencies():
+    files = (ROOT / "inertia_jax").rglob("*.py")
+    assert undeclared(files, declared(), nested=False) == set()
+
+
+def test_the_training_program_starts_with_the_extra_train():
+    # PyTorch's networks are the one file that needs PyTorch to be imported.
+    files = set((ROOT / "train").rglob("*.py"))
+    files -= set((ROOT / "train").rglob("torch_models.py"))
+    assert undeclared(files, declared("train"), nested=False) == set()
+
+
+@pytest.mark.parametrize("folder", ["inertia_jax", "train"])
+def test_every_import_is_of_a_declared_dependency(folder):
+    files = (ROOT / folder).rglob("*.py")
+    distributions = declared("train", "tfds", "torch")
+    assert undeclared(files, distributions, nested=True) == set()
+
+
+def test_tests_import_what_the_extras_bring():
+    helpers = {canonical(file.stem) for file in (ROOT / "tests").rglob("*.py")}
+    distributions = declared("train", "tfds", "torch", "dev") | helpers
+    files = (ROOT / "tests").rglob("*.py")
+    assert undeclared(files, distributions, nested=True) == set()
