@@ -1,18 +1,27 @@
-# `make quickstart` and `make test` need Python >= 3.11 and make, and set up the rest.
+# All of these need Python >= 3.11 and make, and set up the rest.
 PYTHON ?= python3
 VENV ?= .venv
 # What `make test` installs; EXTRAS=dev is light: tests of PyTorch and TFDS are skipped.
 EXTRAS ?= dev,tfds,torch
 TESTS ?= tests
+# What Python does with warnings in the quickstart.
+WARNINGS ?= default
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
+
+.PHONY: quickstart test test-all lint clean
 
 quickstart: $(VENV)/.train
-	$(BIN)/python -m train quickstart
+	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
 
-test: $(VENV)/.$(EXTRAS) lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10 $(TESTS)
+# Lint, types and the tests that are not marked slow.
+test: lint
+	$(PYTEST) -m "not slow" $(TESTS)
+
+# The rest: the slow tests, among them each extra in an environment of its own.
+test-all: $(VENV)/.$(EXTRAS)
+	$(PYTEST) -m slow $(TESTS)
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .
