@@ -129,13 +129,14 @@ def inertial_conv_tiled(
     threshold = threshold.astype(
         at_least_float32(x.dtype) if friction is None else friction.dtype
     )
-    compute = dense = functools.partial(
+    dense: Callable[..., Result] = functools.partial(
         _compute_all,
         tiling=tiling,
         measure=measure,
         gate_gradient=gate_gradient,
         slope=slope,
     )
+    compute = dense
     if capacities is not None and x.size:
         sparse = functools.partial(
             _compute_open, tiling=tiling, measure=measure, capacities=tuple(capacities)
