@@ -9,6 +9,7 @@ from inertia_jax.checkpoint import (
 from inertia_jax.compress import compress, decompress
 from inertia_jax.cost import count_cost
 from inertia_jax.cost_table import CostTable, LayerCost
+from inertia_jax.dropped import DroppedRule, dropped_rules
 from inertia_jax.exported import (
     ExportDamagedError,
     ExportedNetwork,
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointDamagedError",
     "Conv",
     "CostTable",
+    "DroppedRule",
     "Energy",
     "Evbmf",
     "ExportDamagedError",
@@ -59,6 +61,7 @@ __all__ = [
     "count_cost",
     "create_model",
     "decompress",
+    "dropped_rules",
     "fold_batch_norm",
     "init_variables",
     "load_checkpoint",

@@ -10,11 +10,12 @@ from flax import traverse_util
 
 from inertia_jax.calls import Call, record_calls
 from inertia_jax.cost_table import CostTable, LayerCost
+from inertia_jax.dropped import find_convolutions, find_dropped
 from inertia_jax.inertial_cost import count_inertial
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.kinds import CONVOLUTIONS, kind_of, ranks_of
 from inertia_jax.plan import Plan
-from inertia_jax.specs import CLOSED, Fixed, Rate, Threshold, stays_dense
+from inertia_jax.specs import Fixed, Rate, Threshold
 
 
 def count_cost(
@@ -54,29 +55,15 @@ def count_cost(
         )
     calls, variables = record_calls(model, shape)
     rates = dict(gate_rates or {})
-    gated = {p for p, c in calls.items() if isinstance(c.module, InertialConv)}
-    for path, rate in rates.items():
-        if path not in gated:
-            raise ValueError(f"`gate_rates` has {path!r}, which is no inertial layer.")
-        if not 0 <= rate <= 1:
-            raise ValueError(f"`gate_rates` (={rate} for {path!r}) must be in [0, 1].")
-    dense = {}
+    _check_rates(rates, calls)
+    dense, notes = {}, {}
     plan = getattr(model, "plan", None)
     if isinstance(plan, Plan) and plan.rules:
         plain = count_cost(model.clone(plan=Plan()), shape)
         dense = {row.path: row.macs for row in plain.rows}
-
-    owned: dict[str, dict[str, Any]] = {}
-    for place, value in traverse_util.flatten_dict(
-        variables["params"], sep="/"
-    ).items():
-        # The parts of a factorised layer are its own.
-        owners = [path for path in calls if place.startswith(_inside(path))]
-        layers = [path for path in owners if calls[path].is_factorised]
-        owner, _, name = place.rpartition("/")
-        if layers:
-            owner, name = layers[0], place.removeprefix(_inside(layers[0]))
-        owned.setdefault(owner, {})[name] = value
+        dropped = find_dropped(plan, find_convolutions(calls))
+        notes = {rule.path: rule.reason for rule in dropped if rule.path}
+    owned = _leaves_by_layer(calls, variables["params"])
     rows = []
     for path in [*calls, *(path for path in owned if path not in calls)]:
         if path not in owned:
@@ -86,12 +73,38 @@ def count_cost(
         params = sum(math.prod(value.shape) for value in leaves.values())
         macs, fields = _count_layer(path, call, calls, leaves, rates)
         kind = kind_of(call.module).name
-        if path in dense and kind in ("inertial", "tucker2", "low_rank"):
+        if path in dense and kind in CONVOLUTIONS and kind != "conv":
             fields["dense_macs"] = dense[path]
-        if kind in CONVOLUTIONS and kind != "inertial" and isinstance(plan, Plan):
-            fields["note"] = _note(plan, path, call.module)
-        rows.append(LayerCost(path, kind, call.output_shape, params, macs, **fields))
+        note = notes.get(path, "")
+        shape = call.output_shape
+        rows.append(LayerCost(path, kind, shape, params, macs, note=note, **fields))
     return CostTable(tuple(rows))
+
+
+def _check_rates(rates: Mapping[str, float], calls: Mapping[str, Call]) -> None:
+    """Raises ValueError unless rates are those of inertial layers."""
+    for path, rate in rates.items():
+        call = calls.get(path)
+        if call is None or not isinstance(call.module, InertialConv):
+            raise ValueError(f"`gate_rates` has {path!r}, which is no inertial layer.")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`gate_rates` (={rate} for {path!r}) must be in [0, 1].")
+
+
+def _leaves_by_layer(
+    calls: Mapping[str, Call], params: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns each layer's parameters; those of its parts are the layer's own."""
+    owned: dict[str, dict[str, Any]] = {}
+    factorised = [path for path, call in calls.items() if call.is_factorised]
+    for place, value in traverse_util.flatten_dict(params, sep="/").items():
+        owner, _, name = place.rpartition("/")
+        for path in factorised:
+            if place.startswith(_inside(path)):
+                owner, name = path, place.removeprefix(_inside(path))
+                break
+        owned.setdefault(owner, {})[name] = value
+    return owned
 
 
 def _count_layer(
@@ -145,7 +158,7 @@ def _inside(path: str) -> str:
 def _expected_rate(threshold: Threshold) -> float:
     if isinstance(threshold, Rate):
         return threshold.target
-    is_closed = isinstance(threshold, Fixed) and threshold.value >= CLOSED
+    is_closed = isinstance(threshold, Fixed) and threshold.value >= Fixed.CLOSED.value
     return 0.0 if is_closed else 1.0
 
 
@@ -157,13 +170,3 @@ def _outputs(call: Call) -> int:
 def _taps(kernel: Any) -> int:
     """Each output sums over all but the last axis of the kernel [.., c_out]."""
     return math.prod(kernel.shape[:-1])
-
-
-def _note(plan: Plan, path: str, module: Any) -> str:
-    # The first of one or two dimensions.
-    side, strides = (
-        size if isinstance(size, int) else size[0]
-        for size in (getattr(module, "kernel_size", 1), module.strides or 1)
-    )
-    reason = stays_dense(plan.spec(path), kernel_size=side, strides=strides)
-    return reason or ""

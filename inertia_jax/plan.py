@@ -30,6 +30,13 @@ class Plan:
     layer that no rule matches is an ordinary convolution. A plan is hashable and
     turns into JSON and back without loss.
 
+    A network refuses a rule that matches none of its convolutions, and ranks that a
+    layer cannot have. An `Inertial`, or the inertial core of a `Tucker2`, falls back to
+    the ordinary convolution where the layer cannot hold it: where its core is larger
+    than the network's filters, or its reading is tiled and the layer has strides.
+    `dropped_rules` lists these layers, `count_cost` notes them, and
+    `create_model(strict=True)` refuses them.
+
     Attributes:
         rules: Pairs of a glob over layer paths and what stands there.
 
@@ -53,12 +60,14 @@ class Plan:
             rules.append((glob, spec))
         object.__setattr__(self, "rules", tuple(rules))
 
+    def rule(self, path: str) -> tuple[str, Spec] | None:
+        """Returns the rule that wins at the layer `path`; None if none matches it."""
+        return next((r for r in self.rules if fnmatch.fnmatchcase(path, r[0])), None)
+
     def spec(self, path: str) -> Spec:
-        """Returns what stands at the layer `path`, e.g. `layer1_0/conv1`."""
-        for glob, spec in self.rules:
-            if fnmatch.fnmatchcase(path, glob):
-                return spec
-        return Conv()
+        """Returns what the plan has for the layer `path`, e.g. `layer1_0/conv1`."""
+        rule = self.rule(path)
+        return Conv() if rule is None else rule[1]
 
     def gates(self, path: str) -> Inertial | None:
         """Returns the inertial convolution whose gates are sown at `path`.

@@ -5,12 +5,13 @@ import re
 import shlex
 import signal
 
+import jax
 import numpy as np
 import pytest
 from helpers import evaluate, fit_digits
 
 import inertia_jax as ij
-from inertia_jax.metadata import Preprocessing
+from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
 from train.augment import Augmentation
 from train.calibration import training_inputs
@@ -255,3 +256,17 @@ def test_fine_tuning_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys
     assert main(command[3:]) == 0
     printed = capsys.readouterr()
     assert "step 3 of 22" in printed.out + printed.err
+
+
+def test_layers_that_their_plan_left_dense_are_named(tmp_path, capsys):
+    plan = ij.Plan((("layer2_0/conv1", ij.Inertial(3, 4, reading="tiled")),))
+    model = ij.create_model("resnet20", width=0.25, plan=plan)
+    variables = ij.init_variables(model, jax.random.key(0))
+    preprocessing = Preprocessing((32, 32, 3), (0.5,) * 3, (0.2,) * 3)
+    checkpoint, rules = tmp_path / "checkpoint", tmp_path / "rules.json"
+    ij.save_checkpoint(checkpoint, model, variables, metadata=Metadata(preprocessing))
+    rules.write_text(ij.Plan((("layer1_0/conv1", ij.Tucker2(2, 2)),)).to_json())
+    arguments = ["--ranks", f"plan:{rules}", "--out", str(tmp_path / "out")]
+    assert main(["compress", str(checkpoint), *arguments]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "layer2_0" in line]
+    assert "layer2_0/conv1 stays dense: tiles need stride 1, it has 2" in said

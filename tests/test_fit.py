@@ -283,6 +283,9 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
     assert "step 30 of 30" in capsys.readouterr().out
 
 
+TOO_LARGE = ij.Plan((("conv2", ij.Inertial(5, 6)),)).to_json()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -318,6 +321,11 @@ def test_a_finished_run_is_evaluated_again(run, data, capsys):
             "`optimizer.nesterov` .*nothing with `optimizer.momentum` .=0",
         ),
         (["--model.shortcut", "B"], "`shortcut` .='B'. must be A for lenet"),
+        (["--model.strict"], "`model.strict` .*nothing with `model.plan`"),
+        (
+            ["--model.strict", "--model.plan", TOO_LARGE],
+            "conv2 stays dense: core 5 exceeds kernel 3",
+        ),
         (["--data.image-size", "16", "--data.eval-resize", "4"], "`resize` .* 16"),
         (["--data.mean", "0.5", "0.5"], "`data.mean` .* must have 1 entries"),
         (["--model.name", "vgg16"], "at least 32 x 32"),

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import inertia_jax as ij
 
@@ -97,6 +98,63 @@ def test_a_glob_that_matches_nothing_is_refused():
         ij.create_model("resnet20", plan=ij.Plan((("layer9*", ij.Conv()),)))
 
 
-def test_a_network_says_what_it_cannot_build_yet():
+def test_two_factors_of_a_filter_larger_than_one_pixel_are_refused():
     with pytest.raises(ValueError, match="LowRank.*'layer1_0/conv1'"):
         ij.create_model("resnet20", plan=ij.Plan((("*/conv1", ij.LowRank(2)),)))
+
+
+TILED = ij.Inertial(3, 4, reading="tiled")
+LARGE = ij.Inertial(5, 6)
+STRIDED = "tiles need stride 1, it has 2"
+
+
+def partly_dropped():
+    factors = ij.Tucker2(2, 3, core=TILED)
+    rules = (
+        ("conv1", LARGE),
+        ("layer2_0/conv1", factors),
+        ("layer?_*", TILED),
+        ("layer3_*", ij.LowRank(2)),
+    )
+    expected = (
+        ("conv1", LARGE, "conv1", "core 5 exceeds kernel 3"),
+        ("layer2_0/conv1", factors, "layer2_0/conv1", STRIDED),
+        ("layer?_*", TILED, "layer3_0/conv1", STRIDED),
+        ("layer3_*", ij.LowRank(2), "", "earlier rules win at all layers it matches"),
+    )
+    return ij.Plan(rules), tuple(ij.DroppedRule(*fields) for fields in expected)
+
+
+def test_rules_that_do_not_stand_are_told_with_layer_and_reason():
+    plan, expected = partly_dropped()
+    model = ij.create_model("resnet20", width=0.25, plan=plan)
+    assert ij.dropped_rules(model, (32, 32, 3)) == expected
+    assert str(expected[2]).startswith(
+        "layer3_0/conv1 stays dense: tiles need stride 1, it has 2; the plan's rule "
+        "'layer?_*' has Inertial(core_size=3, "
+    )
+    assert str(expected[3]) == (
+        "the plan's rule 'layer3_*' is not used: earlier rules win at all layers it "
+        "matches"
+    )
+    # The table of costs notes the same layers, and no others.
+    rows = ij.count_cost(model, (32, 32, 3)).rows
+    noted = {row.path: row.note for row in rows if row.note}
+    assert noted == {rule.path: rule.reason for rule in expected[:3]}
+
+
+def test_a_network_whose_rules_all_stand_has_dropped_none():
+    model = ij.create_model("resnet20", plan=ij.Plan((("layer1_*", TILED),)))
+    assert ij.dropped_rules(model, (32, 32, 3)) == ()
+    assert ij.dropped_rules(ij.create_model("resnet20"), (32, 32, 3)) == ()
+    assert ij.dropped_rules(nn.Dense(3), (8, 8, 1)) == ()
+
+
+def test_a_strict_network_refuses_to_stay_dense_and_lists_where():
+    plan, expected = partly_dropped()
+    with pytest.raises(ValueError, match="`strict` .*=True") as caught:
+        ij.create_model("resnet20", plan=plan, strict=True)
+    # A rule that is never used leaves no layer otherwise than the plan has it.
+    listed = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert listed == [str(rule) for rule in expected[:3]]
+    ij.create_model("resnet20", plan=ij.Plan((("layer1_*", TILED),)), strict=True)

@@ -108,6 +108,8 @@ class Model:
     """Type of the computation; float64 needs JAX_ENABLE_X64=1."""
     plan: str = "[]"
     """Which convolution stands where, as JSON (inertia_jax.Plan.to_json)."""
+    strict: bool = False
+    """Refuse a plan that a layer cannot follow, instead of leaving the layer dense."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -254,6 +256,7 @@ FINETUNE = Config(
 
 # Fields, and what another one must be lest they do nothing.
 _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("model.strict", "model.plan", lambda plan: plan != "[]"),
     ("distill_weight", "teacher", lambda path: path is not None),
     ("distill_temperature", "teacher", lambda path: path is not None),
     ("gate_penalty", "gate_budget", lambda budget: budget is not None),

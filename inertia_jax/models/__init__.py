@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inertia_jax.cost import count_cost
-from inertia_jax.kinds import CONVOLUTIONS
+from inertia_jax.calls import record_calls
+from inertia_jax.dropped import find_convolutions, find_dropped
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18
@@ -44,6 +44,7 @@ def create_model(
     plan: Plan | None = None,
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """Makes a network.
 
@@ -57,14 +58,16 @@ def create_model(
         dtype: Type of the computation: bfloat16, float32 or float64.
             Parameters are float32, or float64 with float64.
         axis_name: Mesh axis over which BatchNorm statistics are averaged.
+        strict: Whether a layer that cannot be what the plan has for it is refused
+            instead of staying dense; see `dropped_rules`.
 
     Returns:
         A Linen module: `model.apply(variables, x_nhwc, train=False) -> logits`. With
         `train=True` it has reverse-mode gradients alone (`ops.conv_layers`).
 
     Raises:
-        ValueError: An argument outside its range, or a plan whose glob matches no
-            convolution of the network.
+        ValueError: An argument outside its range, a plan whose glob matches no
+            convolution of the network, or, with `strict`, one that falls back.
     """
     if name not in _MODELS:
         raise ValueError(f"`name` (={name!r}) must be one of {', '.join(MODEL_NAMES)}.")
@@ -100,7 +103,7 @@ def create_model(
         **options,
     )
     if model.plan.rules:
-        _check_plan(model)
+        _check_plan(model, strict=strict)
     return model
 
 
@@ -186,9 +189,15 @@ def abstract_variables(
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def _check_plan(model: nn.Module) -> None:
-    rows = count_cost(model, input_shape(model)).rows
-    paths = [row.path for row in rows if row.kind in CONVOLUTIONS]
+def _check_plan(model: nn.Module, *, strict: bool) -> None:
+    convolutions = find_convolutions(record_calls(model, input_shape(model))[0])
     for glob, _ in model.plan.rules:
-        if not fnmatch.filter(paths, glob):
+        if not fnmatch.filter(convolutions, glob):
             raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")
+    fallbacks = [rule for rule in find_dropped(model.plan, convolutions) if rule.path]
+    if strict and fallbacks:
+        listed = "\n  ".join(map(str, fallbacks))
+        raise ValueError(
+            f"`plan` does not stand at {len(fallbacks)} layers, as `strict` (=True) "
+            f"demands:\n  {listed}"
+        )

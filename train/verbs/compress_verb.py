@@ -102,6 +102,9 @@ def _report(
             latency_batch=args.latency_batch,
         )
         print(format_layers(rows))
+        for layer in cost.rows:
+            if layer.note:
+                print(f"{layer.path} stays dense: {layer.note}")
         was = dense.cost()
         print(
             f"network: {was.params:,} -> {cost.params:,} parameters, {was.macs:,} -> "

@@ -1,0 +1,105 @@
+"""The rules of a plan that do not stand where they match: which, where and why."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from inertia_jax.calls import Call, record_calls
+from inertia_jax.kinds import CONVOLUTIONS, kind_of
+from inertia_jax.plan import Plan
+from inertia_jax.specs import Spec, stays_dense
+
+
+@dataclasses.dataclass(frozen=True)
+class DroppedRule:
+    """A rule of a plan that does not stand at a layer, or at any.
+
+    Attributes:
+        glob: The rule's glob.
+        spec: What the rule has for the layers that it matches.
+        path: The layer, which is dense, or has a dense core; "" for a rule that wins at
+            none of the layers that it matches.
+        reason: Why the spec does not stand there.
+    """
+
+    glob: str
+    spec: Spec
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        if not self.path:
+            return f"the plan's rule {self.glob!r} is not used: {self.reason}"
+        return (
+            f"{self.path} stays dense: {self.reason}; the plan's rule {self.glob!r} "
+            f"has {self.spec}"
+        )
+
+
+def dropped_rules(
+    model: nn.Module, image_shape: tuple[int, ...]
+) -> tuple[DroppedRule, ...]:
+    """Returns the rules of a model's plan that do not stand where they match.
+
+    An inertial convolution falls back to the ordinary one where its core is larger than
+    the network's filters, and, in the tiled reading, where the network has strides. A
+    rule that wins at no layer, since earlier ones match the same layers, is returned
+    once. Nothing is computed.
+
+    Args:
+        model: A network with a plan; any other has dropped nothing.
+        image_shape: [h, w, c].
+    """
+    plan = getattr(model, "plan", None)
+    if not isinstance(plan, Plan) or not plan.rules:
+        return ()
+    return find_dropped(plan, find_convolutions(record_calls(model, image_shape)[0]))
+
+
+def find_convolutions(calls: Mapping[str, Call]) -> dict[str, Any]:
+    """Returns the convolutions that a plan speaks of, by path: parts are left out."""
+    factorised = {path for path, call in calls.items() if call.is_factorised}
+    return {
+        path: call.module
+        for path, call in calls.items()
+        if kind_of(call.module).name in CONVOLUTIONS
+        and path.rpartition("/")[0] not in factorised
+    }
+
+
+def find_dropped(
+    plan: Plan, convolutions: Mapping[str, Any]
+) -> tuple[DroppedRule, ...]:
+    """Returns the rules of a plan that do not stand where they match.
+
+    Args:
+        plan: The plan.
+        convolutions: Layers of the network that was made by it, by path.
+    """
+    dropped, used = [], set()
+    for path, module in convolutions.items():
+        rule = plan.rule(path)
+        used.add(rule)
+        reason = None if rule is None else _reason(rule[1], module)
+        if rule is not None and reason is not None:
+            dropped.append(DroppedRule(*rule, path, reason))
+    reason = "earlier rules win at all layers it matches"
+    for rule in plan.rules:
+        if rule not in used and fnmatch.filter(convolutions, rule[0]):
+            dropped.append(DroppedRule(*rule, "", reason))
+    return tuple(dropped)
+
+
+def _reason(spec: Spec, module: Any) -> str | None:
+    """Returns why a spec does not stand at a layer; None if it does."""
+    if kind_of(module).name == "inertial":
+        return None
+    # The first of one or two dimensions.
+    side, strides = (
+        size if isinstance(size, int) else size[0]
+        for size in (getattr(module, "kernel_size", 1), module.strides or 1)
+    )
+    return stays_dense(spec, kernel_size=side, strides=strides)
