@@ -17,7 +17,16 @@ from inertia_jax.factorised import LowRankConv, Tucker2Conv
 from inertia_jax.inertial_layer import InertialConv
 from inertia_jax.ops.conv_layers import conv_for_linen
 from inertia_jax.plan import Plan
-from inertia_jax.specs import Conv, Inertial, LowRank, Tucker2, stays_dense
+from inertia_jax.specs import (
+    Conv,
+    Inertial,
+    LowRank,
+    Spec,
+    Tucker2,
+    core_of,
+    fields_as,
+    stays_dense,
+)
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
 torch_kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -117,11 +126,20 @@ class Layers:
                 factors of a convolution that is not 1x1.
         """
         path = "/".join((*parent.path, name))
-        spec = self.plan.spec(path)
-        if stays_dense(spec, kernel_size=kernel_size, strides=strides):
-            spec = spec.dense_core() if isinstance(spec, Tucker2) else Conv()
+        spec = _standing(self.plan.spec(path), path, kernel_size, strides)
+        core = core_of(spec)
+        side = region = kernel_size
+        if isinstance(core, Conv):
+            side = region = core.kernel_size or kernel_size
+        elif isinstance(core, Inertial):
+            side = core.core_size
+            region = core.region_size if core.reading == "window" else side
+        # A filter of another side, or a region, keeps the output grid.
+        before = padding + (region - kernel_size) // 2
+        after = 2 * padding + region - kernel_size - before
         common: dict[str, Any] = {
             "strides": strides,
+            "padding": ((before, after), (before, after)),
             "use_bias": use_bias,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
@@ -129,50 +147,26 @@ class Layers:
             "parent": parent,
             "name": name,
         }
-        # Of the convolution that sees the neighbours: the core, where there is one.
-        inner = spec.core if isinstance(spec, Tucker2) else spec
-        size = kernel_size
-        if isinstance(inner, Conv):
-            size = inner.kernel_size or kernel_size
-        elif isinstance(inner, Inertial):
-            is_window = inner.reading == "window"
-            size = inner.region_size if is_window else inner.core_size
-        before = padding + (size - kernel_size) // 2
-        after = 2 * padding + size - kernel_size - before
-        common["padding"] = ((before, after), (before, after))
+        bias_init = torch_bias_init(side**2 * x.shape[-1])
         if isinstance(spec, Inertial):
-            return InertialConv.from_spec(
-                spec,
-                features,
-                bias_init=torch_bias_init(spec.core_size**2 * x.shape[-1]),
-                axis_name=self.axis_name,
-                **common,
-            )(x, train=train)
+            common |= {"bias_init": bias_init, "axis_name": self.axis_name}
+            return InertialConv.from_spec(spec, features, **common)(x, train=train)
         if isinstance(spec, Tucker2):
-            side = inner.core_size if isinstance(inner, Inertial) else size
             return Tucker2Conv(
                 features,
                 side,
-                spec.rank_in,
-                spec.rank_out,
                 bias_init=torch_bias_init(spec.rank_out),
-                core=spec.core,
                 axis_name=self.axis_name,
+                **fields_as(Tucker2, spec),
                 **common,
             )(x, train=train)
         if isinstance(spec, LowRank):
-            if kernel_size != 1:
-                raise ValueError(
-                    f"the plan has {spec} at {path!r}, whose filters are {kernel_size} "
-                    f"x {kernel_size}; must be 1 x 1."
-                )
-            return LowRankConv(
-                features, spec.rank, bias_init=torch_bias_init(spec.rank), **common
-            )(x)
+            bias_init = torch_bias_init(spec.rank)
+            return LowRankConv(features, spec.rank, bias_init=bias_init, **common)(x)
         return nn.Conv(
             features,
-            (size, size),
-            bias_init=torch_bias_init(size**2 * x.shape[-1]),
+            (side, side),
+            bias_init=bias_init,
             conv_general_dilated=functools.partial(conv_for_linen, train=train),
             **common,
         )(x)
@@ -207,3 +201,15 @@ class Layers:
             parent=parent,
             name=name,
         )(x)
+
+
+def _standing(spec: Spec, path: str, kernel_size: int, strides: int) -> Spec:
+    """Returns what stands at a layer: what the plan has, or what it falls back to."""
+    if stays_dense(spec, kernel_size=kernel_size, strides=strides):
+        return spec.dense_core() if isinstance(spec, Tucker2) else Conv()
+    if isinstance(spec, LowRank) and kernel_size != 1:
+        raise ValueError(
+            f"the plan has {spec} at {path!r}, whose filters are {kernel_size} x "
+            f"{kernel_size}; must be 1 x 1."
+        )
+    return spec
