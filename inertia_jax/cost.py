@@ -35,11 +35,11 @@ def count_cost(
 
     Args:
         model: Called as `model(images)`, with `train=False` where it takes `train`.
-        input_shape: Of one image [h, w, c], or of a batch [n, h, w, c]; MACs are those
-            of one image either way.
+        input_shape: Shape of one image [h, w, c], or of a batch [n, h, w, c]; MACs are
+            those of one image either way.
         gate_rates: Share of open gates of inertial layers by path, as evaluation
-            measures it (`LAYER/core` where the core is inertial); of the others it is
-            the target of `Rate`, 0 of thresholds above all friction, or else 1.
+            measures it (`LAYER/core` where the core is inertial). Layers that are not
+            named have the target of their `Rate`, 0 at `Fixed.CLOSED`, and otherwise 1.
 
     Returns:
         The table.

@@ -16,16 +16,16 @@ class LayerCost:
         path: Where the layer stands, e.g. `layer1_0/conv1`.
         kind: `conv`, `inertial`, `tucker2`, `low_rank`, `dense`, or `other` for layers
             counted by parameters alone.
-        output_shape: Of one image, without the batch; empty for `other`.
+        output_shape: Shape of one image's output; empty for `other`.
         params: Number of parameters.
         macs: Multiply-accumulates an image, without bias (FLOPs = 2 x MACs), at the
             gate rate: core evaluations of an inertial layer, closed tiles' included.
-        dense_macs: Of the dense convolution that the layer replaces.
-        core_macs: Of an inertial layer with every gate closed.
-        ladder_macs: Of the capacity that holds the gate rate: what a compiled tiled
-            layer multiplies in evaluation, or more where a batch has more open tiles.
+        dense_macs: MACs of the dense convolution that the layer replaces.
+        core_macs: MACs of an inertial layer with every gate closed.
+        ladder_macs: MACs of the capacity that holds the gate rate: what a compiled
+            tiled layer multiplies in evaluation, unless a batch has more open tiles.
         other_ops: Additions, differences, magnitudes and products of friction, box
-            means and joins, which are no MACs of a core; two of them count as one MAC.
+            means and joins, which no core's MACs contain; two count as one MAC.
         gate_rate: Share of open gates that `macs` is counted at.
         ranks: (rank_in, rank_out) of a Tucker-2 layer, (rank,) of two factors.
         note: Why the layer is not what the plan has for it.

@@ -34,7 +34,7 @@ class WeighedKernel:
 
         Args:
             site: The convolution.
-            moment: Of its inputs, group by group; None: not known.
+            moment: Second moment of its inputs, group by group; None: not known.
         """
         self.site = site
         dtype = np.promote_types(site.kernel.dtype, np.float32)
@@ -96,7 +96,7 @@ class WeighedKernel:
 
         Args:
             spec: The form.
-            leaves: Its parameters as they are, for their type and the bias.
+            leaves: Its present parameters, which give the type and the bias.
             method: See `ops.tucker2`.
         """
         dtype, bias = next(iter(leaves.values())).dtype, bias_of(leaves)

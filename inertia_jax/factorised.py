@@ -29,11 +29,11 @@ class Pointwise(nn.Module):
         features: Output channels.
         use_bias: Whether a bias is added.
         feature_group_count: Groups of channels that do not mix.
-        dtype: Of the computation; None: of the input and parameters.
-        param_dtype: Of the parameters.
-        kernel_init: Of the kernel.
-        bias_init: Of the bias.
-        precision: Of the product, as `nn.Conv` has it.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of the kernel.
+        bias_init: Initialiser of the bias.
+        precision: Precision of the product, as `nn.Conv` has it.
     """
 
     features: int
@@ -79,20 +79,22 @@ class Tucker2Conv(nn.Module):
         kernel_size: Sides of the core, or one of a square one.
         rank_in: Channels before the core, of each group, in [1, c_in / groups], and at
             most what the kernel's unfolding can have (`ops.unfold.max_ranks`).
-        rank_out: Channels after it, of each group, in [1, features / groups], likewise.
-        strides: As `nn.Conv` has it, as all below; of the core.
-        padding: Of the core.
-        kernel_dilation: Of the core.
+        rank_out: Channels after the core, of each group, in [1, features / groups], and
+            at most what the unfolding can have.
+        strides: Strides of the core, as `nn.Conv` has them.
+        padding: Padding of the core, as `nn.Conv` has it.
+        kernel_dilation: Dilation of the core, as `nn.Conv` has it.
         feature_group_count: Groups of channels that do not mix, in all three.
         use_bias: Whether a bias is added to the output.
-        dtype: Of the computation; None: of the input and parameters.
-        param_dtype: Of the parameters.
-        kernel_init: Of each of the three kernels.
-        bias_init: Of the bias.
-        precision: Of all three, as `nn.Conv` has it; None with an inertial core.
-        core: What the core is: a `Conv`, or an `Inertial`, whose `core_size` is then
-            `kernel_size` and whose region `padding` is of in the window reading.
-        axis_name: See `InertialConv`.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of each of the three kernels.
+        bias_init: Initialiser of the bias.
+        precision: Precision of all three products, as `nn.Conv` has it; None with an
+            inertial core.
+        core: A `Conv`, or an `Inertial` whose `core_size` is `kernel_size`; in the
+            window reading, `padding` is then that of its region.
+        axis_name: Mesh axis of an inertial core, as `InertialConv` has it.
 
     Raises:
         ValueError: A rank outside its range, a core of another side than `kernel_size`,
@@ -217,15 +219,15 @@ class LowRankConv(nn.Module):
         features: Output channels.
         rank: Channels between the two, of each group, in [1, min(c_in, features) /
             groups].
-        strides: As `nn.Conv` has it, as all below.
-        padding: As `nn.Conv` has it.
+        strides: Strides of the first, as `nn.Conv` has them.
+        padding: Padding of the first, as `nn.Conv` has it.
         feature_group_count: Groups of channels that do not mix, in both.
         use_bias: Whether a bias is added to the output.
-        dtype: Of the computation; None: of the input and parameters.
-        param_dtype: Of the parameters.
-        kernel_init: Of both kernels.
-        bias_init: Of the bias.
-        precision: Of both, as `nn.Conv` has it.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of both kernels.
+        bias_init: Initialiser of the bias.
+        precision: Precision of both products, as `nn.Conv` has it.
 
     Raises:
         ValueError: A rank outside its range, or groups that do not divide the channels.

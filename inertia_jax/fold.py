@@ -76,19 +76,19 @@ def fold_batch_norm(
         g (K x + b - mu) / sqrt(v + epsilon) + h = (s K) x + (s (b - mu) + h),
         s = g / sqrt(v + epsilon)
 
-    so that kernel and bias take it in: those of `nn.Conv` and `nn.Dense`, of the last
-    factor of a Tucker-2 or low-rank convolution, whatever its core, and of the core of
-    an inertial one. Its friction is of the input, so that gates stay as they are (up to
-    the rounding of that input), and detail, where it is linear in the core, scales with
-    it. A BatchNorm stays, and `model.kept` says why, after
+    so that kernel and bias take it in: those of `nn.Conv` and `nn.Dense`, those of the
+    last factor of a Tucker-2 or low-rank convolution, whatever its core, and those of
+    an inertial core. Friction is taken of the input, so that gates stay as they are (up
+    to the rounding of that input), and detail, where it is linear in the core, scales
+    with it. A BatchNorm stays, and `model.kept` says why, after
 
     - an inertial convolution with `combine="max"`, where a scale is negative;
     - one with `combine="stack"`, where two channels share a filter;
     - anything but the output of one such layer that nothing else uses, be it called
       twice, or inside `nn.scan` or `nn.vmap`.
 
-    Nothing of the model is edited: which layer is followed by what is read off its
-    trace. Checkpoints are of networks that can be trained on: fold what they give.
+    The model is not edited: its trace shows which layer each BatchNorm follows.
+    Checkpoints hold networks that can be trained on; fold after loading one.
 
     Args:
         model: Called as `model(images)`, with `train=False` where it takes `train`; one
@@ -158,7 +158,7 @@ def _cannot_fold(layer: Any, norm: nn.BatchNorm) -> str | None:
 def _kernel_ndim(layer: Any) -> int:
     if isinstance(layer, nn.Dense):
         return 2
-    # Of `nn.Conv`, a number is the size of a one-dimensional one.
+    # A number is the kernel size of a one-dimensional `nn.Conv`.
     size = layer.kernel_size if isinstance(layer, nn.Conv) else (1, 1)
     return 3 if isinstance(size, int) else len(size) + 2
 

@@ -17,11 +17,11 @@ _MARK = "inertia_jax.fold"
 
 
 @dataclasses.dataclass(frozen=True)
-class Followed:
-    """What a network's trace says of its layers and their BatchNorm.
+class NormTrace:
+    """A network's layers and its BatchNorm, and which follows which.
 
     Attributes:
-        layers: Of the kinds that were asked for, by path.
+        layers: Layers of the kinds that were asked for, by path.
         norms: BatchNorm layers, by path.
         follows: The layer whose output, used nowhere else, a BatchNorm is called on, by
             path; one entry a call.
@@ -43,7 +43,7 @@ class Followed:
 
 def trace_layers(
     model: nn.Module, image_shape: tuple[int, ...], *, kinds: Iterable[type]
-) -> Followed:
+) -> NormTrace:
     """Returns which BatchNorm is called on the output of which layer.
 
     Outputs of layers and inputs of BatchNorm are given names in the trace, in which
@@ -66,7 +66,8 @@ def trace_layers(
             norms[path] = module.copy(parent=None, axis=axis)
             return call(checkpoint_name(x, f"{_MARK}:norm:{path}"), *rest, **kwargs)
         output = call(*args, **kwargs)
-        # What stands in for a layer is called, and marked, inside it at the same path.
+        # A replacement layer is called, and marked, inside the replaced one, under the
+        # same path.
         if type(module) not in kinds or outputs.get(path) is output:
             return output
         layers[path] = module.copy(parent=None)
@@ -93,7 +94,7 @@ def trace_layers(
                 made_by[id(eqn.outvars[0])] = path
             elif uses[id(eqn.invars[0])] == 1 and id(eqn.invars[0]) in made_by:
                 follows[path] = made_by[id(eqn.invars[0])]
-    return Followed(layers, norms, follows, calls)
+    return NormTrace(layers, norms, follows, calls)
 
 
 def _read_mark(eqn: Any) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""What an inertial convolution computes, and what of it depends on the gates."""
+"""The operations of an inertial convolution, and how they depend on the gates."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ def count_inertial(
     )
     n, num_tiles = tiling.tile_size, math.prod(tiling.tiles)
     every, core = num_tiles * n**2 * taps, num_tiles * taps
-    # What open tiles add to the evaluation that every tile has.
+    # MACs that open tiles add to the one evaluation that every tile has.
     spared = spared_output(tiling, layer.dtype or layer.param_dtype) is not None
     opening = every - core if spared else every
     ladder = every

@@ -26,9 +26,9 @@ _LEAVES = {
 }
 # The parts of a factorised convolution, which PyTorch has as a Sequential.
 _PARTS = {part: str(i) for kind in KINDS.values() for i, part in enumerate(kind.parts)}
-# What an inertial convolution has beside a core; PyTorch's networks have none of it.
+# Variables of an inertial convolution beside its core, which PyTorch's networks lack.
 _INERTIAL_LEAVES = ("threshold", "weights", FRICTION_MEAN)
-# What training scripts nest a network's weights under.
+# Keys under which training scripts nest a network's weights.
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 
 
@@ -133,7 +133,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
 
     Args:
         model: The network the variables belong to.
-        variables: As `model.init` gives them.
+        variables: Variables as `model.init` gives them.
 
     Raises:
         ValueError: The variables do not belong to `model`.
@@ -216,7 +216,7 @@ def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
         ) from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # Of a damaged file PyTorch raises whatever its unpickler stumbles over.
+    # PyTorch raises whatever its unpickler stumbles over in a damaged file.
     except Exception as error:
         raise ValueError(f"{path} holds no PyTorch weights: {error}") from error
     if not isinstance(loaded, Mapping):

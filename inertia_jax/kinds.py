@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.factorised import LowRankConv, Tucker2Conv
@@ -142,7 +142,7 @@ def linear_parts(module: Any) -> tuple[str, ...]:
 
 def dense_kernel(
     module: Any, leaves: Mapping[str, Any]
-) -> Float[Array, "kh kw c_in c_out"]:
+) -> Float[ArrayLike, "kh kw c_in c_out"]:
     """Returns the kernel of a convolution, its factors multiplied out.
 
     Args:

@@ -13,8 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 from inertia_jax.inertial_layer import InertialConv
 
-# Less than this share of the dense outputs' square is rounding, of float32; of a
-# narrower type, the square of its precision.
+# Errors below this share of the dense outputs' square are rounding in float32. In a
+# narrower type the share is the square of its precision.
 _NO_ERROR = 1e-9
 
 Leaves = Mapping[str, Any]
@@ -39,8 +39,8 @@ class LayerFit:
         """Takes the layer outside its network, to compute in float32 or wider.
 
         Args:
-            module: As it stands in the network.
-            others: Its variables that are no parameters, by collection.
+            module: The layer as it stands in the network.
+            others: Its variables other than parameters, by collection.
         """
         dtype = jnp.dtype(module.dtype or module.param_dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
@@ -65,14 +65,14 @@ class LayerFit:
     ) -> Leaves:
         """Returns the layer's parameters, one part of them fitted.
 
-        Of the steps, those after the least error on what is held out are dropped.
+        Steps after the one with the least error on held-out inputs are dropped.
 
         Args:
             leaves: The layer's parameters, those of its parts as `PART/kernel`.
             part: One of `kinds.linear_parts`.
-            calls: The calls that it is fitted to.
-            held_out: The calls that say when to stop.
-            iterations: Most steps.
+            calls: Calls that the part is fitted to.
+            held_out: Calls whose error says when to stop.
+            iterations: Largest number of steps.
         """
         names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
         wide = calls[0].x.dtype
@@ -81,7 +81,7 @@ class LayerFit:
         }
         flat, unravel = ravel_pytree(start)
         rest = {name: leaf for name, leaf in leaves.items() if name not in start}
-        # A bias that stays is no part of what is linear.
+        # A bias that is not fitted is a constant, which the linear map leaves out.
         unbiased = {
             name: jnp.zeros_like(leaf) if name.endswith("bias") else leaf
             for name, leaf in rest.items()
@@ -115,7 +115,7 @@ class LayerFit:
                 best, least = step.copy(), found
 
         b = total([slope(start, *one) for one in calls]) / -2
-        # Not at the top: it takes a quarter of a second, and few ask for it.
+        # Imported here: it takes a quarter of a second, and few runs need it.
         from scipy.sparse.linalg import LinearOperator, cg
 
         operator = LinearOperator((flat.size,) * 2, matvec=matvec, dtype=flat.dtype)

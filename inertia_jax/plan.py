@@ -73,7 +73,7 @@ class Plan:
         """Returns the inertial convolution whose gates are sown at `path`.
 
         Args:
-            path: Of the layer, or of its core, `LAYER/core`.
+            path: The path of the layer, or of its core, `LAYER/core`.
         """
         spec = self.spec(path)
         if not isinstance(spec, Inertial):

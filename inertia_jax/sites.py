@@ -27,17 +27,18 @@ class Site:
     """A convolution as it stands in a network.
 
     Attributes:
-        path: Of the layer.
+        path: The layer's path.
         kernel: The dense one [kh, kw, c_in / groups, c_out], multiplied out where the
             layer is factorised.
-        groups: Of the convolution.
+        groups: Number of groups of channels.
         strides: Vertical and horizontal.
-        padding: As the layer has it.
+        padding: The layer's padding, in the layer's own form.
         dilation: Vertical and horizontal.
-        input_shape: Of one image [h, w, c_in].
-        output_shape: Of one image [h_out, w_out, c_out].
-        spec: What stands there.
-        core: An ordinary convolution there, of the filters the plan has for it.
+        input_shape: Shape of one image [h, w, c_in].
+        output_shape: Its output's shape [h_out, w_out, c_out].
+        spec: The form of the layer.
+        core: The ordinary convolution of that place, with the filters that the plan
+            has for it.
         again: Input and output shape of each further call of the layer.
     """
 
@@ -60,7 +61,7 @@ class Site:
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """What its time depends on, besides its form."""
+        """Everything that the time of the layer depends on, besides its form."""
         shapes = (self.kernel.shape, self.groups, self.input_shape, self.output_shape)
         return (*shapes, self.again, self.strides, self.dilation, str(self.padding))
 
@@ -173,7 +174,7 @@ def with_leaves(
     """Returns variables with other parameters at some layers.
 
     Args:
-        variables: As `model.init` gives them.
+        variables: Variables as `model.init` gives them.
         changed: By layer path, parameters as `leaves_at` names them.
     """
     flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")

@@ -259,9 +259,9 @@ def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
     """Returns why a convolution cannot become what the plan has, or None if it can.
 
     Args:
-        spec: What the plan has for it.
+        spec: The plan's spec for it.
         kernel_size: Side of its filters.
-        strides: Of its outputs.
+        strides: Distance between its outputs.
     """
     spec = core_of(spec)
     if not isinstance(spec, Inertial):

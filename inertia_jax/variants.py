@@ -39,12 +39,12 @@ def published_variant(
     large on the threshold of the sum: learning rates differ from the published ones.
 
     Args:
-        name: Of the variant.
+        name: The variant's name.
         in_channels: C, of the layer's input, >= 1.
         core_size: m.
         region_size: d.
-        threshold: Of the summed friction, or its first value.
-        slope: Of the straight-through sigmoid over the summed friction.
+        threshold: Threshold of the summed friction; if learned, its first value.
+        slope: Slope of the straight-through sigmoid over the summed friction.
         **changes: Fields of `Inertial` that differ from the published ones.
 
     Raises:
