@@ -1,4 +1,4 @@
-"""What convolutions may become on a grid of ranks, and the choice of all together."""
+"""The forms of convolutions on a grid of ranks, and the choice of all together."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -79,7 +79,7 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
 
     Args:
         site: The convolution.
-        kernel: Its kernel, weighed by its inputs where they are known.
+        kernel: Its kernel, weighed by its inputs where those are known.
         round_to: Ranks are multiples of it, or the most there can be.
     """
     _, _, c_in, c_out = kernel.shape

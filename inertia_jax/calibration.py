@@ -1,4 +1,4 @@
-"""What images tell a compressor: each layer's inputs, and which errors matter."""
+"""Calibration images: the moments of each layer's inputs, and how outputs diverge."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -92,9 +92,9 @@ def input_moments(
     sites: Mapping[str, Site],
     batches: list[np.ndarray],
 ) -> dict[str, Float[np.ndarray, "g c c"]]:
-    """Returns the mean of x x^T over each layer's inputs, every group of channels.
+    """Returns the mean of x x^T over each layer's inputs, for every group of channels.
 
-    Uncentred: what a factorisation does to the mean is an error like any other.
+    The moments are not centred: an error of the mean is an error like any other.
 
     Args:
         model: The dense network.

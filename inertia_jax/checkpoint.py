@@ -28,11 +28,11 @@ from inertia_jax.metadata import Metadata, describe, load_model
 
 
 class CheckpointDamagedError(ValueError):
-    """A checkpoint whose files are not those that were written."""
+    """The error of a checkpoint whose files are not those that were written."""
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint that could not be written; nothing of it is left."""
+    """The error of a checkpoint that could not be written; nothing of it is left."""
 
 
 def save_checkpoint(
@@ -46,23 +46,24 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint; it appears at `path` whole or not at all.
 
-    With several processes, either one calls and writes all of it, or, `together`, all
-    call: each writes its share of the arrays, and the first commits, when all have
-    written: description, hashes of everybody's files, and the name.
+    With several processes, either one calls and writes all of it, or all call with
+    `together`. Then each writes its share of the arrays, and when all have written, the
+    first one commits: it writes the description and the hashes of everybody's files,
+    and gives the directory its name.
 
     Args:
-        path: Directory to make.
+        path: The directory to make.
         model: A network that `create_model` makes; its plan is stored.
-        variables: As `model.init` gives them.
-        metadata: Stored beside the arrays.
+        variables: Its variables.
+        metadata: The description to store beside the arrays.
         training: Nested dictionaries of arrays that training goes on from.
         together: Every process calls, at its own time and from any thread, with the
             same arrays and a `path` on a file system that all share.
 
     Raises:
-        FileExistsError: There is something at `path`.
-        ValueError: `model` is none of this library's.
-        CheckpointWriteError: The disk is full, or another failure to write.
+        FileExistsError: Something exists at `path`.
+        ValueError: `model` is not a network of this library.
+        CheckpointWriteError: It could not be written, e.g. because the disk is full.
     """
     path = pathlib.Path(path).absolute()
     if path.exists():
@@ -80,7 +81,7 @@ def save_checkpoint(
                 partial.mkdir()
             if len(processes) > 1:
                 tree = _on_each_process(tree)
-            # Begins and ends with a barrier of those that write.
+            # Saving begins and ends with a barrier of the processes that write.
             with _checkpointer(*processes, name=path.name) as checkpointer:
                 checkpointer.save(partial / "arrays", args=ocp.args.PyTreeSave(tree))
             if commits:
@@ -149,7 +150,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
         CheckpointDamagedError: A file is missing, surplus or altered; says which.
-        OSError: A file could not be read, which says nothing of what is in it.
+        OSError: A file could not be read, so that its content is unknown.
     """
     path = pathlib.Path(path)
     if not (path / "arrays").is_dir():

@@ -44,11 +44,11 @@ def compress(
     the new model's plan. Nothing is trained: `recalibrate_batch_norm` and fine-tuning
     come after.
 
-    With calibration images, a kernel's error is weighed by what the layer sees: for
+    With calibration images, a kernel's error is weighed by the layer's inputs: for
     inputs of second moment M = E[x x^T], over channels, M^(1/2) K is factorised and
     M^(-1/2) multiplied into U_in. A `Budget` then chooses all ranks together for the
-    least summed divergence of the network's outputs, each layer's being measured at
-    several ranks; without images, for the least sum of relative errors.
+    least summed divergence of the network's outputs, measured for each layer at several
+    ranks. Without images it chooses them for the least sum of relative errors.
 
     A network that is compressed already is compressed again from its factors multiplied
     out, and shares stay those of the dense network.
@@ -62,15 +62,16 @@ def compress(
         method: `hosvd`, or `hooi`, which is slower and never worse; see `ops.tucker2`.
         calibration: Some hundred of the network's inputs, normalised.
         layers: Glob over the paths of the convolutions that may change.
-        keep_stem: Leave the first convolution as it is.
-        only_cheaper: Leave a convolution as it is that would not get cheaper in MACs;
-            of no effect on a `Budget`, which never takes a form that is dearer in what
-            it counts, nor on explicit ranks.
+        keep_stem: Whether the first convolution is left as it is.
+        only_cheaper: Whether a convolution is left as it is that would not get cheaper
+            in MACs. It has no effect on explicit ranks, nor on a `Budget`, which never
+            takes a form that is dearer in what it counts.
         round_to: Ranks become multiples of it, rounded up, for the hardware's sake; not
             with explicit ranks.
         image_shape: [h, w, c] that MACs are counted at; None: that of `calibration`, or
             the one that a network of this library was published for.
-        batch_size: Calibration images a call; what fills no whole batch is left out.
+        batch_size: Calibration images a call; images that fill no whole batch are left
+            out.
 
     Returns:
         (model, variables) of the compressed network.
@@ -171,7 +172,7 @@ def decompress(
     """Multiplies the factors of a compressed network out to dense kernels.
 
     Args:
-        model: As `compress` gives it.
+        model: A network that `compress` returned.
         variables: Its variables.
         image_shape: [h, w, c]; None: as for `compress`.
 
@@ -194,7 +195,7 @@ def decompress(
 def _multiplied_out(
     model: nn.Module, variables: Mapping[str, Any], sites: Mapping[str, Site]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns the network with ordinary convolutions for factors with such cores."""
+    """Returns the network with ordinary convolutions in place of their factors."""
     changed, specs = {}, {}
     for path, site in sites.items():
         if isinstance(site.spec, Conv):
@@ -218,7 +219,7 @@ def _image_shape(
 
 
 def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:
-    """Returns the model with these layers otherwise, whatever its plan had for them."""
+    """Returns the model with `rules` in place of what its plan had for those layers."""
     if not rules:
         return model
     plan = plan_of(model)

@@ -38,13 +38,13 @@ from inertia_jax.atomic import appearing
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _FORMAT = 1
 _HASH_LENGTH = 64
-# A flatbuffer, which `jax.export` writes, counts its bytes in 31 bits; some are not the
-# program's.
+# The flatbuffer that `jax.export` writes counts its bytes in 31 bits, and some of them
+# are not the program's.
 _MOST_BYTES = 2**31 - 2**24
 
 
 class ExportDamagedError(ValueError):
-    """A file that is no exported network, or not as it was written."""
+    """The error of a file that is no exported network, or was altered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,11 @@ class ExportedNetwork:
     Attributes:
         input_shape: [n, h, w, c] of the images; n is None where any number will do.
         input_dtype: Type of the images, e.g. `uint8`.
-        class_names: One a class, or empty.
-        platforms: Where it runs, some of `PLATFORMS`.
-        info: Whatever the writer added.
-        function: From images to logits, for use inside other JAX functions; it has no
-            derivative.
+        class_names: A name for each class, or none at all.
+        platforms: The platforms it runs on, some of `PLATFORMS`.
+        info: Additions of the writer.
+        function: The function from images to logits, for use inside other JAX
+            functions; it has no derivative.
     """
 
     input_shape: tuple[int | None, int, int, int]
@@ -126,18 +126,18 @@ def save_exported(
     the form to keep.
 
     Args:
-        path: File to make.
-        function: From images [n, h, w, c] to logits, e.g. `lambda x:
+        path: The file to make.
+        function: A function from images [n, h, w, c] to logits, e.g. `lambda x:
             model.apply(variables, x)`. Arrays that it closes over go into the file.
         image_shape: [h, w, c].
-        image_dtype: Of the images.
+        image_dtype: The images' type.
         batch_size: Images a call; None: any number, a symbolic size.
-        platforms: Where it shall run, some of `PLATFORMS`.
-        class_names: One a class.
-        info: Stored beside it; JSON.
+        platforms: The platforms it shall run on, some of `PLATFORMS`.
+        class_names: A name for each class.
+        info: Further facts to store beside it; JSON.
 
     Raises:
-        FileExistsError: There is something at `path`.
+        FileExistsError: Something exists at `path`.
         ValueError: An argument outside its range, a function whose shapes need a
             `batch_size`, as those of tiled inertial layers do, or weights of more than
             2 GB.
@@ -179,7 +179,7 @@ def save_exported(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("network", bytes(exported.serialize()))
-        # NumPy's numbers as Python's.
+        # JSON does not know NumPy's numbers.
         text = json.dumps(metadata, indent=1, default=lambda value: value.item())
         archive.writestr("metadata.json", text)
         archive.comment = b"0" * _HASH_LENGTH
@@ -199,7 +199,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
     Raises:
         FileNotFoundError: There is no file at `path`.
         ExportDamagedError: It is no exported network, or has been altered.
-        ValueError: It is of a version that this one, or JAX's, cannot read.
+        ValueError: This version of the library, or of JAX, cannot read it.
     """
     path = pathlib.Path(path)
     if not path.is_file():

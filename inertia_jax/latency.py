@@ -35,7 +35,7 @@ def time_interleaved(
     """Returns the median time of each call, in milliseconds, all in alternation.
 
     Args:
-        calls: Return arrays, which are waited for.
+        calls: Functions that return arrays, which are waited for.
         repeats: Rounds of measurement, after one to warm up.
     """
     counts = []
@@ -47,13 +47,13 @@ def time_interleaved(
         counts.append(max(1, min(100, round(_LEAST_S / once))))
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        for call, count, of in zip(calls, counts, times, strict=True):
+        for call, count, found in zip(calls, counts, times, strict=True):
             start = time.perf_counter()
             for _ in range(count):
                 result = call()
             jax.block_until_ready(result)
-            of.append(1e3 * (time.perf_counter() - start) / count)
-    return [statistics.median(of) for of in times]
+            found.append(1e3 * (time.perf_counter() - start) / count)
+    return [statistics.median(found) for found in times]
 
 
 def site_latencies_ms(
@@ -70,8 +70,8 @@ def site_latencies_ms(
         site: The convolution, for its shapes; weights are random.
         specs: The forms.
         batch_size: Images a call.
-        dtype: Of images and weights.
-        repeats: See `time_interleaved`.
+        dtype: The type of images and weights.
+        repeats: Rounds of measurement, as for `time_interleaved`.
     """
     key = jax.random.key(0)
     images = [
@@ -86,7 +86,7 @@ def site_latencies_ms(
         forward = jax.jit(functools.partial(_forward, site, spec))
         calls += [functools.partial(forward, x, kernels) for x in images]
     times = time_interleaved(calls, repeats=repeats)
-    # Of a layer that is called several times, all of them.
+    # A layer that is called several times takes the time of all its calls.
     each = len(images)
     return [sum(times[i : i + each]) for i in range(0, len(times), each)]
 
@@ -95,9 +95,9 @@ def _forward(
     site: Site, spec: Conv | Factorised, x: jax.Array, kernels: list[jax.Array]
 ) -> jax.Array:
     groups = site.groups
-    # What surrounds the image does not matter to the time, only how much of it.
+    # The time depends on how much surrounds the image, not on what it is.
     wrapped = site.padding in ("CIRCULAR", "REFLECT")
-    # As layers do, which take another form than `conv2d` on CPU.
+    # Layers take this form, which differs from `conv2d` on CPU.
     convolve = functools.partial(
         conv_for_linen,
         window_strides=site.strides,
@@ -129,11 +129,12 @@ def model_latency_ms(
     """Returns the time of a network's evaluation, in milliseconds a call.
 
     Args:
-        model: Called as `model(images)`, with `train=False` where it takes `train`.
+        model: A network called as `model(images)`, with `train=False` where it takes
+            `train`.
         variables: Its variables.
         image_shape: [h, w, c].
         batch_size: Images a call.
-        repeats: See `time_interleaved`.
+        repeats: Rounds of measurement, as for `time_interleaved`.
     """
     images = jnp.asarray(
         np.random.default_rng(0).standard_normal((batch_size, *image_shape)),

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself beside its arrays: `metadata.json`."""
+"""The description of a checkpoint beside its arrays: `metadata.json`."""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ class Preprocessing:
 
     Attributes:
         image_shape: [h, w, c] of the network's input.
-        mean: Of each channel, of pixels in [0, 1].
-        std: Of each channel, likewise.
-        resize: Side that images are resized to before the centre is cut out; None
-            means the input's own, so that nothing is cut.
+        mean: The mean of each channel, of pixels in [0, 1].
+        std: The standard deviation of each channel, of pixels in [0, 1].
+        resize: The side that images are resized to before the centre is cut out. None:
+            the input's own side, so that nothing is cut.
 
     Raises:
         ValueError: Entries that do not fit the channels or are not finite, or a
@@ -63,11 +63,11 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What a checkpoint says of itself beside its arrays.
+    """The description of a checkpoint beside its arrays.
 
     Attributes:
         preprocessing: How images become the network's input.
-        class_names: One name a class, or empty.
+        class_names: A name for each class, or none at all.
         info: Whatever the writer added, e.g. step, metrics and configuration; JSON.
     """
 
@@ -80,7 +80,7 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
     """Returns the text of `metadata.json`.
 
     Raises:
-        ValueError: `model` is none of this library's.
+        ValueError: `model` is not a network of this library.
     """
     options = {name: getattr(model, name, None) for name in _MODEL_OPTIONS}
     description = {
@@ -102,7 +102,7 @@ def load_model(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """Reads what a checkpoint says of itself; does not check the hashes.
+    """Reads the description of a checkpoint; does not check the hashes.
 
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.

@@ -14,8 +14,8 @@ from inertia_jax.specs import Conv, LowRank, Tucker2
 class Planned(Wrapper):
     """A model of `nn.Conv` layers, some of which a plan replaces.
 
-    Variables are those of the model itself, under the same names, but for the layers
-    that the plan has otherwise: a `Tucker2Conv` or `LowRankConv` stands in their place.
+    Variables have the names that the model itself gives them, except in the layers that
+    the plan replaces by a `Tucker2Conv` or `LowRankConv`.
     Every call of such a layer is intercepted (`flax.linen.intercept_methods`).
 
     Attributes:

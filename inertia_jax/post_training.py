@@ -38,14 +38,15 @@ def make_inertial(
     """Makes a trained network's convolutions inertial, in the tiled reading.
 
     With every tile open the network is the one it was. From there the thresholds are
-    chosen greedily: of all layers, the one is taken further whose next lower rate of
-    open tiles moves the outputs least for the MACs it saves, moved outputs being the
-    mean Kullback-Leibler divergence from the softmax of the network as it was. Labels
-    are not needed. A layer of rate 1 stays an ordinary convolution.
+    chosen greedily: every step lowers the rate of open tiles in the layer where that
+    moves the outputs least for the MACs it saves. Outputs move by the mean
+    Kullback-Leibler divergence from the softmax of the network as it was. Labels are
+    not needed. A layer of rate 1 stays an ordinary convolution.
 
     Filled tiles vary less, which BatchNorm's old statistics take for a change of scale:
-    most of the damage. So thresholds are chosen under the statistics of the images at
-    hand, and the statistics are recalibrated in the end (`recalibrate_batch_norm`).
+    that is most of the damage. So thresholds are chosen under the statistics of the
+    images at hand, and the statistics are recalibrated in the end
+    (`recalibrate_batch_norm`).
 
     Returns thresholds as variables, which evaluation uses as they are; the plan has
     each layer's rate as `Rate`, so that fine-tuning holds it.
@@ -63,11 +64,11 @@ def make_inertial(
             points, even left dense. None takes `calibration`.
         layers: Glob over the paths of the convolutions that may become inertial.
         tile_size: Side n of a tile, >= 2.
-        metric: See `Inertial`.
-        reference: See `Inertial`.
-        low: See `Inertial`.
-        channel_stride: See `Inertial`.
-        batch_size: Images a call; what fills no whole batch is left out.
+        metric: The measure of friction, as in `Inertial`.
+        reference: What friction is measured against, as in `Inertial`.
+        low: How a closed tile is filled, as in `Inertial`.
+        channel_stride: The step between channels that friction reads, as in `Inertial`.
+        batch_size: Images a call; images that fill no whole batch are left out.
 
     Returns:
         (model, variables) of the inertial network.
@@ -78,19 +79,7 @@ def make_inertial(
             already, or outputs that are not finite.
     """
     macs = as_python(macs)
-    if not isinstance(macs, (int, float)) or not 0 < macs <= 1:
-        raise ValueError(f"`macs` (={macs!r}) must be in (0, 1].")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
-    if tile_size < 2:
-        raise ValueError(f"`tile_size` (={tile_size}) must be >= 2.")
-    plan = plan_of(model)
-    if plan is None:
-        raise ValueError(
-            f"`model` (={type(model).__name__}) must be one that create_model makes."
-        )
-    if any(isinstance(spec, Inertial) for _, spec in plan.rules):
-        raise ValueError(f"`model` has inertial layers already: {plan}.")
+    _check_options(model, macs, tile_size, batch_size)
     images = checked_images(calibration)
     options: dict[str, Any] = {
         "reading": "tiled",
@@ -100,8 +89,7 @@ def make_inertial(
         "channel_stride": channel_stride,
     }
     specs = _tileable(model, variables, images.shape[1:], layers, tile_size, options)
-    search = ThresholdSearch(model, variables, specs, images, batch_size)
-    state = search.run(macs)
+    state = ThresholdSearch(model, variables, specs, images, batch_size).run(macs)
 
     rules: list[tuple[str, Inertial]] = []
     thresholds: dict[tuple[str, ...], Any] = {}
@@ -115,19 +103,30 @@ def make_inertial(
         thresholds[(*path.split("/"), "threshold")] = jnp.asarray(threshold, wide)
     if not rules:
         return model, dict(variables)
-    inertial = model.clone(plan=Plan((*rules, *plan.rules)))
+    inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
     changed = {**variables, "thresholds": traverse_util.unflatten_dict(thresholds)}
-    if "batch_stats" in variables:
-        # The measured thresholds, not the quantiles of each batch of the recalibration.
-        seen = images if recalibration is None else recalibration
-        stats = recalibrate_batch_norm(
-            inertial.clone(plan=inertial.plan.with_fixed_thresholds()),
-            changed,
-            seen,
-            batch_size=batch_size,
-        )["batch_stats"]
-        changed["batch_stats"] = stats
-    return inertial, changed
+    if "batch_stats" not in variables:
+        return inertial, changed
+    # Recalibration uses the measured thresholds, not the quantiles of each batch.
+    still = inertial.clone(plan=inertial.plan.with_fixed_thresholds())
+    more = images if recalibration is None else recalibration
+    return inertial, recalibrate_batch_norm(still, changed, more, batch_size=batch_size)
+
+
+def _check_options(model: Any, macs: Any, tile_size: int, batch_size: int) -> None:
+    if not isinstance(macs, (int, float)) or not 0 < macs <= 1:
+        raise ValueError(f"`macs` (={macs!r}) must be in (0, 1].")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
+    if tile_size < 2:
+        raise ValueError(f"`tile_size` (={tile_size}) must be >= 2.")
+    plan = plan_of(model)
+    if plan is None:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be one that create_model makes."
+        )
+    if any(isinstance(spec, Inertial) for _, spec in plan.rules):
+        raise ValueError(f"`model` has inertial layers already: {plan}.")
 
 
 def _tileable(
@@ -138,14 +137,14 @@ def _tileable(
     tile_size: int,
     options: dict[str, Any],
 ) -> dict[str, Inertial]:
-    """Returns what each convolution becomes that `layers` matches and tiles fit."""
+    """Returns specs, by path, for the matched convolutions that can be tiled."""
     specs: dict[str, Inertial] = {}
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     for row in count_cost(model, image_shape).rows:
         if row.kind != "conv" or not fnmatch.fnmatchcase(row.path, layers):
             continue
         side = params[f"{row.path}/kernel"].shape[0]
-        # Of a 1x1 convolution, friction costs about as much as tiles can save.
+        # Friction of a 1x1 convolution costs about as much as tiles can save.
         if side > 1:
             region = side + tile_size - 1
             specs[row.path] = Inertial(side, region, threshold=Fixed(OPEN), **options)

@@ -27,10 +27,12 @@ def _set_share(rule: object, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Ranks a share of the channels: `max(1, int(channels * ratio))`, everywhere.
+    """The rule that ranks are `max(1, int(channels * ratio))` everywhere.
+
+    1x1 convolutions become Tucker-2, too.
 
     Attributes:
-        ratio: In (0, 1]; also 1x1 convolutions become Tucker-2.
+        ratio: The share of the channels, in (0, 1].
     """
 
     ratio: float
@@ -44,7 +46,7 @@ class Energy:
     """The least ranks that keep a share of each unfolding's squared singular values.
 
     Attributes:
-        share: In (0, 1].
+        share: The share to keep, in (0, 1].
     """
 
     share: float
@@ -66,12 +68,12 @@ class Evbmf:
 class Budget:
     """All ranks together, for the least error at a share of the network's cost.
 
-    Give one of the three.
+    One of the three shares must be given.
 
     Attributes:
-        macs: Share of the dense network's multiply-accumulates, in (0, 1].
-        params: Share of its parameters.
-        latency: Share of its time on this machine, layer by layer as measured.
+        macs: The share of the dense network's multiply-accumulates, in (0, 1].
+        params: The share of its parameters.
+        latency: The share of its time on this machine, layer by layer as measured.
         batch_size: Images a call where latency is measured.
     """
 
@@ -97,7 +99,7 @@ class Budget:
 
     @property
     def share(self) -> float:
-        """Share to keep."""
+        """The share to keep."""
         return next(iter(self._given.values()))
 
     @property
@@ -133,10 +135,10 @@ def low_rank_spec(site: Site, rank: int, round_to: int) -> Factorised:
 def rank_by_rule(
     rule: RankRule, site: Site, kernel: np.ndarray, *, round_to: int
 ) -> Conv | Factorised:
-    """Returns what a rule makes of one convolution.
+    """Returns the form that a rule gives one convolution.
 
     Args:
-        rule: Any but a `Budget`.
+        rule: The rule.
         site: The convolution.
         kernel: Its kernel, weighed by its inputs where they are known.
         round_to: Ranks become multiples of it, rounded up.
@@ -152,7 +154,7 @@ def rank_by_rule(
         rank_out = int(c_out // site.groups * rule.ratio)
         return make_spec(site, rank_in, rank_out, round_to)
     groups = list(split_groups(kernel, site.groups))
-    # Of several groups, the one that needs most.
+    # The group that needs most decides for all.
     if site.is_pointwise:
         if isinstance(rule, Energy):
             ranks = [energy_rank(mode_spectra(part)[0], rule.share) for part in groups]

@@ -29,10 +29,10 @@ def recalibrate_batch_norm(
     the mean variance inside batches plus the variance of their means.
 
     Args:
-        model: Called as `model(images, train=True)`.
-        variables: As `model.init` gives them; what is not in `batch_stats` is kept.
-        images: The network's inputs, normalised as in training; what fills no whole
-            batch is left out.
+        model: A network that is called as `model(images, train=True)`.
+        variables: Its variables; all but `batch_stats` are kept.
+        images: The network's inputs, normalised as in training; images that fill no
+            whole batch are left out.
         batch_size: Images a batch, >= 2.
 
     Raises:
@@ -57,34 +57,32 @@ def recalibrate_batch_norm(
         start = {**variables, "batch_stats": start}
         return apply_as_trained(model, start, batch, train=True)[1]["batch_stats"]
 
-    # A step moves statistics s to a s + (1 - a) b, b the batch's: from 0 and from 1 it
-    # shows a, so that no layer need say its momentum. On blank images b is small, and
-    # the difference exact.
+    # A step moves statistics s to a s + (1 - a) b, where b are the batch's own. Steps
+    # from 0 and from 1 show a, so that no layer need say its momentum. On blank images
+    # b is small, and the difference exact.
     old = jax.tree.map(jnp.asarray, variables["batch_stats"])
     zeros = jax.tree.map(jnp.zeros_like, old)
     ones = jax.tree.map(jnp.ones_like, zeros)
-    from_zeros = [after_a_step(zeros, batch) for batch in batches]
     blank = np.zeros_like(batches[0])
     kept = jax.tree.map(
         jnp.subtract, after_a_step(ones, blank), after_a_step(zeros, blank)
     )
 
     def batch_statistics(moved: Array, kept: Array, old: Array) -> Array:
-        # Statistics that training does not move are kept.
+        # Statistics that training does not move stay.
         return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)
 
     measured = [
-        traverse_util.flatten_dict(jax.tree.map(batch_statistics, moved, kept, old))
-        for moved in from_zeros
+        jax.tree.map(batch_statistics, after_a_step(zeros, batch), kept, old)
+        for batch in batches
     ]
-    stacked = {
-        path: jnp.stack([stats[path] for stats in measured]) for path in measured[0]
-    }
-    stats = {path: values.mean(0) for path, values in stacked.items()}
+    stacked = jax.tree.map(lambda *values: jnp.stack(values), *measured)
+    by_path = traverse_util.flatten_dict(stacked)
+    stats = {path: values.mean(0) for path, values in by_path.items()}
     for path in stats:
         mean_path = (*path[:-1], "mean")
-        if path[-1] == "var" and mean_path in stacked:
-            stats[path] = stats[path] + stacked[mean_path].var(0)
+        if path[-1] == "var" and mean_path in by_path:
+            stats[path] = stats[path] + by_path[mean_path].var(0)
     if not all(bool(jnp.isfinite(value).all()) for value in stats.values()):
         raise ValueError("the statistics of `images` must be finite; some are not.")
     return {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}

@@ -1,4 +1,4 @@
-"""Layer-wise reconstruction: kernels fitted to what the dense layers put out."""
+"""Layer-wise reconstruction: kernels fitted to the outputs of the dense layers."""
 
 import fnmatch
 from collections.abc import Callable, Mapping
@@ -54,29 +54,29 @@ def reconstruct(
         W <- argmin_W  sum_i || f(x_i; W) - y_i ||^2
 
     where y_i are the dense layer's outputs in the dense network, and x_i the inputs of
-    the layer in the compressed network, whose earlier layers have been fitted already:
-    so a layer also makes up for what those before it lost. f is linear in a kernel, so
-    that a few steps of conjugate gradients, from the kernel as it is, go most of the
-    way. A quarter of the images is held out, to choose after how many steps to stop: a
-    kernel that no step improves there stays. The factors of a layer are fitted one
-    after another. Layers whose gates choose a maximum (`combine="max"`) are left as
-    they are, and what stands before an inertial core.
+    the layer in the compressed network. Earlier layers have been fitted already, so a
+    layer also makes up for what those before it lost. f is linear in a kernel, so that
+    a few steps of conjugate gradients, from the kernel as it is, go most of the way. A
+    quarter of the images is held out, to choose after how many steps to stop: a kernel
+    that no step improves there stays. The factors of a layer are fitted one after
+    another. Layers whose gates choose a maximum (`combine="max"`) are left as they are,
+    and so are factors before an inertial core.
 
     Labels are not needed. BatchNorm normalises with the statistics of each batch
     meanwhile; `recalibrate_batch_norm` comes after. Thresholds and the mean of relative
-    friction are taken as they are stored, and stay; rates of open gates follow the
-    layers' inputs, by little.
+    friction stay as they are stored; rates of open gates follow the layers' inputs, by
+    little.
 
     Args:
         model: A network that `compress` or `make_inertial` returned.
         variables: Its variables.
         dense: (model, variables) of the network that it was made from.
         images: Some thousand of the network's inputs, as training saw them, at least
-            8; of those held out and of the others, what fills no whole batch is left
-            out. Inputs and outputs of one layer are in memory for all of them.
+            8. Images that fill no whole batch, of those held out or of the others, are
+            left out. Inputs and outputs of one layer are in memory for all images.
         layers: Glob over the paths of the convolutions that may change. Layers that
             already put out what the dense ones do stay bit for bit.
-        iterations: Most steps of conjugate gradients for each factor, >= 1.
+        iterations: The most steps of conjugate gradients for each factor, >= 1.
         batch_size: Images a call, >= 2; a quarter of all if that is less.
 
     Returns:

@@ -23,7 +23,7 @@ from inertia_jax.inertial_layer import FRICTION, GATE_RATE
 from inertia_jax.plan import Plan
 from inertia_jax.specs import CLOSED, OPEN, Inertial
 
-# Shares of open tiles that a layer is tried at, one after the other.
+# The shares of open tiles at which a layer is tried, one after the other.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
 _BISECTIONS = 6
 
@@ -63,9 +63,9 @@ class ThresholdSearch:
         Args:
             model: The trained network, dense.
             variables: Its variables.
-            specs: What each layer would become, by path.
+            specs: The inertial form of each layer, by path.
             images: The network's inputs.
-            batch_size: Images a call; what fills no whole batch is left out.
+            batch_size: Images a call; images that fill no whole batch are left out.
 
         Raises:
             ValueError: Outputs that are not finite.
