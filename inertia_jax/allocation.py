@@ -138,7 +138,7 @@ def all_forms(
     specs = (site.spec, *grid.specs)
     costs = np.array([cost_of(spec) for spec in specs], float)
     forms = Forms(specs, costs, np.concatenate([[0.0], error_of(grid.errors)]))
-    return forms.take([0, *np.flatnonzero(costs < costs[0])])
+    return forms.take([0, *np.flatnonzero(costs < costs[0]).tolist()])
 
 
 def make_choices(forms: Forms) -> Forms:

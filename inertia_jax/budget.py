@@ -120,7 +120,7 @@ def _cost(
 def _thinned(site: Site, grid: Forms) -> Forms:
     """Returns a few of the forms of least error for their MACs."""
     hull = grid.hull()
-    hull = hull.take(np.flatnonzero(hull.costs < site.macs(Conv())))
+    hull = hull.take(np.flatnonzero(hull.costs < site.macs(Conv())).tolist())
     count = len(hull.specs)
     places = np.linspace(0, count - 1, min(_TIMED_FORMS, count))
     return hull.take(round(place) for place in places)
