@@ -1,17 +1,19 @@
-"""Places to write to, looked at before the work whose result goes there."""
+"""Files of results: their places are checked before the work, and they are written."""
 
+import json
 import os
 import pathlib
+from typing import Any
 
-from train.errors import UsageError
+from train.errors import UsageError, user_input
 
 
 def check_output(name: str, path: str | pathlib.Path | None) -> None:
     """Raises UsageError where a file, or a directory to be made, has no place.
 
     Args:
-        name: Of the option.
-        path: What it says; None: nothing will be written.
+        name: The option's name.
+        path: The option's value; None: nothing will be written.
     """
     if path is None:
         return
@@ -37,3 +39,15 @@ def check_output_file(name: str, path: str | pathlib.Path | None) -> None:
         raise UsageError(f"`{name}` (={path}) must be a file; it is a directory.")
     if not place.exists() and not place.parent.is_dir():
         raise UsageError(f"`{name}` (={path}) is in a directory that does not exist.")
+
+
+def write_json(path: str | pathlib.Path | None, value: Any) -> None:
+    """Writes a file of JSON; None: nothing is written.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    if path is not None:
+        with user_input():
+            text = json.dumps(value, indent=1) + "\n"
+            pathlib.Path(path).expanduser().write_text(text)

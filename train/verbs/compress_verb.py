@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shlex
 import time
@@ -26,6 +25,7 @@ from train.networks import (
     read_description,
     read_network,
 )
+from train.outputs import write_json
 from train.rank_rules import plan_to_json
 from train.rundir import describe_machine
 from train.stages import Network, compare_stages, evaluate_stages, in_words
@@ -116,17 +116,15 @@ def _report(
     print(f"took {seconds:.0f} s; checkpoint {args.out}")
     if args.finetune_epochs:
         print(f"fine-tuned: the run {_tuned_beside(pathlib.Path(args.out))}")
-    if args.record is not None:
-        record = {
-            "machine": describe_machine(),
-            "seconds": seconds,
-            **cost_to_json(cost),
-            "tests": tests,
-            "layers": [dataclasses.asdict(row) for row in rows],
-            "plan": plan_to_json(small[0].plan),
-        }
-        with user_input():
-            pathlib.Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        "machine": describe_machine(),
+        "seconds": seconds,
+        **cost_to_json(cost),
+        "tests": tests,
+        "layers": [dataclasses.asdict(row) for row in rows],
+        "plan": plan_to_json(small[0].plan),
+    }
+    write_json(args.record, record)
 
 
 def _completed(args: Compress, network: NetworkDescription) -> Compress:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,11 +10,10 @@ import jax
 import tyro
 
 from train.checkpoints import find_checkpoint
-from train.errors import user_input
 from train.evaluate import paired_difference
 from train.evaluate_checkpoint import EvaluationSettings, evaluate_network
 from train.networks import read_network
-from train.outputs import check_output_file
+from train.outputs import check_output_file, write_json
 from train.processes import Processes, first_devices, joined
 
 
@@ -76,7 +74,6 @@ def _run(args: Evaluate) -> int:
         }
     if evaluation.gate_rates:
         print(f"\n{network.cost(evaluation.gate_rates)}")
-    if args.out is not None and jax.process_index() == 0:
-        with user_input():
-            pathlib.Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+    if jax.process_index() == 0:
+        write_json(args.out, found)
     return 0

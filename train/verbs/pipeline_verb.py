@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,8 +10,8 @@ import tyro
 
 from train.config import Config
 from train.config_file import load_from_file
-from train.errors import UsageError, user_input
-from train.outputs import check_output_file
+from train.errors import UsageError
+from train.outputs import check_output_file, write_json
 from train.pipeline import make_pipeline_record, run_pipeline, summarise
 from train.pipeline_config import Pipeline
 
@@ -60,8 +59,5 @@ def run(argv: Sequence[str]) -> int:
         print("stopped and saved; the same command goes on.")
         return 0
     print(summarise(stages))
-    if args.record is not None:
-        text = json.dumps(make_pipeline_record(pipeline, stages), indent=1)
-        with user_input():
-            pathlib.Path(args.record).write_text(text + "\n")
+    write_json(args.record, make_pipeline_record(pipeline, stages))
     return 0

@@ -1,7 +1,6 @@
 """`python -m train report`: draw a run's learning curve and write its record."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from train.errors import user_input
+from train.outputs import write_json
 from train.report import draw_curve, format_curve, make_record
 
 
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     json_file, png_file = (out.with_name(out.name + e) for e in (".json", ".png"))
     with user_input():
         out.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(json_file, record)
     draw_curve(record, png_file)
     print(f"{format_curve(record)}\nrecord  {json_file}\ncurve   {png_file}")
     return 0
