@@ -174,7 +174,7 @@ def take_steps(
     preprocessing = Preprocessing(shape, (0.0,) * shape[-1], (1.0,) * shape[-1])
     augmentation = Augmentation.plain(preprocessing, getattr(model, "dtype", "float32"))
     tx = make_optimizer(optimizer, steps_per_epoch=1, epochs=1)
-    update = Update(tx, trained, ema_decay)
+    update = Update(tx, trained=trained, ema_decay=ema_decay)
     step = TrainStep(
         model, update, augmentation, Objective(**objective), steps_per_epoch=1, seed=1
     )

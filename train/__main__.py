@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 1 where a sweep's run failed, 2 after
     bad input, 130 after Ctrl-C.
     """
-    # Not at the top: they import JAX, and the process may first be replaced.
+    # These import JAX, and the process may be replaced before it is needed.
     import inertia_jax
     from train.platform import choose_cpu_flags, use_compilation_cache
 
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_cpu_flags()
     give_back_after_compiling()
     try:
-        # Imported by need: benchmarks may need PyTorch, reports a plotting library.
+        # Each verb is imported when it is called: a benchmark may need PyTorch, a
+        # report a plotting library.
         return importlib.import_module(f"train.verbs.{verb}_verb").run(argv[1:])
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -50,7 +50,7 @@ class Checkpoints:
         """Copies arrays to the host and begins to write them; all processes call.
 
         Raises:
-            UsageError: The one before could not be written.
+            UsageError: The checkpoint before could not be written.
         """
         self.wait()
         # A copy: on CPU the view would share memory that the next step takes over.
@@ -97,7 +97,7 @@ class Checkpoints:
         kept = {*steps[-_LATEST:], best_step(self._directory)}
         for step in steps:
             if step not in kept:
-                # One that cannot be deleted is no reason to stop.
+                # A checkpoint that cannot be deleted is no reason to stop.
                 shutil.rmtree(
                     checkpoint_path(self._directory, step), ignore_errors=True
                 )
@@ -122,7 +122,8 @@ class Checkpoints:
                 print(f"warning: {error}", file=sys.stderr)
                 damaged.append(path)
                 continue
-            # Only now, so that a run that lost all does not look like a new one.
+            # Not earlier: a run whose checkpoints are all damaged would look like a new
+            # one.
             self._put_aside(damaged)
             return path, load_arrays(path)
         if damaged or any(self._directory.glob("damaged_step_*")):
@@ -141,14 +142,14 @@ class Checkpoints:
                 file=sys.stderr,
             )
             if jax.process_index() == 0:
-                # Among the others it would count as the latest or the best.
+                # Under its own name it would count as the latest or the best.
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
 
 
 @contextlib.contextmanager
 def _unreadable(path: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to read into `UsageError`: the disk's fault, not the file's."""
+    """Turns a failure of the disk, which leaves the file unjudged, into UsageError."""
     try:
         yield
     except FileNotFoundError:
@@ -173,7 +174,7 @@ def latest_steps(directory: pathlib.Path) -> list[int]:
 
 
 def best_step(directory: pathlib.Path) -> int | None:
-    """Returns the step of the highest evaluated top-1; of equals the earliest."""
+    """Returns the earliest step of the highest evaluated top-1."""
     best: tuple[float, int] | None = None
     for step in latest_steps(directory):
         try:

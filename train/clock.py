@@ -34,7 +34,7 @@ class TrainingClock:
 
     @property
     def seconds(self) -> float:
-        """Of training so far."""
+        """Seconds of training so far."""
         if self._start is None:
             return self._before
         passed = time.perf_counter() - self._start

@@ -57,11 +57,11 @@ class Data:
     mean: tuple[float, ...] = CIFAR_MEAN
     """Mean of each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = CIFAR_STD
-    """Standard deviation of each channel, likewise."""
+    """Standard deviation of each channel, of pixels in [0, 1]."""
     crop_padding: int = 4
     """Pixels around a training image before a random crop of its own size."""
     crop_mode: Literal["zeros", "reflect"] = "zeros"
-    """What these pixels are: zeros, or the image mirrored at its edges."""
+    """What fills these pixels: zeros, or the image mirrored at its edges."""
     flip: bool = True
     """Mirror every second training image, by `flip_mode`."""
     flip_mode: Literal["random", "alternating"] = "random"
@@ -103,7 +103,7 @@ class Model:
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layers of resnet18."""
     shortcut: Literal["A", "B"] = "A"
-    """Of resnet20 to resnet56."""
+    """Shortcuts of resnet20 to resnet56."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the computation; float64 needs JAX_ENABLE_X64=1."""
     plan: str = "[]"
@@ -117,24 +117,26 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How parameters move."""
+    """The optimiser, its learning rate, and averages."""
 
     name: Literal["sgd", "adadelta"] = "sgd"
     """sgd, or adadelta (rho 0.9, epsilon 1e-6)."""
     learning_rate: float = 0.1
-    """Of the first epoch; of one_cycle the highest."""
+    """Learning rate of the first epoch; the highest of one_cycle."""
     base_batch_size: int | None = None
-    """Batch that `learning_rate` is of, to grow with `batch_size`; None: of any."""
+    """Batch size that `learning_rate` is for, and grows with `batch_size`; None: it is
+    for any."""
     momentum: float = 0.9
-    """Of sgd."""
+    """Momentum of sgd."""
     nesterov: bool = False
     """Nesterov's form of the momentum."""
     weight_decay: float = 5e-4
-    """Times every parameter, added to its gradient before the momentum."""
+    """Share of each parameter that is added to its gradient, before the momentum."""
     decay_norm_and_bias: bool = True
-    """Weight decay of BatchNorm's scales and of all biases, too."""
+    """Decay BatchNorm's scales and all biases, too."""
     ema_decay: float = 0.0
-    """Of averages of all variables over steps, evaluated and saved; 0: no averages."""
+    """Decay of the averages of all variables over steps, which are evaluated and saved;
+    0: no averages."""
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
     schedule: Literal["multistep", "cosine", "exponential", "one_cycle"] = "multistep"
@@ -178,9 +180,9 @@ class Config:
     """One training run."""
 
     name: str = "run"
-    """Of the run; its directory is runs/NAME unless `--workdir` says otherwise."""
+    """Name of the run; its directory is runs/NAME unless `--workdir` says otherwise."""
     seed: int = 1
-    """Of everything random."""
+    """Seed of everything random."""
     epochs: int = 200
     """Passes over the training images."""
     batch_size: int = 128
@@ -198,7 +200,8 @@ class Config:
     train_only: tuple[str, ...] = ()
     """Globs over paths of parameters or layers, to train these alone; none: all."""
     freeze: tuple[str, ...] = ()
-    """Globs likewise, of what is left as it is; BatchNorm statistics still move."""
+    """Globs over the same paths, of what is left as it is; BatchNorm statistics still
+    move."""
     teacher: str | None = None
     """Checkpoint, or a run, whose best is taken, to learn from; None: labels alone."""
     distill_weight: float = 0.9
@@ -210,15 +213,15 @@ class Config:
     gate_budget: float | None = None
     """Mean rate of open gates that the loss holds inertial layers to; None: any."""
     gate_penalty: float = 1.0
-    """Times (mean gate rate - gate_budget)^2, added to the loss."""
+    """Factor of (mean gate rate - gate_budget)^2, which is added to the loss."""
     parallel: Literal["pmap", "shard_map"] = "pmap"
     """What spreads the step over devices."""
     sync_batch_norm: bool = True
     """BatchNorm statistics over all devices, not over each one's share."""
     checkpoint_minutes: float = 10.0
-    """Checkpoints inside an epoch, beside the one at its end."""
+    """Minutes between checkpoints inside an epoch, beside the one at its end."""
     checkpoint_steps: int | None = None
-    """The same by steps; None: by time alone."""
+    """Steps between such checkpoints; None: time alone decides."""
     log_steps: int = 50
     """Steps between lines of metrics."""
 
@@ -254,7 +257,8 @@ FINETUNE = Config(
     optimizer=Optimizer(learning_rate=0.01, schedule="cosine"),
 )
 
-# Fields, and what another one must be lest they do nothing.
+# Each entry: a field, another field, and the condition on the other without which the
+# first has no effect.
 _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("model.strict", "model.plan", lambda plan: plan != "[]"),
     ("distill_weight", "teacher", lambda path: path is not None),
@@ -282,9 +286,9 @@ def check_used(config: Config, before: Config) -> None:
     """Raises UsageError where somebody set a field that does nothing in this run.
 
     Args:
-        config: Of the run.
-        before: What it was before anybody set anything: of a file, of a checkpoint, or
-            the defaults. What lies idle there was meant for another run.
+        config: The run's configuration.
+        before: The configuration before anybody set anything: a file's, a checkpoint's
+            or the defaults. What lies idle there was meant for another run.
     """
     for name, needed, is_used in _NEEDS:
         value, other = attrgetter(name)(config), attrgetter(needed)(config)

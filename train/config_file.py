@@ -38,7 +38,7 @@ def load_from_file(path: pathlib.Path, name: str, kind: type[Kind]) -> Kind:
         spec.loader.exec_module(module)
     except UsageError:
         raise
-    except Exception as error:  # whatever the file does, an unknown field say
+    except Exception as error:  # the file is the user's code and may raise anything
         raise UsageError(f"{path}: {type(error).__name__}: {error}.") from error
     value = getattr(module, name, None)
     if not isinstance(value, kind):
@@ -54,7 +54,7 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 
 def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Returns a JSON config with the fields it is too old to have."""
+    """Returns a JSON config with defaults for the fields that it is too old to have."""
     filled = {**defaults, **config}
     for name, value in defaults.items():
         if isinstance(value, dict) and isinstance(filled[name], dict):
@@ -63,7 +63,7 @@ def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 
 
 def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Returns `field: value != value` for each difference of two JSON configs."""
+    """Returns `field: A there, B here` for each difference of two JSON configs."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [f"{prefix}: {a!r} there, {b!r} here"]
     names = [*a, *(name for name in b if name not in a)]

@@ -17,8 +17,8 @@ class Distillation:
 
     Attributes:
         model: The teacher's network, of as many classes.
-        weight: Share of the loss that is the teacher's, in (0, 1].
-        temperature: Divides both networks' logits, > 0.
+        weight: The teacher's share of the loss, in (0, 1].
+        temperature: Divisor of both networks' logits, > 0.
     """
 
     model: nn.Module
@@ -53,8 +53,8 @@ def distillation_loss(
     `T^2 KL(softmax(teacher_logits / T) || softmax(logits / T))`, in nats.
 
     Args:
-        logits: Of the network that learns.
-        teacher_logits: Of the teacher.
+        logits: The answers of the network that learns.
+        teacher_logits: The teacher's answers.
         temperature: T; its square keeps the gradient's size where T is large.
 
     References:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Events:
-    """Scalars in a directory of TensorBoard's, begun when the first ones come.
+    """Scalars in a directory for TensorBoard, which the first ones make.
 
     A thread of its own writes them: importing the writer imports PyTorch, too, where it
     is installed, for two seconds in which steps go on. If they cannot be written, a
@@ -39,7 +39,7 @@ class Events:
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(1)
         elif self._last is not None and self._last.done():
-            self._last.result()  # raises what is no failure to write
+            self._last.result()  # raises any error that is not a failure to write
         self._last = self._pool.submit(self._write, step, kind, metrics, time.time())
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Events:
     ) -> None:
         if self._has_failed:
             return
-        # Not `SummaryWriter`, whose own thread keeps what it fails at to itself.
+        # `SummaryWriter` would not do: its own thread keeps its failures to itself.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar

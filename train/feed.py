@@ -20,7 +20,7 @@ from train.parallel import Parallel
 
 _STEPS_PER_CALL = {"cpu": 1}
 _STEPS_PER_CALL_ELSEWHERE = 100
-# Of a chunk, on each device; two of them are under way at once.
+# Bytes of a chunk on each device; two chunks are under way at once.
 _STREAMED_BYTES = 2**28
 
 
@@ -75,7 +75,7 @@ class Feed:
 
         Args:
             order: Examples [steps, batch]; the batch is split over the devices.
-            steps_per_call: Rows a call; the last call may have fewer.
+            steps_per_call: Rows of `order` in a call; the last call may have fewer.
         """
         chunks = [
             order[start : start + steps_per_call]
@@ -97,7 +97,7 @@ class Feed:
         indices = rows.reshape(steps, devices, -1).swapaxes(0, 1).astype(np.int32)
         if self.resident is not None:
             return (*self.resident, self.parallel.spread(indices))
-        # Each process reads and holds what its own devices take, and no more.
+        # Each process reads and holds only the images of its own devices.
         examples = indices[[*self.parallel.own]].reshape(len(self.parallel.own), -1)
         images = np.empty((*examples.shape, *self.split.images.shape[1:]), "u1")
         for row, chosen in zip(images, examples, strict=True):
@@ -139,9 +139,9 @@ def choose_steps_per_call(
     """Returns the steps of a compiled call.
 
     Args:
-        feed: Of the training images; what streams has calls of bounded memory.
-        asked: By the configuration; None: what the platform takes best.
-        steps_per_epoch: Of the run.
+        feed: The training images; those that stream come in calls of bounded memory.
+        asked: What the configuration asks for; None: what suits the platform.
+        steps_per_epoch: Steps of an epoch of the run.
         batch_size: Images a step, on all devices.
     """
     platform = feed.parallel.devices[0].platform
@@ -156,9 +156,9 @@ def choose_steps_per_call(
 def even_calls(steps_per_epoch: int, most: int) -> int:
     """Returns the most steps a call, up to `most`, that an epoch has a whole number of.
 
-    A shorter last call is a program of its own, compiled for as long as the other.
-    Where only calls of less than a quarter of `most` leave none, that is the lesser
-    evil, and the answer `most`.
+    A shorter last call is a program of its own, which takes as long to compile. Where
+    only calls shorter than a quarter of `most` avoid it, it is the lesser evil, and
+    the answer is `most`.
     """
     sizes = range(1, min(most, steps_per_epoch) + 1)
     even = max(size for size in sizes if steps_per_epoch % size == 0)

@@ -7,24 +7,24 @@ import pathlib
 import sys
 
 _TUNABLE = "glibc.malloc.hugetlb"
-# Says to the process that follows that it is the second.
+# Tells the process that replaces this one that it is the second.
 _RESTARTED = "INERTIA_JAX_RESTARTED"
 _SWITCH = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# A program that takes this long to compile leaves enough behind to ask for it back.
+# Seconds of compilation that leave enough memory behind to ask for it back.
 _LONG_S = 0.2
 
 
 def restart_with_huge_pages() -> None:
     """Replaces this process by itself, with `malloc` asking for huge pages.
 
-    XLA on CPU takes a step's buffers from `malloc` anew each step and gives them back:
-    with pages of 4 KiB, ResNet18 at batch 64 met 135,000 page faults a step. glibc
+    XLA on CPU takes a step's buffers from `malloc` anew each step and gives them back.
+    With pages of 4 KiB, ResNet18 at batch 64 met 135,000 page faults a step. glibc
     reads the setting, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, when a process starts
     and never again.
 
-    Nothing is done where the setting is there (0 turns it off), where the kernel gives
-    huge pages to all or to nobody, and where this process is anything but the command
-    `python -m train`.
+    It does nothing where the user has the setting (0 turns it off), where the kernel
+    gives huge pages to all or to nobody, and where this process is anything but the
+    command `python -m train`.
     """
     is_restarted = os.environ.pop(_RESTARTED, None) is not None
     tunables = os.environ.get("GLIBC_TUNABLES")
@@ -58,7 +58,7 @@ def restart_with_huge_pages() -> None:
 def give_back_after_compiling() -> None:
     """Has what the compiler freed given back to the system before a program first runs.
 
-    glibc keeps it for later, hundreds of MB, on top of which a step's buffers come.
+    glibc would keep it for later: hundreds of MB on top of a step's buffers.
     """
     if _glibc_version() == (0, 0):
         return

@@ -1,4 +1,4 @@
-"""Where every random number of a run comes from: one key a purpose."""
+"""The keys that every random number of a run comes from, one for each purpose."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ class RunKeys(NamedTuple):
     """Keys that share nothing but the seed.
 
     Attributes:
-        init: For the first parameters.
-        order: For the order of the examples, one fold an epoch.
-        steps: For augmentation and dropout, one fold a step of the run.
-        mirrors: For which images alternating mirrors begin with.
+        init: Key of the first parameters.
+        order: Key of the examples' order, folded with the epoch.
+        steps: Key of augmentation and dropout, folded with the step of the run.
+        mirrors: Key of the side that alternating mirrors begin with.
     """
 
     init: Array
@@ -24,5 +24,5 @@ class RunKeys(NamedTuple):
 
 def run_keys(seed: int) -> RunKeys:
     """Returns the keys of a run."""
-    # The first of them are the same of however many: a purpose is added at the end.
+    # Append new purposes: the first n keys do not depend on how many are split.
     return RunKeys(*jax.random.split(jax.random.key(seed), 4))

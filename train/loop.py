@@ -40,7 +40,7 @@ class FitResult:
     Attributes:
         workdir: Its directory.
         step: Steps taken in all.
-        evaluation: Of the last epoch; None if the run was stopped before its end.
+        evaluation: What the last epoch ended with; None if the run was stopped earlier.
         stopped_by: The signal that stopped it, or None.
     """
 
@@ -56,10 +56,10 @@ def fit(
     """Trains, evaluates after every epoch, and keeps checkpoints.
 
     Args:
-        config: Of the run.
+        config: The run's configuration.
         workdir: Its directory.
-        resume: Go on with the run in `workdir`, if there is one.
-        devices: To run on; None means all.
+        resume: Whether to go on with the run in `workdir`, if there is one.
+        devices: The devices to run on; None means all.
 
     Raises:
         UsageError: Bad input, a loss that is not finite, or a full disk; says what, and
@@ -90,16 +90,16 @@ def fit(
         raise
     finally:
         try:
-            # Also after an error: the last good one may be under way, and until it is
-            # done nobody else may have the directory.
+            # After an error, too: the last good checkpoint may still be being written,
+            # and until it is whole nobody else may have the directory.
             checkpoints.wait()
         finally:
             directory.close()
 
 
 def _check_agreement(config: Config, data: ImageSet) -> None:
-    """Raises UsageError where processes were given other runs: they would hang."""
-    # Places may differ from machine to machine; what lies there may not.
+    """Raises UsageError where processes were given different runs: they would hang."""
+    # Paths may differ between machines, the data may not.
     places = dataclasses.replace(config.data, source="", cache_dir="")
     said = {
         "configuration": config_to_json(dataclasses.replace(config, data=places)),
@@ -125,7 +125,7 @@ def _restore(
         _check_same_sources(path, trainer)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
-        # Of an older version none: reports then leave the seconds out.
+        # Older versions saved none: reports then leave the seconds out.
         seconds = load_metadata(path).info.get("train_seconds", 0.0)
     else:
         state = trainer.read_init(state)
@@ -276,8 +276,8 @@ def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bo
         return True
     is_late = (time.monotonic() - last_save) / 60 >= config.checkpoint_minutes
     if jax.process_count() > 1:
-        # All write, so all go by the clock of the first. They ask it only as often as
-        # metrics are logged: the devices wait meanwhile.
+        # All processes write, so all go by the clock of the first. They ask it only as
+        # often as metrics are logged: the devices wait meanwhile.
         if step // config.log_steps == before // config.log_steps:
             return False
         is_late = bool(multihost_utils.broadcast_one_to_all(np.int32(is_late)))

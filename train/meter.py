@@ -16,8 +16,8 @@ def progress_bar(steps: int | None, done: int, batch_size: int) -> tqdm:
     """Returns the bar of a run: images, on the screen of the first process.
 
     Args:
-        steps: In all; None: unknown.
-        done: Of them, before this start.
+        steps: Steps of the whole run; None: unknown.
+        done: Steps taken before this start.
         batch_size: Images a step.
     """
     return tqdm(
@@ -96,8 +96,8 @@ class Meter:
         """Logs the epoch that has ended, and returns it in words.
 
         Args:
-            epoch: From 0.
-            train_seconds: Of training, since the start of the run.
+            epoch: The epoch's number, from 0.
+            train_seconds: Seconds of training since the start of the run.
         """
         images = (self._step - self._first) * self._config.batch_size
         rate = images / (time.perf_counter() - self._start)

@@ -142,6 +142,7 @@ def make_model(config: Model, *, num_classes: int) -> nn.Module:
         shortcut=config.shortcut,
         plan=Plan.from_json(config.plan),
         dtype=jnp.dtype(config.dtype),
+        strict=config.strict,
     )
 
 

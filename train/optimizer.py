@@ -70,7 +70,8 @@ def make_optimizer(
         update = optax.sgd(schedule, config.momentum or None, config.nesterov)
     else:
         update = optax.adadelta(schedule, rho=0.9, eps=1e-6)
-    spared = {"threshold"}  # a level, which zero is not the natural value of
+    # Thresholds are levels: decaying them towards 0 has no meaning.
+    spared = {"threshold"}
     if not config.decay_norm_and_bias:
         spared |= {"scale", "bias"}
 

@@ -20,7 +20,7 @@ class Parallel:
 
     Attributes:
         kind: `pmap` or `shard_map`.
-        devices: All of them, of every process.
+        devices: The devices of all processes.
     """
 
     kind: Literal["pmap", "shard_map"]
@@ -28,7 +28,7 @@ class Parallel:
 
     @property
     def num_devices(self) -> int:
-        """Devices of all processes."""
+        """Number of devices of all processes."""
         return len(self.devices)
 
     @property
@@ -70,7 +70,7 @@ class Parallel:
         return self.spread_own(jax.tree.map(lambda array: array[[*self.own]], tree))
 
     def spread_own(self, tree: Any) -> Any:
-        """Does the same with arrays of the rows of this process's devices, `own`."""
+        """Puts row i of host arrays on this process's device `own[i]`."""
         mesh = self.mesh
         sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         own = {self.devices[place] for place in self.own}
@@ -92,7 +92,8 @@ class Parallel:
         """Compiles a per-device function that may use collectives over `AXIS`.
 
         Args:
-            function: Takes device-local values; its result must be the same on all.
+            function: A function of device-local values; all devices must return the
+                same.
             spread: For each argument, whether it is spread or replicated.
             donate: Whether the first argument's memory may be taken for the result.
         """

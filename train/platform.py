@@ -6,22 +6,22 @@ import pathlib
 import jax
 import jaxlib
 
-# Flags for XLA on CPU, which words in the user's leave them unset, and the versions of
-# jaxlib from and below which they are set: others would not start with them.
+# Each entry: a flag for XLA on CPU; a word in the user's XLA_FLAGS that means "leave
+# this alone"; the first jaxlib that knows the flag; the first that does not.
 _CPU_FLAGS = (
-    # XLA gives convolutions to YNNPACK, which runs those of 64 channels on one core: on
-    # two, ResNet18 at batch 64 is evaluated in 293 ms with it and in 224 without. Sums
-    # it should have: without, BatchNorm takes 200 ms of a step's 1,300. Later versions
-    # use all cores.
+    # XLA gives convolutions to YNNPACK, which runs those of 64 channels on one core. On
+    # two cores, ResNet18 at batch 64 is evaluated in 293 ms with it and in 224 without.
+    # It should have the sums: without it, BatchNorm takes 200 ms of a step's 1,300.
+    # Later versions use all cores.
     (
         "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",
         "_ynn_",
         (0, 10, 2),
         (0, 11, 0),
     ),
-    # Operations in the order that holds the least memory, not the one that lets most of
-    # them run side by side: 583 MB of buffers instead of 981 for a step of ResNet18 at
-    # batch 128, and on two cores no slower.
+    # This orders operations so that they hold the least memory, not so that most of
+    # them run side by side. A step of ResNet18 at batch 128 has 583 MB of buffers
+    # instead of 981, and is no slower on two cores.
     (
         "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "_scheduler",
@@ -48,7 +48,7 @@ def use_compilation_cache() -> None:
 
 
 def choose_cpu_flags() -> None:
-    """Sets XLA's flags for CPU but those that are set; before anything is computed."""
+    """Sets the flags for XLA on CPU that the user left; call before any computation."""
     for flag, theirs, least, below in _CPU_FLAGS:
         flags = os.environ.get("XLA_FLAGS", "")
         is_known = least <= jaxlib.version.__version_info__ < below

@@ -20,15 +20,16 @@ from train.errors import UsageError
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, it may be run again.
 EXIT_LOST = 75
-# Between two tries to reach process 0.
+# Seconds between two tries to reach process 0.
 _RETRY_SECONDS = 0.2
 # How long process 0, whose end ends the others, lets them say what happened.
 _GRACE_SECONDS = 2
-# Of collectives on CPU (Gloo) and GPU (NCCL), and of the service that counts processes.
+# Words of collectives on CPU (Gloo) and GPU (NCCL), and of the service that counts
+# processes.
 _LOST = re.compile(
     r"gloo|nccl|coordination|barrier|heartbeat|socket|connection|deadline", re.I
 )
-# Of the same libraries, but again and again: wrong use, or too little memory.
+# Errors of the same libraries that a restart would not cure.
 _NOT_LOST = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|ncclCommInit")
 
 
@@ -67,9 +68,9 @@ def joined(options: Processes, *, saves_on_sigterm: bool = True) -> Iterator[Non
     in `jax.distributed`'s last barrier, while they wait for it in a collective.
 
     Args:
-        options: Who the others are.
-        saves_on_sigterm: JAX notes the signal, for the loop to ask; else it ends the
-            process.
+        options: How many processes there are, and where they meet.
+        saves_on_sigterm: Whether JAX notes SIGTERM for the loop to ask about; without
+            it, the signal ends the process.
 
     Raises:
         UsageError: The others cannot be joined. (Where process 0 is there and another
@@ -125,7 +126,7 @@ def _join(options: Processes) -> None:
         address = None
     elif not re.fullmatch(r".+:\d+", address or ""):
         raise UsageError(f"`coordinator` (={address}) must be HOST:PORT or `auto`.")
-    # What JAX says when it gives up is an abort that names nobody.
+    # Said beforehand: JAX's own abort does not say which process is missing.
     print(
         f"joining the other processes by {options.coordinator}, for at most "
         f"{options.join_seconds} s",
@@ -170,7 +171,8 @@ def _wait_for(address: str, seconds: int) -> None:
 
 def _end(error: BaseException) -> NoReturn:
     if isinstance(error, SystemExit) and isinstance(error.code, int | None):
-        # Options that the parser refuses, which has said so, and its help.
+        # The parser ends this way after help and after options that it refuses. It has
+        # said so itself.
         _leave(error.code or 0)
     if is_lost(error):
         reason = str(error).splitlines()[0]

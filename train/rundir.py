@@ -53,13 +53,13 @@ def describe_machine() -> dict[str, Any]:
             "inertia_jax": inertia_jax.__version__,
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
-        # What XLA and malloc were told, by the user or by the program.
+        # The settings of XLA and malloc, by the user or by the program.
         "environment": {n: os.environ[n] for n in _VARIABLES if n in os.environ},
     }
 
 
 class RunDirectory:
-    """Holds `config.json`, `run.jsonl`, `metrics.jsonl`, TensorBoard's, checkpoints.
+    """A run's configuration, starts, metrics, TensorBoard events and checkpoints.
 
     With several processes, only the first writes.
     """
@@ -78,7 +78,7 @@ class RunDirectory:
         self._is_writer = jax.process_index() == 0
         self._config = config
         config_file = path / "config.json"
-        # What was begun and saved nothing leaves its place: there is nothing to lose.
+        # A run that saved no checkpoint may be replaced: nothing is lost.
         self._is_new = not self.has_checkpoints
         if config_file.is_file() and not self._is_new:
             there = read_json(config_file)
@@ -99,7 +99,7 @@ class RunDirectory:
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
 
     def _is_begun(self) -> bool:
-        """Whether nothing but a run is here: another's `config.json` is not ours."""
+        """Whether only a run lies here: another program may have a `config.json`."""
         if not (self.path / "config.json").is_file():
             return False
         names = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
@@ -110,7 +110,7 @@ class RunDirectory:
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether the run has saved any, also such as are damaged by now."""
+        """Whether the run has saved any, damaged ones included."""
         return any(
             any(self.checkpoints.glob(names)) for names in ("step_*", "damaged_step_*")
         )
@@ -122,7 +122,7 @@ class RunDirectory:
             UsageError: Another process trains here, or the disk cannot be written.
         """
         if jax.process_count() > 1:
-            # All have looked at the directory before the first changes it.
+            # All processes have looked at the directory before the first changes it.
             multihost_utils.sync_global_devices("run directory")
         if not self._is_writer:
             return
@@ -175,7 +175,7 @@ class RunDirectory:
         self._events.add(step, kind, metrics)
 
     def close(self) -> None:
-        """Writes out what is buffered, and gives the directory free."""
+        """Writes out what is buffered, and lets other runs have the directory."""
         try:
             if self._events is not None:
                 self._events.close()
@@ -188,7 +188,7 @@ def read_json(path: pathlib.Path) -> Any:
     """Reads a file of JSON.
 
     Raises:
-        UsageError: It cannot be read, or is none.
+        UsageError: It cannot be read, or is no JSON.
     """
     with user_input():
         text = path.read_text()

@@ -21,7 +21,7 @@ class Totals(struct.PyTreeNode):
         loss: Sum of the loss.
         correct: Number of right answers, int32.
         count: Number of examples, int32.
-        gate_rate: Sum of their mean rates of open gates; 0 without inertial layers.
+        gate_rate: Sum of the examples' mean gate rates; 0 without inertial layers.
         bad_step: First step of the run whose loss or gradient was not finite, int32; -1
             for none.
     """
@@ -52,6 +52,7 @@ class Update:
     """
 
     tx: optax.GradientTransformation
+    _: dataclasses.KW_ONLY
     trained: frozenset[str] | None = None
     ema_decay: float = 0.0
 
@@ -63,9 +64,9 @@ class TrainState(struct.PyTreeNode):
         step: Steps taken since the start of the run, int32.
         params: The parameters.
         collections: The model's other variables, e.g. `batch_stats`.
-        opt_state: The optimiser's, of the parameters that are trained.
-        totals: Of the epoch that `step` is in.
-        averages: Of `variables`, over the steps; None where none are taken.
+        opt_state: The optimiser's state for the trained parameters.
+        totals: The sums over the epoch that `step` is in.
+        averages: Averages of `variables` over the steps; None where none are taken.
     """
 
     step: Array
@@ -166,7 +167,7 @@ def restore_state(template: TrainState, arrays: dict[str, Any]) -> TrainState:
     training = arrays["training"]
     averages = None if template.averages is None else arrays["variables"]
     variables = dict((arrays if averages is None else training)["variables"])
-    # Those of an older run may lack a sum, which then starts at zero.
+    # The totals of an older run may lack a sum, which then starts at zero.
     zeros = serialization.to_state_dict(Totals.zeros())
     totals = {**zeros, **training["totals"]}
     return TrainState(

@@ -47,7 +47,7 @@ def is_held(spec: Inertial | None) -> bool:
     return spec.gate_gradient == "ste" and not isinstance(spec.threshold, Rate)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
     """The loss that a step descends; what it reports is the cross-entropy alone.
 
@@ -113,8 +113,8 @@ class TrainStep:
     update: Update
     augmentation: Augmentation
     objective: Objective
-    alternating_flip: bool = False
     _: dataclasses.KW_ONLY
+    alternating_flip: bool = False
     steps_per_epoch: int
     seed: int
 

@@ -18,8 +18,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._previous = {}
-        # Of several processes all must stop at one step: there JAX's own service
-        # agrees on it, and a handler here would displace its handler.
+        # Several processes must stop at the same step. JAX's own service agrees on
+        # it, and a handler here would displace its handler.
         in_main_thread = threading.current_thread() is threading.main_thread()
         if jax.process_count() == 1 and in_main_thread:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -36,7 +36,7 @@ class StopSignal:
     def after_call(self) -> int | None:
         """Returns the signal to stop for after this call, or None."""
         if jax.process_count() > 1:
-            # Counted in calls: the service names the next number, and compares.
+            # The service counts in calls: it names the call after which all stop.
             self._calls += 1
             reached = multihost_utils.reached_preemption_sync_point(self._calls)
             return signal.SIGTERM if reached else None

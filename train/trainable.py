@@ -21,7 +21,7 @@ def trained_paths(
     Args:
         params: The parameters, or their shapes.
         train_only: Globs of what is trained; none means everything.
-        freeze: Globs of what is not, even so.
+        freeze: Globs of what is left as it is all the same.
 
     Raises:
         UsageError: A glob matches no parameter, or nothing is left to train.
@@ -59,7 +59,7 @@ def split_params(params: Any, trained: frozenset[str] | None) -> tuple[Any, Any]
 
     Args:
         params: All parameters.
-        trained: The paths of the former; None means all, and the tree as it is.
+        trained: Paths of those that are trained; None means all, and the tree itself.
     """
     if trained is None:
         return params, {}

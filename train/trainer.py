@@ -125,7 +125,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 epochs=config.epochs,
             )
-        return Update(tx, trained, config.optimizer.ema_decay)
+        return Update(tx, trained=trained, ema_decay=config.optimizer.ema_decay)
 
     def _make_step(self, distillation: Distillation | None) -> TrainStep:
         config = self.config

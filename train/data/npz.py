@@ -8,7 +8,7 @@ import numpy as np
 
 from train.data.sets import ImageSet, check_labels, make_set
 
-# A label of nonsense must not make as many classes.
+# A nonsensical label must not make that many classes.
 _MOST_UNNAMED = 100_000
 
 
@@ -16,7 +16,8 @@ def load_npz(path: str) -> ImageSet:
     """Reads an archive of uint8 NHWC images.
 
     `x_test` and `y_test` are required, `x_train` and `y_train` only for training;
-    `label_names` gives the classes, whose number is else the highest label plus one.
+    `label_names` names the classes. Without it, their number is the highest label plus
+    one.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -29,9 +29,9 @@ class ImageSet:
     """A set of labelled images.
 
     Attributes:
-        name: Of the source.
-        train: What is trained on; None where the source has only test images.
-        test: What is evaluated on.
+        name: The source's name.
+        train: The training images; None where the source has only test images.
+        test: The test images.
         class_names: One a class.
     """
 
@@ -70,7 +70,7 @@ def make_split(
         name: For messages, e.g. `cifar10 train`.
         images: [n, h, w, c].
         labels: [n] or [n, 1], as Keras has them.
-        num_classes: Labels must be below it.
+        num_classes: Number of classes, which every label must be below.
 
     Raises:
         ValueError: What the images or labels break.

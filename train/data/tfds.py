@@ -32,7 +32,7 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
     cache = pathlib.Path(cache_dir).expanduser()
     stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
     resized = stored.with_name(f"{stored.name}-{image_size}")
-    if stored.is_dir() or resized.is_dir():  # read, and may be read-only
+    if stored.is_dir() or resized.is_dir():  # only read: the disk may be read-only
         return _load(name, cache, stored, resized, image_size)
     cache.mkdir(parents=True, exist_ok=True)
     # One process at a time: TFDS fails where another has prepared the set meanwhile.
