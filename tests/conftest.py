@@ -41,7 +41,7 @@ jaxtyping.install_import_hook(
         *(f"inertia_jax.{name}" for name in LIBRARY.split()),
         *(
             f"train.{name}"
-            for name in ("augment", "distill", "eval_step", "feed", "step")
+            for name in ("augment", "distill", "eval_step", "feed", "objective", "step")
         ),
     ],
     "beartype.beartype",

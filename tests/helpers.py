@@ -24,10 +24,11 @@ from train.augment import Augmentation
 from train.checkpoints import latest_steps
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
+from train.objective import Objective
 from train.optimizer import make_optimizer
 from train.parallel import Parallel
 from train.state import Update, init_state
-from train.step import Objective, TrainStep
+from train.step import TrainStep
 from train.trainer import Trainer
 
 # Images that are drawn, and a configuration of them.

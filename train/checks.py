@@ -10,8 +10,8 @@ from inertia_jax import Inertial, Rate
 from train.config import Config
 from train.data import ImageSet, Split
 from train.errors import UsageError
+from train.objective import is_held
 from train.processes import differing_process
-from train.step import is_held
 from train.teacher import hash_variables
 
 

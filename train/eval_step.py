@@ -10,8 +10,9 @@ from jax import Array, lax
 from jaxtyping import Int, UInt8
 
 from train.augment import Augmentation
+from train.objective import cross_entropy
 from train.parallel import AXIS
-from train.step import cross_entropy, gate_rates
+from train.step import gate_rates
 
 
 def make_eval_call(

@@ -158,18 +158,7 @@ def _check_same_sources(path: pathlib.Path, trainer: Trainer) -> None:
 
 @dataclasses.dataclass
 class _Run:
-    """A run under way.
-
-    Attributes:
-        trainer: The compiled calls.
-        state: What training carries from step to step.
-        step: Steps taken in all.
-        directory: The run's directory, where metrics go.
-        checkpoints: The run's checkpoints.
-        stop: What notes signals to stop.
-        clock: The stopwatch of training alone.
-        last_save: When the last checkpoint was begun, by the monotonic clock.
-    """
+    """A run under way: its state, where it reports and saves, and what stops it."""
 
     trainer: Trainer
     state: TrainState

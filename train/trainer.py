@@ -27,10 +27,11 @@ from train.evaluate import Evaluation, make_evaluator
 from train.feed import choose_steps_per_call, epoch_order, make_feed
 from train.keys import run_keys
 from train.networks import make_model, make_preprocessing
+from train.objective import Objective
 from train.optimizer import make_optimizer, scale_learning_rate
 from train.parallel import AXIS, Parallel
 from train.state import TrainState, Update, init_state, restore_state
-from train.step import Objective, TrainStep
+from train.step import TrainStep
 from train.teacher import load_teacher
 from train.trainable import trained_paths
 
