@@ -92,12 +92,13 @@ def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in said[2:]] == [["vgg16", w, "2"] for w in WHAT]
     for what in WHAT:
-        of = row[what]["jax"]
-        assert 0 < of["min_ms"] <= of["median_ms"] <= of["max_ms"]
-        assert of["images_per_s"] == pytest.approx(2e3 / of["median_ms"])
-        assert 0 < of["share_of_peak"] < 1
-        assert of["share_of_peak"] == pytest.approx(of["gflops"] / row["peak_gflops"])
-    # Two gradients beside the forward pass.
+        found = row[what]["jax"]
+        assert 0 < found["min_ms"] <= found["median_ms"] <= found["max_ms"]
+        assert found["images_per_s"] == pytest.approx(2e3 / found["median_ms"])
+        share = found["gflops"] / row["peak_gflops"]
+        assert found["share_of_peak"] == pytest.approx(share)
+        assert 0 < share < 1
+    # There are two gradients beside the forward pass.
     flops = [row[w]["jax"]["gflops"] * row[w]["jax"]["median_ms"] for w in WHAT]
     assert flops[0] == pytest.approx(3 * flops[1])
 
@@ -115,7 +116,9 @@ def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
     names = [name for name in times if not name.endswith(", PyTorch")]
     assert all(f"  {name} " in said for name in names)
     work = {
-        k: of["gflops"] * of["median_ms"] for k, of in times.items() if "gflops" in of
+        name: found["gflops"] * found["median_ms"]
+        for name, found in times.items()
+        if "gflops" in found
     }
     # MACs: 3 x 8 x 8 pixels of 9 x 4 x 4, of 4 x 4, or of 4 x 2 + 9 x 2 x 2 + 2 x 4.
     assert work["conv 3x3"] == pytest.approx(2e-6 * 192 * 144)
@@ -128,7 +131,7 @@ def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
 def test_the_loop_is_timed_beside_its_bare_steps(tmp_path, capsys):
     out = tmp_path / "record.json"
     command = ["benchmark", "--suite", "loop", "--config", "configs/quickstart.py"]
-    # Of 22 steps an epoch, so that blocks of two epochs come.
+    # An epoch has 22 steps, so that blocks come from two epochs.
     command += ["--width", "0.01", "--steps", "5", "--repeats", "6"]
     assert main([*command, "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]

@@ -105,9 +105,9 @@ def test_a_step_by_hand():
 def test_efficiency_falls_with_devices_and_rises_with_overlap_and_batch():
     (step,) = all_steps(["resnet20"])
 
-    def at(n, overlap=False, per_device=128, of=step):
+    def at(n, overlap=False, per_device=128, step=step):
         return efficiency(
-            of,
+            step,
             INFINIBAND,
             n,
             batch_size=per_device * n,
@@ -120,7 +120,7 @@ def test_efficiency_falls_with_devices_and_rises_with_overlap_and_batch():
     assert 1 > at(2) > at(8) > at(256) > 0
     assert at(8, overlap=True) > at(8)
     assert at(8, per_device=1024) > at(8)
-    assert at(8, of=dataclasses.replace(step, norms=0)) > at(8)
+    assert at(8, step=dataclasses.replace(step, norms=0)) > at(8)
 
 
 def test_the_document_holds_the_tables_of_the_program():

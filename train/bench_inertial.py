@@ -1,4 +1,4 @@
-"""Timing of tiled inertial convolutions beside dense ones: whole, and in parts."""
+"""Timing of tiled inertial convolutions beside dense ones, whole and in parts."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from inertia_jax.plan import without_ladders
 from train.bench_suite import BaseSuite
 from train.timing import interleaved
 
-# Images, side, channels.
+# Images, their side, and channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
 _RATES = (0.1, 0.25, 0.5, 1.0)
 # Capacities a little above the tested shares: a chunk may have more open tiles than
@@ -62,9 +62,10 @@ def bench_op(
     """Times a 3x3 convolution dense, and inertial in 2x2 tiles at given open shares.
 
     Parts are jitted alone and timed on one chunk of images, as the whole takes them on
-    CPU: friction; `low`, the core once a tile; `open`, which gathers, computes and
-    scatters a quarter of the tiles; and of that `gather` and `compute` alone. On CPU,
-    where closed and open tiles share products, `fill` in place of all but friction.
+    CPU. They are friction; `low`, the core once a tile; `open`, which gathers, computes
+    and scatters a quarter of the tiles; and `gather` and `compute`, two steps of `open`
+    alone. On CPU, where closed and open tiles share products, `fill` takes the place of
+    all but friction.
     """
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (images, side, side, channels))
@@ -92,7 +93,7 @@ def bench_op(
     padded = pad_image(chunk, tiling.pads)
     gate = jnp.asarray(levels > np.quantile(levels, 0.75))[: len(chunk)]
     capacity = gate.size // 4
-    # As layers compute it, on CPU not in XLA's form.
+    # Layers compute it so; on CPU that is not XLA's form.
     dense = jax.jit(lambda x, core: conv2d_to_apply(x, core, (1, 1), ((1, 1), (1, 1))))
     calls: dict[str, Callable[[], Any]] = {
         "dense": lambda: dense(x, core),
@@ -147,7 +148,7 @@ def bench_network(
     x = jax.random.normal(jax.random.key(1), shape)
     apply = jax.jit(lambda variables, x: model.apply(variables, x))
     calls: dict[str, Callable[[], Any]] = {"dense": lambda: apply(variables, x)}
-    # One compiled network: thresholds are variables.
+    # One compiled network serves every rate: thresholds are variables.
     inertial = tiled_model(name, width, 0.5)
     tiled = jax.jit(lambda variables, x: inertial.apply(variables, x))
     for rate in rates:
@@ -196,8 +197,8 @@ def thresholds_at(name: str, width: float, variables: Any, x: Any, rate: float) 
     model = without_ladders(model)
     shapes = abstract_variables(model)["thresholds"]
     thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    # Evaluation mode leaves thresholds alone, training mode changes BatchNorm: so the
-    # friction that evaluation sows is taken, until later layers have settled.
+    # Training mode would change BatchNorm, so thresholds are taken from the friction
+    # that evaluation sows, again and again until later layers have settled.
     apply = jax.jit(
         lambda thresholds, x: model.apply(
             {**variables, "thresholds": thresholds}, x, mutable=["intermediates"]

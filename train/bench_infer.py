@@ -1,4 +1,4 @@
-"""Timing of networks as they are deployed: BatchNorm as it is, and folded."""
+"""Timing of networks as they are deployed, with BatchNorm as it is and folded."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -45,8 +45,8 @@ def bench_infer(
 ) -> dict[str, Any]:
     """Times a network's evaluation dense, compressed and tiled, folded and not.
 
-    Weights are constants of the compiled function, as in an exported file, and random;
-    thresholds of the tiled networks open the given share of each batch's tiles.
+    Weights are random, and constants of the compiled function, as in an exported file.
+    Thresholds of the tiled networks open the given share of each batch's tiles.
     """
     model = create_model(name, width=width)
     dense = (model, init_variables(model, jax.random.key(0)))
@@ -74,8 +74,8 @@ def bench_infer(
                 calls[key] = torch_call(*dense, images, fold=fold)
         row["gaps"][str(batch_size)] = _gaps(calls)
         times = interleaved(calls, repeats=repeats)
-        for of in times.values():
-            of["images_per_s"] = 1e3 * batch_size / of["median_ms"]
+        for found in times.values():
+            found["images_per_s"] = 1e3 * batch_size / found["median_ms"]
         row["times"][str(batch_size)] = times
     return row
 
@@ -105,12 +105,12 @@ def _call(network: tuple[Any, Any], images: np.ndarray) -> Callable[[], Any]:
 
 
 def _gaps(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Returns how far logits are from those of the same network, of the largest."""
+    """Returns how far logits are from the network's own, relative to the largest."""
     gaps = {}
     for name, call in calls.items():
-        of = name.removesuffix(", folded")
-        if of == "PyTorch":
-            of = "dense"
-        if name != of:
-            gaps[name] = relative_gap(call(), calls[of]())
+        expected = name.removesuffix(", folded")
+        if expected == "PyTorch":
+            expected = "dense"
+        if name != expected:
+            gaps[name] = relative_gap(call(), calls[expected]())
     return gaps

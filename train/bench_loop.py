@@ -23,7 +23,7 @@ from train.state import training_to_dict
 from train.timing import median_with_interval, spread_of, times_in_turn
 from train.trainer import Trainer, make_metadata
 
-# Of what is timed by itself: a checkpoint, an epoch's first input.
+# Timed calls of what an epoch adds: a checkpoint, and the epoch's first input.
 _EXTRA_REPEATS = 10
 
 
@@ -226,9 +226,9 @@ def overhead(
 
     Args:
         bare: Times of bare blocks.
-        whole: Of blocks in the loop, each beside a bare one.
-        extra: Of what every epoch adds beside its blocks.
-        blocks_per_epoch: Blocks an epoch has.
+        whole: Times of blocks in the loop, each beside a bare one.
+        extra: Times of what every epoch adds beside its blocks.
+        blocks_per_epoch: Number of blocks an epoch has.
 
     Returns:
         `added_to_steps`, the median of the pairs with its interval, and
@@ -242,9 +242,9 @@ def overhead(
 
 
 def _blocks(trainer: Trainer, calls: int) -> Generator[Any, None, None]:
-    """Yields the inputs of so many calls, again and again, all of one epoch.
+    """Yields the inputs of block after block; none has inputs of two epochs.
 
-    The first of an epoch's inputs lies ready, as what an epoch adds is not theirs.
+    An epoch's first input is made beforehand: the time it takes is not a block's.
     """
     for epoch in itertools.count():
         inputs = trainer.inputs(epoch, 0)

@@ -39,7 +39,7 @@ def bench_memory(
         kinds = ("jax", "torch")
     row: dict[str, Any] = {"model": name, "batch_size": batch_size, "width": width}
     for kind in kinds:
-        # Fresh, not forked: what this process holds must not count.
+        # The process is spawned, not forked: what this one holds must not count.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             row[kind] = pool.submit(_peak_mb, kind, name, batch_size, width).result()

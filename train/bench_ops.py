@@ -16,9 +16,9 @@ from train.bench_suite import BaseSuite
 from train.errors import needs_torch, user_input
 from train.timing import interleaved, measure_peak_gflops
 
-# Side, channels.
+# Side of the images, and channels.
 STAGES = ((32, 64), (16, 128), (8, 256), (4, 512))
-# Of Tucker-2, of the channels: about a quarter of the MACs.
+# Ranks of Tucker-2, as a share of the channels: about a quarter of the MACs is left.
 _RANK_SHARE = 0.4
 _WINDOW: dict[str, Any] = {"region_size": 3, "combine": "weighted_channel"}
 _TILED: dict[str, Any] = {
@@ -74,17 +74,18 @@ def bench_ops(
 ) -> dict[str, Any]:
     """Times convolutions, their gradients, and what stands in for a 3x3.
 
-    A gradient is that by images and kernel together, forward pass included; "XLA's" are
-    those that layers do not take on CPU. Inertial gates open
-    half of the windows, or the given share of the tiles. Images and kernels are random.
+    A gradient is taken with respect to images and kernel together, forward pass
+    included. The convolutions called "XLA's" are those that layers do not take on CPU.
+    Inertial gates open half of the windows, or the given share of the tiles. Images and
+    kernels are random.
 
     Args:
-        side: Of the square images.
-        channels: In and out.
-        batch_size: Images.
+        side: Side of the square images.
+        channels: Channels of the inputs, and of the outputs.
+        batch_size: Images a call.
         repeats: Timed calls of each.
-        dtype: Of images and kernels.
-        against_torch: PyTorch's in turn, channels_last.
+        dtype: Type of images and kernels.
+        against_torch: Whether PyTorch is timed in turn, channels_last.
         peak_gflops: What `measure_peak_gflops` found.
     """
     rng = np.random.default_rng(0)
@@ -108,11 +109,11 @@ def bench_ops(
         "Tucker-2": pixels * (2 * channels * rank + 9 * rank**2),
     }
     times: dict[str, dict[str, float]] = interleaved(calls, repeats=repeats)
-    for name, of in times.items():
+    for name, found in times.items():
         known = macs.get(name.removesuffix(", PyTorch"))
         if known is not None:
-            of["gflops"] = 2e-6 * known / of["median_ms"]
-            of["share_of_peak"] = of["gflops"] / peak_gflops
+            found["gflops"] = 2e-6 * known / found["median_ms"]
+            found["share_of_peak"] = found["gflops"] / peak_gflops
     return {"shape": list(x.shape), "dtype": dtype, "rank": rank, "times": times}
 
 

@@ -1,9 +1,9 @@
 """Steps of one, two and four real processes beside the form that docs/scaling.md has.
 
-`python -m train.bench_processes --out FILE`. Each process has one CPU device. All of
-them time, in turn, a step of their own, without the others, a step together, and the
-all-reduce alone, of arrays of several sizes. To all of these at once the document's
-form is fitted: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
+`python -m train.bench_processes --out FILE` measures. Each process has one CPU device.
+All of them time, in turn, a step of their own without the others, a step together, and
+the all-reduce alone, for arrays of several sizes. The document's form is fitted to all
+all-reduces at once: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from train.trainer import Trainer
 
 _WIDTHS = (0.25, 1.0)
 _PER_DEVICE = 16
-_SIZES = (2**16, 2**18, 2**20, 2**22)  # of float32
+_SIZES = (2**16, 2**18, 2**20, 2**22)  # numbers in float32
 
 
 def _data(num_images: int) -> ImageSet:
@@ -87,7 +87,7 @@ def _measure(repeats: int) -> dict[str, Any]:
                 multihost_utils.sync_global_devices(name)
             start = time.perf_counter()
             call()
-            if turn:  # the first compiles
+            if turn:  # the first turn compiles
                 times[name].append(1000 * (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in times.items()}
     quartiles = {n: statistics.quantiles(v, n=4)[::2] for n, v in times.items()}

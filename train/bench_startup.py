@@ -37,24 +37,28 @@ class Suite(BaseSuite):
 def bench_startup(*, repeats: int) -> dict[str, Any]:
     """Starts the quick start's training again and again, up to its first step.
 
-    Each round starts it with an empty compilation cache, and then with what that start
-    left there.
+    Each round starts it with an empty compilation cache, and then with what the first
+    start left there.
 
     Args:
-        repeats: Rounds.
+        repeats: Number of rounds.
 
     Raises:
-        UsageError: A start that fails; says what it printed.
+        UsageError: A start fails; the message is what it printed.
     """
     times: dict[str, list[float]] = {"cold": [], "cached": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as scratch:
             place = pathlib.Path(scratch)
-            for name, of in times.items():
-                of.append(_seconds_to_first_step(place / name, place / "cache"))
+            for name, starts in times.items():
+                starts.append(_seconds_to_first_step(place / name, place / "cache"))
     return {
-        name: {"median_s": statistics.median(of), "min_s": min(of), "max_s": max(of)}
-        for name, of in times.items()
+        name: {
+            "median_s": statistics.median(starts),
+            "min_s": min(starts),
+            "max_s": max(starts),
+        }
+        for name, starts in times.items()
     }
 
 

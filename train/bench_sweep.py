@@ -53,8 +53,8 @@ def bench_sweep(
 ) -> list[dict[str, Any]]:
     """Times a call of training, and an evaluation of one batch, of every network.
 
-    All of them in turn, on one device, after `steps` steps each: thresholds have
-    settled then, so that gates open as often as they do in training.
+    All calls take turns, on one device, after `steps` steps of each network: by then
+    thresholds have settled, so that gates open as often as they do in training.
 
     Args:
         configs: The sweep's configurations; those that share data load them once.
@@ -63,11 +63,13 @@ def bench_sweep(
         repeats: Timed calls of each.
 
     Returns:
-        A row a configuration: `name`, `train` (a step of `batch_size`) and `evaluate`
-        (of `eval_batch_size`), in milliseconds, and `gate_rates` on the test images.
+        A row for each configuration: its `name`; the milliseconds of `train`, a step of
+        `batch_size` images, and of `evaluate`, a pass of `eval_batch_size`; and the
+        `gate_rates` on the test images.
 
     Raises:
-        UsageError: More images than there are test images, or steps than in an epoch.
+        UsageError: There are fewer test images than `batch_size`, or an epoch has fewer
+            steps than `steps`.
     """
     load = functools.cache(load_images)
     parts = [
@@ -119,7 +121,7 @@ def _timed_calls(
         jax.block_until_ready((held[0], totals))
 
     gate_rates = dict(trainer.evaluate(held[0]).gate_rates)
-    # A copy: the state's own arrays are given up to the next step.
+    # The variables are copied: the next step takes the state's own arrays.
     variables = jax.tree.map(jnp.copy, held[0].result)
     stored = jnp.asarray(data.test.images[:batch_size])
     images = trainer.augmentation.for_evaluation(stored)

@@ -79,7 +79,7 @@ def bench_model(
     macs = count_cost(create_model(name, width=width), _SHAPE).macs
     row = {"model": name, "batch_size": batch_size, "width": width, "dtype": dtype}
     row["peak_gflops"] = peak_gflops
-    # Backward takes a product for the inputs and one for the kernels.
+    # The backward pass takes a product for the inputs and one for the kernels.
     for what, passes in (("train", 3), ("eval", 1)):
         times: dict[str, Any] = interleaved(functions[what], repeats=repeats)
         for found in times.values():
@@ -116,7 +116,15 @@ def make_functions(
     kinds: Sequence[Literal["jax", "torch"]],
     dtype: Literal["float32", "bfloat16"],
 ) -> Functions:
-    """Returns, of `train` and `eval`, a call a framework that waits for its result."""
+    """Returns a call for `train` and `eval` in each framework, which waits for its end.
+
+    Args:
+        name: The network's name.
+        batch_size: Images a call.
+        width: The network's width.
+        kinds: The frameworks.
+        dtype: Type of the computation; parameters are float32.
+    """
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch_size, *_SHAPE)).astype(np.float32)
     labels = (np.arange(batch_size) % 10).astype(np.int32)
@@ -197,7 +205,7 @@ def _torch_functions(
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.from_numpy(labels).long().to(device)
-    # On CPU its compiler needs one for C++, and eager calls are oneDNN's already.
+    # On CPU PyTorch's compiler needs one for C++, and eager calls take oneDNN already.
     forward = torch.compile(twin) if device == "cuda" else twin
     low = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 

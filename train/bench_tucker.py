@@ -32,7 +32,7 @@ from train.timing import interleaved, relative_gap
 RULES: dict[str, dict[str, Any]] = {
     "ratio 0.2": {"ranks": Ratio(0.2)},
     "budget 0.25": {"ranks": Budget(macs=0.25)},
-    # What vector units like: 17 channels take longer than 24.
+    # Vector units like multiples of 8: 17 channels take longer than 24.
     "budget 0.25 by 8": {"ranks": Budget(macs=0.25), "round_to": 8},
 }
 
@@ -74,16 +74,18 @@ def bench_tucker(
 ) -> dict[str, Any]:
     """Times a network's evaluation dense and compressed, its layers, and compressing.
 
-    Weights are random: ranks of a trained network under the same budget differ, what
-    they cost does not.
+    Weights are random: a trained network has other ranks under the same budget, but
+    they cost the same.
 
     Args:
-        name: Of the network.
+        name: The network's name.
         batch_sizes: Images a call; layers are timed at the largest.
-        width: Of the network.
+        width: The network's width.
         repeats: Timed calls of each.
-        against_torch: The same networks in PyTorch in turn, and TensorLy's factors.
-        stem: Of `resnet18`: `imagenet` has torchvision's 1,000 classes, at 224 x 224.
+        against_torch: Whether the same networks are timed in PyTorch, in turn, and
+            TensorLy's factors are compared.
+        stem: The stem of resnet18; `imagenet` has torchvision's 1,000 classes, at
+            224 x 224.
     """
     classes = 1000 if stem == "imagenet" else 10
     model = create_model(name, width=width, stem=stem, num_classes=classes)
@@ -171,10 +173,10 @@ def torch_call(
 
     Args:
         model: The network.
-        variables: Its weights, which PyTorch's get.
-        images: [n, h, w, c].
-        fold: PyTorch's own folding merges BatchNorm into the convolutions.
-        changed: Entries of PyTorch's state dict to take instead.
+        variables: The network's weights, which PyTorch's network gets.
+        images: Inputs of every call [n, h, w, c].
+        fold: Whether PyTorch's own folding merges BatchNorm into the convolutions.
+        changed: Entries of PyTorch's state dict that replace the network's own.
     """
     with needs_torch():
         import torch
@@ -221,7 +223,7 @@ def tensorly_factors(sites: Mapping[str, Site], plan: Plan) -> dict[str, Any]:
                     rank=[spec.rank_out, spec.rank_in],
                     modes=[0, 1],
                     init="svd",
-                    # Each iteration would be one of HOOI.
+                    # Each iteration would be one of HOOI; HOSVD takes none.
                     n_iter_max=0,
                 )
             layer = torch_key((*path.split("/"), "kernel")).removesuffix("weight")
@@ -236,8 +238,9 @@ def _bench_compressing(
 ) -> dict[str, Any]:
     """Returns seconds that compressing takes: with compilation, and again.
 
-    Beside PyTorch also TensorLy's, of the same kernels at the same ranks, and how far
-    the logits of the network made of its factors in PyTorch are from ours.
+    With `against_torch`, TensorLy factorises the same kernels at the same ranks, too,
+    and the row says how far the logits of our network are from those of a network in
+    PyTorch that has TensorLy's factors.
     """
     seconds = {}
     jax.clear_caches()

@@ -22,15 +22,16 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        num_examples: Examples, each counted once.
+        num_examples: Number of examples, each counted once.
         loss: Mean cross-entropy, in nats.
         top1: Share of examples whose class scores highest, in [0, 1].
         top5: Share whose class is among the five highest; 1 for five classes or fewer.
         confusion: [classes, classes] int; rows are true classes, columns predictions.
-        class_names: One a class.
+        class_names: One name a class.
         gate_rates: Share of open gates of each inertial layer, by path.
         right: Whether each example's class scores highest [num_examples], bool.
-        flip_test: Whether the answers are means of the image's and its mirror image's.
+        flip_test: Whether each answer is the mean of those to the image and to its
+            mirror image.
     """
 
     num_examples: int
@@ -100,8 +101,8 @@ def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, flo
     than either accuracy.
 
     Args:
-        before: Of one network.
-        after: Of another, on the same examples.
+        before: One network's evaluation.
+        after: Another's, on the same examples.
     """
     if before.num_examples != after.num_examples:
         raise ValueError(
@@ -129,12 +130,13 @@ def make_evaluator(
 
     Args:
         model: The network.
-        augmentation: How images become its input.
+        augmentation: How images become the network's input.
         feed: The images.
         parallel: The devices.
         batch_size: Images a call; rounded up to a multiple of the devices.
-        class_names: One a class.
-        flip_test: Answer by the mean logits of each image and its mirror image.
+        class_names: One name a class.
+        flip_test: Whether the answer is the mean of the logits of each image and its
+            mirror image.
     """
     devices = parallel.num_devices
     batch_size = -(-min(batch_size, len(feed.split)) // devices) * devices

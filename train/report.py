@@ -17,12 +17,12 @@ def make_record(
     """Returns a run's configuration, machine and curve, one row an epoch.
 
     Args:
-        run: Its directory.
+        run: The run's directory.
         seconds_to: Accuracies in (0, 1], whose first epochs are looked for.
 
     Raises:
-        UsageError: There is no run at `run`, no epoch of it has ended, or an accuracy
-            is none.
+        UsageError: There is no run at `run`, none of its epochs has ended, or an
+            accuracy is not in (0, 1].
     """
     for accuracy in seconds_to:
         if not 0 < accuracy <= 1:
@@ -51,7 +51,7 @@ def make_record(
     if not curve:
         raise UsageError(f"no epoch of {run} has ended yet.")
     for before, row in itertools.pairwise(curve):
-        if before["train_seconds"] is None:  # begun by a version that counted none
+        if before["train_seconds"] is None:  # an older version did not count them
             row["train_seconds"] = None
     reached = {str(share): _first_epoch(curve, share) for share in seconds_to}
     found = {"seconds_to": reached} if seconds_to else {}

@@ -147,7 +147,7 @@ def _cell(
         )
         return f"{100 * share:.0f}"
 
-    # The faster the computing, the more the sending shows.
+    # The faster devices compute, the larger is the share of sending.
     low, high = at(0.4, overlap=False), at(0.2, overlap=True)
     return low if low == high else f"{low}-{high}"
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from inertia_jax import count_cost
 from inertia_jax.models import abstract_variables, input_shape
 
-# Loss and gate rate in float32; right answers and examples in int32.
+# Loss and gate rate are float32; right answers and examples are int32.
 _METRIC_BYTES = 16
 
 
@@ -18,11 +18,12 @@ class Step:
     """What a training step of a network needs, whatever the number of devices.
 
     Attributes:
-        name: Of the network.
-        params: Parameters, all trained, whose gradients are float32.
-        statistics: Running means and variances of BatchNorm, two a channel, float32.
-        averages: Other numbers that are averaged: thresholds.
-        norms: BatchNorm layers whose statistics are those of the whole batch.
+        name: The network's name.
+        params: Number of parameters, all trained, whose gradients are float32.
+        statistics: Number of running means and variances of BatchNorm, two a channel,
+            float32.
+        averages: Number of other values that are averaged: thresholds.
+        norms: Number of BatchNorm layers whose statistics are those of the whole batch.
         macs: Multiply-accumulates of a forward pass of one image.
     """
 
@@ -35,31 +36,32 @@ class Step:
 
     @property
     def gradient_bytes(self) -> int:
-        """Reduced once a step: gradients, running statistics and metrics."""
+        """Bytes reduced once a step: gradients, running statistics and metrics."""
         return 4 * (self.params + self.statistics + self.averages) + _METRIC_BYTES
 
     @property
     def norm_bytes(self) -> int:
-        """Reduced layer by layer: BatchNorm's statistics, and their gradients."""
+        """Bytes reduced layer by layer: BatchNorm's statistics and their gradients."""
         return 2 * 4 * self.statistics if self.norms else 0
 
     @property
     def flops(self) -> int:
-        """Of one image: forward, and twice that backward; two FLOPs a MAC."""
+        """FLOPs of one image: two a MAC, forward once and backward twice."""
         return 3 * 2 * self.macs
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Accelerators and their links; what is assumed of them is in docs/scaling.md.
+    """Accelerators and their links, under the assumptions that docs/scaling.md has.
 
     Attributes:
-        name: Of both.
-        flops_per_s: Peak of one device, bfloat16.
-        bytes_per_s: That a device sends, in one direction, while it receives as many.
-        latency_s: Of one message between neighbours.
-        fewest: Devices that such links join, more than one.
-        most: Likewise.
+        name: The names of device and link.
+        flops_per_s: Peak of one device in bfloat16.
+        bytes_per_s: Bytes that a device sends in one direction, while it receives as
+            many.
+        latency_s: Seconds of one message between neighbours.
+        fewest: The fewest devices that such links join, but for one alone.
+        most: The most devices that they join.
     """
 
     name: str
@@ -108,7 +110,7 @@ def sending_seconds(
     Args:
         step: What is sent and computed.
         machine: Devices and links.
-        num_devices: n.
+        num_devices: The number n of devices.
     """
     n = num_devices
     ring = 2 * (n - 1) / n / machine.bytes_per_s
@@ -131,8 +133,8 @@ def step_seconds(
     Args:
         step: What is sent and computed.
         machine: Devices and links.
-        num_devices: Of them.
-        batch_size: Of all devices together.
+        num_devices: Number of devices.
+        batch_size: Images a step of all devices together.
         utilisation: Share of the peak that computing reaches.
         overlap: Whether gradients are sent while others are computed, at best, or
             after them, at worst.
@@ -141,7 +143,7 @@ def step_seconds(
     compute = step.flops * batch_size / num_devices / rate
     gradients, norms = sending_seconds(step, machine, num_devices)
     if overlap:
-        # Gradients come with the backward pass, two thirds of the whole.
+        # Gradients come with the backward pass, which is two thirds of the computing.
         return norms + compute + max(0.0, gradients - 2 / 3 * compute)
     return norms + compute + gradients
 
@@ -159,13 +161,13 @@ def efficiency(
     """Returns images a second of n devices over n times those of one.
 
     Args:
-        step: See `step_seconds`, as all the others.
-        machine: Likewise.
-        num_devices: Likewise.
-        batch_size: Likewise.
-        batch_alone: Images a step of the one device compared with.
-        utilisation: Likewise.
-        overlap: Likewise.
+        step: What is sent and computed.
+        machine: Devices and links.
+        num_devices: The number n of devices.
+        batch_size: Images a step of all devices together.
+        batch_alone: Images a step of the one device that they are compared with.
+        utilisation: Share of the peak that computing reaches.
+        overlap: Whether gradients are sent while others are computed.
     """
 
     def images_per_s(n: int, batch_size: int) -> float:

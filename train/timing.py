@@ -15,14 +15,14 @@ def interleaved(
 ) -> dict[str, dict[str, float]]:
     """Times functions in turn and returns medians and spreads, in milliseconds.
 
-    Every timed call follows an untimed one of its own, as a step of training follows a
-    step: caches and freed memory are its own then, and threads of another library,
-    which go on spinning for a while, are asleep. (After a step of PyTorch, SimpleDLA's
-    at batch 128 took 3.4 s, of which 2.6 went into having memory from the system again,
-    after its own 1.9.)
+    Every timed call follows an untimed call of the same function, as a step of training
+    follows a step: it finds its own caches and freed memory, and the threads of another
+    library, which go on spinning for a while, are asleep. (SimpleDLA's step at batch
+    128 took 1.9 s after its own, and 3.4 s after a step of PyTorch, of which 2.6 went
+    into having memory from the system again.)
 
     Args:
-        functions: Each blocks until its work is done.
+        functions: Functions that block until their work is done.
         repeats: Timed calls of each.
     """
     times = times_in_turn(functions, repeats=repeats, calls_before=1)
@@ -38,14 +38,14 @@ def times_in_turn(
 ) -> dict[str, list[float]]:
     """Returns the milliseconds of each call, after a round that is not timed.
 
-    In turn, because machines slow down and speed up over minutes, and every second
-    round in the opposite order.
+    Functions take turns, because machines slow down and speed up over minutes; every
+    second round goes in the opposite order.
 
     Args:
-        functions: Each blocks until its work is done.
+        functions: Functions that block until their work is done.
         repeats: Timed calls of each.
         calls_before: Untimed calls of a function before each timed one.
-        prepare: Called before each round.
+        prepare: A function that is called before each round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
@@ -62,7 +62,7 @@ def times_in_turn(
 
 
 def spread_of(times: list[float]) -> dict[str, float]:
-    """Returns median, least and most of times in milliseconds."""
+    """Returns the median, the least and the most of times in milliseconds."""
     return {
         "median_ms": statistics.median(times),
         "min_ms": min(times),
@@ -71,14 +71,14 @@ def spread_of(times: list[float]) -> dict[str, float]:
 
 
 def median_with_interval(values: list[float]) -> dict[str, float]:
-    """Returns a median and its 95% interval, of independent values of any distribution.
+    """Returns a median and its 95% interval, for independent values.
 
     Raises:
-        ValueError: Fewer than six values, which have no such interval.
+        ValueError: There are fewer than six values, which have no such interval.
     """
     if len(values) < 6:
         raise ValueError(f"`values` (={len(values)}) must be at least six.")
-    # Not at the top: it takes a second, and one suite asks for it.
+    # Imported here: it takes a second, and one suite alone needs it.
     from scipy.stats import quantile_test
 
     test = quantile_test(values, q=np.median(values), p=0.5)

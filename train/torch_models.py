@@ -178,7 +178,8 @@ def factorised(module: nn.Module, plan: Plan) -> nn.Module:
 
     Args:
         module: A dense network; its layers are replaced.
-        plan: Of `Tucker2`, each a Sequential of 1x1, core and 1x1, and of `LowRank`.
+        plan: A plan of `Tucker2`, which becomes a Sequential of 1x1, core and 1x1, and
+            of `LowRank`, a Sequential of two.
     """
     for name, conv in list(module.named_modules()):
         if not isinstance(conv, nn.Conv2d):
@@ -211,7 +212,8 @@ def fold_batch_norm(module: nn.Module) -> None:
     """Merges, in place, every BatchNorm into the convolution made before it.
 
     Args:
-        module: In evaluation mode; its layers are made in the order of the computation.
+        module: A network in evaluation mode, whose layers were made in the order of the
+            computation.
     """
     leaves = [(n, m) for n, m in module.named_modules() if not list(m.children())]
     for (name, conv), (after, norm) in itertools.pairwise(leaves):
