@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -83,6 +84,34 @@ def test_help_lists_the_suites_and_imports_none():
     assert (torch, suites) == ("imported set()", "[]")
     listed = [line.split()[0] for line in said if line.startswith("  ")]
     assert [name for name in listed if name in SUITES] == list(SUITES)
+
+
+@pytest.mark.parametrize(
+    ("suite", "functions", "digits"),
+    [
+        ("infer", ("bench_infer",), 2),
+        ("tucker", ("bench_tucker",), 2),
+        ("inertial", ("bench_op", "bench_network"), 1),
+    ],
+)
+def test_a_suite_prints_and_records_what_it_found(
+    suite, functions, digits, monkeypatch, tmp_path, capsys
+):
+    record, out = ROOT / "results" / f"{suite}_cpu.json", tmp_path / "record.json"
+    rows = json.loads(record.read_text())["rows"]
+    found = iter(rows)
+    module = importlib.import_module(SUITES[suite][0])
+    for function in functions:
+        monkeypatch.setattr(module, function, lambda *args, **kwargs: next(found))
+    models = [] if suite == "inertial" else ["--models", "resnet18"]
+    assert main(["benchmark", "--suite", suite, *models, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["rows"] == rows
+    said = capsys.readouterr().out
+    for row in rows:
+        tables = [row["times"]] if suite == "inertial" else row["times"].values()
+        for name, times in itertools.chain(*(table.items() for table in tables)):
+            ms = f"{times['median_ms']:.{2 if 'part' in name else digits}f} ms"
+            assert any(name in line and ms in line for line in said.splitlines())
 
 
 def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
