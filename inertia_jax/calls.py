@@ -17,7 +17,7 @@ from inertia_jax.kinds import KINDS, kind_of
 # A model and its variables.
 Network = tuple[nn.Module, Mapping[str, Any]]
 
-_COUNTED = (Pointwise, *KINDS)
+_COUNTED: tuple[type[nn.Module], ...] = (Pointwise, *KINDS)
 
 
 class Wrapper(nn.Module):

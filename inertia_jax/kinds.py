@@ -51,7 +51,7 @@ class Kind:
 
 
 # Subclasses count as what they derive from.
-KINDS: dict[type, Kind] = {
+KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv: Kind("conv", Conv),
     nn.Dense: Kind("dense"),
     InertialConv: Kind("inertial", Inertial),
