@@ -6,29 +6,38 @@ from inertia_jax.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from inertia_jax.compress import compress, decompress
-from inertia_jax.cost import count_cost
-from inertia_jax.cost_table import CostTable, LayerCost
-from inertia_jax.dropped import DroppedRule, dropped_rules
-from inertia_jax.exported import (
+from inertia_jax.compression.inertial import make_inertial
+from inertia_jax.compression.planned import Planned
+from inertia_jax.compression.ranks import Budget, Energy, Evbmf, Ratio
+from inertia_jax.compression.recalibrate import recalibrate_batch_norm
+from inertia_jax.compression.reconstruct import reconstruct
+from inertia_jax.compression.tucker import compress, decompress
+from inertia_jax.cost.count import count_cost
+from inertia_jax.cost.table import CostTable, LayerCost
+from inertia_jax.deploy.exported import (
     ExportDamagedError,
     ExportedNetwork,
     load_exported,
     save_exported,
 )
-from inertia_jax.factorised import LowRankConv, Tucker2Conv
-from inertia_jax.fold import Folded, fold_batch_norm
-from inertia_jax.inertial_layer import InertialConv
+from inertia_jax.deploy.fold import Folded, fold_batch_norm
+from inertia_jax.dropped import DroppedRule, dropped_rules
 from inertia_jax.interop import load_torch, to_torch
-from inertia_jax.models import MODEL_NAMES, create_model, init_variables
-from inertia_jax.plan import Plan
-from inertia_jax.planned import Planned
-from inertia_jax.post_training import make_inertial
-from inertia_jax.ranks import Budget, Energy, Evbmf, Ratio
-from inertia_jax.recalibrate import recalibrate_batch_norm
-from inertia_jax.reconstruct import reconstruct
-from inertia_jax.specs import Conv, Fixed, Inertial, Learned, LowRank, Rate, Tucker2
-from inertia_jax.variants import published_variant
+from inertia_jax.layers.inertial import InertialConv
+from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.tucker import Tucker2Conv
+from inertia_jax.models.create import MODEL_NAMES, create_model, init_variables
+from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.specs import (
+    Conv,
+    Fixed,
+    Inertial,
+    Learned,
+    LowRank,
+    Rate,
+    Tucker2,
+)
+from inertia_jax.plan.variants import published_variant
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inertia_jax.factorised import Pointwise
-from inertia_jax.kinds import KINDS, kind_of
+from inertia_jax.layers.kinds import KINDS, kind_of
+from inertia_jax.layers.pointwise import Pointwise
 
 # A model and its variables.
 Network = tuple[nn.Module, Mapping[str, Any]]

@@ -8,9 +8,9 @@ from typing import Any
 from flax import linen as nn
 
 from inertia_jax.calls import Call, record_calls
-from inertia_jax.kinds import CONVOLUTIONS, kind_of
-from inertia_jax.plan import Plan
-from inertia_jax.specs import Spec, stays_dense
+from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of
+from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.specs import Spec, stays_dense
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
-from inertia_jax.inertial_layer import FRICTION_MEAN
-from inertia_jax.kinds import KINDS
-from inertia_jax.models import abstract_variables, init_variables, input_shape
+from inertia_jax.layers.inertial import FRICTION_MEAN
+from inertia_jax.layers.kinds import KINDS
+from inertia_jax.models.create import abstract_variables, init_variables, input_shape
 
 _LEAVES = {
     "kernel": "weight",

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
-from inertia_jax.models import create_model, model_name
-from inertia_jax.plan import Plan
+from inertia_jax.models.create import create_model, model_name
+from inertia_jax.plan.plan import Plan
 
 _FORMAT = 1
 _FIELDS = {"model", "plan", "preprocessing", "class_names", "info"}

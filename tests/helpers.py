@@ -16,20 +16,20 @@ from flax import traverse_util
 
 import inertia_jax as ij
 from inertia_jax.checkpoint import load_arrays
-from inertia_jax.layers import Layers
 from inertia_jax.metadata import Preprocessing
-from train import stop
+from inertia_jax.models.layers import Layers
 from train.__main__ import main
-from train.augment import Augmentation
-from train.checkpoints import latest_steps
 from train.config import Config, Data, Model, Optimizer
+from train.data.augment import Augmentation
 from train.data.sets import ImageSet, Split
-from train.objective import Objective
-from train.optimizer import make_optimizer
-from train.parallel import Parallel
-from train.state import Update, init_state
-from train.step import TrainStep
-from train.trainer import Trainer
+from train.fit import stop
+from train.fit.trainer import Trainer
+from train.machine.parallel import Parallel
+from train.run.checkpoints import latest_steps
+from train.step.objective import Objective
+from train.step.optimizer import make_optimizer
+from train.step.state import Update, init_state
+from train.step.train_step import TrainStep
 
 # Images that are drawn, and a configuration of them.
 
@@ -254,3 +254,44 @@ def assert_bitwise_equal(a, b):
         assert x.tobytes() == y.tobytes()
 
     jax.tree.map(compare, a, b)
+
+
+# A program: TFDS's own builder over small CIFAR files that it writes and reads back.
+PREPARE = """
+import pathlib, sys
+import numpy as np
+import tensorflow_datasets as tfds
+from train.data import load_data
+from train.data.cache import cached_set
+root, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+rng = np.random.default_rng(0)
+fine = name == "cifar100"
+folder = root / ("cifar-100-binary" if fine else "cifar-10-batches-bin")
+folder.mkdir(parents=True)
+def write(file, n):
+    images = rng.integers(256, size=(n, 3, 32, 32), dtype=np.uint8)
+    labels = rng.integers(100 if fine else 10, size=(n, 1), dtype=np.uint8)
+    columns = [labels // 5, labels] if fine else [labels]
+    pixels = images.reshape(n, -1)
+    (folder / file).write_bytes(np.concatenate([*columns, pixels], 1).tobytes())
+    return images.transpose(0, 2, 3, 1), labels[:, 0]
+if fine:
+    names = [f"fine{i}" for i in range(100)]
+    (folder / "fine_label_names.txt").write_text("\\n".join(names) + "\\n")
+    coarse = "\\n".join(f"coarse{i}" for i in range(20))
+    (folder / "coarse_label_names.txt").write_text(coarse + "\\n")
+    parts = [write("train.bin", 30)]
+else:
+    names = [f"class{i}" for i in range(10)]
+    (folder / "batches.meta.txt").write_text("\\n".join(names) + "\\n")
+    parts = [write(f"data_batch_{i}.bin", 6) for i in range(1, 6)]
+test = write("test.bin" if fine else "test_batch.bin", 7)
+tfds.download.DownloadManager.download_and_extract = lambda self, url: str(root)
+data = load_data(f"tfds:{name}", cache_dir=sys.argv[3], image_size=None)
+assert data.class_names == tuple(names), data.class_names
+def contents(images, labels):
+    return sorted((i.tobytes(), int(l)) for i, l in zip(images, labels))
+train = [np.concatenate(p) for p in zip(*parts)]
+assert contents(*train) == contents(data.train.images, data.train.labels)
+assert contents(*test) == contents(data.test.images, data.test.labels)
+"""

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 import inertia_jax as ij
 from inertia_jax.calls import on_calls
-from inertia_jax.plan import plan_of, without_ladders
+from inertia_jax.plan.plan import plan_of, without_ladders
 
 
 class Two(nn.Module):

@@ -10,8 +10,8 @@ import venv
 
 import pytest
 from conftest import ROOT
+from helpers import PREPARE
 from packaging.requirements import Requirement
-from test_data import PREPARE
 
 pytestmark = pytest.mark.slow
 

@@ -63,7 +63,7 @@ def test_files_of_every_kind_are_read(model, variables, state, tmp_path):
 
 def test_pytorch_takes_what_we_export():
     torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
-    from train.torch_models import TORCH_MODELS
+    from train.benchmark.torch_models import TORCH_MODELS
 
     model = ij.create_model("lenet")
     variables = ij.init_variables(model, jax.random.key(0))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from train.errors import UsageError
-from train.host_memory import give_back_after_compiling, restart_with_huge_pages
+from train.machine.host_memory import give_back_after_compiling, restart_with_huge_pages
 
 VERBS = {
     "fit": "train a network",
@@ -22,6 +22,9 @@ VERBS = {
     "quickstart": "train and evaluate a small network on digits, in minutes",
 }
 
+# `import` is a word of Python, which no module can be imported by.
+_MODULES = {"import": "import_torch"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 1 where a sweep's run failed, 2 after
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # These import JAX, and the process may be replaced before it is needed.
     import inertia_jax
-    from train.platform import choose_cpu_flags, use_compilation_cache
+    from train.machine.platform import choose_cpu_flags, use_compilation_cache
 
     argv = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
@@ -50,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Each verb is imported when it is called: a benchmark may need PyTorch, a
         # report a plotting library.
-        return importlib.import_module(f"train.verbs.{verb}_verb").run(argv[1:])
+        return importlib.import_module(f"train.verbs.{_MODULES.get(verb, verb)}").run(
+            argv[1:]
+        )
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,10 +12,10 @@ from flax import linen as nn
 from inertia_jax import CostTable, Plan, count_cost, create_model
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 from inertia_jax.metadata import Metadata, Preprocessing, load_description
-from inertia_jax.models import model_name
-from train.checkpoints import latest_steps
+from inertia_jax.models.create import model_name
 from train.config import Config, Data, Model
 from train.errors import UsageError, user_input
+from train.run.checkpoints import latest_steps
 
 
 @dataclasses.dataclass(frozen=True)

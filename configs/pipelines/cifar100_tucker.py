@@ -1,7 +1,7 @@
 """CIFAR-100 at 224: ImageNet's ResNet18, a new head, Tucker-2 at 0.2, fine-tuning."""
 
 from train.config import Config, Data, Model, Optimizer
-from train.pipeline_config import Pipeline
+from train.experiments.pipeline_config import Pipeline
 
 pipeline = Pipeline(
     run=Config(

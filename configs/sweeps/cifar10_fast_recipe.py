@@ -5,7 +5,7 @@ import pathlib
 
 from train.config import Config, Model, Optimizer
 from train.config_file import load_config
-from train.sweep import Sweep
+from train.experiments.sweep import Sweep
 
 fast = load_config(pathlib.Path(__file__).parents[1] / "cifar10_resnet18_fast.py")
 # Float32 for CPU, and the faithful recipe's batch.

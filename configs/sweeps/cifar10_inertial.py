@@ -2,7 +2,7 @@
 
 from inertia_jax import Conv, Fixed, Inertial, Plan, Rate
 from train.config import Config, Data, Model, Optimizer
-from train.sweep import Sweep
+from train.experiments.sweep import Sweep
 
 LAYERS = "layer*conv?"  # every 3x3 but the stem
 

@@ -5,7 +5,7 @@ import pathlib
 
 from inertia_jax import Conv, Inertial, Plan, Rate
 from train.config_file import load_config
-from train.sweep import Sweep
+from train.experiments.sweep import Sweep
 
 # Every batch's open tiles must fit a rung of their own: the next would cost twice.
 CAPACITIES = (1 / 24, 1 / 12, 1 / 6, 1 / 4, 1 / 2, 1)

@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.layers import Dropout
+from inertia_jax.models.layers import Dropout
 from inertia_jax.models.network import Network
 from inertia_jax.ops import max_pool2d
 

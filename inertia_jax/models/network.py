@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from inertia_jax.layers import Layers
-from inertia_jax.plan import Plan
+from inertia_jax.models.layers import Layers
+from inertia_jax.plan.plan import Plan
 
 
 def scaled(channels: int, width: float) -> int:

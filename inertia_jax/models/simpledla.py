@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.layers import Layers
+from inertia_jax.models.layers import Layers
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import BasicBlock
 

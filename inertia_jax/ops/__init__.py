@@ -1,15 +1,15 @@
 """Pure functions on arrays; nothing here knows of Flax."""
 
-from inertia_jax.ops.conv import conv2d
-from inertia_jax.ops.factors import LowRankFactors, Tucker2Factors
-from inertia_jax.ops.friction import friction
-from inertia_jax.ops.gates import hard_gate, is_open, select
-from inertia_jax.ops.inertial import InertialOutput, inertial_conv
-from inertia_jax.ops.low_rank import low_rank, low_rank_conv, low_rank_to_kernel
+from inertia_jax.ops.conv.conv import conv2d
+from inertia_jax.ops.inertial.friction import friction
+from inertia_jax.ops.inertial.gates import hard_gate, is_open, select
+from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
+from inertia_jax.ops.inertial.window import InertialOutput, inertial_conv
 from inertia_jax.ops.pool import max_pool2d
-from inertia_jax.ops.ranks import energy_rank, evbmf_rank
-from inertia_jax.ops.tiled import inertial_conv_tiled
-from inertia_jax.ops.tucker import tucker2, tucker2_conv, tucker2_to_kernel
+from inertia_jax.ops.tucker.factors import LowRankFactors, Tucker2Factors
+from inertia_jax.ops.tucker.low_rank import low_rank, low_rank_conv, low_rank_to_kernel
+from inertia_jax.ops.tucker.rank_selection import energy_rank, evbmf_rank
+from inertia_jax.ops.tucker.tucker import tucker2, tucker2_conv, tucker2_to_kernel
 
 __all__ = [
     "InertialOutput",

@@ -1,0 +1,1 @@
+"""Trained networks made smaller or faster: (model, variables) -> (model, variables)."""

@@ -1,0 +1,219 @@
+"""The forms of convolutions on a grid of ranks, and the choice of all together."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.compression.sites import Factorised, Site
+from inertia_jax.ops.tucker.rank_selection import kept_energy, mode_spectra
+from inertia_jax.ops.tucker.tucker import tucker2
+from inertia_jax.ops.tucker.unfold import max_ranks, split_groups
+from inertia_jax.plan.specs import Conv, LowRank, Tucker2
+
+# The most steps into which a layer's channels are cut.
+_RANK_STEPS = 64
+
+
+class Forms(NamedTuple):
+    """What one convolution may become.
+
+    Attributes:
+        specs: The forms.
+        costs: The cost of each form.
+        errors: The error of each form.
+    """
+
+    specs: tuple[Conv | Factorised, ...]
+    costs: np.ndarray
+    errors: np.ndarray
+
+    def take(self, indices: Iterable[int]) -> "Forms":
+        """Returns some of the forms, in the order of `indices`."""
+        kept = list(indices)
+        specs = tuple(self.specs[i] for i in kept)
+        return Forms(specs, self.costs[kept], self.errors[kept])
+
+    def hull(self) -> "Forms":
+        """Returns the forms on the lower hull of error over cost, by rising cost."""
+        return self.take(lower_hull(self.costs, self.errors))
+
+
+def lower_hull(
+    costs: Float[ArrayLike, "k"] | Sequence[float],
+    errors: Float[ArrayLike, "k"] | Sequence[float],
+) -> list[int]:
+    """Returns which points lie on the lower convex hull, by rising cost.
+
+    From the cheapest point to that of least error, every step buys less error for its
+    cost than the one before: the points that some price of cost makes the best.
+
+    Args:
+        costs: The cost of each choice.
+        errors: The error of each choice.
+    """
+    costs, errors = np.asarray(costs, np.float64), np.asarray(errors, np.float64)
+    hull: list[int] = []
+    for i in np.lexsort((errors, costs)):
+        if hull and errors[i] >= errors[hull[-1]]:
+            continue
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            slope_ab = (errors[b] - errors[a]) * (costs[i] - costs[a])
+            slope_ai = (errors[i] - errors[a]) * (costs[b] - costs[a])
+            if slope_ab < slope_ai:
+                break
+            hull.pop()
+        hull.append(int(i))
+    return hull
+
+
+def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
+    """Returns the forms with ranks on a grid of at most 64 steps a side.
+
+    Costs are MACs; errors are the shares of the kernel's energy that are lost, in
+    [0, 1].
+
+    Args:
+        site: The convolution.
+        kernel: Its kernel, weighed by its inputs where those are known.
+        round_to: Ranks are multiples of it, or the most there can be.
+    """
+    _, _, c_in, c_out = kernel.shape
+    most_in, most_out = max_ranks(kernel.shape, groups=site.groups)
+    if site.is_pointwise:
+        ranks = _steps(min(most_in, most_out), round_to)
+        energy = np.zeros(most_in)
+        for part in split_groups(kernel, site.groups):
+            spectrum = mode_spectra(part)[0]
+            energy[: len(spectrum)] += spectrum.astype(np.float64) ** 2
+        kept = np.cumsum(energy)
+        kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
+        factors = tuple(LowRank(rank) for rank in ranks)
+        return _with_macs(site, factors, 1 - kept[np.asarray(ranks) - 1])
+    full = tucker2(
+        kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
+    )
+    # Each group's core has energy of its own; groups share their ranks.
+    cores = np.asarray(split_groups(full.core, site.groups), np.float64)
+    kept = kept_energy(np.sqrt(np.sum(cores**2, axis=0)))
+    pairs = [
+        (r_in, r_out)
+        for r_in in _steps(most_in, round_to)
+        for r_out in _steps(most_out, round_to)
+    ]
+    errors = np.array([1 - kept[i - 1, o - 1] for i, o in pairs])
+    specs = tuple(Tucker2(i, o, core=site.core) for i, o in pairs)
+    return _with_macs(site, specs, errors)
+
+
+def _with_macs(site: Site, specs: tuple[Factorised, ...], errors: np.ndarray) -> Forms:
+    return Forms(specs, np.array([site.macs(spec) for spec in specs], float), errors)
+
+
+def _steps(most: int, round_to: int) -> list[int]:
+    step = max(round_to, math.ceil(most / _RANK_STEPS / round_to) * round_to)
+    first = [1] if round_to == 1 and step > 1 else []
+    return sorted({*first, *range(step, most + 1, step), most})
+
+
+def all_forms(
+    site: Site,
+    grid: Forms,
+    *,
+    cost_of: Callable[[Conv | Factorised], float],
+    error_of: Callable[[np.ndarray], np.ndarray],
+) -> Forms:
+    """Returns a convolution's present form, of error 0, and all cheaper forms.
+
+    Args:
+        site: The convolution.
+        grid: Its forms, with the shares of energy that they lose.
+        cost_of: The cost of a form, in the units of the budget.
+        error_of: What is to be made small, as a function of lost shares of energy.
+    """
+    specs = (site.spec, *grid.specs)
+    costs = np.array([cost_of(spec) for spec in specs], float)
+    forms = Forms(specs, costs, np.concatenate([[0.0], error_of(grid.errors)]))
+    return forms.take([0, *np.flatnonzero(costs < costs[0]).tolist()])
+
+
+def make_choices(forms: Forms) -> Forms:
+    """Returns the present form and those that are worth their cost, which falls.
+
+    Args:
+        forms: What `all_forms` returns.
+    """
+    hull = lower_hull(forms.costs, forms.errors)[::-1]
+    # The present form is kept in front where a cheaper one has no error either.
+    return forms.take(dict.fromkeys([0, *hull]))
+
+
+def allocate(
+    choices: Mapping[str, Forms], *, fixed: float, budget: float
+) -> dict[str, Conv | Factorised]:
+    """Returns the forms of least summed error within a budget that can be met.
+
+    Errors are taken for additive. On hulls, the best is to take steps to cheaper forms
+    in the order of error added for cost saved, until the budget is met.
+
+    Args:
+        choices: What `make_choices` returns for each convolution.
+        fixed: The cost of everything else.
+        budget: The cost allowed for everything.
+
+    Raises:
+        ValueError: A budget that no forms can meet.
+    """
+    steps = []
+    for path, (specs, costs, errors) in choices.items():
+        for i in range(1, len(specs)):
+            saved = costs[i - 1] - costs[i]
+            steps.append(((errors[i] - errors[i - 1]) / saved, path, i, saved))
+    total = fixed + sum(forms.costs[0] for forms in choices.values())
+    at = dict.fromkeys(choices, 0)
+    for _, path, i, saved in sorted(steps):
+        if total <= budget:
+            break
+        at[path] = i
+        total -= saved
+    if total > budget * (1 + 1e-12):
+        raise ValueError(f"`budget` (={budget}) must be at least {total}.")
+    # The last step may have saved more than was asked for: give back what fits.
+    for _, path, i, saved in sorted(steps, reverse=True):
+        if at[path] == i and total + saved <= budget:
+            at[path], total = i - 1, total + saved
+    return {path: forms.specs[at[path]] for path, forms in choices.items()}
+
+
+def spend_rest(
+    specs: Mapping[str, Conv | Factorised],
+    forms: Mapping[str, Forms],
+    rest: float,
+) -> dict[str, Conv | Factorised]:
+    """Returns better forms, also such off the hull, for what is left of a budget.
+
+    Again and again, every layer looks for its best form among those it can afford, and
+    the layer that gains most takes it.
+
+    Args:
+        specs: The forms chosen so far.
+        forms: All forms of each convolution.
+        rest: What is left of the budget.
+    """
+    at = {path: forms[path].specs.index(spec) for path, spec in specs.items()}
+    while True:
+        gains = []
+        for path, (_, costs, errors) in forms.items():
+            here = at[path]
+            best = int(np.argmin(np.where(costs - costs[here] <= rest, errors, np.inf)))
+            gains.append((errors[here] - errors[best], path, best))
+        gain, path, best = max(gains)
+        if not gain > 0:
+            return {path: forms[path].specs[i] for path, i in at.items()}
+        costs = forms[path].costs
+        rest -= float(costs[best] - costs[at[path]])
+        at[path] = best

@@ -1,0 +1,185 @@
+"""All ranks of a network together, for the least error within a budget."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax.compression.allocation import (
+    Forms,
+    all_forms,
+    allocate,
+    make_choices,
+    make_grid,
+    spend_rest,
+)
+from inertia_jax.compression.calibration import divergence_of
+from inertia_jax.compression.latency import model_latency_ms, site_latencies_ms
+from inertia_jax.compression.ranks import Budget
+from inertia_jax.compression.sites import Factorised, Site, leaves_at, with_leaves
+from inertia_jax.compression.weighed_kernel import WeighedKernel
+from inertia_jax.cost.count import count_cost
+from inertia_jax.plan.specs import Conv
+
+# The lost shares of energy at which a layer's effect on the outputs is measured.
+_PROBES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
+# The most forms of a layer whose latency is measured.
+_TIMED_FORMS = 8
+
+Costs = dict[str, Callable[[Conv | Factorised], float]]
+
+
+def choose_ranks(
+    budget: Budget,
+    now: tuple[nn.Module, Mapping[str, Any]],
+    dense: tuple[nn.Module, Mapping[str, Any]],
+    kernels: Mapping[str, WeighedKernel],
+    batches: list[np.ndarray],
+    *,
+    image_shape: tuple[int, ...],
+    round_to: int,
+) -> dict[str, Conv | Factorised]:
+    """Returns the form of every convolution.
+
+    Args:
+        budget: The share of the dense network's cost to keep to.
+        now: The network as it is, and its variables.
+        dense: The network with its factors multiplied out, and its variables.
+        kernels: The convolutions that may change, by path, as they stand.
+        batches: Batches of the network's inputs; without any, the relative errors of
+            the kernels are summed.
+        image_shape: [h, w, c].
+        round_to: Ranks become multiples of it.
+
+    Raises:
+        ValueError: A budget that no ranks can meet; says the least possible.
+    """
+    sites = {path: kernel.site for path, kernel in kernels.items()}
+    grids = {
+        path: make_grid(kernel.site, kernel.kernel, round_to=round_to)
+        for path, kernel in kernels.items()
+    }
+    if budget.of == "latency":
+        grids = {path: _thinned(sites[path], grid) for path, grid in grids.items()}
+        costs = _latencies(budget, dense[0], sites, grids)
+    else:
+        costs = {
+            path: (site.macs if budget.of == "macs" else site.params)
+            for path, site in sites.items()
+        }
+    total = _cost(budget, *dense, image_shape)
+    present = total if now[0] is dense[0] else _cost(budget, *now, image_shape)
+    # The layers' times may sum to more than the network's; shares are of the larger.
+    total = max(total, sum(cost_of(Conv()) for cost_of in costs.values()))
+    # The present cost of the network contains that of the layers.
+    taken = sum(cost_of(sites[path].spec) for path, cost_of in costs.items())
+    fixed = max(0.0, present - taken)
+    least = fixed + sum(
+        min(map(cost_of, (sites[path].spec, *grids[path].specs)))
+        for path, cost_of in costs.items()
+    )
+    if least > budget.share * total * (1 + 1e-12):
+        # Rounded up: the share that is named must be one that can be met.
+        share = math.ceil(1e4 * least / total) / 1e4
+        raise ValueError(
+            f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
+            f"with every rank the least possible."
+        )
+    errors = {path: lambda lost: lost for path in sites}
+    if batches:
+        errors = _measured_errors(*dense, kernels, grids, batches)
+    forms = {
+        path: all_forms(site, grids[path], cost_of=costs[path], error_of=errors[path])
+        for path, site in sites.items()
+    }
+    choices = {path: make_choices(every) for path, every in forms.items()}
+    specs = allocate(choices, fixed=fixed, budget=budget.share * total)
+    taken = sum(cost_of(specs[path]) for path, cost_of in costs.items())
+    return spend_rest(specs, forms, budget.share * total - fixed - taken)
+
+
+def _cost(
+    budget: Budget,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+) -> float:
+    """Returns the cost of a whole network, in the units of the budget."""
+    if budget.of == "latency":
+        return model_latency_ms(
+            model, variables, image_shape, batch_size=budget.batch_size
+        )
+    table = count_cost(model, image_shape)
+    return float(table.macs if budget.of == "macs" else table.params)
+
+
+def _thinned(site: Site, grid: Forms) -> Forms:
+    """Returns a few of the forms of least error for their MACs."""
+    hull = grid.hull()
+    hull = hull.take(np.flatnonzero(hull.costs < site.macs(Conv())).tolist())
+    count = len(hull.specs)
+    places = np.linspace(0, count - 1, min(_TIMED_FORMS, count))
+    return hull.take(round(place) for place in places)
+
+
+def _latencies(
+    budget: Budget,
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    grids: Mapping[str, Forms],
+) -> Costs:
+    """Returns each layer's time by form, in milliseconds."""
+    dtype = getattr(model, "dtype", None) or jnp.float32
+    measured: dict[Any, float] = {}
+    costs: Costs = {}
+    for path, site in sites.items():
+        wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
+        missing = [spec for spec in wanted if (site.geometry, spec) not in measured]
+        found = site_latencies_ms(
+            site, missing, batch_size=budget.batch_size, dtype=dtype
+        )
+        measured |= {(site.geometry, s): t for s, t in zip(missing, found, strict=True)}
+        times = {spec: measured[site.geometry, spec] for spec in wanted}
+        costs[path] = times.__getitem__
+    return costs
+
+
+def _measured_errors(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    kernels: Mapping[str, WeighedKernel],
+    grids: Mapping[str, Forms],
+    batches: list[np.ndarray],
+) -> dict[str, Callable[[np.ndarray], Any]]:
+    """Returns each layer's divergence of the outputs by the share of energy lost.
+
+    One layer at a time is replaced by the dense kernel that its factors stand for, so
+    that nothing compiles anew; between the probes the divergence is interpolated.
+    """
+    divergence = divergence_of(model, variables, batches)
+    functions: dict[str, Callable[[np.ndarray], Any]] = {}
+    for path, layer in kernels.items():
+        specs, _, lost = grids[path].hull()
+        # A layer without a cheaper form has none to probe.
+        probes = {int(np.argmin(np.abs(lost - p))) for p in _PROBES if specs}
+        points = [(0.0, 0.0)]
+        for i in sorted(probes, key=lambda i: lost[i]):
+            spec: Any = specs[i]  # a grid has no dense form
+            # By HOSVD: which layers matter shows without HOOI's last improvement.
+            kernel = layer.dense_kernel(spec)
+            leaves = {"kernel": jnp.asarray(kernel, layer.site.kernel.dtype)}
+            changed = with_leaves(
+                variables, {path: {**leaves_at(variables, path), **leaves}}
+            )
+            # Noise must not make a larger error look like a smaller one.
+            worst = max(points[-1][1], divergence(changed))
+            points.append((float(lost[i]), worst))
+        x, y = np.array(points).T
+        if x[-1] < 1:  # beyond the last probe, in proportion
+            x, y = np.append(x, 1.0), np.append(y, y[-1] / max(x[-1], 1e-12))
+        functions[path] = functools.partial(np.interp, xp=x, fp=y)
+    return functions

@@ -1,0 +1,213 @@
+"""Calibration images: the moments of each layer's inputs, and how outputs diverge."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.calls import check_in_view, first_argument, on_calls, takes_train
+from inertia_jax.compression.sites import Site
+from inertia_jax.layers.inertial import FRICTION_MEAN
+
+# The ridge added to the eigenvalues, relative to their mean. Without it, directions
+# that inputs hardly use would blow up when the weighing is undone.
+_RIDGE = 1e-3
+
+
+def checked_images(calibration: Any, name: str = "calibration") -> np.ndarray:
+    """Returns images as an array; errors call them `name`.
+
+    Raises:
+        ValueError: The array is no batch of images, or is not finite.
+    """
+    images = np.asarray(calibration)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"`{name}` (shape {images.shape}) must be [n, h, w, c], n >= 1."
+        )
+    if not np.isfinite(images).all():
+        raise ValueError(f"`{name}` must be finite; some of it is not.")
+    return images
+
+
+def batched(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Returns whole batches, or all images as one batch if they do not fill one."""
+    size = min(batch_size, len(images))
+    return [images[i : i + size] for i in range(0, len(images) - size + 1, size)]
+
+
+def batch_norm_paths(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """Returns the paths of BatchNorm's running statistics in `batch_stats`."""
+    stats = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+    return {path for path in stats if path[-1] != FRICTION_MEAN}
+
+
+def apply_as_trained(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Array,
+    *,
+    train: bool | None = None,
+) -> tuple[Any, Mapping[str, Any]]:
+    """Returns outputs under the batch's own statistics, and all that the call changed.
+
+    BatchNorm's statistics are those that recalibration will give: an error that only
+    shifts or scales a channel does not count.
+
+    Args:
+        model: The network.
+        variables: Its variables.
+        images: A batch of its inputs.
+        train: What the model is called with. None: whether it has BatchNorm; a model
+            whose call has no `train` is called without, and changes nothing.
+
+    Returns:
+        (outputs, changed): `changed` has `batch_stats` and `thresholds` after the call,
+        and the `intermediates` that layers sowed.
+    """
+    if train is None:
+        if not takes_train(model):
+            return model.apply(variables, images), {}
+        # The mean friction alone is no reason for train mode, which has dropout on.
+        train = bool(batch_norm_paths(variables))
+    return model.apply(
+        variables,
+        images,
+        train=train,
+        mutable=["batch_stats", "thresholds", "intermediates"],
+        rngs={"dropout": jax.random.key(0)},
+    )
+
+
+def input_moments(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    batches: list[np.ndarray],
+) -> dict[str, Float[np.ndarray, "g c c"]]:
+    """Returns the mean of x x^T over each layer's inputs, for every group of channels.
+
+    The moments are not centred: an error of the mean is an error like any other.
+
+    Args:
+        model: The dense network.
+        variables: Its variables.
+        sites: The layers.
+        batches: Batches of its inputs.
+
+    Raises:
+        ValueError: Inputs that are not finite, or a layer inside `nn.scan` or its like.
+    """
+
+    @jax.jit
+    def batch_moments(variables: Any, batch: Array) -> dict[str, Array]:
+        found: dict[str, tuple[Array, int]] = {}
+        roots: list[Any] = []
+
+        def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+            check_in_view(module, roots, is_wanted=path in sites)
+            if path in sites:
+                x = jnp.asarray(first_argument(args, kwargs))
+                groups = sites[path].groups
+                rows = x.reshape(-1, groups, x.shape[-1] // groups)
+                rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+                products = jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
+                # A layer may be called more than once.
+                before, count = found.get(path, (0.0, 0))
+                found[path] = (before + products, count + len(rows))
+            return call(*args, **kwargs)
+
+        with on_calls(record):
+            apply_as_trained(model, variables, batch)
+        return {path: total / count for path, (total, count) in found.items()}
+
+    parts = [jax.device_get(batch_moments(variables, batch)) for batch in batches]
+    moments = {
+        path: np.mean([part[path].astype(np.float64) for part in parts], axis=0)
+        for path in parts[0]
+    }
+    for path, moment in moments.items():
+        if not np.isfinite(moment).all():
+            raise ValueError(
+                f"the inputs of {path!r} on `calibration` must be finite; some are not."
+            )
+    return moments
+
+
+def weighing(
+    moment: Float[np.ndarray, "g c c"],
+) -> tuple[Float[np.ndarray, "g c c"], Float[np.ndarray, "g c c"]]:
+    """Returns the square root of each second moment, and the inverse of that root."""
+    roots, inverses = [], []
+    for group in moment:
+        values, vectors = np.linalg.eigh(group)
+        least = _RIDGE * max(values.mean(), np.finfo(np.float64).tiny)
+        root = np.sqrt(np.maximum(values, 0) + least)
+        roots.append(vectors * root @ vectors.T)
+        inverses.append(vectors / root @ vectors.T)
+    return np.stack(roots), np.stack(inverses)
+
+
+def reference_outputs(
+    model: nn.Module, variables: Mapping[str, Any], batches: Sequence[ArrayLike]
+) -> list[Array]:
+    """Returns what a network puts out on each batch of calibration images.
+
+    Raises:
+        ValueError: Outputs that are not finite.
+    """
+    outputs = jax.jit(lambda v, batch: apply_as_trained(model, v, batch)[0])
+    found = [outputs(variables, batch) for batch in batches]
+    if not all(bool(jnp.isfinite(logits).all()) for logits in found):
+        raise ValueError("the outputs on `calibration` must be finite; some are not.")
+    return found
+
+
+def divergence(
+    reference: Float[Array, "n classes"], logits: Float[Array, "n classes"]
+) -> Float[Array, "n"]:
+    """Returns the Kullback-Leibler divergence of each image's softmax, in nats.
+
+    KL(p || q) = sum p (log p - log q), p the reference's softmax and q the other's.
+    """
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    p = jax.nn.log_softmax(reference.astype(wide))
+    q = jax.nn.log_softmax(logits.astype(wide))
+    return (jnp.exp(p) * (p - q)).sum(-1)
+
+
+def divergence_of(
+    model: nn.Module, variables: Mapping[str, Any], batches: list[np.ndarray]
+) -> Callable[[Mapping[str, Any]], float]:
+    """Returns a function from other variables to how far they move the outputs.
+
+    The distance is the mean `divergence` from the network as it is. Other variables of
+    the same shapes compile nothing anew.
+
+    Args:
+        model: The network.
+        variables: Its variables as they are.
+        batches: Batches of its inputs.
+
+    Raises:
+        ValueError: Outputs that are not finite.
+    """
+    device_batches = [jnp.asarray(batch) for batch in batches]
+    reference = reference_outputs(model, variables, device_batches)
+
+    @jax.jit
+    def on_batch(changed: Any, batch: Array, expected: Array) -> Array:
+        return divergence(expected, apply_as_trained(model, changed, batch)[0]).mean()
+
+    def measure(changed: Mapping[str, Any]) -> float:
+        pairs = zip(device_batches, reference, strict=True)
+        return float(np.mean([on_batch(changed, *pair) for pair in pairs]))
+
+    return measure

@@ -1,0 +1,159 @@
+"""Post-training inertia: a trained network made inertial, without training it again."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.compression.calibration import checked_images
+from inertia_jax.compression.recalibrate import recalibrate_batch_norm
+from inertia_jax.compression.thresholds import ThresholdSearch
+from inertia_jax.cost.count import count_cost
+from inertia_jax.ops.inertial.settings import Low, Metric, Reference
+from inertia_jax.plan.plan import Plan, plan_of
+from inertia_jax.plan.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python
+
+
+def make_inertial(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    macs: float,
+    calibration: Float[ArrayLike, "n h w c"],
+    recalibration: Float[ArrayLike, "n_recalibration h w c"] | None = None,
+    layers: str = "*",
+    tile_size: int = 2,
+    metric: Metric = "l1",
+    reference: Reference = "center",
+    low: Low = "mean",
+    channel_stride: int = 1,
+    batch_size: int = 256,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Makes a trained network's convolutions inertial, in the tiled reading.
+
+    With every tile open the network is the one it was. From there the thresholds are
+    chosen greedily: every step lowers the rate of open tiles in the layer where that
+    moves the outputs least for the MACs it saves. Outputs move by the mean
+    Kullback-Leibler divergence from the softmax of the network as it was. Labels are
+    not needed. A layer of rate 1 stays an ordinary convolution.
+
+    Filled tiles vary less, which BatchNorm's old statistics take for a change of scale:
+    that is most of the damage. So thresholds are chosen under the statistics of the
+    images at hand, and the statistics are recalibrated in the end
+    (`recalibrate_batch_norm`).
+
+    Returns thresholds as variables, which evaluation uses as they are; the plan has
+    each layer's rate as `Rate`, so that fine-tuning holds it.
+
+    Args:
+        model: A network of this library.
+        variables: Its trained variables.
+        macs: Share of the network's MACs to take, in (0, 1], on the calibration
+            images: `CostTable.total_macs`, so friction and box means at two operations
+            for one MAC. A compiled ladder rounds open tiles up, see `ladder_macs`.
+        calibration: Some hundred of the network's inputs, normalised, as evaluation
+            will see them: they choose the thresholds.
+        recalibration: Some thousand inputs as training saw them, with its crops and
+            flips, for BatchNorm: plain images alone cost a CIFAR-10 ResNet20 four
+            points, even left dense. None takes `calibration`.
+        layers: Glob over the paths of the convolutions that may become inertial.
+        tile_size: Side n of a tile, >= 2.
+        metric: The measure of friction, as in `Inertial`.
+        reference: What friction is measured against, as in `Inertial`.
+        low: How a closed tile is filled, as in `Inertial`.
+        channel_stride: The step between channels that friction reads, as in `Inertial`.
+        batch_size: Images a call; images that fill no whole batch are left out.
+
+    Returns:
+        (model, variables) of the inertial network.
+
+    Raises:
+        ValueError: A share that no rates can meet (says the least possible), a glob
+            that matches no convolution that can be tiled, a network that is inertial
+            already, or outputs that are not finite.
+    """
+    macs = as_python(macs)
+    _check_options(model, macs, tile_size, batch_size)
+    images = checked_images(calibration)
+    options: dict[str, Any] = {
+        "reading": "tiled",
+        "metric": metric,
+        "reference": reference,
+        "low": low,
+        "channel_stride": channel_stride,
+    }
+    specs = _tileable(model, variables, images.shape[1:], layers, tile_size, options)
+    state = ThresholdSearch(model, variables, specs, images, batch_size).run(macs)
+
+    rules: list[tuple[str, Inertial]] = []
+    thresholds: dict[tuple[str, ...], Any] = {}
+    wide = jnp.promote_types(model.dtype, jnp.float32)
+    for path, spec in specs.items():
+        rate, threshold = state.rates[path], state.thresholds[path]
+        if rate == 1:
+            continue
+        target = Rate(rate) if rate else Fixed(CLOSED)
+        rules.append((path, dataclasses.replace(spec, threshold=target)))
+        thresholds[(*path.split("/"), "threshold")] = jnp.asarray(threshold, wide)
+    if not rules:
+        return model, dict(variables)
+    inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
+    changed = {**variables, "thresholds": traverse_util.unflatten_dict(thresholds)}
+    if "batch_stats" not in variables:
+        return inertial, changed
+    # Recalibration uses the measured thresholds, not the quantiles of each batch.
+    still = inertial.clone(plan=inertial.plan.with_fixed_thresholds())
+    more = images if recalibration is None else recalibration
+    return inertial, recalibrate_batch_norm(still, changed, more, batch_size=batch_size)
+
+
+def _check_options(model: Any, macs: Any, tile_size: int, batch_size: int) -> None:
+    if not isinstance(macs, (int, float)) or not 0 < macs <= 1:
+        raise ValueError(f"`macs` (={macs!r}) must be in (0, 1].")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
+    if tile_size < 2:
+        raise ValueError(f"`tile_size` (={tile_size}) must be >= 2.")
+    plan = plan_of(model)
+    if plan is None:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be one that create_model makes."
+        )
+    if any(isinstance(spec, Inertial) for _, spec in plan.rules):
+        raise ValueError(f"`model` has inertial layers already: {plan}.")
+
+
+def _tileable(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+    layers: str,
+    tile_size: int,
+    options: dict[str, Any],
+) -> dict[str, Inertial]:
+    """Returns specs, by path, for the matched convolutions that can be tiled."""
+    specs: dict[str, Inertial] = {}
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    for row in count_cost(model, image_shape).rows:
+        if row.kind != "conv" or not fnmatch.fnmatchcase(row.path, layers):
+            continue
+        side = params[f"{row.path}/kernel"].shape[0]
+        # Friction of a 1x1 convolution costs about as much as tiles can save.
+        if side > 1:
+            region = side + tile_size - 1
+            specs[row.path] = Inertial(side, region, threshold=Fixed(OPEN), **options)
+    tried = model.clone(plan=Plan((*specs.items(), *model.plan.rules)))
+    rows = count_cost(tried, image_shape).rows
+    inertial = {row.path for row in rows if row.kind == "inertial"}
+    if not inertial:
+        raise ValueError(
+            f"`layers` (={layers!r}) matches no convolution of stride 1 with filters "
+            f"larger than 1 x 1."
+        )
+    return {path: spec for path, spec in specs.items() if path in inertial}

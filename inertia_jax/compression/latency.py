@@ -1,0 +1,144 @@
+"""How long a convolution takes on this machine, in one form or another."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax.calls import evaluating
+from inertia_jax.compression.sites import Factorised, Site
+from inertia_jax.ops.conv.dispatch import conv_for_linen
+from inertia_jax.ops.tucker.factors import (
+    LowRankFactors,
+    Tucker2Factors,
+    factor_kernels,
+    pointwise,
+    stack_groups,
+)
+from inertia_jax.ops.tucker.low_rank import low_rank_conv
+from inertia_jax.plan.specs import Conv, LowRank
+
+_REPEATS = 7
+# A call is repeated until it takes this long, so that the clock does not matter.
+_LEAST_S = 0.002
+
+
+def time_interleaved(
+    calls: Sequence[Callable[[], Any]], *, repeats: int = _REPEATS
+) -> list[float]:
+    """Returns the median time of each call, in milliseconds, all in alternation.
+
+    Args:
+        calls: Functions that return arrays, which are waited for.
+        repeats: Rounds of measurement, after one to warm up.
+    """
+    counts = []
+    for call in calls:
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        once = max(time.perf_counter() - start, 1e-7)
+        counts.append(max(1, min(100, round(_LEAST_S / once))))
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, count, found in zip(calls, counts, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                result = call()
+            jax.block_until_ready(result)
+            found.append(1e3 * (time.perf_counter() - start) / count)
+    return [statistics.median(found) for found in times]
+
+
+def site_latencies_ms(
+    site: Site,
+    specs: Sequence[Conv | Factorised],
+    *,
+    batch_size: int,
+    dtype: Any = jnp.float32,
+    repeats: int = _REPEATS,
+) -> list[float]:
+    """Returns the time of a convolution in several forms, in milliseconds a call.
+
+    Args:
+        site: The convolution, for its shapes; weights are random.
+        specs: The forms.
+        batch_size: Images a call.
+        dtype: The type of images and weights.
+        repeats: Rounds of measurement, as for `time_interleaved`.
+    """
+    key = jax.random.key(0)
+    images = [
+        jax.random.normal(key, (batch_size, *input_shape), dtype)
+        for input_shape, _ in site.calls
+    ]
+    calls = []
+    for spec in specs:
+        kernels = [
+            jax.random.normal(key, shape, dtype) for shape in site.kernel_shapes(spec)
+        ]
+        forward = jax.jit(functools.partial(_forward, site, spec))
+        calls += [functools.partial(forward, x, kernels) for x in images]
+    times = time_interleaved(calls, repeats=repeats)
+    # A layer that is called several times takes the time of all its calls.
+    each = len(images)
+    return [sum(times[i : i + each]) for i in range(0, len(times), each)]
+
+
+def _forward(
+    site: Site, spec: Conv | Factorised, x: jax.Array, kernels: list[jax.Array]
+) -> jax.Array:
+    groups = site.groups
+    # The time depends on how much surrounds the image, not on what it is.
+    wrapped = site.padding in ("CIRCULAR", "REFLECT")
+    # Layers take this form, which differs from `conv2d` on CPU.
+    convolve = functools.partial(
+        conv_for_linen,
+        window_strides=site.strides,
+        padding="SAME" if wrapped else site.padding,
+        rhs_dilation=site.dilation,
+        feature_group_count=groups,
+    )
+    if isinstance(spec, Conv):
+        return convolve(x, kernels[0])
+    into, out = stack_groups(kernels[0], groups), kernels[-1][0, 0].T
+    if isinstance(spec, LowRank):
+        return low_rank_conv(
+            x, LowRankFactors(into, out), strides=site.strides, groups=groups
+        )
+    factors = Tucker2Factors(into, kernels[1], out)
+    first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
+    x = convolve(pointwise(x, first[0, 0], groups=groups), core)
+    return pointwise(x, last[0, 0], groups=groups)
+
+
+def model_latency_ms(
+    model: nn.Module,
+    variables: Any,
+    image_shape: tuple[int, ...],
+    *,
+    batch_size: int,
+    repeats: int = _REPEATS,
+) -> float:
+    """Returns the time of a network's evaluation, in milliseconds a call.
+
+    Args:
+        model: A network called as `model(images)`, with `train=False` where it takes
+            `train`.
+        variables: Its variables.
+        image_shape: [h, w, c].
+        batch_size: Images a call.
+        repeats: Rounds of measurement, as for `time_interleaved`.
+    """
+    images = jnp.asarray(
+        np.random.default_rng(0).standard_normal((batch_size, *image_shape)),
+        jnp.float32,
+    )
+    forward = jax.jit(lambda v, x: model.apply(v, x, **evaluating(model)))
+    return time_interleaved([lambda: forward(variables, images)], repeats=repeats)[0]

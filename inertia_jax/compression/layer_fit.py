@@ -1,0 +1,155 @@
+"""The kernels of one layer, fitted by least squares to given outputs."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from inertia_jax.layers.inertial import InertialConv
+
+# Errors below this share of the dense outputs' square are rounding in float32. In a
+# narrower type the share is the square of its precision.
+_NO_ERROR = 1e-9
+
+Leaves = Mapping[str, Any]
+
+
+class LayerIO(NamedTuple):
+    """One call of a layer on one batch.
+
+    Attributes:
+        x: What the layer is called on, in the compressed network.
+        y: What the dense layer puts out, in the dense network.
+    """
+
+    x: Array
+    y: Array
+
+
+class LayerFit:
+    """A layer by itself, whose parts are fitted one at a time."""
+
+    def __init__(self, module: Any, others: Mapping[str, Leaves]) -> None:
+        """Takes the layer outside its network, to compute in float32 or wider.
+
+        Args:
+            module: The layer as it stands in the network.
+            others: Its variables other than parameters, by collection.
+        """
+        dtype = jnp.dtype(module.dtype or module.param_dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        changes: dict[str, Any] = {"parent": None, "name": None, "dtype": wide}
+        if isinstance(module, InertialConv):
+            changes["capacities"] = None  # ladders are not for gradients
+        self._module = module.clone(**changes)
+        self._others = {
+            collection: traverse_util.unflatten_dict(dict(leaves), sep="/")
+            for collection, leaves in others.items()
+            if leaves
+        }
+        self._no_error = max(_NO_ERROR, float(jnp.finfo(dtype).eps) ** 2)
+
+    def fit(
+        self,
+        leaves: Leaves,
+        part: str,
+        calls: list[LayerIO],
+        held_out: list[LayerIO],
+        iterations: int,
+    ) -> Leaves:
+        """Returns the layer's parameters, one part of them fitted.
+
+        Steps after the one with the least error on held-out inputs are dropped.
+
+        Args:
+            leaves: The layer's parameters, those of its parts as `PART/kernel`.
+            part: One of `kinds.linear_parts`.
+            calls: Calls that the part is fitted to.
+            held_out: Calls whose error says when to stop.
+            iterations: Largest number of steps.
+        """
+        names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
+        wide = calls[0].x.dtype
+        start = {
+            name: jnp.asarray(leaves[name], wide) for name in names if name in leaves
+        }
+        flat, unravel = ravel_pytree(start)
+        rest = {name: leaf for name, leaf in leaves.items() if name not in start}
+        # A bias that is not fitted is a constant, which the linear map leaves out.
+        unbiased = {
+            name: jnp.zeros_like(leaf) if name.endswith("bias") else leaf
+            for name, leaf in rest.items()
+        }
+        normal = functools.partial(_normal, self._module, self._others, unbiased)
+        error = functools.partial(_squared_error, self._module, self._others, rest)
+        slope = functools.partial(_slope, self._module, self._others, rest)
+
+        def total(trees: list[Any]) -> np.ndarray:
+            return np.sum([np.asarray(ravel_pytree(t)[0]) for t in trees], axis=0)
+
+        def matvec(vector: np.ndarray) -> np.ndarray:
+            step = unravel(jnp.asarray(vector, flat.dtype))
+            return total([normal(step, x) for x, _ in calls])
+
+        def error_held_out(step: np.ndarray) -> float:
+            moved = unravel(flat + jnp.asarray(step, flat.dtype))
+            errors = jax.device_get([error(moved, *one) for one in held_out])
+            return float(np.sum(errors, dtype=np.float64))
+
+        best = np.zeros(flat.size, flat.dtype)
+        least = error_held_out(best)
+        squares = float(sum(jnp.square(y).sum() for _, y in held_out))
+        if least <= self._no_error * squares:
+            return leaves
+
+        def keep_if_better(step: np.ndarray) -> None:
+            nonlocal best, least
+            found = error_held_out(step)
+            if found < least:
+                best, least = step.copy(), found
+
+        b = total([slope(start, *one) for one in calls]) / -2
+        # Imported here: it takes a quarter of a second, and few runs need it.
+        from scipy.sparse.linalg import LinearOperator, cg
+
+        operator = LinearOperator((flat.size,) * 2, matvec=matvec, dtype=flat.dtype)
+        cg(operator, b, maxiter=iterations, rtol=1e-6, callback=keep_if_better)
+        if not best.any():
+            return leaves
+        fitted = unravel(flat + jnp.asarray(best, flat.dtype))
+        return {**leaves} | {
+            name: value.astype(jnp.asarray(leaves[name]).dtype)
+            for name, value in fitted.items()
+        }
+
+
+# Compiled once for all layers of one form.
+
+
+def _apply(module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array) -> Array:
+    params = traverse_util.unflatten_dict({**rest, **fitted}, sep="/")
+    return jnp.asarray(module.apply({**others, "params": params}, x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _squared_error(
+    module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array, y: Array
+) -> Array:
+    return jnp.square(y - _apply(module, others, rest, fitted, x)).sum()
+
+
+_slope = jax.jit(jax.grad(_squared_error, argnums=3), static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array) -> Leaves:
+    """Returns the normal equations' matrix, A^T A, times some parameters."""
+    out, transpose = jax.vjp(lambda f: _apply(module, others, rest, f, x), fitted)
+    (product,) = transpose(out)
+    return dict(product)

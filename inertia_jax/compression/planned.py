@@ -1,0 +1,117 @@
+"""Any Linen model with factorised convolutions, without an edit of the model."""
+
+from typing import Any
+
+from flax import linen as nn
+
+from inertia_jax.calls import Wrapper, on_calls, on_scope
+from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.tucker import Tucker2Conv
+from inertia_jax.ops.conv.conv import pair
+from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.specs import Conv, LowRank, Tucker2
+
+
+class Planned(Wrapper):
+    """A model of `nn.Conv` layers, some of which a plan replaces.
+
+    Variables have the names that the model itself gives them, except in the layers that
+    the plan replaces by a `Tucker2Conv` or `LowRankConv`.
+    Every call of such a layer is intercepted (`flax.linen.intercept_methods`).
+
+    Attributes:
+        unplanned: Any Linen model.
+        plan: Which of its `nn.Conv` layers become `Tucker2` (with an ordinary core) or
+            `LowRank`.
+
+    Raises:
+        ValueError: A rule of another kind, or for a layer that cannot be factorised.
+    """
+
+    # Not `model`: children of a model that has such a field would share the name.
+    unplanned: nn.Module
+    plan: Plan = Plan()
+
+    @property
+    def wrapped(self) -> nn.Module:
+        return self.unplanned
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.plan
+        # The parts of a layer that was put in place of another are nn.Conv, too.
+        replaced: set[tuple[str, ...]] = set()
+
+        def replace(
+            module: nn.Module, path: str, call: Any, args: Any, kwargs: Any
+        ) -> Any:
+            spec = plan.spec(path)
+            is_part = module.path[:-1] in replaced
+            if type(module) is not nn.Conv or is_part or spec == Conv():
+                return call(*args, **kwargs)
+            replaced.add(module.path)
+            # Its only argument, which `nn.Conv` calls `inputs`.
+            return factorised_like(module, spec)(*args, *kwargs.values())
+
+        with on_calls(replace):
+            return on_scope(self.unplanned, self.scope)(*args, **kwargs)
+
+
+def factorised_like(
+    module: nn.Conv, spec: Conv | Tucker2 | LowRank | Any
+) -> Tucker2Conv | LowRankConv:
+    """Returns the layer that takes the place of an `nn.Conv`, on its scope.
+
+    Raises:
+        ValueError: See `Planned`.
+    """
+    reason = cannot_factorise(module)
+    path = "/".join(module.path)
+    if reason is not None:
+        raise ValueError(f"`plan` has {spec} at {path!r}, which {reason}.")
+    if module.scope is None:
+        raise ValueError(f"{path!r} must be called inside `apply` or `init`.")
+    common: dict[str, Any] = {
+        "strides": module.strides,
+        "padding": module.padding,
+        "feature_group_count": module.feature_group_count,
+        "use_bias": module.use_bias,
+        "dtype": module.dtype,
+        "param_dtype": module.param_dtype,
+        "kernel_init": module.kernel_init,
+        "bias_init": module.bias_init,
+        "precision": module.precision,
+        # A layer called twice makes its parts twice, in the same places.
+        "parent": module.scope.rewound(),
+    }
+    if isinstance(spec, LowRank):
+        if pair(module.kernel_size) != (1, 1):
+            raise ValueError(
+                f"`plan` has {spec} at {path!r}, whose filters are "
+                f"{module.kernel_size}; must be 1 x 1."
+            )
+        return LowRankConv(module.features, spec.rank, **common)
+    if not isinstance(spec, Tucker2) or spec.core != Conv():
+        raise ValueError(
+            f"`plan` has {spec} at {path!r}; must be a Tucker2 with an ordinary core, "
+            f"or a LowRank."
+        )
+    return Tucker2Conv(
+        module.features,
+        module.kernel_size,
+        spec.rank_in,
+        spec.rank_out,
+        kernel_dilation=module.kernel_dilation,
+        **common,
+    )
+
+
+def cannot_factorise(module: nn.Conv) -> str | None:
+    """Returns why a convolution cannot be factorised, or None if it can."""
+    # A number is the filter size of a one-dimensional `nn.Conv`.
+    if isinstance(module.kernel_size, int) or len(module.kernel_size) != 2:
+        return "is not two-dimensional"
+    if pair(module.input_dilation or 1) != (1, 1):
+        return "dilates its input"
+    if module.mask is not None:
+        return "has a mask"
+    return None

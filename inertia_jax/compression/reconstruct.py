@@ -1,0 +1,263 @@
+"""Layer-wise reconstruction: kernels fitted to the outputs of the dense layers."""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.calls import (
+    Network,
+    check_in_view,
+    first_argument,
+    on_calls,
+    record_calls,
+)
+from inertia_jax.compression.calibration import (
+    apply_as_trained,
+    batch_norm_paths,
+    batched,
+    checked_images,
+)
+from inertia_jax.compression.layer_fit import LayerFit, LayerIO
+from inertia_jax.compression.sites import leaves_at, with_leaves
+from inertia_jax.layers.inertial import InertialConv
+from inertia_jax.layers.kinds import linear_parts
+from inertia_jax.plan.plan import without_ladders
+
+# A quarter is held out, and BatchNorm needs two images.
+LEAST_IMAGES = 8
+# The most that one program returns of a batch: all of it is held at once.
+_PROGRAM_BYTES = 1 << 29
+
+
+def reconstruct(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    dense: Network,
+    images: Float[ArrayLike, "n h w c"],
+    layers: str = "*",
+    iterations: int = 12,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Fits the kernels of a compressed network to the outputs of the dense one.
+
+    Layer after layer, first to last, by least squares over images and positions:
+
+        W <- argmin_W  sum_i || f(x_i; W) - y_i ||^2
+
+    where y_i are the dense layer's outputs in the dense network, and x_i the inputs of
+    the layer in the compressed network. Earlier layers have been fitted already, so a
+    layer also makes up for what those before it lost. f is linear in a kernel, so that
+    a few steps of conjugate gradients, from the kernel as it is, go most of the way. A
+    quarter of the images is held out, to choose after how many steps to stop: a kernel
+    that no step improves there stays. The factors of a layer are fitted one after
+    another. Layers whose gates choose a maximum (`combine="max"`) are left as they are,
+    and so are factors before an inertial core.
+
+    Labels are not needed. BatchNorm normalises with the statistics of each batch
+    meanwhile; `recalibrate_batch_norm` comes after. Thresholds and the mean of relative
+    friction stay as they are stored; rates of open gates follow the layers' inputs, by
+    little.
+
+    Args:
+        model: A network that `compress` or `make_inertial` returned.
+        variables: Its variables.
+        dense: (model, variables) of the network that it was made from.
+        images: Some thousand of the network's inputs, as training saw them, at least
+            8. Images that fill no whole batch, of those held out or of the others, are
+            left out. Inputs and outputs of one layer are in memory for all images.
+        layers: Glob over the paths of the convolutions that may change. Layers that
+            already put out what the dense ones do stay bit for bit.
+        iterations: The most steps of conjugate gradients for each factor, >= 1.
+        batch_size: Images a call, >= 2; a quarter of all if that is less.
+
+    Returns:
+        Variables with other kernels, and biases where layers have them.
+
+    Raises:
+        ValueError: A glob that matches no convolution, one inside `nn.scan`, `nn.remat`
+            or their like, a dense network that has other layers, other shapes or
+            BatchNorm elsewhere, too few images, or images or outputs that are not
+            finite.
+
+    References:
+        Zhang et al., 2016, https://arxiv.org/abs/1505.06798, section 3.3 (asymmetric
+        reconstruction)
+    """
+    checked = _checked(images, iterations=iterations, batch_size=batch_size)
+    if batch_norm_paths(variables) != batch_norm_paths(dense[1]):
+        raise ValueError(
+            "`dense` must have BatchNorm where `model` has it; fold after fitting."
+        )
+    num_held_out = len(checked) // 4
+    size = min(batch_size, num_held_out)
+    fitting = batched(checked[:-num_held_out], size)
+    held_out = batched(checked[-num_held_out:], size)
+
+    model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
+    modules = _modules_to_fit(model, checked.shape[1:], layers)
+    calls_on = _recorder(tuple(modules), (model, variables), dense, fitting[0])
+    changed = dict(variables)
+    for path, module in modules.items():
+        others = {
+            collection: leaves_at({"params": tree}, path)
+            for collection, tree in changed.items()
+            if collection != "params"
+        }
+        layer = LayerFit(module, others)
+        leaves: Mapping[str, Any] = leaves_at(changed, path)
+        calls = calls_on(fitting, path, changed)
+        calls_held_out = calls_on(held_out, path, changed)
+        for part in linear_parts(module):
+            leaves = layer.fit(leaves, part, calls, calls_held_out, iterations)
+        changed = with_leaves(changed, {path: leaves})
+    return changed
+
+
+def _checked(images: Any, *, iterations: int, batch_size: int) -> np.ndarray:
+    """Returns the images as an array, all arguments checked."""
+    if iterations < 1:
+        raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
+    if batch_size < 2:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
+    checked = checked_images(images, "images")
+    if len(checked) < LEAST_IMAGES:
+        raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
+    return checked
+
+
+def _modules_to_fit(
+    model: nn.Module, image_shape: tuple[int, ...], layers: str
+) -> dict[str, nn.Module]:
+    """Returns the layers that match a glob and can be fitted, in order of their calls.
+
+    Raises:
+        ValueError: There is none.
+    """
+    calls, _ = record_calls(model, image_shape)
+
+    def is_part(path: str) -> bool:
+        whole = calls.get(path.rpartition("/")[0])
+        return whole is not None and whole.is_factorised
+
+    modules = {
+        path: call.module
+        for path, call in calls.items()
+        if path and fnmatch.fnmatchcase(path, layers) and not is_part(path)
+    }
+    modules = {path: module for path, module in modules.items() if linear_parts(module)}
+    if not modules:
+        raise ValueError(
+            f"`layers` (={layers!r}) matches no convolution that can be fitted."
+        )
+    return modules
+
+
+def _recorder(
+    paths: tuple[str, ...], compressed: Network, dense: Network, batch: np.ndarray
+) -> Callable[[list[np.ndarray], str, Mapping[str, Any]], list[LayerIO]]:
+    """Returns a function from batches, a layer and variables to the layer's calls.
+
+    One program serves many layers: to compile one for each takes longer than to compute
+    the layers after it in vain.
+
+    Raises:
+        ValueError: The dense network has no such layers, or other shapes of outputs.
+            The function raises it where inputs or outputs are not finite.
+    """
+    calls = jax.eval_shape(_calls_of(paths, compressed[0]), compressed[1], batch)
+    targets = jax.eval_shape(_calls_of(paths, dense[0]), dense[1], batch)
+    for path in paths:
+        own, wanted = ([y.shape for _, y in found[path]] for found in (calls, targets))
+        if own != wanted:
+            raise ValueError(
+                f"`dense` puts out {wanted} at {path!r}; must be {own}, as `model` "
+                f"does."
+            )
+    programs: dict[str, tuple[Any, Any]] = {}
+    for group in _groups({path: calls[path] for path in paths}):
+        inputs = jax.jit(_calls_of(group, compressed[0], which=0))
+        outputs = jax.jit(_calls_of(group, dense[0], which=1))
+        programs |= dict.fromkeys(group, (inputs, outputs))
+
+    def calls_on(
+        batches: list[np.ndarray], path: str, variables: Mapping[str, Any]
+    ) -> list[LayerIO]:
+        inputs, outputs = programs[path]
+        pairs: list[LayerIO] = []
+        for batch in batches:
+            x, y = inputs(variables, batch)[path], outputs(dense[1], batch)[path]
+            pairs += map(LayerIO, x, y)
+        if not all(
+            bool(jnp.isfinite(x).all() & jnp.isfinite(y).all()) for x, y in pairs
+        ):
+            raise ValueError(
+                f"inputs and outputs of {path!r} must be finite; some are not."
+            )
+        return pairs
+
+    return calls_on
+
+
+def _groups(calls: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Returns layers in groups whose calls take `_PROGRAM_BYTES` of a batch at most."""
+    groups: list[tuple[str, ...]] = []
+    held = 0
+    for path, pairs in calls.items():
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pairs))
+        if not groups or held + size > _PROGRAM_BYTES:
+            groups.append(())
+            held = 0
+        groups[-1] += (path,)
+        held += size
+    return groups
+
+
+def _calls_of(
+    paths: tuple[str, ...], model: nn.Module, *, which: int | None = None
+) -> Callable[[Mapping[str, Any], Array], dict[str, list[Any]]]:
+    """Returns a function from variables and a batch to every call of some layers.
+
+    Args:
+        paths: The layers' paths.
+        model: Their network.
+        which: 0 for the calls' inputs, 1 for their outputs, None for pairs of both; in
+            float32 or wider.
+    """
+
+    def calls(variables: Mapping[str, Any], batch: Array) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {path: [] for path in paths}
+        depth = dict.fromkeys(paths, 0)
+        roots: list[Any] = []
+
+        def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+            check_in_view(module, roots, is_wanted=path in found)
+            if isinstance(module, InertialConv):
+                # As in evaluation: no batch moves a threshold.
+                kwargs = {**kwargs, "train": False}
+            if path not in found:
+                return call(*args, **kwargs)
+            # A replacement is called inside the replaced layer, under the same path.
+            depth[path] += 1
+            output = call(*args, **kwargs)
+            depth[path] -= 1
+            if not depth[path]:
+                x = jnp.asarray(first_argument(args, kwargs))
+                wide = jnp.promote_types(x.dtype, jnp.float32)
+                pair = (x.astype(wide), output.astype(wide))
+                found[path].append(pair if which is None else pair[which])
+            return output
+
+        with on_calls(record):
+            apply_as_trained(model, variables, batch)
+        return found
+
+    return calls

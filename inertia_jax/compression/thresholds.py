@@ -1,0 +1,206 @@
+"""Chooses thresholds layer by layer, by what closing tiles does to the outputs."""
+
+import dataclasses
+import heapq
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from inertia_jax.compression.calibration import (
+    apply_as_trained,
+    batched,
+    divergence,
+    reference_outputs,
+)
+from inertia_jax.cost.count import count_cost
+from inertia_jax.cost.table import CostTable
+from inertia_jax.layers.inertial import FRICTION, GATE_RATE
+from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
+
+# The shares of open tiles at which a layer is tried, one after the other.
+_RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
+_BISECTIONS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchState:
+    """Thresholds, and what they do to the calibration images.
+
+    Attributes:
+        thresholds: Each layer's threshold, by path.
+        rates: Measured shares of open tiles, by path.
+        divergence: Mean Kullback-Leibler divergence from the dense network, in nats.
+        frictions: The frictions of each layer's tiles, sorted, by path.
+        cost: MACs of the whole network, an image.
+    """
+
+    thresholds: dict[str, float]
+    rates: dict[str, float]
+    divergence: float
+    frictions: dict[str, np.ndarray]
+    cost: float
+
+
+class ThresholdSearch:
+    """Tries thresholds, which are variables, so that one compiled call serves all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Mapping[str, Any],
+        specs: dict[str, Inertial],
+        images: np.ndarray,
+        batch_size: int,
+    ) -> None:
+        """Runs the dense network once, and counts what rates would save.
+
+        Args:
+            model: The trained network, dense.
+            variables: Its variables.
+            specs: The inertial form of each layer, by path.
+            images: The network's inputs.
+            batch_size: Images a call; images that fill no whole batch are left out.
+
+        Raises:
+            ValueError: Outputs that are not finite.
+        """
+        rules = Plan((*specs.items(), *model.plan.rules)).without_ladders().rules
+        self._model = model.clone(plan=Plan(rules))
+        self._variables = variables
+        self._batches = [jnp.asarray(batch) for batch in batched(images, batch_size)]
+        self._dense = reference_outputs(model, variables, self._batches)
+        shape = images.shape[1:]
+        self._dense_cost = count_cost(model, shape)
+        closed = count_cost(self._model, shape, gate_rates=dict.fromkeys(specs, 0.0))
+        opened = count_cost(self._model, shape)
+        self._costs = _layer_costs(self._dense_cost, closed, opened, specs)
+        self._apply = jax.jit(self._forward)
+        self._paths = list(specs)
+
+    def _forward(
+        self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
+    ) -> Any:
+        nested = traverse_util.unflatten_dict(
+            {(*path.split("/"), "threshold"): t for path, t in thresholds.items()}
+        )
+        logits, changed = apply_as_trained(
+            self._model, {**variables, "thresholds": nested}, batch
+        )
+        flat = traverse_util.flatten_dict(changed.get("intermediates", {}))
+        named: dict[str, dict[str, Any]] = {GATE_RATE: {}, FRICTION: {}}
+        for (*path, name), value in flat.items():
+            named[name]["/".join(path)] = value[0]
+        return divergence(dense, logits), named[GATE_RATE], named[FRICTION]
+
+    def measure(self, thresholds: dict[str, float]) -> SearchState:
+        """Runs the calibration images with these thresholds."""
+        arrays = {path: jnp.float32(t) for path, t in thresholds.items()}
+        parts = [
+            jax.device_get(self._apply(self._variables, arrays, batch, dense))
+            for batch, dense in zip(self._batches, self._dense, strict=True)
+        ]
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        divergences, gate_rates, frictions = joined
+        rates = {path: float(gate_rates[path].mean()) for path in self._paths}
+        return SearchState(
+            thresholds=thresholds,
+            rates=rates,
+            divergence=float(divergences.mean()),
+            frictions={p: np.sort(f, axis=None) for p, f in frictions.items()},
+            cost=self.cost(rates),
+        )
+
+    def cost(self, rates: dict[str, float]) -> float:
+        """Returns the MACs of the whole network at these rates."""
+        total = float(self._dense_cost.macs)
+        for path, rate in rates.items():
+            dense, closed, opened = self._costs[path]
+            if rate < 1:
+                total += closed + rate * (opened - closed) - dense
+        return total
+
+    def with_rate(self, state: SearchState, path: str, rate: float) -> SearchState:
+        """Returns the state after one layer's threshold was set for a rate."""
+        threshold = CLOSED
+        if rate == 1:
+            threshold = OPEN
+        elif rate > 0:
+            threshold = float(np.quantile(state.frictions[path], 1 - rate))
+        return self.measure({**state.thresholds, path: threshold})
+
+    def run(self, macs: float) -> SearchState:
+        """Lowers rates until the network takes at most the share `macs`."""
+        budget = macs * self._dense_cost.macs
+        state = self.measure(dict.fromkeys(self._paths, OPEN))
+        if state.cost <= budget:
+            return state
+        least = self.cost(dict.fromkeys(self._paths, 0.0))
+        if least > budget:
+            share = least / self._dense_cost.macs
+            raise ValueError(
+                f"`macs` (={macs}) must be at least {share:.4f}, the share with every "
+                f"tile closed."
+            )
+        levels = dict.fromkeys(self._paths, 0)
+        # Scores grow stale as other layers change; the best is measured again before it
+        # is taken, and put back if another one has become better.
+        queue = [(-np.inf, path) for path in self._paths]
+        while True:
+            _, path = heapq.heappop(queue)
+            tried = self.with_rate(state, path, _RATES[levels[path] + 1])
+            while tried.cost >= state.cost and levels[path] + 2 < len(_RATES):
+                levels[path] += 1  # friction costs more than this rate saves
+                tried = self.with_rate(state, path, _RATES[levels[path] + 1])
+            saved = max(state.cost - tried.cost, 1e-9)
+            score = (tried.divergence - state.divergence) / saved
+            if queue and score > queue[0][0]:
+                heapq.heappush(queue, (score, path))
+                continue
+            if tried.cost <= budget:
+                return self._up_to(state, tried, path, levels[path], budget)
+            state = tried
+            levels[path] += 1
+            if levels[path] + 1 < len(_RATES):
+                heapq.heappush(queue, (score, path))
+
+    def _up_to(
+        self,
+        state: SearchState,
+        tried: SearchState,
+        path: str,
+        level: int,
+        budget: float,
+    ) -> SearchState:
+        """Returns the last move, made only as far as the budget asks."""
+        high, low = _RATES[level], _RATES[level + 1]
+        for _ in range(_BISECTIONS):
+            middle = (high + low) / 2
+            between = self.with_rate(state, path, middle)
+            if between.cost <= budget:
+                low, tried = middle, between
+            else:
+                high = middle
+        return tried
+
+
+def _layer_costs(
+    dense: CostTable, closed: CostTable, opened: CostTable, specs: dict[str, Inertial]
+) -> dict[str, tuple[float, float, float]]:
+    """Returns each layer's MACs dense, with every tile closed, and with every open."""
+    rows = {row.path: row for row in dense.rows}
+    ends = zip(closed.rows, opened.rows, strict=True)
+    return {
+        low.path: (
+            rows[low.path].macs,
+            low.macs + low.other_ops / 2,
+            high.macs + high.other_ops / 2,
+        )
+        for low, high in ends
+        if low.path in specs
+    }

@@ -1,0 +1,230 @@
+"""Tucker-2 compression of whole networks: (model, variables) -> (model, variables)."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.compression.budget import choose_ranks
+from inertia_jax.compression.calibration import batched, checked_images, input_moments
+from inertia_jax.compression.planned import Planned
+from inertia_jax.compression.ranks import Budget, RankRule, rank_by_rule
+from inertia_jax.compression.sites import Site, find_sites, leaves_at, with_leaves
+from inertia_jax.compression.weighed_kernel import WeighedKernel
+from inertia_jax.layers.kinds import bias_of
+from inertia_jax.models.create import image_shape_of
+from inertia_jax.ops.tucker.tucker import Method
+from inertia_jax.plan.plan import Plan, plan_of
+from inertia_jax.plan.specs import Conv, Spec, Tucker2
+
+
+def compress(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    ranks: RankRule | Budget,
+    method: Method = "hosvd",
+    calibration: Float[ArrayLike, "n h w c"] | None = None,
+    layers: str = "*",
+    keep_stem: bool = False,
+    only_cheaper: bool = True,
+    round_to: int = 1,
+    image_shape: tuple[int, ...] | None = None,
+    batch_size: int = 128,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Factorises the convolutions of a trained network.
+
+    A convolution becomes 1x1, core, 1x1 (`Tucker2`); a 1x1 convolution two of them
+    (`LowRank`), but with `Ratio`, which makes all of them Tucker-2. The ranks stand in
+    the new model's plan. Nothing is trained: `recalibrate_batch_norm` and fine-tuning
+    come after.
+
+    With calibration images, a kernel's error is weighed by the layer's inputs: for
+    inputs of second moment M = E[x x^T], over channels, M^(1/2) K is factorised and
+    M^(-1/2) multiplied into U_in. A `Budget` then chooses all ranks together for the
+    least summed divergence of the network's outputs, measured for each layer at several
+    ranks. Without images it chooses them for the least sum of relative errors.
+
+    A network that is compressed already is compressed again from its factors multiplied
+    out, and shares stay those of the dense network.
+
+    Args:
+        model: A network of this library, or any Linen model made of `nn.Conv`, which
+            comes back as `Planned`. Inertial layers are left as they are.
+        variables: Its trained variables.
+        ranks: `Ratio`, `Energy`, `Evbmf`, `Budget`, or explicit ones: a `Plan` of
+            `Tucker2`, `LowRank` and `Conv` by glob.
+        method: `hosvd`, or `hooi`, which is slower and never worse; see `ops.tucker2`.
+        calibration: Some hundred of the network's inputs, normalised.
+        layers: Glob over the paths of the convolutions that may change.
+        keep_stem: Whether the first convolution is left as it is.
+        only_cheaper: Whether a convolution is left as it is that would not get cheaper
+            in MACs. It has no effect on explicit ranks, nor on a `Budget`, which never
+            takes a form that is dearer in what it counts.
+        round_to: Ranks become multiples of it, rounded up, for the hardware's sake; not
+            with explicit ranks.
+        image_shape: [h, w, c] that MACs are counted at; None: that of `calibration`, or
+            the one that a network of this library was published for.
+        batch_size: Calibration images a call; images that fill no whole batch are left
+            out.
+
+    Returns:
+        (model, variables) of the compressed network.
+
+    Raises:
+        ValueError: A budget that no ranks can meet (says the least possible), a glob
+            that matches no convolution, ranks outside their range, kernels or images
+            that are not finite, or no `image_shape` where it is needed.
+
+    References:
+        Kim et al., 2016, https://arxiv.org/abs/1511.06530
+    """
+    _check_options(ranks, round_to, batch_size)
+    images = None if calibration is None else checked_images(calibration)
+    shape = _image_shape(model, image_shape, images)
+    every = find_sites(model, variables, shape)
+    sites = _wanted_sites(every, layers, keep_stem)
+    _check_globs(ranks, every)
+
+    dense = _multiplied_out(model, variables, every)
+    batches = [] if images is None else batched(images, batch_size)
+    moments = input_moments(*dense, sites, batches) if batches else {}
+    kernels = {path: WeighedKernel(s, moments.get(path)) for path, s in sites.items()}
+
+    if isinstance(ranks, Budget):
+        specs = choose_ranks(
+            ranks,
+            (model, variables),
+            dense,
+            kernels,
+            batches,
+            image_shape=shape,
+            round_to=round_to,
+        )
+    else:
+        specs = {
+            path: rank_by_rule(ranks, site, kernels[path].kernel, round_to=round_to)
+            for path, site in sites.items()
+        }
+        if only_cheaper and not isinstance(ranks, Plan):
+            specs = {
+                path: spec
+                for path, spec in specs.items()
+                if sites[path].macs(spec) < sites[path].macs(sites[path].spec)
+            }
+
+    changed = {path: s for path, s in specs.items() if s != sites[path].spec}
+    leaves = {
+        path: kernels[path].parameters(spec, leaves_at(variables, path), method=method)
+        for path, spec in changed.items()
+    }
+    return _with_rules(model, changed), with_leaves(variables, leaves)
+
+
+def _check_options(ranks: Any, round_to: int, batch_size: int) -> None:
+    if not isinstance(ranks, RankRule | Budget):
+        raise ValueError(
+            f"`ranks` (={ranks!r}) must be a Ratio, Energy, Evbmf, Budget or Plan."
+        )
+    if round_to < 1:
+        raise ValueError(f"`round_to` (={round_to}) must be >= 1.")
+    if round_to > 1 and isinstance(ranks, Plan):
+        raise ValueError(f"`round_to` (={round_to}) must be 1 with explicit ranks.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
+
+
+def _check_globs(ranks: RankRule | Budget, sites: Mapping[str, Site]) -> None:
+    """Raises ValueError if an explicit rule matches no convolution."""
+    for glob, _ in ranks.rules if isinstance(ranks, Plan) else ():
+        if not fnmatch.filter(sites, glob):
+            raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
+
+
+def _wanted_sites(
+    every: Mapping[str, Site], layers: str, keep_stem: bool
+) -> dict[str, Site]:
+    """Returns the convolutions that may change.
+
+    Raises:
+        ValueError: There is none.
+    """
+    sites = list(every.items())[1 if keep_stem else 0 :]
+    wanted = {p: site for p, site in sites if fnmatch.fnmatchcase(p, layers)}
+    if not wanted:
+        raise ValueError(
+            f"`layers` (={layers!r}) matches no convolution that can be factorised."
+        )
+    return wanted
+
+
+def decompress(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, ...] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Multiplies the factors of a compressed network out to dense kernels.
+
+    Args:
+        model: A network that `compress` returned.
+        variables: Its variables.
+        image_shape: [h, w, c]; None: as for `compress`.
+
+    Returns:
+        (model, variables) of a network of ordinary convolutions, with the same outputs
+        up to rounding.
+
+    Raises:
+        ValueError: A factorised layer whose core is inertial, which no dense kernel
+            equals.
+    """
+    shape = _image_shape(model, image_shape, None)
+    plan = plan_of(model)
+    for _, spec in plan.rules if plan is not None else ():
+        if isinstance(spec, Tucker2) and not isinstance(spec.core, Conv):
+            raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
+    return _multiplied_out(model, variables, find_sites(model, variables, shape))
+
+
+def _multiplied_out(
+    model: nn.Module, variables: Mapping[str, Any], sites: Mapping[str, Site]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns the network with ordinary convolutions in place of their factors."""
+    changed, specs = {}, {}
+    for path, site in sites.items():
+        if isinstance(site.spec, Conv):
+            continue
+        leaves = leaves_at(variables, path)
+        dtype = next(iter(leaves.values())).dtype
+        bias = bias_of(leaves)
+        changed[path] = {"kernel": jnp.asarray(site.kernel, dtype)}
+        if bias is not None:
+            changed[path]["bias"] = bias
+        specs[path] = site.core
+    return _with_rules(model, specs), with_leaves(variables, changed)
+
+
+def _image_shape(
+    model: nn.Module, given: tuple[int, ...] | None, images: np.ndarray | None
+) -> tuple[int, ...]:
+    if given is None and images is not None:
+        return images.shape[1:]
+    return image_shape_of(model, given)
+
+
+def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:
+    """Returns the model with `rules` in place of what its plan had for those layers."""
+    if not rules:
+        return model
+    plan = plan_of(model)
+    if plan is None:
+        return Planned(model, Plan(tuple(rules.items())))
+    rest = Plan(tuple((g, spec) for g, spec in plan.rules if g not in rules))
+    new = tuple((p, spec) for p, spec in rules.items() if rest.spec(p) != spec)
+    return model.clone(plan=Plan((*new, *rest.rules)))

@@ -1,0 +1,172 @@
+"""Parameters and multiply-accumulates of a network, layer by layer."""
+
+import collections
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+
+from inertia_jax.calls import Call, record_calls
+from inertia_jax.cost.inertial import count_inertial
+from inertia_jax.cost.table import CostTable, LayerCost
+from inertia_jax.dropped import find_convolutions, find_dropped
+from inertia_jax.layers.inertial import InertialConv
+from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of, ranks_of
+from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.specs import Fixed, Rate, Threshold
+
+
+def count_cost(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    gate_rates: Mapping[str, float] | None = None,
+) -> CostTable:
+    """Counts parameters and MACs without running the network.
+
+    A convolution costs `h_out w_out c_out kh kw c_in / groups` MACs an image, a linear
+    layer `c_in c_out` a row, a factorised one the sum of its parts. Any Linen model
+    whose convolutions are `nn.Conv`, `InertialConv`, `Tucker2Conv` or `LowRankConv` and
+    whose linear layers are `nn.Dense` is counted, a layer that is called twice twice
+    (but once inside `nn.scan`, `nn.remat` and their like, with what its kernels hold);
+    parameters count whatever holds them.
+
+    Args:
+        model: Called as `model(images)`, with `train=False` where it takes `train`.
+        input_shape: Shape of one image [h, w, c], or of a batch [n, h, w, c]; MACs are
+            those of one image either way.
+        gate_rates: Share of open gates of inertial layers by path, as evaluation
+            measures it (`LAYER/core` where the core is inertial). Layers that are not
+            named have the target of their `Rate`, 0 at `Fixed.CLOSED`, and otherwise 1.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: `input_shape` has neither three nor four positive entries, or
+            `gate_rates` names no inertial layer or lies outside [0, 1].
+    """
+    shape = tuple(int(size) for size in input_shape)
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        raise ValueError(
+            f"`input_shape` (={input_shape}) must be (h, w, c) or (n, h, w, c)."
+        )
+    calls, variables = record_calls(model, shape)
+    rates = dict(gate_rates or {})
+    _check_rates(rates, calls)
+    dense, notes = {}, {}
+    plan = getattr(model, "plan", None)
+    if isinstance(plan, Plan) and plan.rules:
+        plain = count_cost(model.clone(plan=Plan()), shape)
+        dense = {row.path: row.macs for row in plain.rows}
+        dropped = find_dropped(plan, find_convolutions(calls))
+        notes = {rule.path: rule.reason for rule in dropped if rule.path}
+    owned = _leaves_by_layer(calls, variables["params"])
+    rows = []
+    for path in [*calls, *(path for path in owned if path not in calls)]:
+        if path not in owned:
+            continue
+        call = calls.get(path, Call(None, (), ()))
+        leaves = owned[path]
+        params = sum(math.prod(value.shape) for value in leaves.values())
+        macs, fields = _count_layer(path, call, calls, leaves, rates)
+        kind = kind_of(call.module).name
+        if path in dense and kind in CONVOLUTIONS and kind != "conv":
+            fields["dense_macs"] = dense[path]
+        note = notes.get(path, "")
+        shape = call.output_shape
+        rows.append(LayerCost(path, kind, shape, params, macs, note=note, **fields))
+    return CostTable(tuple(rows))
+
+
+def _check_rates(rates: Mapping[str, float], calls: Mapping[str, Call]) -> None:
+    """Raises ValueError unless rates are those of inertial layers."""
+    for path, rate in rates.items():
+        call = calls.get(path)
+        if call is None or not isinstance(call.module, InertialConv):
+            raise ValueError(f"`gate_rates` has {path!r}, which is no inertial layer.")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`gate_rates` (={rate} for {path!r}) must be in [0, 1].")
+
+
+def _leaves_by_layer(
+    calls: Mapping[str, Call], params: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Returns each layer's parameters; those of its parts are the layer's own."""
+    owned: dict[str, dict[str, Any]] = {}
+    factorised = [path for path, call in calls.items() if call.is_factorised]
+    for place, value in traverse_util.flatten_dict(params, sep="/").items():
+        owner, _, name = place.rpartition("/")
+        for path in factorised:
+            if place.startswith(_inside(path)):
+                owner, name = path, place.removeprefix(_inside(path))
+                break
+        owned.setdefault(owner, {})[name] = value
+    return owned
+
+
+def _count_layer(
+    path: str,
+    call: Call,
+    calls: Mapping[str, Call],
+    leaves: Mapping[str, Any],
+    rates: Mapping[str, float],
+) -> tuple[int, dict[str, Any]]:
+    """Returns a layer's MACs and the other fields of its row."""
+    module = call.module
+    if isinstance(module, InertialConv):
+        rate = rates.get(path, _expected_rate(module.threshold))
+        cost: collections.Counter[str] = collections.Counter()
+        for one in call.every:
+            cost.update(count_inertial(module, one.input_shape, one.output_shape, rate))
+        return cost.pop("macs"), {"gate_rate": rate, **cost}
+    if isinstance(module, (nn.Conv, nn.Dense)):
+        return _outputs(call) * _taps(leaves["kernel"]), {}
+    if not call.is_factorised:
+        return 0, {}
+    fields: dict[str, Any] = {"ranks": ranks_of(module)}
+    macs = 0
+    for name in kind_of(module).parts:
+        part = calls.get(f"{_inside(path)}{name}")
+        if part is None:
+            continue
+        if isinstance(part.module, InertialConv):
+            more, fields_of_core = _count_layer(
+                f"{_inside(path)}{name}", part, calls, {}, rates
+            )
+            del fields_of_core["dense_macs"]
+            fields |= fields_of_core
+            # The factors are computed whatever the gates do.
+            for key in ("core_macs", "ladder_macs"):
+                fields[key] -= more
+        else:
+            more = _outputs(part) * _taps(leaves[f"{name}/kernel"])
+        macs += more
+    for key in ("core_macs", "ladder_macs"):
+        if key in fields:
+            fields[key] += macs
+    return macs, fields
+
+
+def _inside(path: str) -> str:
+    """Returns what paths inside a layer begin with; the network itself has none."""
+    return f"{path}/" if path else ""
+
+
+def _expected_rate(threshold: Threshold) -> float:
+    if isinstance(threshold, Rate):
+        return threshold.target
+    is_closed = isinstance(threshold, Fixed) and threshold.value >= Fixed.CLOSED.value
+    return 0.0 if is_closed else 1.0
+
+
+def _outputs(call: Call) -> int:
+    """Returns how many numbers all calls of a layer give."""
+    return sum(math.prod(one.output_shape) for one in call.every)
+
+
+def _taps(kernel: Any) -> int:
+    """Each output sums over all but the last axis of the kernel [.., c_out]."""
+    return math.prod(kernel.shape[:-1])

@@ -1,0 +1,206 @@
+"""BatchNorm merged into the convolution before it: the same function, fewer layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from inertia_jax.calls import Wrapper, on_calls, on_scope
+from inertia_jax.deploy.fold_trace import trace_layers
+from inertia_jax.layers.batch_norm import BatchNormToTrain
+from inertia_jax.layers.inertial import InertialConv
+from inertia_jax.layers.kinds import KINDS, output_kernel
+from inertia_jax.models.create import image_shape_of
+
+
+class Folded(Wrapper):
+    """A network in evaluation mode without the BatchNorm that its kernels contain.
+
+    Variables are those of the network, under the same names, but for the parameters and
+    statistics of the merged BatchNorm layers, which are gone, and a bias in each layer
+    that one was merged into.
+
+    Attributes:
+        unfolded: The network.
+        folded: Pairs of paths, a layer and the BatchNorm merged into it.
+        kept: Pairs of a BatchNorm's path and why it could not be merged.
+
+    Raises:
+        ValueError: The network is called in training mode.
+    """
+
+    unfolded: nn.Module
+    folded: tuple[tuple[str, str], ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def wrapped(self) -> nn.Module:
+        return self.unfolded
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layers = {layer for layer, _ in self.folded}
+        norms = {norm for _, norm in self.folded}
+        if kwargs.get("train"):
+            raise ValueError(_no_training(self.unfolded))
+
+        def replace(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+            if type(module) in (nn.BatchNorm, BatchNormToTrain) and path in norms:
+                if not _uses_running_average(module, args, kwargs):
+                    raise ValueError(_no_training(self.unfolded))
+                return _as_normalised(module, args[0] if args else kwargs["x"])
+            if type(module) in KINDS and path in layers and not module.use_bias:
+                # Made anew in the same place, so that a model's own code, which knows
+                # of no bias, need not change.
+                layer = module.clone(parent=module.scope.rewound(), use_bias=True)
+                return layer(*args, **kwargs)
+            return call(*args, **kwargs)
+
+        with on_calls(replace):
+            return on_scope(self.unfolded, self.scope)(*args, **kwargs)
+
+
+def fold_batch_norm(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, ...] | None = None,
+) -> tuple[Folded, dict[str, Any]]:
+    """Merges every BatchNorm that directly follows a convolution into its kernel.
+
+    With running mean mu, variance v, scale g and offset h, an output channel becomes
+
+        g (K x + b - mu) / sqrt(v + epsilon) + h = (s K) x + (s (b - mu) + h),
+        s = g / sqrt(v + epsilon)
+
+    so that kernel and bias take it in: those of `nn.Conv` and `nn.Dense`, those of the
+    last factor of a Tucker-2 or low-rank convolution, whatever its core, and those of
+    an inertial core. Friction is taken of the input, so that gates stay as they are (up
+    to the rounding of that input), and detail, where it is linear in the core, scales
+    with it. A BatchNorm stays, and `model.kept` says why, after
+
+    - an inertial convolution with `combine="max"`, where a scale is negative;
+    - one with `combine="stack"`, where two channels share a filter;
+    - anything but the output of one such layer that nothing else uses, be it called
+      twice, or inside `nn.scan` or `nn.vmap`.
+
+    The model is not edited: its trace shows which layer each BatchNorm follows.
+    Checkpoints hold networks that can be trained on; fold after loading one.
+
+    Args:
+        model: Called as `model(images)`, with `train=False` where it takes `train`; one
+            that is folded comes back as it is.
+        variables: Its trained variables; they are not changed.
+        image_shape: [h, w, c] of an input; None: the one that a network of this library
+            was published for.
+
+    Returns:
+        (model, variables) of the same function in evaluation mode, up to rounding.
+
+    Raises:
+        ValueError: No `image_shape` where it is needed, or variables that are not the
+            model's.
+    """
+    if isinstance(model, Folded):
+        return model, dict(variables)
+    shape = image_shape_of(model, image_shape)
+    trace = trace_layers(model, shape, kinds=KINDS)
+    flat = traverse_util.flatten_dict(dict(variables))
+    folded, kept = [], []
+    for path, norm in trace.norms.items():
+        layer = trace.layer_before(path)
+        if layer is None:
+            kept.append((path, "does not follow one layer that nothing else uses"))
+            continue
+        module = trace.layers[layer]
+        reason = _cannot_fold(module, norm) or _merge(flat, layer, module, path, norm)
+        if reason is None:
+            folded.append((layer, path))
+        else:
+            kept.append((path, reason))
+    merged: dict[str, Any] = {name: {} for name in variables if name != "batch_stats"}
+    merged |= traverse_util.unflatten_dict(flat)
+    return Folded(model, tuple(folded), tuple(kept)), merged
+
+
+def _no_training(model: nn.Module) -> str:
+    return (
+        f"`train` (=True) must be False: BatchNorm of this {type(model).__name__} is "
+        f"folded into its kernels; train the network that was folded."
+    )
+
+
+def _uses_running_average(module: Any, args: Any, kwargs: Any) -> bool:
+    if isinstance(module, BatchNormToTrain):
+        return False
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    return bool(module.use_running_average if given is None else given)
+
+
+def _as_normalised(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
+    """Returns `x` in the type that BatchNorm would return it in."""
+    weights = [module.param_dtype] * (module.use_scale + module.use_bias)
+    return x.astype(module.dtype or jnp.result_type(x, *weights))
+
+
+def _cannot_fold(layer: Any, norm: nn.BatchNorm) -> str | None:
+    """Returns why a BatchNorm cannot be merged, its numbers apart; None if it can."""
+    if norm.axis != -1:
+        return f"normalises axis {norm.axis}, not the channels"
+    if isinstance(layer, InertialConv) and layer.combine == "stack":
+        return "follows combine='stack', whose filters serve two channels each"
+    return None
+
+
+def _kernel_ndim(layer: Any) -> int:
+    if isinstance(layer, nn.Dense):
+        return 2
+    # A number is the kernel size of a one-dimensional `nn.Conv`.
+    size = layer.kernel_size if isinstance(layer, nn.Conv) else (1, 1)
+    return 3 if isinstance(size, int) else len(size) + 2
+
+
+def _merge(
+    flat: dict[tuple[str, ...], Any],
+    layer_path: str,
+    layer: Any,
+    norm_path: str,
+    norm: nn.BatchNorm,
+) -> str | None:
+    """Merges a BatchNorm into `flat`, or returns why it cannot be, and changes nothing.
+
+    Raises:
+        ValueError: `flat` lacks a variable of either.
+    """
+
+    def wide(place: tuple[str, ...]) -> np.ndarray:
+        if place not in flat:
+            raise ValueError(
+                f"`variables` has no {'/'.join(place[1:])!r} in {place[0]!r}."
+            )
+        return np.asarray(flat[place]).astype(np.float64)
+
+    here = tuple(norm_path.split("/"))
+    kernel_at = ("params", *layer_path.split("/"), *output_kernel(layer).split("/"))
+    bias_at = (*kernel_at[:-1], "bias")
+    mean = wide(("batch_stats", *here, "mean"))
+    scale = 1 / np.sqrt(wide(("batch_stats", *here, "var")) + norm.epsilon)
+    if norm.use_scale:
+        scale = scale * wide(("params", *here, "scale"))
+    kernel = wide(kernel_at)
+    if scale.ndim != 1 or kernel.ndim != _kernel_ndim(layer):
+        return "holds the variables of several layers"
+    if isinstance(layer, InertialConv) and layer.combine == "max" and scale.min() < 0:
+        return "follows combine='max' and has a negative scale"
+    shift = scale * ((wide(bias_at) if layer.use_bias else 0) - mean)
+    if norm.use_bias:
+        shift = shift + wide(("params", *here, "bias"))
+    dtype = flat[kernel_at].dtype
+    flat[kernel_at] = jnp.asarray((kernel * scale).astype(dtype))
+    flat[bias_at] = jnp.asarray(shift.astype(dtype))
+    for place in [place for place in flat if place[1:-1] == here]:
+        del flat[place]
+    return None

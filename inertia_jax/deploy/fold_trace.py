@@ -1,0 +1,116 @@
+"""Which BatchNorm directly follows which layer, read off a network's trace."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from inertia_jax.calls import evaluating, on_calls
+
+_MARK = "inertia_jax.deploy.fold"
+
+
+@dataclasses.dataclass(frozen=True)
+class NormTrace:
+    """A network's layers and its BatchNorm, and which follows which.
+
+    Attributes:
+        layers: Layers of the kinds that were asked for, by path.
+        norms: BatchNorm layers, by path.
+        follows: The layer whose output, used nowhere else, a BatchNorm is called on, by
+            path; one entry a call.
+        calls: How often each path is called.
+    """
+
+    layers: dict[str, Any]
+    norms: dict[str, nn.BatchNorm]
+    follows: dict[str, str]
+    calls: collections.Counter[str]
+
+    def layer_before(self, norm: str) -> str | None:
+        """Returns the path of the layer whose output only this BatchNorm uses."""
+        layer = self.follows.get(norm)
+        if layer is None or self.calls[layer] != 1 or self.calls[norm] != 1:
+            return None
+        return layer
+
+
+def trace_layers(
+    model: nn.Module, image_shape: tuple[int, ...], *, kinds: Iterable[type]
+) -> NormTrace:
+    """Returns which BatchNorm is called on the output of which layer.
+
+    Outputs of layers and inputs of BatchNorm are given names in the trace, in which
+    every use of an array shows. Nothing is computed.
+
+    Args:
+        model: Called as `model(images)`, with `train=False` where it takes `train`.
+        image_shape: [h, w, c].
+        kinds: Classes of layers that are looked at.
+    """
+    kinds = frozenset(kinds)
+    layers: dict[str, Any] = {}
+    norms: dict[str, nn.BatchNorm] = {}
+    outputs: dict[str, Any] = {}
+
+    def mark(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        if type(module) is nn.BatchNorm:
+            x, *rest = args or (kwargs.pop("x"),)
+            axis = -1 if module.axis == x.ndim - 1 else module.axis
+            norms[path] = module.copy(parent=None, axis=axis)
+            return call(checkpoint_name(x, f"{_MARK}:norm:{path}"), *rest, **kwargs)
+        output = call(*args, **kwargs)
+        # A replacement layer is called, and marked, inside the replaced one, under the
+        # same path.
+        if type(module) not in kinds or outputs.get(path) is output:
+            return output
+        layers[path] = module.copy(parent=None)
+        outputs[path] = checkpoint_name(output, f"{_MARK}:layer:{path}")
+        return outputs[path]
+
+    options = evaluating(model)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with on_calls(mark):
+        init = jax.make_jaxpr(lambda key, x: model.init(key, x, **options))
+        jaxpr = init(jax.random.key(0), images).jaxpr
+    follows: dict[str, str] = {}
+    calls: collections.Counter[str] = collections.Counter()
+    for inner in _with_subjaxprs(jaxpr):
+        uses = collections.Counter(id(v) for eqn in inner.eqns for v in eqn.invars)
+        uses.update(id(v) for v in inner.outvars)
+        made_by: dict[int, str] = {}
+        for eqn in inner.eqns:
+            mark_of, kind, path = _read_mark(eqn)
+            if mark_of != _MARK:
+                continue
+            calls[path] += 1
+            if kind == "layer":
+                made_by[id(eqn.outvars[0])] = path
+            elif uses[id(eqn.invars[0])] == 1 and id(eqn.invars[0]) in made_by:
+                follows[path] = made_by[id(eqn.invars[0])]
+    return NormTrace(layers, norms, follows, calls)
+
+
+def _read_mark(eqn: Any) -> tuple[str, str, str]:
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    mark, _, rest = str(name).partition(":")
+    kind, _, path = rest.partition(":")
+    return mark, kind, path
+
+
+def _with_subjaxprs(jaxpr: Any) -> Iterator[Any]:
+    yield jaxpr
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from _with_subjaxprs(getattr(value, "jaxpr", value))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, (ClosedJaxpr, Jaxpr))

@@ -1,0 +1,1 @@
+"""Linen modules for anyone's network, used like `nn.Conv`."""

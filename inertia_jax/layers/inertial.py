@@ -1,0 +1,271 @@
+"""The inertial convolution as a Linen module: its variables, and when they move."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import Array, lax
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.ops.conv.conv import Padding, stride_pair
+from inertia_jax.ops.inertial.friction import friction as region_friction
+from inertia_jax.ops.inertial.gates import hard_gate, rate_threshold
+from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
+from inertia_jax.ops.inertial.tiles import make_tiling
+from inertia_jax.ops.inertial.window import InertialOutput, inertial_conv, weights_shape
+from inertia_jax.plan.specs import Fixed, Inertial, Learned, Threshold, fields_as
+
+# Names of what a layer sows and of its running mean, for those who read them.
+GATE_RATE, FRICTION = "gate_rate", "friction"
+FRICTION_MEAN = "friction_mean"
+
+# Momentum of the running means, as Flax counts it: the share that is kept.
+_MOMENTUM = 0.9
+
+
+class InertialConv(nn.Module):
+    """An inertial convolution, used like `nn.Conv` of two dimensions.
+
+    Parameters: `kernel` [m, m, c_in, features] (half the features for `stack`), `bias`,
+    `weights` of the weighted joins, `threshold` if learned. Other thresholds are in the
+    collection `thresholds`, so that they change without compiling anew; the running
+    mean of `relative` friction is `friction_mean` in `batch_stats`. Calls sow
+    `gate_rate` [n] into `intermediates`: the share of open gates of each image,
+    differentiable where `gate_gradient` is `ste`; and `friction`.
+
+    In training, `thresholds` and `batch_stats` must be mutable where `Rate` and
+    `relative` move them. Before the first training batch, a `Rate` threshold is 0 and
+    a `relative` friction is divided by 1.
+
+    Attributes other than these are the fields of `Inertial`, and mean the same; see
+    there. `from_spec` copies them over.
+
+    Attributes:
+        features: Number of output channels.
+        strides: Distance between outputs, in pixels; 1 for the tiled reading.
+        padding: Zeros around the image: of the region in the window reading, of the
+            m x m convolution in the tiled one.
+        use_bias: Whether a bias is added to the output.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of the core.
+        bias_init: Initialiser of the bias.
+        axis_name: Mesh axis over whose devices `Rate` and `relative` take the friction
+            together.
+
+    Raises:
+        ValueError: What `Inertial` refuses, tiles with strides, or `stack` of an odd
+            number of features.
+    """
+
+    features: int
+    core_size: int
+    region_size: int
+    strides: int | Sequence[int] | None = 1
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    axis_name: str | None = None
+    reading: str = Inertial.reading
+    metric: str = Inertial.metric
+    reference: str = Inertial.reference
+    relative: bool = Inertial.relative
+    combine: str = Inertial.combine
+    zero_middle: bool = Inertial.zero_middle
+    low: str = Inertial.low
+    threshold: Threshold = Inertial.threshold
+    gate_gradient: str = Inertial.gate_gradient
+    slope: float = Inertial.slope
+    channel_stride: int = Inertial.channel_stride
+    capacities: Sequence[float] | None = Inertial.capacities
+
+    @property
+    def spec(self) -> Inertial:
+        """What a plan says where this layer stands."""
+        return Inertial(**fields_as(Inertial, self))
+
+    @classmethod
+    def from_spec(cls, spec: Inertial, features: int, **linen: Any) -> "InertialConv":
+        """Makes the layer that a plan's spec describes.
+
+        Args:
+            spec: Fields of the layer that a plan chooses.
+            features: Number of output channels.
+            **linen: Any of the other fields, and `name` and `parent`.
+        """
+        return cls(features, **fields_as(Inertial, spec), **linen)
+
+    @property
+    def core_features(self) -> int:
+        """Filters of the core."""
+        return self.features // 2 if self.combine == "stack" else self.features
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
+    ) -> Float[Array, "*batch h_out w_out features"]:
+        x = jnp.asarray(inputs)
+        spec = self.spec
+        if spec.reading == "tiled" and stride_pair(self.strides) != (1, 1):
+            raise ValueError(
+                f"`strides` (={self.strides}) must be 1 for `reading` (='tiled')."
+            )
+        if spec.combine == "stack" and self.features % 2:
+            raise ValueError(
+                f"`features` (={self.features}) must be even for `combine` (='stack')."
+            )
+        batch = x.shape[:-3]
+        x = x.reshape(math.prod(batch), *x.shape[-3:])
+        m, c_in = self.core_size, x.shape[-1]
+        kernel = self.param(
+            "kernel",
+            self.kernel_init,
+            (m, m, c_in, self.core_features),
+            self.param_dtype,
+        )
+        bias = None
+        if self.use_bias:
+            bias = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
+        weights = self._weights(spec, c_in)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x = jnp.asarray(x)
+        friction = None
+        if train or spec.relative or spec.reading == "window":
+            friction = self._friction(spec, x, train=train)
+        # Where it is None, the operation takes it itself, chunk by chunk, in the cache.
+        threshold = self._threshold(spec.threshold, friction, train=train)
+        output = self._apply(spec, x, kernel, weights, friction, threshold, train=train)
+        friction = output.friction
+
+        opening = hard_gate(
+            friction[..., None], threshold.reshape(1, 1, 1, -1), slope=spec.slope
+        )
+        if spec.gate_gradient == "none":
+            opening = lax.stop_gradient(opening)
+        self.sow("intermediates", GATE_RATE, opening.mean((1, 2, 3)))
+        self.sow("intermediates", FRICTION, friction)
+        y = output.y
+        if bias is not None:
+            y = y + bias.reshape(1, 1, 1, -1)
+        return y.reshape(*batch, *y.shape[1:])
+
+    def _weights(self, spec: Inertial, c_in: int) -> Array | None:
+        n = spec.region_size - spec.core_size + 1
+        shape = weights_shape(
+            spec.combine, steps=n, c_in=c_in, core_features=self.core_features
+        )
+        if shape is None:
+            return None
+        weighed = n * n - 1 if spec.zero_middle else n * n
+        init = nn.initializers.constant(1 / weighed)
+        weights = self.param("weights", init, shape, self.param_dtype)
+        if spec.zero_middle:
+            middle = (n - 1) // 2
+            weights = weights.at[middle, middle].set(0)
+        return weights
+
+    def _friction(self, spec: Inertial, x: Array, *, train: bool) -> Array:
+        strides, padding = stride_pair(self.strides), self.padding
+        if spec.reading == "tiled":
+            tiling = make_tiling(
+                (x.shape[1], x.shape[2]),
+                core_size=spec.core_size,
+                region_size=spec.region_size,
+                padding=self.padding,
+                low=spec.low,
+            )
+            strides = (tiling.tile_size, tiling.tile_size)
+            padding = tiling.pads
+        friction = region_friction(
+            x,
+            region_size=spec.region_size,
+            core_size=spec.core_size,
+            strides=strides,
+            padding=padding,
+            metric=spec.metric,
+            reference=spec.reference,
+            channel_stride=spec.channel_stride,
+        )
+        if not spec.relative:
+            return friction
+        ones = lambda: jnp.ones((), friction.dtype)  # noqa: E731
+        running = self.variable("batch_stats", FRICTION_MEAN, ones)
+        if not train or self.is_initializing():
+            return friction / running.value
+        mean = lax.stop_gradient(friction).mean()
+        if self.axis_name is not None:
+            mean = lax.pmean(mean, self.axis_name)
+        running.value = _moved(running.value, mean)
+        # Where every region is flat there is nothing to divide by.
+        return friction / jnp.where(mean > 0, mean, 1)
+
+    def _threshold(
+        self, threshold: Threshold, friction: Array | None, *, train: bool
+    ) -> Array:
+        dtype = self.param_dtype
+        if isinstance(threshold, Learned):
+            shape = (self.core_features,) if threshold.per_channel else ()
+            init = nn.initializers.constant(threshold.init)
+            return self.param("threshold", init, shape, dtype)
+        first = threshold.value if isinstance(threshold, Fixed) else 0.0
+        stored = self.variable(
+            "thresholds", "threshold", lambda: jnp.full((), first, dtype)
+        )
+        moves = train and not self.is_initializing()
+        if isinstance(threshold, Fixed) or friction is None or not moves:
+            return stored.value
+        value = rate_threshold(
+            friction, threshold.target, axis_name=self.axis_name
+        ).astype(dtype)
+        stored.value = _moved(stored.value, value)
+        return value
+
+    def _apply(
+        self,
+        spec: Inertial,
+        x: Array,
+        kernel: Array,
+        weights: Array | None,
+        friction: Array | None,
+        threshold: Array,
+        *,
+        train: bool,
+    ) -> InertialOutput:
+        common: dict[str, Any] = {
+            "region_size": spec.region_size,
+            "metric": spec.metric,
+            "reference": spec.reference,
+            "channel_stride": spec.channel_stride,
+            "threshold": threshold,
+            "padding": self.padding,
+            "gate_gradient": spec.gate_gradient,
+            "slope": spec.slope,
+            "friction": friction,
+        }
+        if spec.reading == "window":
+            return inertial_conv(
+                x,
+                kernel,
+                combine=spec.combine,
+                weights=weights,
+                strides=stride_pair(self.strides),
+                **common,
+            )
+        capacities = None if train else spec.capacities
+        return inertial_conv_tiled(
+            x, kernel, low=spec.low, capacities=capacities, **common
+        )
+
+
+def _moved(running: Array, value: Array) -> Array:
+    return _MOMENTUM * running + (1 - _MOMENTUM) * value

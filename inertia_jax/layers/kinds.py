@@ -1,0 +1,159 @@
+"""What each kind of layer is made of: its spec, its parts, and its kernel.
+
+Whoever asks what a layer is asks here; nothing else tests for a layer's class. A new
+kind of layer needs its Linen module and, for a plan to name it, a spec in `specs.Spec`
+whose fields are fields of the module under the same names. One entry in `KINDS` then
+makes the layer known to costs, folding, reconstruction, checkpoints of PyTorch and
+compression; `models.layers.Layers.conv` says how a plan makes one. A factorisation that
+`compress` is to choose needs its mathematics besides: `Site.kernel_shapes`, and a rule
+in `ranks`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.layers.inertial import InertialConv
+from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.tucker import Tucker2Conv
+from inertia_jax.ops.tucker.factors import LowRankFactors, Tucker2Factors, stack_groups
+from inertia_jax.ops.tucker.low_rank import low_rank_to_kernel
+from inertia_jax.ops.tucker.tucker import tucker2_to_kernel
+from inertia_jax.plan.specs import Conv, Inertial, LowRank, Tucker2, core_of, fields_as
+
+KindName = Literal["conv", "inertial", "tucker2", "low_rank", "dense", "other"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a kind of layer is made of.
+
+    Attributes:
+        name: The kind, as the table of costs has it.
+        spec: What a plan says where such a layer stands; None: no plan speaks of it.
+        parts: Names of the layers that it consists of, in the order of computation. The
+            first and last are 1x1, the last has the bias; one between is `core`.
+        ranks: Names of its ranks, fields of the spec and of the layer.
+        factors: Class of the tuple of its factors, in the order of `parts`.
+        to_kernel: Multiplies these factors out, `to_kernel(factors, groups=groups)`.
+    """
+
+    name: KindName
+    spec: type | None = None
+    parts: tuple[str, ...] = ()
+    ranks: tuple[str, ...] = ()
+    factors: Any = None
+    to_kernel: Any = None
+
+
+# Subclasses count as what they derive from.
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Conv: Kind("conv", Conv),
+    nn.Dense: Kind("dense"),
+    InertialConv: Kind("inertial", Inertial),
+    Tucker2Conv: Kind(
+        "tucker2",
+        Tucker2,
+        parts=("u_in", "core", "u_out"),
+        ranks=("rank_in", "rank_out"),
+        factors=Tucker2Factors,
+        to_kernel=tucker2_to_kernel,
+    ),
+    LowRankConv: Kind(
+        "low_rank",
+        LowRank,
+        parts=("left", "right"),
+        ranks=("rank",),
+        factors=LowRankFactors,
+        to_kernel=low_rank_to_kernel,
+    ),
+}
+# Kinds that a plan chooses between.
+CONVOLUTIONS = tuple(kind.name for kind in KINDS.values() if kind.spec is not None)
+_OTHER = Kind("other")
+
+
+def kind_of(module: Any) -> Kind:
+    """Returns the kind of a layer, or of a spec; `other` for what is not listed."""
+    for cls, kind in KINDS.items():
+        if isinstance(module, cls) or type(module) is kind.spec:
+            return kind
+    return _OTHER
+
+
+def ranks_of(module: Any) -> tuple[int, ...]:
+    """Returns the ranks of a layer, or of a spec; () without factors."""
+    return tuple(getattr(module, name) for name in kind_of(module).ranks)
+
+
+def spec_of(module: Any) -> Any:
+    """Returns what a plan says where this convolution stands.
+
+    Raises:
+        ValueError: The layer is no convolution.
+    """
+    spec = kind_of(module).spec
+    if spec is None:
+        raise ValueError(f"`module` (={type(module).__name__}) must be a convolution.")
+    if spec is Conv:
+        # The network's own filters, whose side a plan does not name.
+        return Conv()
+    return spec(**fields_as(spec, module))
+
+
+def output_kernel(module: Any) -> str:
+    """Returns the name of the kernel that a scale of the outputs multiplies.
+
+    Outputs are its last axis, and the bias stands beside it.
+    """
+    return "/".join((*kind_of(module).parts[-1:], "kernel"))
+
+
+def bias_of(leaves: Mapping[str, Any]) -> Any:
+    """Returns a layer's bias, which stands beside its output kernel, or None.
+
+    Args:
+        leaves: Parameters of the layer, those of its parts as `PART/kernel`.
+    """
+    names = [name for name in leaves if name.rpartition("/")[2] == "bias"]
+    return leaves[names[0]] if names else None
+
+
+def linear_parts(module: Any) -> tuple[str, ...]:
+    """Returns the parts of a convolution that its output is linear in.
+
+    The convolution itself is "", where it has no parts.
+    """
+    kind = kind_of(module)
+    # What a subclass computes is not known.
+    if kind.spec is None or type(module) not in KINDS:
+        return ()
+    parts, core = kind.parts or ("",), core_of(spec_of(module))
+    if isinstance(core, Inertial):
+        # Friction is taken of what the parts before the core put out.
+        parts = parts[parts.index("core") :] if kind.parts else parts
+        return parts[1:] if core.combine == "max" else parts
+    return parts
+
+
+def dense_kernel(
+    module: Any, leaves: Mapping[str, Any]
+) -> Float[ArrayLike, "kh kw c_in c_out"]:
+    """Returns the kernel of a convolution, its factors multiplied out.
+
+    Args:
+        module: The convolution; its core is an ordinary one.
+        leaves: Its parameters, those of its parts as `PART/kernel`.
+    """
+    kind = kind_of(module)
+    if not kind.parts:
+        return leaves["kernel"]
+    kernels = [jnp.asarray(leaves[f"{part}/kernel"]) for part in kind.parts]
+    groups = module.feature_group_count
+    into, out = stack_groups(kernels[0], groups), kernels[-1][0, 0].T
+    return kind.to_kernel(kind.factors(into, *kernels[1:-1], out), groups=groups)

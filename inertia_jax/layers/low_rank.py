@@ -1,0 +1,86 @@
+"""A 1x1 convolution in two factors, as a Linen module."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.layers.pointwise import Pointwise, check_groups
+from inertia_jax.ops.conv.dispatch import conv_for_linen
+
+
+class LowRankConv(nn.Module):
+    """A 1x1 convolution as two, used like `nn.Conv` of two dimensions.
+
+    Children: `left`, from the input channels to `rank` a group, with strides and
+    padding; `right`, from there to the features, with the bias.
+
+    Attributes:
+        features: Output channels.
+        rank: Channels between the two, of each group, in [1, min(c_in, features) /
+            groups].
+        strides: Strides of the first, as `nn.Conv` has them.
+        padding: Padding of the first, as `nn.Conv` has it.
+        feature_group_count: Groups of channels that do not mix, in both.
+        use_bias: Whether a bias is added to the output.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of both kernels.
+        bias_init: Initialiser of the bias.
+        precision: Precision of both products, as `nn.Conv` has it.
+
+    Raises:
+        ValueError: A rank outside its range, or groups that do not divide the channels.
+    """
+
+    features: int
+    rank: int
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    precision: Any = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[ArrayLike, "*batch h w c_in"]
+    ) -> Float[Array, "*batch h_out w_out features"]:
+        x = jnp.asarray(inputs)
+        groups = self.feature_group_count
+        check_groups(groups, x.shape[-1], self.features)
+        most = min(x.shape[-1], self.features) // groups
+        if not 1 <= self.rank <= most:
+            raise ValueError(f"`rank` (={self.rank}) must be in [1, {most}].")
+        common: dict[str, Any] = {
+            "feature_group_count": groups,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": self.kernel_init,
+            "precision": self.precision,
+        }
+        x = nn.Conv(
+            groups * self.rank,
+            (1, 1),
+            strides=self.strides,
+            padding=self.padding,
+            use_bias=False,
+            conv_general_dilated=conv_for_linen,
+            name="left",
+            **common,
+        )(x)
+        return Pointwise(
+            self.features,
+            use_bias=self.use_bias,
+            bias_init=self.bias_init,
+            name="right",
+            **common,
+        )(x)

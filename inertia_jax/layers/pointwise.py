@@ -1,0 +1,66 @@
+"""A 1x1 convolution as a product of matrices."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import Array
+from jax.nn.initializers import Initializer
+from jaxtyping import Float
+
+from inertia_jax.ops.tucker.factors import pointwise
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution as a product of matrices.
+
+    Parameters: `kernel` [1, 1, c_in / feature_group_count, features] and `bias`.
+
+    Attributes:
+        features: Output channels.
+        use_bias: Whether a bias is added.
+        feature_group_count: Groups of channels that do not mix.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of the kernel.
+        bias_init: Initialiser of the bias.
+        precision: Precision of the product, as `nn.Conv` has it.
+    """
+
+    features: int
+    use_bias: bool = False
+    feature_group_count: int = 1
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    precision: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c_in"]) -> Float[Array, "*batch c_out"]:
+        groups = self.feature_group_count
+        shape = (1, 1, x.shape[-1] // groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = pointwise(
+            jnp.asarray(x),
+            jnp.asarray(kernel)[0, 0],
+            groups=groups,
+            precision=self.precision,
+        )
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def check_groups(groups: int, c_in: int, features: int) -> None:
+    """Raises ValueError where groups do not divide the channels."""
+    if groups < 1 or c_in % groups or features % groups:
+        raise ValueError(
+            f"`feature_group_count` (={groups}) must divide {c_in} input and "
+            f"{features} output channels."
+        )

@@ -1,0 +1,163 @@
+"""Factorised convolutions as Linen modules: Tucker-2, and two factors for 1x1."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.layers.inertial import InertialConv
+from inertia_jax.layers.pointwise import Pointwise, check_groups
+from inertia_jax.ops.conv.conv import pair
+from inertia_jax.ops.conv.dispatch import conv_for_linen
+from inertia_jax.ops.tucker.unfold import max_ranks
+from inertia_jax.plan.specs import Conv, Inertial
+
+
+class Tucker2Conv(nn.Module):
+    """A Tucker-2 factorised convolution, used like `nn.Conv` of two dimensions.
+
+    Children: `u_in`, 1x1 from the input channels to `rank_in` a group; `core`, the
+    convolution between the ranks, with these strides, padding and dilation; `u_out`,
+    1x1 to the features, with the bias. Zero padding commutes with a 1x1 convolution
+    without bias, so any padding that `nn.Conv` takes stays exact. Called with `train`,
+    it has reverse-mode gradients alone (`ops.conv_layers`).
+
+    Attributes:
+        features: Output channels.
+        kernel_size: Sides of the core, or one of a square one.
+        rank_in: Channels before the core, of each group, in [1, c_in / groups], and at
+            most what the kernel's unfolding can have (`ops.unfold.max_ranks`).
+        rank_out: Channels after the core, of each group, in [1, features / groups], and
+            at most what the unfolding can have.
+        strides: Strides of the core, as `nn.Conv` has them.
+        padding: Padding of the core, as `nn.Conv` has it.
+        kernel_dilation: Dilation of the core, as `nn.Conv` has it.
+        feature_group_count: Groups of channels that do not mix, in all three.
+        use_bias: Whether a bias is added to the output.
+        dtype: Type of the computation; None: that of the input and the parameters.
+        param_dtype: Type of the parameters.
+        kernel_init: Initialiser of each of the three kernels.
+        bias_init: Initialiser of the bias.
+        precision: Precision of all three products, as `nn.Conv` has it; None with an
+            inertial core.
+        core: A `Conv`, or an `Inertial` whose `core_size` is `kernel_size`; in the
+            window reading, `padding` is then that of its region.
+        axis_name: Mesh axis of an inertial core, as `InertialConv` has it.
+
+    Raises:
+        ValueError: A rank outside its range, a core of another side than `kernel_size`,
+            or groups that do not divide the channels.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    rank_in: int
+    rank_out: int
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    precision: Any = None
+    core: Conv | Inertial = Conv()
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
+    ) -> Float[Array, "*batch h_out w_out features"]:
+        x = jnp.asarray(inputs)
+        groups = self.feature_group_count
+        size = pair(self.kernel_size, "kernel_size", least=1)
+        c_in = x.shape[-1]
+        check_groups(groups, c_in, self.features)
+        most_in, most_out = max_ranks(
+            (*size, c_in // groups, self.features), groups=groups
+        )
+        for name, rank, most in (
+            ("rank_in", self.rank_in, most_in),
+            ("rank_out", self.rank_out, most_out),
+        ):
+            if not 1 <= rank <= most:
+                raise ValueError(f"`{name}` (={rank}) must be in [1, {most}].")
+        common: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": self.kernel_init,
+        }
+        precise = {"precision": self.precision}
+        x = Pointwise(
+            groups * self.rank_in,
+            feature_group_count=groups,
+            name="u_in",
+            **common,
+            **precise,
+        )(x)
+        core_features = groups * self.rank_out
+        core = self.core
+        side = core.core_size if isinstance(core, Inertial) else core.kernel_size
+        if side is not None and size != (side, side):
+            raise ValueError(
+                f"`kernel_size` (={self.kernel_size}) must be that of `core` (={core})."
+            )
+        if isinstance(core, Inertial):
+            x = self._inertial(core, x, core_features, common, train=train)
+        else:
+            x = nn.Conv(
+                core_features,
+                size,
+                strides=self.strides,
+                padding=self.padding,
+                kernel_dilation=self.kernel_dilation,
+                feature_group_count=groups,
+                use_bias=False,
+                conv_general_dilated=functools.partial(conv_for_linen, train=train),
+                name="core",
+                precision=self.precision,
+                **common,
+            )(x)
+        return Pointwise(
+            self.features,
+            use_bias=self.use_bias,
+            feature_group_count=groups,
+            bias_init=self.bias_init,
+            precision=self.precision,
+            name="u_out",
+            **common,
+        )(x)
+
+    def _inertial(
+        self,
+        core: Inertial,
+        x: Array,
+        features: int,
+        common: dict[str, Any],
+        *,
+        train: bool,
+    ) -> Array:
+        if self.feature_group_count != 1 or pair(self.kernel_dilation or 1) != (1, 1):
+            raise ValueError(f"`core` (={core}) must have neither groups nor dilation.")
+        if self.precision is not None:
+            raise ValueError(
+                f"`precision` (={self.precision}) must be None with `core` (={core})."
+            )
+        return InertialConv.from_spec(
+            core,
+            features,
+            strides=self.strides or 1,
+            padding=self.padding,
+            use_bias=False,
+            axis_name=self.axis_name,
+            name="core",
+            **common,
+        )(x, train=train)

@@ -1,0 +1,203 @@
+"""The networks, by name."""
+
+import fnmatch
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from inertia_jax.calls import record_calls
+from inertia_jax.dropped import find_convolutions, find_dropped
+from inertia_jax.models.lenet import LeNet
+from inertia_jax.models.network import Network
+from inertia_jax.models.resnet import ResNet18
+from inertia_jax.models.resnet_cifar import CifarResNet
+from inertia_jax.models.simpledla import SimpleDLA
+from inertia_jax.models.vgg import VGG16
+from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.specs import as_python
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": ResNet18,
+    "vgg16": VGG16,
+    "simpledla": SimpleDLA,
+    "lenet": LeNet,
+    **{
+        f"resnet{depth}": functools.partial(CifarResNet, depth=depth)
+        for depth in (20, 32, 44, 56)
+    },
+}
+MODEL_NAMES = tuple(sorted(_MODELS))
+_DTYPES = ("bfloat16", "float32", "float64")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 10,
+    width: float = 1.0,
+    stem: str = "cifar",
+    shortcut: str = "A",
+    plan: Plan | None = None,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Makes a network.
+
+    Args:
+        name: One of `MODEL_NAMES`.
+        num_classes: Outputs, >= 1.
+        width: Multiplies every number of channels, > 0; 1 is the published network.
+        stem: `cifar` or `imagenet`; the latter for `resnet18` alone.
+        shortcut: `A` (padding) or `B` (1x1 convolution), for `resnet20` to `resnet56`.
+        plan: Which kind of convolution stands where; None means `Conv` everywhere.
+        dtype: Type of the computation: bfloat16, float32 or float64.
+            Parameters are float32, or float64 with float64.
+        axis_name: Mesh axis over which BatchNorm statistics are averaged.
+        strict: Whether a layer that cannot be what the plan has for it is refused
+            instead of staying dense; see `dropped_rules`.
+
+    Returns:
+        A Linen module: `model.apply(variables, x_nhwc, train=False) -> logits`. With
+        `train=True` it has reverse-mode gradients alone (`ops.conv_layers`).
+
+    Raises:
+        ValueError: An argument outside its range, a plan whose glob matches no
+            convolution of the network, or, with `strict`, one that falls back.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"`name` (={name!r}) must be one of {', '.join(MODEL_NAMES)}.")
+    num_classes = as_python(num_classes)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer >= 1.")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"`plan` (={plan!r}) must be an inertia_jax.Plan, or None.")
+    if not 0 < width < float("inf"):
+        raise ValueError(f"`width` (={width}) must be > 0.")
+    if stem not in ("cifar", "imagenet"):
+        raise ValueError(f"`stem` (={stem!r}) must be cifar or imagenet.")
+    if shortcut not in ("A", "B"):
+        raise ValueError(f"`shortcut` (={shortcut!r}) must be A or B.")
+    if stem != "cifar" and name != "resnet18":
+        raise ValueError(f"`stem` (={stem!r}) must be cifar for {name}.")
+    is_cifar_resnet = name.startswith("resnet") and name != "resnet18"
+    if shortcut != "A" and not is_cifar_resnet:
+        raise ValueError(f"`shortcut` (={shortcut!r}) must be A for {name}.")
+    if _dtype_name(dtype) not in _DTYPES:
+        raise ValueError(f"`dtype` (={dtype}) must be one of {', '.join(_DTYPES)}.")
+    options = {}
+    if name == "resnet18":
+        options = {"stem": stem}
+    elif is_cifar_resnet:
+        options = {"shortcut": shortcut}
+    model = _MODELS[name](
+        num_classes=num_classes,
+        width=width,
+        plan=plan or Plan(),
+        dtype=jnp.dtype(dtype),
+        axis_name=axis_name,
+        **options,
+    )
+    if model.plan.rules:
+        _check_plan(model, strict=strict)
+    return model
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return None
+
+
+def input_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Returns the image shape [h, w, c] that the network was published for."""
+    if isinstance(model, LeNet):
+        return (28, 28, 1)
+    if isinstance(model, ResNet18) and model.stem == "imagenet":
+        return (224, 224, 3)
+    return (32, 32, 3)
+
+
+def image_shape_of(model: nn.Module, given: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns `given`, or the shape that a network of this library was published for.
+
+    Raises:
+        ValueError: `given` has not three entries, or is None and must not be.
+    """
+    if given is not None:
+        if len(given) != 3:
+            raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
+        return tuple(given)
+    if isinstance(model, Network):
+        return input_shape(model)
+    raise ValueError(
+        f"`image_shape` (=None) must be given for {type(model).__name__}, which is "
+        f"none of this library's networks."
+    )
+
+
+def model_name(model: nn.Module) -> str:
+    """Returns the name that `create_model` knows the network by.
+
+    Raises:
+        ValueError: The network is none of this library's.
+    """
+    if isinstance(model, CifarResNet):
+        return f"resnet{model.depth}"
+    for name, make in _MODELS.items():
+        if type(model) is make:
+            return name
+    raise ValueError(
+        f"`model` (={type(model).__name__}) must be one that create_model makes."
+    )
+
+
+def init_variables(
+    model: nn.Module, key: jax.Array, shape: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
+    """Draws a network's first variables, in one compiled call.
+
+    Args:
+        model: Any Linen module that takes images and `train`.
+        key: For the parameters.
+        shape: Image shape [h, w, c]; None means the one the network was made for.
+    """
+    images = jnp.zeros((1, *(shape or input_shape(model))), jnp.float32)
+
+    @jax.jit
+    def init(key: jax.Array) -> dict[str, Any]:
+        variables = model.init(key, images, train=False)
+        # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
+        dtype = getattr(model, "dtype", None) or jnp.float32
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, dtype)), variables
+        )
+
+    return init(key)
+
+
+def abstract_variables(
+    model: nn.Module, shape: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
+    """Returns shapes and types of a network's variables without computing any."""
+    init = functools.partial(init_variables, model, shape=shape)
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _check_plan(model: nn.Module, *, strict: bool) -> None:
+    convolutions = find_convolutions(record_calls(model, input_shape(model))[0])
+    for glob, _ in model.plan.rules:
+        if not fnmatch.filter(convolutions, glob):
+            raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")
+    fallbacks = [rule for rule in find_dropped(model.plan, convolutions) if rule.path]
+    if strict and fallbacks:
+        listed = "\n  ".join(map(str, fallbacks))
+        raise ValueError(
+            f"`plan` does not stand at {len(fallbacks)} layers, as `strict` (=True) "
+            f"demands:\n  {listed}"
+        )

@@ -1,0 +1,1 @@
+"""Ordinary convolutions, and how they are computed on CPU."""

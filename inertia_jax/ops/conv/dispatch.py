@@ -1,0 +1,278 @@
+"""Convolution as layers apply it: on CPU, each of its parts in the quickest form.
+
+On CPU, the convolution and, in training, both of its gradients take Winograd's form
+where it is quicker. Where it is not, the kernel's gradient is matrix products, the
+gradient of a strided convolution's images is one convolution of unit stride per phase,
+and the rest is XLA's. On other platforms everything is XLA's. Everywhere, so are the
+window reading of inertial convolutions and the gradients of the tiled reading, since
+both promise forward mode in training as well.
+
+XLA's forms also serve batches of symbolic size, images on explicit meshes, and images
+of another type than the kernel. Winograd's form and the products loop over images, so
+they gather a batch that one program spreads over several CPU devices by itself
+(`jax.jit` over sharded arrays); inside `jax.pmap` and `jax.shard_map` every device
+works on its own images.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Float
+
+from inertia_jax.ops.conv.conv import (
+    Padding,
+    Pads,
+    conv2d,
+    explicit_padding,
+    is_spread_explicitly,
+    pair,
+    stride_pair,
+)
+from inertia_jax.ops.conv.gradients import kernel_gradient, strided_input_gradient
+from inertia_jax.ops.conv.winograd import (
+    Planes,
+    transform_filters,
+    winograd_conv2d,
+    winograd_input_gradient,
+    winograd_kernel_gradient,
+)
+
+# Winograd's form pays from this many channels, in and out, and this many tiles. As a
+# share of XLA's time, on two cores with jax 0.10.2, it takes 0.98-1.55 for 32 channels,
+# 0.78-0.80 for 48, 0.66-0.70 for 64, and 0.55-0.66 for 128; for 512 channels it takes
+# 0.88 on 64 tiles, 1.07 on 16 tiles, and 2 on 4 tiles.
+_LEAST_CHANNELS = 48
+_LEAST_TILES = 64
+# The share for a kernel's gradient is 0.74-0.92 at 96 channels, 1.17-1.35 at 64.
+_LEAST_CHANNELS_OF_KERNEL_GRADIENT = 96
+# Filters that may turn out not to be needed are transformed from this many tiles on.
+_LEAST_TILES_TO_PREPARE = 1024
+# Up to this many phases, images' gradients are one convolution per phase; each must be
+# compiled. At stride 2 they take 0.3 to 0.9 of XLA's time.
+_MOST_PHASES = 4
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def conv2d_to_apply(
+    x: Float[Array, "n h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> Float[Array, "n h_out w_out c_out"]:
+    """Convolves as `conv2d` does, in the quickest form on CPU, for networks in use.
+
+    Its derivatives, in forward and reverse mode, are those of `conv2d`.
+
+    Args:
+        x: Images.
+        kernel: Filters.
+        strides: Vertical and horizontal strides.
+        padding: Zeros around the image.
+    """
+    return _quickest(x, kernel, strides, padding)
+
+
+@functools.partial(conv2d_to_apply.defjvp, symbolic_zeros=True)
+def _conv2d_to_apply_jvp(
+    strides: tuple[int, int],
+    padding: Pads,
+    primals: tuple[Array, Array],
+    tangents: tuple[Any, Any],
+) -> tuple[Array, Any]:
+    x, kernel = primals
+    x_dot, kernel_dot = tangents
+    convolve = functools.partial(conv2d, strides=strides, padding=padding)
+    y = conv2d_to_apply(x, kernel, strides, padding)
+    parts = []
+    if type(x_dot) is not SymbolicZero:
+        parts.append(convolve(x_dot, kernel))
+    if type(kernel_dot) is not SymbolicZero:
+        parts.append(convolve(x, kernel_dot))
+    return y, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv2d_to_train(
+    x: Float[Array, "n h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    strides: tuple[int, int],
+    padding: Pads,
+) -> Float[Array, "n h_out w_out c_out"]:
+    """Convolves as `conv2d` does, on CPU in the quickest form, also of its gradients.
+
+    Like every `jax.custom_vjp` it has no forward mode (`jax.jvp`), but its reverse-mode
+    gradient has one.
+
+    Args:
+        x: Images.
+        kernel: Filters.
+        strides: Vertical and horizontal strides.
+        padding: Zeros around the image.
+    """
+    return _quickest(x, kernel, strides, padding)
+
+
+def _forward(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Pads
+) -> tuple[Array, tuple[Array, Array]]:
+    return _quickest(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(
+    strides: tuple[int, int],
+    padding: Pads,
+    residuals: tuple[Array, Array],
+    cotangent: Array,
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    convolve = functools.partial(conv2d, strides=strides, padding=padding)
+
+    def input_by_xla(cotangent: Array, kernel: Array) -> Array:
+        return jax.linear_transpose(lambda x: convolve(x, kernel), x)(cotangent)[0]
+
+    def kernel_by_xla(x: Array, cotangent: Array) -> Array:
+        transpose = jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)
+        return transpose(cotangent)[0]
+
+    if not _may_be_cut(x, kernel):
+        return input_by_xla(cotangent, kernel), kernel_by_xla(x, cotangent)
+    pays = functools.partial(
+        _winograd_pays, x, kernel, strides, padding, tiles=_LEAST_TILES
+    )
+    if pays(channels=_LEAST_CHANNELS_OF_KERNEL_GRADIENT):
+        kernel_on_cpu = functools.partial(winograd_kernel_gradient, padding=padding)
+    else:
+        # By itself XLA's form can be quicker (7.7 ms, not 8.7, at [64,8,8,256] to 512
+        # with stride 2), but in a network XLA computes whole blocks again for it.
+        kernel_on_cpu = functools.partial(
+            kernel_gradient,
+            kernel_size=(kernel.shape[0], kernel.shape[1]),
+            strides=strides,
+            padding=padding,
+        )
+    input_on_cpu: Callable[[Array, Array], Array] | None = None
+    if pays(channels=_LEAST_CHANNELS):
+        input_on_cpu = functools.partial(winograd_input_gradient, padding=padding)
+    elif 1 < math.prod(strides) <= _MOST_PHASES and kernel.shape[:2] != (1, 1):
+        input_on_cpu = functools.partial(
+            strided_input_gradient,
+            input_size=(x.shape[1], x.shape[2]),
+            strides=strides,
+            padding=padding,
+        )
+    return (
+        _by_platform(input_on_cpu, input_by_xla, cotangent, kernel),
+        _by_platform(kernel_on_cpu, kernel_by_xla, x, cotangent),
+    )
+
+
+conv2d_to_train.defvjp(_forward, _backward)
+
+
+def _quickest(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Pads
+) -> Array:
+    convolve = functools.partial(conv2d, strides=strides, padding=padding)
+    on_cpu = None
+    pays = functools.partial(_winograd_pays, x, kernel, strides, padding)
+    if pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES):
+        on_cpu = functools.partial(winograd_conv2d, padding=padding)
+    return _by_platform(on_cpu, convolve, x, kernel)
+
+
+def filters_for_cpu(
+    x: Float[Array, "n h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    padding: Pads,
+) -> Planes | None:
+    """Returns Winograd's filters, to convolve the images at stride 1 a few at a time.
+
+    Where that is not quicker on CPU, it returns None.
+
+    Args:
+        x: All images.
+        kernel: Filters.
+        padding: Zeros around the image.
+    """
+    pays = functools.partial(_winograd_pays, x, kernel, (1, 1), padding)
+    if not pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES_TO_PREPARE):
+        return None
+    return transform_filters(kernel)
+
+
+def _by_platform(
+    on_cpu: Callable[[Array, Array], Array] | None,
+    default: Callable[[Array, Array], Array],
+    *args: Array,
+) -> Array:
+    if on_cpu is None:
+        return default(*args)
+    return lax.platform_dependent(*args, cpu=on_cpu, default=default)
+
+
+def _winograd_pays(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Pads,
+    *,
+    channels: int,
+    tiles: int,
+) -> bool:
+    """Whether Winograd's form is quicker on CPU, given the least channels and tiles."""
+    n, h, w, _ = x.shape
+    if not _may_be_cut(x, kernel) or kernel.shape[:2] != (3, 3) or strides != (1, 1):
+        return False
+    if x.dtype not in (jnp.float32, jnp.float64) or min(kernel.shape[2:]) < channels:
+        return False
+    sides = (
+        max(0, size + sum(around) - 2)
+        for size, around in zip((h, w), padding, strict=True)
+    )
+    return n * math.prod(-(-side // 2) for side in sides) >= tiles
+
+
+def _may_be_cut(x: Array, kernel: Array) -> bool:
+    """Whether images can be cut into chunks, and have the kernel's type."""
+    # In a program that is exported for any batch size, the size is a symbol.
+    has_numbers = all(isinstance(size, int) for size in x.shape)
+    return has_numbers and not is_spread_explicitly(x) and x.dtype == kernel.dtype
+
+
+def conv_for_linen(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Padding,
+    *,
+    rhs_dilation: Sequence[int],
+    feature_group_count: int,
+    precision: Any = None,
+    train: bool = False,
+    **_: object,
+) -> Array:
+    """Convolves, as the function that `nn.Conv` takes.
+
+    With `train`, only reverse mode is differentiable.
+    """
+    strides = stride_pair(window_strides)
+    taps = pair(rhs_dilation, "dilation", least=1)
+    if feature_group_count != 1 or taps != (1, 1) or precision is not None:
+        return conv2d(
+            lhs,
+            rhs,
+            strides=strides,
+            padding=padding,
+            dilation=taps,
+            groups=feature_group_count,
+            precision=precision,
+        )
+    pads = explicit_padding(lhs.shape[1:3], rhs.shape[:2], strides, padding, taps)
+    convolve = conv2d_to_train if train else conv2d_to_apply
+    return convolve(lhs, rhs, strides, pads)

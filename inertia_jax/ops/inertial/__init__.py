@@ -1,0 +1,1 @@
+"""Inertial convolution, in the window and in the tiled reading."""

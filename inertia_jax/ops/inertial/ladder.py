@@ -1,0 +1,88 @@
+"""The choice between a tiled convolution's forms, by platform and transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array, lax
+from jaxtyping import Float
+
+from inertia_jax.ops.conv.chunks import map_chunks
+from inertia_jax.ops.conv.dispatch import filters_for_cpu
+from inertia_jax.ops.inertial.tiles import Tiling
+
+# On CPU, images are worked on in chunks of about this many bytes: intermediate results
+# then stay in the cache, and in memory that the system has handed out already.
+# At [64,32,32,64] with 10% of tiles open, on two cores, chunks of 1 MiB take 14 ms,
+# chunks of 2 MiB 18, and all images at once 34.
+CHUNK_BYTES = 2**20
+
+
+class PerImage(NamedTuple):
+    """Images and what is known of each: both are cut into chunks alike.
+
+    Attributes:
+        x: Images.
+        friction: Friction of their tiles, or None where it is yet to be computed.
+    """
+
+    x: Float[Array, "n h w c_in"]
+    friction: Float[Array, "n rows columns"] | None
+
+
+# The output map, and the friction of its tiles.
+Result = tuple[Array, Array]
+
+
+def with_ladder(
+    dense: Callable[..., Result], sparse: Callable[..., Result], tiling: Tiling
+) -> Callable[..., Result]:
+    """Returns a function: `dense` under derivatives and vmap, and `sparse` elsewhere.
+
+    Both take `PerImage`, the core and the threshold; `sparse` also takes Winograd's
+    filters or None, and whether products are exact (see `spared_output`).
+
+    Args:
+        dense: Form that computes every tile.
+        sparse: Form that computes open tiles, up to the first rung that holds them.
+        tiling: Geometry of the tiles.
+    """
+
+    def compute_at_once(images: PerImage, core: Array, threshold: Array) -> Result:
+        return sparse(images, core, threshold, None, is_exact=False)
+
+    def compute_in_chunks(images: PerImage, core: Array, threshold: Array) -> Result:
+        x = images.x
+        filters = filters_for_cpu(x, core, tiling.pads)
+
+        def compute_chunk(chunk: PerImage) -> Result:
+            return sparse(chunk, core, threshold, filters, is_exact=True)
+
+        n, side, (rows, columns) = x.shape[0], tiling.tile_size, tiling.tiles
+        shape = (n, rows * side, columns * side, core.shape[-1])
+        y = (
+            jax.ShapeDtypeStruct(shape, x.dtype),
+            jax.ShapeDtypeStruct((n, rows, columns), threshold.dtype),
+        )
+        size = max(1, min(n, CHUNK_BYTES * n // x.nbytes))
+        return map_chunks(compute_chunk, images, size=size, y=y)
+
+    @jax.custom_batching.custom_vmap
+    def ladder(images: PerImage, core: Array, threshold: Array) -> Result:
+        return lax.platform_dependent(
+            images, core, threshold, cpu=compute_in_chunks, default=compute_at_once
+        )
+
+    @ladder.def_vmap
+    def _batched(axis_size: int, in_batched: Any, *args: Any):
+        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+        y = jax.vmap(dense, tuple(axes), axis_size=axis_size)(*args)
+        return y, (True, True)
+
+    differentiable = jax.custom_jvp(ladder)
+
+    @differentiable.defjvp
+    def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
+        return jax.jvp(dense, primals, tangents)
+
+    return differentiable

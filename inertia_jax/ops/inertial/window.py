@@ -1,0 +1,264 @@
+"""Inertial convolution, window reading: one region per output position."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float
+
+from inertia_jax.ops.conv.conv import Padding, conv2d, pad_image, stride_pair
+from inertia_jax.ops.inertial.friction import friction as region_friction
+from inertia_jax.ops.inertial.gates import is_open, select
+from inertia_jax.ops.inertial.settings import (
+    Combine,
+    GateGradient,
+    Metric,
+    Reference,
+    check_choice,
+    check_core,
+    check_slope,
+    check_threshold,
+)
+from inertia_jax.ops.inertial.views import (
+    region_grid,
+    shifted_views,
+    square_offsets,
+    sum_views,
+)
+from inertia_jax.ops.precision import at_least_float32
+
+
+class InertialOutput(NamedTuple):
+    """The result of an inertial convolution.
+
+    Attributes:
+        y: Output map, [n, h_out, w_out, c_out].
+        gate: True where detail was computed, [n, regions_h, regions_w], with a last
+            axis of channels where the threshold has one.
+        friction: Friction of each region, [n, regions_h, regions_w], in float32 or
+            float64.
+    """
+
+    y: Float[Array, "n h_out w_out c_out"]
+    gate: Bool[Array, "n rows columns *c"]
+    friction: Float[Array, "n rows columns"]
+
+
+def weights_shape(
+    combine: Combine, *, steps: int, c_in: int, core_features: int
+) -> tuple[int, ...] | None:
+    """Returns the shape of the weights that `combine` takes; None if it takes none.
+
+    Args:
+        combine: How the shifted core responses are joined.
+        steps: Number n of shifts in a row, region side - core side + 1.
+        c_in: Number of input channels.
+        core_features: Number of the core's filters.
+    """
+    return {
+        "weighted": (steps, steps),
+        "weighted_channel": (steps, steps, core_features),
+        "weighted_input": (steps, steps, c_in),
+    }.get(combine)
+
+
+def inertial_conv(
+    x: Float[ArrayLike, "n h w c_in"],
+    core: Float[ArrayLike, "m m c_in c_core"],
+    *,
+    region_size: int,
+    threshold: Float[ArrayLike, "*c_core"],
+    metric: Metric = "l1",
+    reference: Reference = "center",
+    combine: Combine = "mean",
+    weights: Float[ArrayLike, "..."] | None = None,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    gate_gradient: GateGradient = "none",
+    slope: float = 10.0,
+    channel_stride: int = 1,
+    friction: Float[ArrayLike, "n h_out w_out"] | None = None,
+) -> InertialOutput:
+    """Applies a core once per region, and all over the region where friction is high.
+
+    With u_delta(p) the core applied at region p shifted by delta in {0..k}^2,
+    k = d - m, and delta0 = (k // 2, k // 2):
+
+        y(p) = u_delta0(p)             where friction(p) <= threshold
+        y(p) = S_delta u_delta(p)      elsewhere, so also where friction is NaN
+
+    S is `mean`, `sum` or `max`; `weighted` (weights [n, n], n = k + 1) and
+    `weighted_channel` ([n, n, c_core]) weigh the sum; `weighted_input` ([n, n, c_in])
+    weighs the input before a second core evaluation; `stack` returns u_delta0 and the
+    gated mean side by side, with twice the core's channels. All but `weighted_input`
+    take u_delta as shifts of one core map over the padded input; at larger strides,
+    joins that are linear over the input take two core evaluations at the output's
+    positions, which are fewer.
+
+    Args:
+        x: Images.
+        core: Filters of side m, one per output channel; for `stack`, one per two.
+        region_size: Side d of the region, > m.
+        threshold: Friction above which the gate opens, one number or one per core
+            channel.
+        metric: Measure of friction, as `friction` takes it.
+        reference: Reference r of friction, as `friction` takes it.
+        combine: Join S of the shifted core responses.
+        weights: Weights of the weighted joins; None for the others.
+        strides: Distance between regions, in pixels.
+        padding: Zeros around the image; "SAME" is XLA's rule applied to the region.
+        gate_gradient: Gradient through the gate, `none` or `ste`, as `select` takes it.
+        slope: Steepness of `ste`, per unit of friction, > 0.
+        channel_stride: Step over the channels that friction reads, >= 1.
+        friction: Friction of each region where it is known already; None computes it.
+
+    Returns:
+        `InertialOutput(y, gate, friction)`.
+
+    Raises:
+        ValueError: The core is not square or not smaller than the region, weights are
+            missing, surplus or misshapen, or another argument is out of range.
+    """
+    x, core, threshold = jnp.asarray(x), jnp.asarray(core), jnp.asarray(threshold)
+    check_core(x, core, region_size=region_size)
+    check_choice("combine", combine, Combine)
+    check_choice("gate_gradient", gate_gradient, GateGradient)
+    check_threshold(threshold, core_features=core.shape[-1])
+    check_slope(slope)
+    m, d = core.shape[0], region_size
+    weights = _check_weights(weights, combine, core, steps=d - m + 1)
+    dtype = jnp.result_type(x, core)
+    x, core = x.astype(dtype), core.astype(dtype)
+    steps = stride_pair(strides)
+    pads, size = region_grid(x.shape[1:3], d, steps, padding)
+    if friction is None:
+        friction = region_friction(
+            x,
+            region_size=d,
+            core_size=m,
+            strides=steps,
+            padding=pads,
+            metric=metric,
+            reference=reference,
+            channel_stride=channel_stride,
+        )
+    else:
+        friction = as_friction(friction, (x.shape[0], *size))
+    threshold = threshold.astype(friction.dtype)
+    low, high = _responses(
+        pad_image(x, pads),
+        core,
+        weights,
+        combine,
+        region_size=d,
+        strides=steps,
+        output_size=size,
+    )
+    y = select(
+        high,
+        jnp.zeros_like(high) if combine == "stack" else low,
+        friction[..., None],
+        threshold.reshape(1, 1, 1, -1),
+        gate_gradient=gate_gradient,
+        slope=slope,
+    )
+    if combine == "stack":
+        y = jnp.concatenate([low, y], axis=-1)
+    return InertialOutput(y, region_gate(friction, threshold), friction)
+
+
+def as_friction(friction: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Returns known friction as friction is computed: in float32 at least.
+
+    Raises:
+        ValueError: Its shape is not `shape`.
+    """
+    known = jnp.asarray(friction)
+    if known.shape != shape:
+        raise ValueError(
+            f"`friction` (shape {known.shape}) must have shape {shape}, one entry per "
+            "region."
+        )
+    return known.astype(at_least_float32(known.dtype))
+
+
+def region_gate(friction: Array, threshold: Array) -> Array:
+    """Returns the gate of each region, and of each channel if `threshold` has them."""
+    if threshold.ndim == 0:
+        return is_open(friction, threshold)
+    return is_open(friction[..., None], threshold.reshape(1, 1, 1, -1))
+
+
+def _check_weights(
+    weights: ArrayLike | None, combine: Combine, core: Array, *, steps: int
+) -> Array | None:
+    shape = weights_shape(
+        combine, steps=steps, c_in=core.shape[2], core_features=core.shape[3]
+    )
+    if shape is None:
+        if weights is not None:
+            raise ValueError(f"`weights` must be None for `combine` (={combine!r}).")
+        return None
+    if weights is None:
+        raise ValueError(
+            f"`weights` (=None) must be given for `combine` (={combine!r}), of shape "
+            f"{shape}."
+        )
+    weights = jnp.asarray(weights)
+    if weights.shape != shape:
+        raise ValueError(
+            f"`weights` (shape {weights.shape}) must have shape {shape} for `combine` "
+            f"(={combine!r})."
+        )
+    return weights
+
+
+def _responses(
+    x: Float[Array, "n hp wp c_in"],
+    core: Float[Array, "m m c_in c_core"],
+    weights: Array | None,
+    combine: Combine,
+    *,
+    region_size: int,
+    strides: tuple[int, int],
+    output_size: tuple[int, int],
+) -> tuple[Array, Array]:
+    """Returns u_delta0 and S u_delta of every region of the padded image `x`."""
+    m = core.shape[0]
+    k = region_size - m
+    if weights is not None:
+        weights = weights.reshape(k + 1, k + 1, -1)
+    elif combine != "sum":
+        weights = jnp.full((k + 1, k + 1, 1), 1 / (k + 1) ** 2)
+
+    # At strides > 1 a core map holds positions that no region starts at. A linear join
+    # may sum the input instead, and evaluate the core only where it is needed.
+    by_input = combine not in ("max", "weighted_channel") and strides != (1, 1)
+    if by_input or combine == "weighted_input":
+        (rows, columns), (vertical, horizontal) = output_size, strides
+        span = ((rows - 1) * vertical + m, (columns - 1) * horizontal + m)
+        x = x[:, : span[0] + k, : span[1] + k]
+        start = k // 2
+        middle = x[:, start : start + span[0], start : start + span[1]]
+        evaluate = lambda image: conv2d(  # noqa: E731
+            image, core, strides=strides, padding="VALID"
+        )
+        return evaluate(middle), evaluate(sum_views(x, weights, side=k + 1))
+    spans = [
+        (size - 1) * s + region_size
+        for size, s in zip(output_size, strides, strict=True)
+    ]
+    core_map = conv2d(x[:, : spans[0], : spans[1]], core, padding="VALID")
+    (low,) = shifted_views(
+        core_map, [(k // 2, k // 2)], output_size=output_size, strides=strides
+    )
+    if combine == "max":
+        views = shifted_views(
+            core_map, square_offsets(k + 1), output_size=output_size, strides=strides
+        )
+        return low, functools.reduce(jnp.maximum, views)
+    high = sum_views(core_map, weights, side=k + 1)
+    return low, high[:, :: strides[0], :: strides[1]]

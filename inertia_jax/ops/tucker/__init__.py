@@ -1,0 +1,1 @@
+"""Tucker-2 and low-rank factors of kernels, and rules for their ranks."""

@@ -1,0 +1,117 @@
+"""The factors of a factorised kernel, and the convolutions that they are."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.ops.conv.conv import mix_channels
+
+
+class Tucker2Factors(NamedTuple):
+    """A kernel as `core` with a factor on each side; groups lie one below the other.
+
+    Attributes:
+        u_in: Factor of the input channels, [c_in, r_in], with rows group after group.
+        core: Kernel of a convolution of `groups`, [kh, kw, r_in, groups * r_out].
+        u_out: Factor of the output channels, [c_out, r_out], with rows alike.
+    """
+
+    u_in: Float[Array, "c_in r_in"]
+    core: Float[Array, "kh kw r_in r_out_groups"]
+    u_out: Float[Array, "c_out r_out"]
+
+
+class LowRankFactors(NamedTuple):
+    """A 1x1 kernel as a product of two; groups lie one below the other.
+
+    Attributes:
+        left: Factor of the input channels, [c_in, r], with rows group after group.
+        right: Factor of the output channels, [c_out, r], with rows alike.
+    """
+
+    left: Float[Array, "c_in r"]
+    right: Float[Array, "c_out r"]
+
+
+def check_factors(
+    factors: Tucker2Factors | LowRankFactors,
+    *,
+    groups: int,
+    channels: int | None = None,
+) -> None:
+    """Raises ValueError unless the factors fit each other, and an input.
+
+    Args:
+        factors: Factors of one kernel.
+        groups: Groups of the convolution.
+        channels: The input's channels, or None for any.
+    """
+    shapes = {name: np.shape(factor) for name, factor in factors._asdict().items()}
+    found = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
+    axes = [len(shape) for shape in shapes.values()]
+    if axes not in ([2, 4, 2], [2, 2]):
+        raise ValueError(f"`factors` ({found}) must have axes (2, 4, 2), or (2, 2).")
+    (c_in, rank_in), *between, (c_out, rank_out) = shapes.values()
+    inner = between[0][2:] if between else (rank_out, groups * rank_out)
+    if inner != (rank_in, groups * rank_out):
+        raise ValueError(
+            f"`factors` ({found}) must have the same ranks where they meet, with "
+            f"{groups} groups."
+        )
+    if groups < 1 or c_in % groups or c_out % groups:
+        raise ValueError(f"`groups` (={groups}) must divide the channels of {found}.")
+    if channels is not None and channels != c_in:
+        raise ValueError(
+            f"`factors` ({found}) must take {channels} channels, as `x` has."
+        )
+
+
+def pointwise(
+    x: Float[Array, "*batch c_in"],
+    kernel: Float[Array, "c_in_group c_out"],
+    *,
+    groups: int = 1,
+    precision: Any = None,
+) -> Float[Array, "*batch c_out"]:
+    """Applies a 1x1 convolution as a product of matrices.
+
+    Args:
+        x: Images, or any array with channels last.
+        kernel: A 1x1 kernel without its first two axes, [c_in / groups, c_out].
+        groups: Number of groups of channels that do not mix.
+        precision: The product's precision, as `jax.numpy.einsum` takes it.
+    """
+    if groups == 1:
+        return mix_channels(x, kernel, precision=precision)
+    x = x.reshape(*x.shape[:-1], groups, -1)
+    kernel = kernel.reshape(kernel.shape[0], groups, -1)
+    y = jnp.einsum("...gi,igo->...go", x, kernel, precision=precision)
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def factor_kernels(
+    factors: Tucker2Factors | LowRankFactors, *, groups: int = 1
+) -> tuple[Array | np.ndarray, ...]:
+    """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another.
+
+    NumPy factors without groups give NumPy arrays, for which nothing is compiled.
+    """
+    into, out = factors[0], factors[-1]
+    first = into[None, None]
+    if groups > 1:
+        stacked = into.reshape(groups, -1, into.shape[1])
+        first = jnp.moveaxis(stacked, 0, 1).reshape(1, 1, stacked.shape[1], -1)
+    return first, *factors[1:-1], out.T[None, None]
+
+
+def stack_groups(
+    kernel: Float[ArrayLike, "1 1 c_in_group r_groups"], groups: int
+) -> Float[Array, "c_in r"]:
+    """Returns a grouped 1x1 kernel as the factor whose rows are group after group."""
+    matrix = jnp.asarray(kernel)[0, 0]
+    matrix = matrix.reshape(matrix.shape[0], groups, -1)
+    return jnp.moveaxis(matrix, 1, 0).reshape(groups * matrix.shape[0], -1)

@@ -1,0 +1,101 @@
+"""Low-rank factorisation of 1x1 kernels, and its application."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from inertia_jax.ops.conv.conv import stride_pair
+from inertia_jax.ops.precision import precise_einsum
+from inertia_jax.ops.tucker.factors import (
+    LowRankFactors,
+    check_factors,
+    factor_kernels,
+    pointwise,
+)
+from inertia_jax.ops.tucker.unfold import as_wide_kernel, check_rank, split_groups
+
+
+def low_rank(
+    kernel: Float[ArrayLike, "1 1 c_in c_out"], *, rank: int, groups: int = 1
+) -> LowRankFactors:
+    """Factorises a 1x1 kernel into two: K = left right^T, truncated.
+
+    The singular values are split evenly, by their square roots, so that in training
+    neither factor moves faster than the other.
+
+    Args:
+        kernel: Kernel, [1, 1, c_in / groups, c_out].
+        rank: Rank, in [1, min(c_in, c_out) / groups].
+        groups: Groups of the convolution; each is factorised by itself.
+
+    Raises:
+        ValueError: The rank is outside its range, or the kernel is not 1x1.
+
+    References:
+        Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
+    """
+    kernel = as_wide_kernel(kernel, groups)
+    if kernel.shape[:2] != (1, 1):
+        raise ValueError(
+            f"`kernel` (shape {kernel.shape}) must be [1, 1, c_in, c_out]."
+        )
+    check_rank("rank", rank, min(kernel.shape[2], kernel.shape[3] // groups))
+    return _low_rank(kernel, rank=rank, groups=groups)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "groups"))
+def _low_rank(kernel: Array, *, rank: int, groups: int) -> LowRankFactors:
+    u, s, vt = jnp.linalg.svd(
+        split_groups(kernel, groups)[:, 0, 0], full_matrices=False
+    )
+    root = jnp.sqrt(s[:, None, :rank])
+    left = u[..., :rank] * root
+    right = jnp.swapaxes(vt, 1, 2)[..., :rank] * root
+    return LowRankFactors(left.reshape(-1, rank), right.reshape(-1, rank))
+
+
+def low_rank_to_kernel(
+    factors: LowRankFactors, *, groups: int = 1
+) -> Float[Array, "1 1 c_in c_out"]:
+    """Returns the 1x1 kernel that the factors stand for.
+
+    Raises:
+        ValueError: The factors do not fit each other.
+    """
+    check_factors(factors, groups=groups)
+    left, right = map(jnp.asarray, factors)
+    left = left.reshape(groups, -1, left.shape[1])
+    right = right.reshape(groups, -1, right.shape[1])
+    kernel = precise_einsum("gir,gor->igo", left, right)
+    return kernel.reshape(1, 1, kernel.shape[0], -1)
+
+
+def low_rank_conv(
+    x: Float[ArrayLike, "n h w c_in"],
+    factors: LowRankFactors,
+    *,
+    strides: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Float[Array, "n h_out w_out c_out"]:
+    """Convolves images with a factorised 1x1 kernel, without padding.
+
+    Args:
+        x: Images.
+        factors: Factors, as `low_rank` returns them.
+        strides: Distance between output positions, in pixels.
+        groups: Groups of the convolution.
+
+    Raises:
+        ValueError: The factors do not fit each other, or do not fit `x`.
+    """
+    x = jnp.asarray(x)
+    check_factors(factors, groups=groups, channels=x.shape[-1])
+    down, across = stride_pair(strides)
+    first, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
+    x = pointwise(x[:, ::down, ::across], first[0, 0], groups=groups)
+    return pointwise(x, last[0, 0], groups=groups)

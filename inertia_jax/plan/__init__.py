@@ -1,0 +1,27 @@
+"""The plan: which kind of convolution stands at every layer of a network."""
+
+from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.specs import (
+    Conv,
+    Fixed,
+    Inertial,
+    Learned,
+    LowRank,
+    Rate,
+    Spec,
+    Threshold,
+    Tucker2,
+)
+
+__all__ = [
+    "Conv",
+    "Fixed",
+    "Inertial",
+    "Learned",
+    "LowRank",
+    "Plan",
+    "Rate",
+    "Spec",
+    "Threshold",
+    "Tucker2",
+]

@@ -1,0 +1,188 @@
+"""The plan: which kind of convolution stands at every layer of a network."""
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Callable
+from typing import Any, get_args
+
+from flax import linen as nn
+
+from inertia_jax.plan.specs import (
+    Conv,
+    Fixed,
+    Inertial,
+    Rate,
+    Spec,
+    Threshold,
+    Tucker2,
+    core_of,
+)
+
+_JSON_TYPES = {cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An ordered list of rules `(glob, spec)`; the first that matches a layer wins.
+
+    Globs are `fnmatch.fnmatchcase` over the layer's `/` path, and `*` crosses `/`. A
+    layer that no rule matches is an ordinary convolution. A plan is hashable and
+    turns into JSON and back without loss.
+
+    A network refuses a rule that matches none of its convolutions, and ranks that a
+    layer cannot have. An `Inertial`, or the inertial core of a `Tucker2`, falls back to
+    the ordinary convolution where the layer cannot hold it: where its core is larger
+    than the network's filters, or its reading is tiled and the layer has strides.
+    `dropped_rules` lists these layers, `count_cost` notes them, and
+    `create_model(strict=True)` refuses them.
+
+    Attributes:
+        rules: Pairs of a glob over layer paths and what stands there.
+
+    Raises:
+        ValueError: A rule is not a pair of a string and a spec.
+    """
+
+    rules: tuple[tuple[str, Spec], ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = []
+        for rule in self.rules:
+            if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+                raise ValueError(f"`rules` holds {rule!r}; must be pairs (glob, spec).")
+            glob, spec = rule
+            if not isinstance(glob, str) or not isinstance(spec, Spec):
+                names = ", ".join(cls.__name__ for cls in get_args(Spec))
+                raise ValueError(
+                    f"`rules` holds {rule!r}; must be a string and one of {names}."
+                )
+            rules.append((glob, spec))
+        object.__setattr__(self, "rules", tuple(rules))
+
+    def rule(self, path: str) -> tuple[str, Spec] | None:
+        """Returns the rule that wins at the layer `path`; None if none matches it."""
+        return next((r for r in self.rules if fnmatch.fnmatchcase(path, r[0])), None)
+
+    def spec(self, path: str) -> Spec:
+        """Returns what the plan has for the layer `path`, e.g. `layer1_0/conv1`."""
+        rule = self.rule(path)
+        return Conv() if rule is None else rule[1]
+
+    def gates(self, path: str) -> Inertial | None:
+        """Returns the inertial convolution whose gates are sown at `path`.
+
+        Args:
+            path: The path of the layer, or of its core, `LAYER/core`.
+        """
+        spec = self.spec(path)
+        if not isinstance(spec, Inertial):
+            spec = core_of(self.spec(path.removesuffix("/core")))
+        return spec if isinstance(spec, Inertial) else None
+
+    @property
+    def inertial(self) -> tuple[Inertial, ...]:
+        """The rules' inertial convolutions, also those that are cores."""
+        specs = [core_of(spec) for _, spec in self.rules]
+        return tuple(spec for spec in specs if isinstance(spec, Inertial))
+
+    def without_ladders(self) -> "Plan":
+        """Returns the plan with `capacities=None`: the same outputs, compiled sooner.
+
+        Where a network runs a few times only, ladders save less than compiling them
+        takes.
+        """
+        return self._with_inertial(
+            lambda spec: dataclasses.replace(spec, capacities=None)
+        )
+
+    def with_fixed_thresholds(self) -> "Plan":
+        """Returns the plan where no batch moves a threshold, in training mode either.
+
+        Values are variables and stay; learned ones stay learned.
+        """
+
+        def fixed(spec: Inertial) -> Inertial:
+            is_rate = isinstance(spec.threshold, Rate)
+            threshold = Fixed() if is_rate else spec.threshold
+            return dataclasses.replace(spec, threshold=threshold)
+
+        return self._with_inertial(fixed)
+
+    def _with_inertial(self, change: Callable[[Inertial], Inertial]) -> "Plan":
+        """Returns the plan with its inertial layers and cores changed."""
+
+        def changed(spec: Spec) -> Spec:
+            if isinstance(spec, Tucker2) and isinstance(spec.core, Inertial):
+                return dataclasses.replace(spec, core=change(spec.core))
+            return change(spec) if isinstance(spec, Inertial) else spec
+
+        return Plan(tuple((glob, changed(spec)) for glob, spec in self.rules))
+
+    def __str__(self) -> str:
+        if not self.rules:
+            return "Plan: every layer Conv()"
+        width = max(len(glob) for glob, _ in self.rules)
+        lines = [f"  {glob:<{width}}  {spec}" for glob, spec in self.rules]
+        return "\n".join(["Plan:", *lines])
+
+    def to_json(self) -> str:
+        """Returns the plan as one line of JSON, read back by `from_json`."""
+        return json.dumps([[glob, _to_jsonable(spec)] for glob, spec in self.rules])
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is not JSON, or names a spec or field that is unknown.
+        """
+        try:
+            rules = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a plan must be JSON; got {text!r}: {error}.") from error
+        if not isinstance(rules, list):
+            raise ValueError(f"a plan must be a JSON list of rules; got {text!r}.")
+        for rule in rules:
+            if not isinstance(rule, list) or len(rule) != 2:
+                raise ValueError(f"a plan holds {rule!r}; must be pairs [glob, spec].")
+        return cls(tuple((glob, _from_jsonable(spec)) for glob, spec in rules))
+
+
+def _to_jsonable(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = dataclasses.fields(value)
+    values = {f.name: _to_jsonable(getattr(value, f.name)) for f in fields}
+    return {"type": type(value).__name__, **values}
+
+
+def _from_jsonable(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    name = value.get("type")
+    if name not in _JSON_TYPES:
+        raise ValueError(
+            f"a plan holds type {name!r}; must be one of {sorted(_JSON_TYPES)}."
+        )
+    cls = _JSON_TYPES[name]
+    fields = {key: _from_jsonable(v) for key, v in value.items() if key != "type"}
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"a plan holds unknown fields {unknown} of {name}.")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"a plan's {name} is incomplete: {error}.") from error
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Returns the plan of a network of this library or a `Planned`; else None."""
+    plan = getattr(model, "plan", None)
+    return plan if isinstance(plan, Plan) else None
+
+
+def without_ladders(model: nn.Module) -> nn.Module:
+    """Returns the model with layers that compile sooner, where a plan makes them."""
+    plan = plan_of(model)
+    return model if plan is None else model.clone(plan=plan.without_ladders())

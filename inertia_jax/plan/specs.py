@@ -1,0 +1,273 @@
+"""What can stand at a layer of a network: kinds of convolution, kinds of threshold."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from inertia_jax.ops.inertial.settings import (
+    CLOSED,
+    OPEN,
+    Combine,
+    GateGradient,
+    Low,
+    Metric,
+    Reference,
+    check_capacities,
+    check_choice,
+    check_sizes,
+    check_slope,
+)
+
+Reading = Literal["window", "tiled"]
+
+
+def as_python(value: Any) -> Any:
+    """Returns the number that a NumPy scalar or an array without axes holds."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _set_integer(spec: Any, name: str, least: int) -> None:
+    value = as_python(getattr(spec, name))
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` (={value!r}) must be an integer >= {least}.")
+    object.__setattr__(spec, name, value)
+
+
+def _set_number(spec: Any, name: str, low: float, high: float) -> None:
+    value = as_python(getattr(spec, name))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        raise ValueError(f"`{name}` (={value!r}) must be a number in [{low}, {high}].")
+    object.__setattr__(spec, name, value)
+
+
+def _check_flag(spec: Any, name: str) -> None:
+    if not isinstance(getattr(spec, name), bool):
+        raise ValueError(f"`{name}` (={getattr(spec, name)!r}) must be True or False.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A friction threshold that training does not change.
+
+    Attributes:
+        value: Friction above it opens the gate; in the units of the friction.
+        OPEN: The threshold below all friction, which opens every gate.
+        CLOSED: The threshold above all friction, which closes every gate.
+    """
+
+    OPEN: ClassVar["Fixed"]
+    CLOSED: ClassVar["Fixed"]
+
+    value: float = 0.1
+
+    def __post_init__(self) -> None:
+        _set_number(self, "value", float("-inf"), float("inf"))
+
+
+Fixed.OPEN, Fixed.CLOSED = Fixed(OPEN), Fixed(CLOSED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A friction threshold that is a trained parameter.
+
+    Attributes:
+        init: Its value before training, in the units of the friction.
+        per_channel: One threshold an output channel instead of one a layer.
+    """
+
+    init: float = 0.1
+    per_channel: bool = False
+
+    def __post_init__(self) -> None:
+        _set_number(self, "init", float("-inf"), float("inf"))
+        _check_flag(self, "per_channel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A threshold set so that a given share of the gates opens.
+
+    Attributes:
+        target: Share of open gates, in (0, 1]: a batch quantile while training, its
+            running mean in evaluation.
+    """
+
+    target: float
+
+    def __post_init__(self) -> None:
+        _set_number(self, "target", 0.0, 1.0)
+        if not self.target:
+            raise ValueError(f"`target` (={self.target}) must be > 0.")
+
+
+Threshold = Fixed | Learned | Rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """The ordinary convolution.
+
+    Attributes:
+        kernel_size: Side of its filters, on the same output grid; None: the network's.
+    """
+
+    kernel_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kernel_size is not None:
+            _set_integer(self, "kernel_size", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inertial:
+    """An inertial convolution: a small core, applied in detail where friction is high.
+
+    Attributes:
+        core_size: Side m of the core filter, >= 1.
+        region_size: Side d of the region, > `core_size`.
+        reading: `window`, one region an output position, or `tiled`, one region a
+            tile of (d - m + 1)^2 outputs (stride 1 only).
+        metric: How the periphery is compared with the reference; `random` is a
+            control whose gates know nothing of the image.
+        reference: The region's middle pixel, or the mean of its core patch.
+        relative: Divide friction by its mean: the batch's while training, its running
+            mean in evaluation.
+        combine: How the window reading joins the shifted core responses.
+        zero_middle: Hold the middle one of the weights of `combine="weighted"` at 0.
+        low: What fills a tile of low friction: its mean output, or one sample.
+        threshold: Where the gate opens; one a channel in the window reading alone.
+        gate_gradient: `none`, or `ste` (straight-through).
+        slope: Steepness of the sigmoid behind the straight-through gradient, > 0.
+        channel_stride: Take friction on every `channel_stride`-th channel, >= 1.
+        capacities: Shares of open tiles that evaluation of the tiled reading is
+            compiled for, rising to 1; None computes every tile.
+    """
+
+    core_size: int
+    region_size: int
+    reading: Reading = "window"
+    metric: Metric = "l1"
+    reference: Reference = "center"
+    relative: bool = False
+    combine: Combine = "mean"
+    zero_middle: bool = False
+    low: Low = "mean"
+    threshold: Threshold = Fixed()
+    gate_gradient: GateGradient = "none"
+    slope: float = 10.0
+    channel_stride: int = 1
+    capacities: tuple[float, ...] | None = (1 / 16, 1 / 8, 3 / 16, 5 / 16, 1 / 2, 1)
+
+    def __post_init__(self) -> None:
+        _set_integer(self, "core_size", 1)
+        _set_integer(self, "region_size", 2)
+        check_sizes(core_size=self.core_size, region_size=self.region_size)
+        for flag in ("relative", "zero_middle"):
+            _check_flag(self, flag)
+        check_choice("reading", self.reading, Reading)
+        check_choice("metric", self.metric, Metric)
+        check_choice("reference", self.reference, Reference)
+        check_choice("combine", self.combine, Combine)
+        check_choice("low", self.low, Low)
+        check_choice("gate_gradient", self.gate_gradient, GateGradient)
+        if not isinstance(self.threshold, Threshold):
+            raise ValueError(
+                f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
+            )
+        object.__setattr__(self, "slope", as_python(self.slope))
+        check_slope(self.slope)
+        _set_integer(self, "channel_stride", 1)
+        check_capacities(self.capacities)
+        if self.capacities is not None:
+            shares = tuple(as_python(share) for share in self.capacities)
+            object.__setattr__(self, "capacities", shares)
+        if self.zero_middle and self.combine != "weighted":
+            raise ValueError(
+                f"`zero_middle` (=True) must go with `combine` (={self.combine!r}) "
+                f"'weighted'."
+            )
+        if self.reading == "window" and self.low != "mean":
+            raise ValueError(f"`low` (={self.low!r}) is of the tiled reading alone.")
+        if self.reading == "tiled":
+            if self.combine != "mean":
+                raise ValueError(
+                    f"`combine` (={self.combine!r}) is of the window reading alone."
+                )
+            if isinstance(self.threshold, Learned) and self.threshold.per_channel:
+                raise ValueError(
+                    f"`threshold` (={self.threshold}) must not be `per_channel` in the "
+                    f"tiled reading."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tucker2:
+    """A Tucker-2 factorised convolution: 1x1, core, 1x1.
+
+    Attributes:
+        rank_in: Channels between the first 1x1 and the core, >= 1.
+        rank_out: Channels between the core and the last 1x1, >= 1.
+        core: What the core convolution is.
+    """
+
+    rank_in: int
+    rank_out: int
+    core: Conv | Inertial = Conv()
+
+    def __post_init__(self) -> None:
+        _set_integer(self, "rank_in", 1)
+        _set_integer(self, "rank_out", 1)
+        if not isinstance(self.core, (Conv, Inertial)):
+            raise ValueError(f"`core` (={self.core!r}) must be a Conv or an Inertial.")
+
+    def dense_core(self) -> "Tucker2":
+        """Returns the same with an ordinary convolution for its core."""
+        return dataclasses.replace(self, core=Conv())
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Two factors in place of a 1x1 convolution.
+
+    Attributes:
+        rank: Channels between the two, >= 1.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        _set_integer(self, "rank", 1)
+
+
+Spec = Conv | Inertial | Tucker2 | LowRank
+
+
+def fields_as(cls: type, source: Any) -> dict[str, Any]:
+    """Reads the fields of a spec's class off an object that has them by name."""
+    return {
+        field.name: getattr(source, field.name) for field in dataclasses.fields(cls)
+    }
+
+
+def core_of(spec: Spec) -> Conv | Inertial | LowRank:
+    """Returns the core of a Tucker-2 convolution; any other is its own core."""
+    return spec.core if isinstance(spec, Tucker2) else spec
+
+
+def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
+    """Returns why a convolution cannot become what the plan has, or None if it can.
+
+    Args:
+        spec: The plan's spec for it.
+        kernel_size: Side of its filters.
+        strides: Distance between its outputs.
+    """
+    spec = core_of(spec)
+    if not isinstance(spec, Inertial):
+        return None
+    if spec.core_size > kernel_size:
+        return f"core {spec.core_size} exceeds kernel {kernel_size}"
+    if spec.reading == "tiled" and strides != 1:
+        return f"tiles need stride 1, it has {strides}"
+    return None

@@ -1,0 +1,315 @@
+"""What `benchmark` measures and records, and what is set before JAX starts."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from helpers import make_config, synthetic_set
+
+import inertia_jax as ij
+from inertia_jax.compression.sites import find_sites
+from train.__main__ import main
+from train.benchmark import ops as bench_ops
+from train.benchmark import startup as bench_startup
+from train.benchmark.loop import _blocks, overhead
+from train.benchmark.timing import median_with_interval, relative_gap, times_in_turn
+from train.fit.trainer import Trainer
+from train.machine import platform
+from train.verbs.benchmark import SUITES
+
+WHAT = ("train", "eval")
+# Options of each suite beside `--help` and `--out`.
+NETWORKS = {"models", "batch-size", "width", "against"}
+OPTIONS = {
+    "train": {*NETWORKS, "dtype", "repeats"},
+    "infer": {*NETWORKS, "repeats"},
+    "ops": {"batch-size", "dtype", "against", "repeats"},
+    "memory": NETWORKS,
+    "startup": {"repeats"},
+    "loop": {"config", "data", "width", "steps", "repeats"},
+    "inertial": {"batch-size", "width", "repeats"},
+    "tucker": {*NETWORKS, "stem", "repeats"},
+    "sweep": {"sweep", "data", "batch-size", "steps", "repeats"},
+}
+NARROW = ["--models", "vgg16", "--width", "0.02", "--batch-size", "2", "--repeats", "2"]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_has_its_own_options_alone(suite, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["benchmark", "--suite", suite, "--help"])
+    said = set(re.findall(r"(?<!\S)--([a-z][a-z-]+)", capsys.readouterr().out))
+    assert said - {"suite", "help", "out"} == OPTIONS[suite]
+
+
+def test_options_of_other_suites_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "--steps", "3", "--suite", "ops"])
+    assert "--steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "--suite", "speed"])
+    assert "invalid choice: 'speed'" in capsys.readouterr().err
+    assert main(["benchmark", "--suite=startup", "--repeats", "0"]) == 2
+    assert "`repeats` (=0) must be >= 1." in capsys.readouterr().err
+    assert main(["benchmark", "--suite", "tucker", "--stem", "imagenet"]) == 2
+    assert "`stem` (=imagenet) is for `models`" in capsys.readouterr().err
+
+
+def test_starts_are_timed_from_the_root_of_the_repository():
+    assert (bench_startup._ROOT / "configs" / "quickstart.py").is_file()
+
+
+def test_help_lists_the_suites_and_imports_none():
+    code = """if True:
+        import sys
+        from train.__main__ import main
+        try:
+            main(["benchmark", "--help"])
+        finally:
+            print("imported", {"torch"} & {*sys.modules})
+            print([name for name in sys.modules if name.startswith("train.bench")])
+    """
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    *said, torch, suites = found.stdout.splitlines()
+    assert (torch, suites) == ("imported set()", "[]")
+    listed = [line.split()[0] for line in said if line.startswith("  ")]
+    assert [name for name in listed if name in SUITES] == list(SUITES)
+
+
+@pytest.mark.parametrize(
+    ("suite", "functions", "digits"),
+    [
+        ("infer", ("bench_infer",), 2),
+        ("tucker", ("bench_tucker",), 2),
+        ("inertial", ("bench_op", "bench_network"), 1),
+    ],
+)
+def test_a_suite_prints_and_records_what_it_found(
+    suite, functions, digits, monkeypatch, tmp_path, capsys
+):
+    record, out = ROOT / "results" / f"{suite}_cpu.json", tmp_path / "record.json"
+    rows = json.loads(record.read_text())["rows"]
+    found = iter(rows)
+    module = importlib.import_module(SUITES[suite][0])
+    for function in functions:
+        monkeypatch.setattr(module, function, lambda *args, **kwargs: next(found))
+    models = [] if suite == "inertial" else ["--models", "resnet18"]
+    assert main(["benchmark", "--suite", suite, *models, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["rows"] == rows
+    said = capsys.readouterr().out
+    for row in rows:
+        tables = [row["times"]] if suite == "inertial" else row["times"].values()
+        for name, times in itertools.chain(*(table.items() for table in tables)):
+            ms = f"{times['median_ms']:.{2 if 'part' in name else digits}f} ms"
+            assert any(name in line and ms in line for line in said.splitlines())
+
+
+def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
+    out = tmp_path / "record.json"
+    assert main(["benchmark", *NARROW, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in said[2:]] == [["vgg16", w, "2"] for w in WHAT]
+    for what in WHAT:
+        found = row[what]["jax"]
+        assert 0 < found["min_ms"] <= found["median_ms"] <= found["max_ms"]
+        assert found["images_per_s"] == pytest.approx(2e3 / found["median_ms"])
+        share = found["gflops"] / row["peak_gflops"]
+        assert found["share_of_peak"] == pytest.approx(share)
+        assert 0 < share < 1
+    # There are two gradients beside the forward pass.
+    flops = [row[w]["jax"]["gflops"] * row[w]["jax"]["median_ms"] for w in WHAT]
+    assert flops[0] == pytest.approx(3 * flops[1])
+
+
+def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_ops, "STAGES", ((8, 4),))
+    out = tmp_path / "record.json"
+    command = ["benchmark", "--suite", "ops", "--repeats", "1", "--batch-size", "3"]
+    if importlib.util.find_spec("torch") is not None:
+        command += ["--against", "torch"]
+    assert main([*command, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    times, said = row["times"], capsys.readouterr().out
+    assert row["shape"] == [3, 8, 8, 4] and row["rank"] == 2
+    names = [name for name in times if not name.endswith(", PyTorch")]
+    assert all(f"  {name} " in said for name in names)
+    work = {
+        name: found["gflops"] * found["median_ms"]
+        for name, found in times.items()
+        if "gflops" in found
+    }
+    # MACs: 3 x 8 x 8 pixels of 9 x 4 x 4, of 4 x 4, or of 4 x 2 + 9 x 2 x 2 + 2 x 4.
+    assert work["conv 3x3"] == pytest.approx(2e-6 * 192 * 144)
+    assert work["conv 3x3, gradient"] == pytest.approx(3 * work["conv 3x3"])
+    assert work["conv 1x1"] == pytest.approx(2e-6 * 192 * 16)
+    assert work["Tucker-2"] == pytest.approx(2e-6 * 192 * 52)
+    assert ("conv 3x3, PyTorch" in times) == ("--against" in command)
+
+
+def test_the_loop_is_timed_beside_its_bare_steps(tmp_path, capsys):
+    out = tmp_path / "record.json"
+    command = ["benchmark", "--suite", "loop", "--config", "configs/quickstart.py"]
+    # An epoch has 22 steps, so that blocks come from two epochs.
+    command += ["--width", "0.01", "--steps", "5", "--repeats", "6"]
+    assert main([*command, "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["steps"], row["rounds"], row["steps_per_epoch"]) == (5, 6, 22)
+    for name in ("bare", "whole", "first_input", "checkpoint"):
+        assert 0 < row[name]["min_ms"] <= row[name]["median_ms"] <= row[name]["max_ms"]
+    extra = row["first_input"]["median_ms"] + row["checkpoint"]["median_ms"]
+    more = row["added_to_epoch"] - row["added_to_steps"]["median"]
+    # The median of both together is not the sum of medians.
+    assert more == pytest.approx(extra / (4.4 * row["bare"]["median_ms"]), rel=0.5)
+    said = capsys.readouterr().out
+    assert f"the loop adds to an epoch: {row['added_to_epoch']:.2%}" in said
+
+
+@pytest.mark.parametrize(("steps", "repeats"), [("23", "6"), ("5", "5")])
+def test_blocks_that_cannot_be_are_refused(steps, repeats, capsys):
+    command = ["benchmark", "--suite", "loop", "--config", "configs/quickstart.py"]
+    command += ["--width", "0.01", "--steps", steps, "--repeats", repeats]
+    assert main(command) == 2
+    said = {
+        "23": "`steps` (=23) must be at most 22",
+        "5": "`repeats` (=5) must be >= 6",
+    }
+    assert said[steps] in capsys.readouterr().err
+
+
+def test_blocks_hold_whole_calls_of_one_epoch():
+    config = dataclasses.replace(make_config("float32"), steps_per_call=3)
+    trainer = Trainer(config, synthetic_set(16, num_train=10 * 32))
+    blocks = _blocks(trainer, 2)
+    taken = [[np.asarray(x[2]) for x in next(blocks)] for _ in range(3)]
+    blocks.close()
+    # Ten steps: three calls of three, of which two make a block, and one that is short.
+    first, second = (
+        [np.asarray(x[2]) for x in trainer.inputs(epoch, 0)] for epoch in (0, 1)
+    )
+    for found, expected in zip(taken, (first, second), strict=False):
+        np.testing.assert_array_equal(found, expected[:2])
+    assert all(len(block) == 2 for block in taken)
+
+
+def test_what_a_loop_adds_is_of_pairs():
+    # The machine slows down tenfold; every whole block takes a twentieth longer.
+    bare = [100.0, 200.0, 300.0, 500.0, 800.0, 1000.0]
+    whole = [1.05 * ms for ms in bare]
+    whole[0] = 400.0  # something else ran
+    found = overhead(bare, whole, [10.0, 20.0, 90.0], blocks_per_epoch=5)
+    assert found["added_to_steps"]["median"] == pytest.approx(0.05)
+    assert found["added_to_steps"]["low_95"] == pytest.approx(0.05)
+    assert found["added_to_steps"]["high_95"] == pytest.approx(3)
+    assert found["added_to_epoch"] == pytest.approx(0.05 + 20 / (5 * 400))
+
+
+def test_medians_have_intervals():
+    # P(at most 1 of 9 above the median) is 10 / 512; of at most 2 it is 46 / 512.
+    found = median_with_interval([9, 2, 7, 4, 5, 6, 3, 8, 1])
+    assert found == {"median": 5, "low_95": 2, "high_95": 8}
+    with pytest.raises(ValueError, match="at least six"):
+        median_with_interval([1.0] * 5)
+
+
+def test_calls_are_in_turn_and_the_first_round_is_not_timed(monkeypatch):
+    calls, clock = [], itertools.count()
+    now = [0.0]
+
+    def call(name):
+        calls.append(name)
+        now[0] += next(clock)  # 0, 1, 2, ... seconds
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    functions = {name: functools.partial(call, name) for name in "ab"}
+    prepare = functools.partial(calls.append, "-")
+    times = times_in_turn(functions, repeats=2, calls_before=1, prepare=prepare)
+    assert "".join(calls) == "-aabb-bbaa-aabb"
+    # Calls 0 to 3 are the first round's, and of the others every second is timed.
+    assert times == {"a": [7000, 9000], "b": [5000, 11000]}
+
+
+def test_factors_by_tensorly_in_pytorch_give_the_same_logits():
+    reason = "needs PyTorch and TensorLy: the extra `torch`"
+    pytest.importorskip("tensorly", reason=reason)
+    from train.benchmark.tucker import tensorly_factors, torch_call
+
+    dense = ij.create_model("resnet18", width=0.2, stem="imagenet")
+    shape = (64, 64, 3)
+    variables = ij.init_variables(dense, jax.random.key(0), shape)
+    model, compressed = ij.compress(
+        dense, variables, ranks=ij.Ratio(0.3), image_shape=shape
+    )
+    factors = tensorly_factors(find_sites(dense, variables, shape), model.plan)
+    assert len(factors) == 3 * len(model.plan.rules) > 30
+    images = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
+    found = torch_call(model, compressed, images, changed=factors)()
+    expected = model.apply(compressed, images)
+    assert relative_gap(found, expected) < 1e-5
+    changed = {"layer1.0.conv1.1.weight": 2 * factors["layer1.0.conv1.1.weight"]}
+    found = torch_call(model, compressed, images, changed={**factors, **changed})()
+    assert relative_gap(found, expected) > 1e-3
+
+
+@pytest.fixture
+def cache_settings():
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    settings = {name: jax.config.values[name] for name in names}
+    yield settings
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_unless_the_user_says_where(
+    cache_settings, monkeypatch, tmp_path
+):
+    place, size, seconds = cache_settings
+    jax.config.update(place, "/theirs")
+    before = {name: jax.config.values[name] for name in cache_settings}
+    platform.use_compilation_cache()
+    assert {name: jax.config.values[name] for name in cache_settings} == before
+    jax.config.update(place, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    platform.use_compilation_cache()
+    expected = {place: f"{tmp_path}/inertia_jax/compiled", size: 2 << 30, seconds: 0}
+    assert {name: jax.config.values[name] for name in cache_settings} == expected
+
+
+def test_flags_that_the_user_set_stay_set(monkeypatch):
+    monkeypatch.setenv(
+        "XLA_FLAGS",
+        "--xla_cpu_experimental_ynn_fusion_type=1 --xla_cpu_scheduler_type=2",
+    )
+    platform.choose_cpu_flags()
+    flags = platform.os.environ["XLA_FLAGS"]
+    assert flags.count("ynn") == flags.count("scheduler") == 1
+
+
+def test_versions_without_a_flag_are_not_given_it(monkeypatch):
+    def chosen(version):
+        monkeypatch.setenv("XLA_FLAGS", "--other")
+        monkeypatch.setattr(platform.jaxlib.version, "__version_info__", version)
+        platform.choose_cpu_flags()
+        return platform.os.environ["XLA_FLAGS"]
+
+    ynn = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
+    scheduler = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    assert chosen((0, 10, 2)) == f"--other {ynn} {scheduler}"
+    assert chosen((0, 12, 0)) == f"--other {scheduler}"
+    assert chosen((0, 13, 0)) == "--other"

@@ -1,0 +1,215 @@
+"""Augmentation beside NumPy and Pillow, for given offsets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from inertia_jax.metadata import Preprocessing
+from train.data import augment
+from train.config import Data
+
+FLOAT32 = jnp.dtype("float32")
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(256, size=(6, 12, 10, 3), dtype=np.uint8)
+
+
+def test_crop_equals_numpys():
+    offsets = np.array([(0, 0), (4, 4), (8, 8), (0, 8), (3, 5), (2, 2)])
+    padded = np.pad(IMAGES, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    expected = [
+        image[top : top + 12, left : left + 10]
+        for image, (top, left) in zip(padded, offsets, strict=True)
+    ]
+    ours = augment.crop(jnp.asarray(IMAGES), jnp.asarray(offsets), padding=4)
+    assert ours.dtype == jnp.uint8
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("padding", [4, 14])  # less than the image, and more
+def test_a_mirrored_crop_equals_numpys(padding):
+    offsets = np.array([(0, 0), (4, 4), (8, 8), (0, 8), (3, 5), (2, 2)])
+    sides = (padding, padding)
+    padded = np.pad(IMAGES, ((0, 0), sides, sides, (0, 0)), mode="reflect")
+    expected = [
+        image[top : top + 12, left : left + 10]
+        for image, (top, left) in zip(padded, offsets, strict=True)
+    ]
+    ours = augment.crop(
+        jnp.asarray(IMAGES), jnp.asarray(offsets), padding=padding, mode="reflect"
+    )
+    assert ours.dtype == jnp.uint8
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_flip_equals_numpys():
+    mirrored = np.array([True, False, True, False, False, True])
+    expected = [i[:, ::-1] if m else i for i, m in zip(IMAGES, mirrored, strict=True)]
+    ours = augment.flip(jnp.asarray(IMAGES), jnp.asarray(mirrored))
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_normalise_equals_numpys():
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    ours = augment.normalise(jnp.asarray(IMAGES), mean=mean, std=std, dtype=FLOAT32)
+    expected = (IMAGES / 255 - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stored", "size"), [((12, 10), 20), ((40, 30), 15)])
+def test_resize_equals_pillows(stored, size):
+    # Smooth, since Pillow rounds its weights and its result to 8 bits.
+    image = np.asarray(
+        Image.fromarray(IMAGES[0]).resize(stored[::-1], Image.Resampling.BICUBIC)
+    )
+    crop = size - 2
+    height, width = (side * size // min(stored) for side in stored)
+    theirs = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    top, left = round((height - crop) / 2), round((width - crop) / 2)
+    theirs = np.asarray(theirs)[top : top + crop, left : left + crop]
+    ours = augment.resize(
+        jnp.asarray(image[None]), size=size, output_shape=(crop, crop)
+    )
+    np.testing.assert_allclose(ours[0], theirs, atol=1.01)
+
+
+def test_resized_crop_equals_pillows():
+    boxes = np.array([(2, 1, 8, 6), (0, 0, 12, 10)], np.float32)
+    ours = augment.resized_crop(
+        jnp.asarray(IMAGES[:2]), jnp.asarray(boxes), output_shape=(24, 24)
+    )
+    for image, box, ours_one in zip(IMAGES, boxes, ours, strict=False):
+        top, left, height, width = (int(v) for v in box)
+        part = Image.fromarray(image[top : top + height, left : left + width])
+        theirs = np.asarray(part.resize((24, 24), Image.Resampling.BILINEAR))
+        # Inside: at the part's edge Pillow repeats its pixels, we look beyond it.
+        np.testing.assert_allclose(ours_one[4:-4, 4:-4], theirs[4:-4, 4:-4], atol=1.01)
+
+
+def test_boxes_have_the_stated_area_and_ratio():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    top, left, height, width = np.asarray(augment.draw_boxes(keys, (32, 32))).T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= 32).all() and (left + width <= 32).all()
+    area, ratio = height * width / 32**2, width / height
+    # Sides are rounded to a pixel, so small parts leave the range a little.
+    assert area.min() > 0.06 and area.max() <= 1
+    assert ratio.min() > 0.68 and ratio.max() < 1.5
+    assert 0.45 < area.mean() < 0.6
+
+
+def make_augmentation(**options):
+    preprocessing = Preprocessing((12, 10, 3), (0.5,) * 3, (0.25,) * 3)
+    defaults = dict(crop_padding=4, flip=True, resized_crop=False, dtype=FLOAT32)
+    return augment.Augmentation(preprocessing, **{**defaults, **options})
+
+
+def test_training_images_depend_on_their_key_alone():
+    augmentation = make_augmentation()
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
+    whole = augmentation.for_training(jnp.asarray(IMAGES), keys)
+    for part in (slice(0, 2), slice(2, 6)):
+        alone = augmentation.for_training(jnp.asarray(IMAGES[part]), keys[part])
+        np.testing.assert_array_equal(whole[part], alone)
+
+
+def test_crops_and_flips_are_spread_evenly():
+    one = np.zeros((9, 9, 1), np.uint8)
+    one[4, 4] = 255
+    preprocessing = Preprocessing((9, 9, 1), (0.0,), (1.0,))
+    augmentation = augment.Augmentation(preprocessing, 2, True, False, FLOAT32)
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(5000))
+    images = augmentation.for_training(jnp.broadcast_to(one, (5000, 9, 9, 1)), keys)
+    counts = np.asarray(images)[..., 0].sum(0)[2:7, 2:7]
+    # 200 expected of each offset; 5 standard deviations.
+    assert np.abs(counts - 200).max() < 5 * np.sqrt(200)
+
+
+def test_training_images_are_padded_as_said():
+    one = jnp.full((50, 12, 10, 3), 255, jnp.uint8)
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(50))
+    zeros = make_augmentation().for_training(one, keys)
+    mirrored = make_augmentation(crop_mode="reflect").for_training(one, keys)
+    assert float(zeros.min()) == -2
+    np.testing.assert_array_equal(mirrored, 2)
+
+
+def test_a_configuration_gives_every_field():
+    preprocessing = Preprocessing((12, 10, 3), (0.5,) * 3, (0.25,) * 3)
+    data = Data(crop_padding=3, flip=False, resized_crop=True, crop_mode="reflect")
+    assert augment.Augmentation.of(
+        data, preprocessing, "bfloat16"
+    ) == make_augmentation(
+        crop_padding=3,
+        flip=False,
+        resized_crop=True,
+        dtype=jnp.dtype(jnp.bfloat16),
+        crop_mode="reflect",
+    )
+    plain = augment.Augmentation.plain(preprocessing, jnp.float32)
+    assert plain == make_augmentation(crop_padding=0, flip=False)
+
+
+def mirrors_of(images, epoch, seed=0):
+    key = jax.random.key(seed)
+    mirrors = jax.jit(augment.alternating_mirrors)
+    return np.asarray(mirrors(jnp.asarray(images), jnp.int32(epoch), key=key))
+
+
+def test_alternating_mirrors_take_turns_whatever_the_batch():
+    images = RNG.integers(256, size=(4000, 4, 4, 3), dtype=np.uint8)
+    first = mirrors_of(images, 0)
+    for epoch in range(1, 5):
+        np.testing.assert_array_equal(mirrors_of(images, epoch), first ^ (epoch % 2))
+    order = RNG.permutation(4000)[:100]
+    np.testing.assert_array_equal(mirrors_of(images[order], 0), first[order])
+    # Fair coins, and another seed's are others; 5 standard deviations of 4,000.
+    for heads in (first, first == mirrors_of(images, 0, seed=1)):
+        assert abs(heads.sum() - 2000) < 5 * np.sqrt(1000)
+
+
+def test_given_mirrors_are_taken_in_place_of_drawn_ones():
+    augmentation = make_augmentation(crop_padding=0)
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
+    mirrored = np.array([True, False, True, False, False, True])
+    ours = augmentation.for_training(jnp.asarray(IMAGES), keys, jnp.asarray(mirrored))
+    images = [i[:, ::-1] if m else i for i, m in zip(IMAGES, mirrored, strict=True)]
+    np.testing.assert_array_equal(
+        ours, augmentation.for_evaluation(jnp.asarray(np.stack(images)))
+    )
+    still = make_augmentation(crop_padding=0, flip=False)
+    np.testing.assert_array_equal(
+        still.for_training(jnp.asarray(IMAGES), keys, jnp.asarray(mirrored)),
+        still.for_evaluation(jnp.asarray(IMAGES)),
+    )
+
+
+def test_without_options_training_images_are_evaluations():
+    augmentation = make_augmentation(crop_padding=0, flip=False)
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
+    images = jnp.asarray(IMAGES)
+    np.testing.assert_array_equal(
+        augmentation.for_training(images, keys), augmentation.for_evaluation(images)
+    )
+
+
+def test_evaluation_resizes_and_cuts_the_centre():
+    preprocessing = Preprocessing((8, 8, 3), (0.5,) * 3, (0.25,) * 3, resize=10)
+    augmentation = augment.Augmentation(preprocessing, 0, False, False, FLOAT32)
+    ours = augmentation.for_evaluation(jnp.asarray(IMAGES))
+    # The short side is 10 already: rows 2..10, columns 1..9 of 12 x 10.
+    expected = (IMAGES[:, 2:10, 1:9] / 255 - 0.5) / 0.25
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_random_parts_are_brought_to_the_input_size():
+    preprocessing = Preprocessing((16, 16, 3), (0.5,) * 3, (0.25,) * 3)
+    augmentation = augment.Augmentation(
+        preprocessing, 0, True, True, jnp.dtype(jnp.bfloat16)
+    )
+    keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
+    images = augmentation.for_training(jnp.asarray(IMAGES), keys)
+    assert images.shape == (6, 16, 16, 3)
+    assert images.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(images, np.float32)).all()

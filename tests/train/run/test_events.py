@@ -1,0 +1,109 @@
+"""TensorBoard's events: written in order, by a thread that stops no run."""
+
+import struct
+
+import pytest
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
+from train.config import Config
+from train.run.directory import RunDirectory
+from train.run.events import Events
+
+
+def events_of(file):
+    """Reads a file of TensorBoard's records."""
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield Event.FromString(content[at + 12 : at + 12 + length])
+        at += 16 + length
+
+
+def read(path):
+    """Returns (step, tag, value) of every scalar."""
+    return [
+        (event.step, value.tag, value.simple_value)
+        for file in sorted(path.iterdir())
+        for event in events_of(file)
+        for value in event.summary.value
+    ]
+
+
+def test_every_scalar_is_written_in_order(tmp_path):
+    events = Events(tmp_path / "events", 0)
+    assert not (tmp_path / "events").exists()
+    for step in range(5):
+        events.add(step, "train", {"loss": step / 2, "accuracy": 0.25})
+    events.close()
+    rows = read(tmp_path / "events")
+    assert rows[::2] == [(step, "train/loss", step / 2) for step in range(5)]
+    assert rows[1::2] == [(step, "train/accuracy", 0.25) for step in range(5)]
+
+
+def test_without_scalars_nothing_is_written(tmp_path):
+    Events(tmp_path / "events", 0).close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_events_after_the_step_gone_back_to_are_dropped(tmp_path):
+    events = Events(tmp_path, 7)
+    events.add(9, "train", {"loss": 1.0})
+    events.close()
+    (file,) = tmp_path.iterdir()
+    starts = [e.step for e in events_of(file) if e.session_log.status]
+    assert starts == [8]
+
+
+def written(events):
+    """Waits for what was added so far."""
+    events._pool.submit(int).result()
+
+
+def test_a_place_that_cannot_be_written_is_warned_of_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    events = Events(tmp_path / "file", 0)
+    for step in range(3):
+        events.add(step, "train", {"loss": 1.0})
+        written(events)
+    events.close()
+    assert capsys.readouterr().err.count("warning: no more events") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_hangs_nothing(tmp_path, monkeypatch, capsys):
+    events = Events(tmp_path, 0)
+    events.add(1, "train", {"loss": 1.0})
+    written(events)
+
+    def fail(self, event):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(EventsWriter, "write_event", fail)
+    for step in range(100):
+        events.add(step, "train", {"loss": 1.0})
+    events.close()
+    assert capsys.readouterr().err.count("could not write: no space left") == 1
+    assert read(tmp_path) == [(1, "train/loss", 1.0)]
+
+
+def test_a_defect_is_raised(tmp_path):
+    events = Events(tmp_path, 0)
+    events.add(1, "train", {"loss": "much"})
+    with pytest.raises(TypeError, match="add.reduce"):
+        events.close()
+    with pytest.raises(TypeError, match="add.reduce"):
+        events.add(2, "train", {"loss": 1.0})
+
+
+def test_a_run_goes_on_without_events(tmp_path, capsys):
+    directory = RunDirectory(tmp_path / "run", Config(), resume=False)
+    directory.lock()
+    directory.open(0)
+    (tmp_path / "run" / "tensorboard").write_text("mine")
+    for step in (1, 2):
+        directory.log(step, "train", {"loss": 1.0})
+    directory.close()
+    assert "warning: no more events for TensorBoard" in capsys.readouterr().err
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert metrics.count('"loss": 1.0') == 2

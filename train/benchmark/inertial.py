@@ -1,0 +1,215 @@
+"""Timing of tiled inertial convolutions beside dense ones, whole and in parts."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
+from inertia_jax.cost.table import aligned
+from inertia_jax.layers.inertial import FRICTION
+from inertia_jax.models.create import abstract_variables, input_shape
+from inertia_jax.ops.conv.conv import pad_image
+from inertia_jax.ops.conv.dispatch import conv2d_to_apply, filters_for_cpu
+from inertia_jax.ops.inertial.ladder import CHUNK_BYTES
+from inertia_jax.ops.inertial.tiles import fill_low, fill_open, make_tiling
+from inertia_jax.ops.inertial.winograd_tiles import fill_by_winograd
+from inertia_jax.plan.plan import without_ladders
+from train.benchmark.suite import BaseSuite
+from train.benchmark.timing import interleaved
+
+# Images, their side, and channels.
+OP_SHAPES = ((64, 32, 64), (64, 16, 128))
+_RATES = (0.1, 0.25, 0.5, 1.0)
+# Capacities a little above the tested shares: a chunk may have more open tiles than
+# the mean.
+TILED = Inertial(3, 4, reading="tiled", capacities=(1 / 8, 0.28, 0.55, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """Tiled convolutions and networks beside dense ones."""
+
+    batch_size: int = 64
+    """Images a call of the networks."""
+    width: float = 1.0
+    """Width of the networks."""
+    repeats: int = 9
+    """Timed calls of each."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times two convolutions, then two networks."""
+        options: dict[str, Any] = {"rates": _RATES, "repeats": self.repeats}
+        networks = {"batch_size": self.batch_size, "width": self.width, **options}
+        calls = [
+            *(functools.partial(bench_op, *shape, **options) for shape in OP_SHAPES),
+            functools.partial(bench_network, "resnet20", **networks),
+            functools.partial(bench_network, "resnet18", **networks),
+        ]
+        for call in calls:
+            row = call()
+            print(format_times(row), flush=True)
+            yield row
+
+
+def bench_op(
+    images: int, side: int, channels: int, *, rates: tuple[float, ...], repeats: int
+) -> dict[str, Any]:
+    """Times a 3x3 convolution dense, and inertial in 2x2 tiles at given open shares.
+
+    Parts are jitted alone and timed on one chunk of images, as the whole takes them on
+    CPU. They are friction; `low`, the core once a tile; `open`, which gathers, computes
+    and scatters a quarter of the tiles; and `gather` and `compute`, two steps of `open`
+    alone. On CPU, where closed and open tiles share products, `fill` takes the place of
+    all but friction.
+    """
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (images, side, side, channels))
+    core = jax.random.normal(keys[1], (3, 3, channels, channels))
+    settings: dict[str, Any] = {"region_size": TILED.region_size, "padding": 1}
+    tiling = make_tiling(
+        (side, side), core_size=3, region_size=4, padding=1, low=TILED.low
+    )
+    friction = jax.jit(
+        lambda x: ops.friction(
+            x, region_size=4, core_size=3, strides=2, padding=tiling.pads
+        )
+    )
+    levels = np.asarray(friction(x))
+
+    @jax.jit
+    def tiled(x: Any, core: Any, threshold: Any) -> Any:
+        capacities = TILED.capacities
+        return ops.inertial_conv_tiled(
+            x, core, threshold=threshold, capacities=capacities, **settings
+        ).y
+
+    on_cpu = jax.default_backend() == "cpu"
+    chunk = x[: max(1, CHUNK_BYTES * images // x.nbytes)] if on_cpu else x
+    padded = pad_image(chunk, tiling.pads)
+    gate = jnp.asarray(levels > np.quantile(levels, 0.75))[: len(chunk)]
+    capacity = gate.size // 4
+    # Layers compute it so; on CPU that is not XLA's form.
+    dense = jax.jit(lambda x, core: conv2d_to_apply(x, core, (1, 1), ((1, 1), (1, 1))))
+    calls: dict[str, Callable[[], Any]] = {
+        "dense": lambda: dense(x, core),
+        **{
+            f"tiled {rate:g}": functools.partial(
+                tiled, x, core, _threshold_for(levels, rate)
+            )
+            for rate in rates
+        },
+        "part friction": lambda: friction(chunk),
+    }
+    filters = filters_for_cpu(x, core, tiling.pads) if on_cpu else None
+    if filters is not None:
+        fill = jax.jit(
+            functools.partial(fill_by_winograd, tiling=tiling, capacity=capacity)
+        )
+        calls["part fill"] = lambda: fill(padded, filters, gate)
+    else:
+        low = jax.jit(functools.partial(fill_low, tiling=tiling))
+        filled = low(padded, core)
+        open_quarter = jax.jit(
+            functools.partial(fill_open, tiling=tiling, capacity=capacity)
+        )
+        patches = jnp.ones((capacity * 3, 9 * channels))
+        rows = jnp.arange(capacity * 27) % (padded.size // channels)
+        gather = jax.jit(lambda a, i: jnp.take(a.reshape(-1, channels), i, axis=0))
+        compute = jax.jit(lambda a, core: a @ core.reshape(-1, channels))
+        calls |= {
+            "part low": lambda: low(padded, core),
+            "part open": lambda: open_quarter(padded, core, filled, gate),
+            "part gather": lambda: gather(padded, rows),
+            "part compute": lambda: compute(patches, core),
+        }
+    times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
+    return {
+        "shape": [images, side, side, channels],
+        "images_of_parts": len(chunk),
+        "times": times,
+    }
+
+
+def bench_network(
+    name: str, *, batch_size: int, width: float, rates: tuple[float, ...], repeats: int
+) -> dict[str, Any]:
+    """Times a network's evaluation dense, and with every tileable 3x3 inertial.
+
+    Weights and images are random; every layer's threshold opens the given share.
+    """
+    model = create_model(name, width=width)
+    variables = init_variables(model, jax.random.key(0))
+    shape = (batch_size, *input_shape(model))
+    x = jax.random.normal(jax.random.key(1), shape)
+    apply = jax.jit(lambda variables, x: model.apply(variables, x))
+    calls: dict[str, Callable[[], Any]] = {"dense": lambda: apply(variables, x)}
+    # One compiled network serves every rate: thresholds are variables.
+    inertial = tiled_model(name, width, 0.5)
+    tiled = jax.jit(lambda variables, x: inertial.apply(variables, x))
+    for rate in rates:
+        thresholds = thresholds_at(name, width, variables, x, rate)
+        changed = {**variables, "thresholds": thresholds}
+        calls[f"tiled {rate:g}"] = functools.partial(tiled, changed, x)
+    times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
+    return {"model": name, "batch_size": batch_size, "width": width, "times": times}
+
+
+def format_times(row: dict[str, Any]) -> str:
+    """Returns a row's medians, beside the dense one's, as lines."""
+    dense = row["times"]["dense"]["median_ms"]
+    title = row.get("model") or "x".join(map(str, row["shape"]))
+    lines = []
+    for name, times in row["times"].items():
+        median = times["median_ms"]
+        if name.startswith("part "):
+            share = row["shape"][0] / row["images_of_parts"]
+            lines.append([f"  {name}", f"{share:.0f} x {median:.2f} ms"])
+        elif name != "dense":
+            lines.append([f"  {name}", f"{median:.1f} ms", f"{dense / median:.2f}x"])
+    return f"{title}: dense {dense:.1f} ms\n{aligned(lines)}"
+
+
+def _blocking(call: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(call())
+
+
+def _threshold_for(levels: np.ndarray, rate: float) -> Any:
+    return jnp.float32(-1 if rate == 1 else np.quantile(levels, 1 - rate))
+
+
+def tiled_model(name: str, width: float, rate: float) -> Any:
+    """Returns a network whose every tileable 3x3 is inertial, in 2x2 tiles."""
+    return create_model(
+        name,
+        width=width,
+        plan=Plan((("*", dataclasses.replace(TILED, threshold=Rate(rate))),)),
+    )
+
+
+def thresholds_at(name: str, width: float, variables: Any, x: Any, rate: float) -> Any:
+    """Returns each layer's threshold for a rate, under the gates of those before it."""
+    model = tiled_model(name, width, rate)
+    model = without_ladders(model)
+    shapes = abstract_variables(model)["thresholds"]
+    thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # Training mode would change BatchNorm, so thresholds are taken from the friction
+    # that evaluation sows, again and again until later layers have settled.
+    apply = jax.jit(
+        lambda thresholds, x: model.apply(
+            {**variables, "thresholds": thresholds}, x, mutable=["intermediates"]
+        )[1]["intermediates"]
+    )
+
+    def level(sown: Any) -> Any:
+        if FRICTION in sown:
+            return {"threshold": _threshold_for(np.asarray(sown[FRICTION][0]), rate)}
+        return {name: level(inner) for name, inner in sown.items()}
+
+    for _ in range(1 if rate == 1 else 4):
+        thresholds = level(apply(thresholds, x))
+    return thresholds

@@ -1,0 +1,258 @@
+"""What a run adds to its steps: input, logging, progress bar, checkpoints."""
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import jax
+
+from train.benchmark.suite import BaseSuite, load_images, with_source
+from train.benchmark.timing import median_with_interval, spread_of, times_in_turn
+from train.config import Config
+from train.config_file import load_config
+from train.data import ImageSet
+from train.errors import UsageError
+from train.fit.meter import Meter, progress_bar
+from train.fit.trainer import Trainer, make_metadata
+from train.run.checkpoints import Checkpoints
+from train.run.directory import RunDirectory
+from train.step.state import training_to_dict
+
+# Timed calls of what an epoch adds: a checkpoint, and the epoch's first input.
+_EXTRA_REPEATS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """What a run adds to its steps: input, logging, progress bar, checkpoints."""
+
+    config: str = "configs/cifar10_resnet18_small.py"
+    """File of the run's configuration."""
+    data: str | None = None
+    """Source of the data; None: the configuration's own."""
+    width: float | None = None
+    """Width of the network; None: the configuration's own."""
+    steps: int = 200
+    """Steps of a block, at most an epoch's."""
+    repeats: int = 9
+    """Blocks of each kind, at least 6."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times blocks of steps bare and in the loop, and what an epoch adds."""
+        config = with_source(load_config(self.config), self.data)
+        if self.width is not None:
+            model = dataclasses.replace(config.model, width=self.width)
+            config = dataclasses.replace(config, model=model)
+        images = load_images(config.data)
+        row = bench_loop(config, images, steps=self.steps, rounds=self.repeats)
+        print(format_loop(row))
+        yield row
+
+
+def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
+    """Times blocks of steps bare and in the loop, in turn, and what an epoch adds.
+
+    A bare block takes its steps on an input that lies ready, the other one on the
+    loop's own feed, with its meter, progress bar and one line of metrics, at its end.
+    (A run has such a line every `log_steps`.) Both read the totals of one call while
+    the next one runs. What an epoch adds is timed by itself: its first input, with the
+    shuffle before it, and one checkpoint, waited for. (In a run it is written while the
+    next epoch computes.)
+
+    Args:
+        config: The run's configuration.
+        data: The run's images.
+        steps: Steps of a block; rounded up to whole calls.
+        rounds: Blocks of each kind.
+
+    Returns:
+        Times of blocks and of what an epoch adds, and what `overhead` makes of them.
+
+    Raises:
+        UsageError: A block has more steps than an epoch; there are fewer than six
+            rounds.
+    """
+    if rounds < 6:
+        raise UsageError(f"`repeats` (={rounds}) must be >= 6 in the suite loop.")
+    trainer = Trainer(config, data)
+    ready = next(trainer.inputs(0, 0))
+    steps_per_call = ready[2].shape[1]
+    calls = -(-steps // steps_per_call)
+    most = trainer.steps_per_epoch // steps_per_call
+    if calls > most:
+        raise UsageError(
+            f"`steps` (={steps}) must be at most {most * steps_per_call}, an epoch's "
+            f"in whole calls."
+        )
+    steps = calls * steps_per_call
+    config = dataclasses.replace(config, log_steps=steps)
+    # Imported now: otherwise the writer thread imports it during the timed steps.
+    import tensorboardX  # noqa: F401
+
+    with contextlib.ExitStack() as stack:
+        run = _TimedRun(trainer, config, ready, calls, stack)
+        times = times_in_turn(
+            {"bare": run.bare_block, "whole": run.whole_block},
+            repeats=rounds,
+            calls_before=0,
+            prepare=run.prepare_block,
+        )
+        extra = times_in_turn(
+            {"first_input": run.first_input, "checkpoint": run.checkpoint},
+            repeats=_EXTRA_REPEATS,
+            calls_before=0,
+            prepare=run.close_epochs,
+        )
+    return {
+        "steps": steps,
+        "rounds": rounds,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        **{name: spread_of(values) for name, values in (times | extra).items()},
+        **overhead(
+            times["bare"],
+            times["whole"],
+            [sum(both) for both in zip(*extra.values(), strict=True)],
+            blocks_per_epoch=trainer.steps_per_epoch / steps,
+        ),
+    }
+
+
+class _TimedRun:
+    """A run in a scratch directory, whose parts are called one by one.
+
+    Args:
+        trainer: What takes the steps.
+        config: The run's configuration, with a line of metrics a block.
+        ready: Inputs of a call, which bare blocks take again and again.
+        calls: Calls of a block.
+        stack: What closes the run at its end.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: Config,
+        ready: Any,
+        calls: int,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory = RunDirectory(scratch / "run", config, resume=False)
+        stack.callback(directory.close)
+        directory.lock()
+        directory.open(0)
+        bar = stack.enter_context(progress_bar(None, 0, config.batch_size))
+        self._trainer, self._ready, self._calls = trainer, ready, calls
+        self._meter = Meter(directory, bar, config, 0, has_gates=trainer.has_gates)
+        self._checkpoints = Checkpoints(directory.checkpoints)
+        self._blocks = stack.enter_context(contextlib.closing(_blocks(trainer, calls)))
+        self._state = trainer.init_state()
+        self._block: Any = ()
+        self._epochs: list[Any] = []
+        self._step = self._saved = 0
+
+    def prepare_block(self) -> None:
+        """Takes the next whole block's inputs."""
+        self._block = next(self._blocks)
+
+    def bare_block(self) -> None:
+        """Takes a block's steps on the inputs that lie ready."""
+        pending = None
+        for _ in range(self._calls):
+            self._state, totals = self._trainer.train_call(self._state, self._ready)
+            if pending is not None:
+                jax.device_get(pending)
+            pending = totals
+        jax.device_get(pending)
+
+    def whole_block(self) -> None:
+        """Takes a block's steps as the loop does."""
+        for inputs in self._block:
+            self._state, totals = self._trainer.train_call(self._state, inputs)
+            self._step += self._ready[2].shape[1]
+            self._meter.after_call(self._step, totals)
+        self._meter.flush()
+
+    def checkpoint(self) -> None:
+        """Saves a checkpoint, and waits for it."""
+        self._saved += 1
+        training = training_to_dict(self._state)
+        metadata = make_metadata(self._trainer, None, train_seconds=0.0)
+        self._checkpoints.save(
+            self._saved, self._trainer.model, self._state.result, training, metadata
+        )
+        self._checkpoints.wait()
+
+    def first_input(self) -> None:
+        """Shuffles an epoch, and waits for its first input."""
+        self._epochs.append(self._trainer.inputs(0, 0))
+        jax.block_until_ready(next(self._epochs[-1]))
+
+    def close_epochs(self) -> None:
+        """Closes the epochs whose first input was taken."""
+        for epoch in self._epochs:
+            epoch.close()
+
+
+def format_loop(row: dict[str, Any]) -> str:
+    """Returns what the loop adds, as lines."""
+    step_ms = row["bare"]["median_ms"] / row["steps"]
+    first_ms, checkpoint_ms = (
+        row[name]["median_ms"] for name in ("first_input", "checkpoint")
+    )
+    added = {name: f"{share:.2%}" for name, share in row["added_to_steps"].items()}
+    interval = f"95% interval {added['low_95']} to {added['high_95']}"
+    return (
+        f"a bare step {step_ms:.1f} ms, {row['steps_per_epoch']} an epoch\n"
+        f"an epoch's first input {first_ms:.0f} ms, checkpoint {checkpoint_ms:.0f} ms\n"
+        f"the loop adds to steps: {added['median']} ({interval})\n"
+        f"the loop adds to an epoch: {row['added_to_epoch']:.2%}"
+    )
+
+
+def overhead(
+    bare: list[float],
+    whole: list[float],
+    extra: list[float],
+    *,
+    blocks_per_epoch: float,
+) -> dict[str, Any]:
+    """Returns what a loop adds to its steps, as a share of bare steps' time.
+
+    Args:
+        bare: Times of bare blocks.
+        whole: Times of blocks in the loop, each beside a bare one.
+        extra: Times of what every epoch adds beside its blocks.
+        blocks_per_epoch: Number of blocks an epoch has.
+
+    Returns:
+        `added_to_steps`, the median of the pairs with its interval, and
+        `added_to_epoch`, that median with the median of `extra`.
+    """
+    pairs = zip(bare, whole, strict=True)
+    steps = median_with_interval([whole / bare - 1 for bare, whole in pairs])
+    epoch_ms = statistics.median(bare) * blocks_per_epoch
+    added = steps["median"] + statistics.median(extra) / epoch_ms
+    return {"added_to_steps": steps, "added_to_epoch": added}
+
+
+def _blocks(trainer: Trainer, calls: int) -> Generator[Any, None, None]:
+    """Yields the inputs of block after block; none has inputs of two epochs.
+
+    An epoch's first input is made beforehand: the time it takes is not a block's.
+    """
+    for epoch in itertools.count():
+        inputs = trainer.inputs(epoch, 0)
+        with contextlib.closing(inputs):
+            first = [next(inputs)]
+            rows = first[0][2].shape[1]
+            for _ in range(trainer.steps_per_epoch // rows // calls):
+                yield itertools.chain(
+                    first, itertools.islice(inputs, calls - len(first))
+                )
+                first = []

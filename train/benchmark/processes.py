@@ -1,0 +1,181 @@
+"""Steps of one, two and four real processes beside the form that docs/scaling.md has.
+
+`python -m train.benchmark.processes --out FILE` measures. Each process has one CPU
+device. All of them time, in turn, a step of their own without the others, a step
+together, and the all-reduce alone, for arrays of several sizes. The document's form is
+fitted to all all-reduces at once: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+
+from train.benchmark.scaling_model import count_step
+from train.config import Config, Data, Model, Optimizer
+from train.data.sets import ImageSet, Split
+from train.fit.trainer import Trainer
+from train.machine.parallel import AXIS, Parallel
+from train.machine.platform import choose_cpu_flags
+from train.run.directory import describe_machine
+
+_WIDTHS = (0.25, 1.0)
+_PER_DEVICE = 16
+_SIZES = (2**16, 2**18, 2**20, 2**22)  # numbers in float32
+
+
+def _data(num_images: int) -> ImageSet:
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(num_images, 28, 28, 1), dtype=np.uint8)
+    split = Split(images, rng.integers(10, size=num_images).astype(np.int32))
+    return ImageSet("synthetic", split, split, tuple(map(str, range(10))))
+
+
+def _step(width: float, devices: list[Any]) -> tuple[Trainer, Callable[[], None]]:
+    batch_size = _PER_DEVICE * len(devices)
+    config = Config(
+        batch_size=batch_size,
+        data=Data(source="synthetic", mean=(0.5,), std=(0.25,)),
+        model=Model(name="lenet", width=width),
+        optimizer=Optimizer(learning_rate=0.01),
+    )
+    trainer = Trainer(config, _data(batch_size), devices)
+    inputs = next(trainer.inputs(0, 0))
+    state = trainer.init_state()
+
+    def call() -> None:
+        nonlocal state
+        state, totals = trainer.train_call(state, inputs)
+        jax.block_until_ready((state, totals))
+
+    return trainer, call
+
+
+def _reduction(size: int) -> Callable[[], None]:
+    parallel = Parallel("pmap", tuple(jax.devices()))
+    reduce = parallel.wrap(lambda x: lax.psum(x, AXIS), (True,))
+    array = parallel.spread(np.ones((parallel.num_devices, size), np.float32))
+    return lambda: jax.block_until_ready(reduce(array))
+
+
+def _measure(repeats: int) -> dict[str, Any]:
+    calls: dict[str, Callable[[], None]] = {}
+    networks = {}
+    for width in _WIDTHS:
+        _, calls[f"alone {width}"] = _step(width, jax.local_devices())
+        trainer, calls[f"together {width}"] = _step(width, jax.devices())
+        step = count_step("lenet", trainer.model)
+        networks[str(width)] = {"params": step.params, "bytes": step.gradient_bytes}
+    if jax.process_count() > 1:
+        calls |= {f"reduce {size}": _reduction(size) for size in _SIZES}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(name)
+            start = time.perf_counter()
+            call()
+            if turn:  # the first turn compiles
+                times[name].append(1000 * (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    quartiles = {n: statistics.quantiles(v, n=4)[::2] for n, v in times.items()}
+    return {
+        "num_processes": jax.process_count(),
+        "median_ms": medians,
+        "quartiles_ms": quartiles,
+        "networks": networks,
+    }
+
+
+def _terms(num_processes: int, num_bytes: float) -> tuple[float, float]:
+    n = num_processes
+    return 2 * (n - 1) / n * num_bytes, 2.0 * (n - 1)
+
+
+def _fit(rows: list[dict[str, Any]]) -> np.ndarray:
+    """Returns milliseconds a byte and a message, of least relative error."""
+    terms, times = [], []
+    for row in rows:
+        for size in _SIZES if row["num_processes"] > 1 else ():
+            terms.append(_terms(row["num_processes"], 4 * size))
+            times.append(row["median_ms"][f"reduce {size}"])
+    weighed = np.asarray(terms) / np.asarray(times)[:, None]
+    return np.linalg.lstsq(weighed, np.ones(len(times)))[0]
+
+
+def _run(num_processes: int, repeats: int) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", __spec__.name, "--repeats", str(repeats)]
+    command += ["--worker", address, str(num_processes)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    processes = [
+        subprocess.Popen(
+            [*command, str(index)], stdout=subprocess.PIPE, text=True, env=env
+        )
+        for index in range(num_processes)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("a process failed; its output says why.")
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def main() -> None:
+    """Measures, prints a table, and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.repeats < 2:
+        parser.error(f"--repeats (={args.repeats}) must be >= 2, for quartiles")
+    if args.worker:
+        choose_cpu_flags()
+        address, count, index = args.worker
+        if int(count) > 1:
+            jax.distributed.initialize(address, int(count), int(index))
+        print(json.dumps(_measure(args.repeats)))
+        return
+    rows = [_run(count, args.repeats) for count in (1, 2, 4)]
+    per_byte, per_message = _fit(rows)
+    speed, latency = 1e-3 / per_byte, 1e3 * per_message
+    print(f"fitted: {speed:,.0f} MB/s, {latency:,.0f} us a message")
+    for row in rows:
+        row["predicted_ms"] = {}
+        for width, network in row["networks"].items():
+            alone, together = (
+                row["median_ms"][f"{how} {width}"] for how in ("alone", "together")
+            )
+            per_step = _terms(row["num_processes"], network["bytes"])
+            predicted = alone + per_step[0] * per_byte + per_step[1] * per_message
+            row["predicted_ms"][width] = predicted
+            print(
+                f"{row['num_processes']} processes, {network['bytes'] / 1e6:.2f} MB: "
+                f"alone {alone:.1f} ms, together {together:.1f} ms, predicted "
+                f"{predicted:.1f} ms"
+            )
+    if args.out is not None:
+        machine = describe_machine()
+        machine["command"] = f"python -m {__spec__.name} --out {args.out}"
+        settings = {"batch_per_device": _PER_DEVICE, "repeats": args.repeats}
+        fit = {"MB_per_s": speed, "us_per_message": latency}
+        record = {**machine, **settings, "model": "lenet", "fit": fit, "rows": rows}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

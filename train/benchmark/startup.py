@@ -1,0 +1,88 @@
+"""Seconds from the command to the first step, with and without compiled programs."""
+
+import dataclasses
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import train
+from train.benchmark.suite import BaseSuite
+from train.errors import UsageError
+
+_ROOT = pathlib.Path(train.__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(BaseSuite):
+    """Seconds from the command to the first step."""
+
+    repeats: int = 9
+    """Starts with an empty compilation cache, each with one after it that finds it."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Times both kinds of start."""
+        row = bench_startup(repeats=self.repeats)
+        for name, seconds in row.items():
+            median = seconds["median_s"]
+            print(f"first step, {name}: {median:.1f} s after the command")
+        yield row
+
+
+def bench_startup(*, repeats: int) -> dict[str, Any]:
+    """Starts the quick start's training again and again, up to its first step.
+
+    Each round starts it with an empty compilation cache, and then with what the first
+    start left there.
+
+    Args:
+        repeats: Number of rounds.
+
+    Raises:
+        UsageError: A start fails; the message is what it printed.
+    """
+    times: dict[str, list[float]] = {"cold": [], "cached": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as scratch:
+            place = pathlib.Path(scratch)
+            for name, starts in times.items():
+                starts.append(_seconds_to_first_step(place / name, place / "cache"))
+    return {
+        name: {
+            "median_s": statistics.median(starts),
+            "min_s": min(starts),
+            "max_s": max(starts),
+        }
+        for name, starts in times.items()
+    }
+
+
+def _seconds_to_first_step(workdir: pathlib.Path, cache: pathlib.Path) -> float:
+    arguments = ["fit", "--config", "configs/quickstart.py", "--workdir", str(workdir)]
+    output = workdir.with_suffix(".txt")
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    metrics = workdir / "metrics.jsonl"
+    start = time.perf_counter()
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train", *arguments, "--log-steps", "1"],
+            cwd=_ROOT,
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while not (metrics.is_file() and metrics.stat().st_size):
+                if process.poll() is not None:
+                    raise UsageError(f"the run ended early: {output.read_text()}")
+                time.sleep(0.01)
+            return time.perf_counter() - start
+        finally:
+            process.kill()
+            process.wait()

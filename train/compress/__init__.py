@@ -1,0 +1,1 @@
+"""The parts of the verb `compress`: options, stages, reports."""

@@ -1,0 +1,85 @@
+"""The accuracy of a network before and after every stage of its compression."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import linen as nn
+
+from inertia_jax.calls import Network
+from train.evaluate.checkpoint import EvaluationSettings, evaluator_for
+from train.evaluate.evaluation import Evaluation, paired_difference
+from train.networks import NetworkDescription
+
+
+def evaluate_stages(
+    stages: Mapping[str, Network],
+    *,
+    description: NetworkDescription,
+    sources: Sequence[str],
+    cache_dir: str,
+) -> dict[str, list[Evaluation]]:
+    """Evaluates networks on every test set; equal models are compiled once.
+
+    Args:
+        stages: The networks, by the names of their stages.
+        description: What the dense network's checkpoint says; it holds for all of them.
+        sources: The sources of the test sets.
+        cache_dir: The directory in which decoded sets are kept.
+    """
+    settings = EvaluationSettings(cache_dir=cache_dir)
+    found: dict[str, list[Evaluation]] = {name: [] for name in stages}
+    for source in sources:
+        evaluators: list[tuple[nn.Module, Any]] = []
+        for name, (model, variables) in stages.items():
+            known = [evaluate for other, evaluate in evaluators if other == model]
+            if not known:
+                network = dataclasses.replace(description, model=model)
+                evaluate = evaluator_for(network, source, settings)
+                evaluators.append((model, evaluate))
+                known = [evaluate]
+            found[name].append(known[0](variables))
+    return found
+
+
+def compare_stages(
+    sources: Sequence[str],
+    before: Sequence[Evaluation],
+    after: Mapping[str, Sequence[Evaluation]],
+) -> list[dict[str, Any]]:
+    """Returns accuracy on every test set, before and after every stage."""
+    tests = []
+    for i, source in enumerate(sources):
+        stages = {}
+        for name, evaluations in after.items():
+            difference, margin = paired_difference(before[i], evaluations[i])
+            stages[name] = {
+                "top1": evaluations[i].top1,
+                "difference": difference,
+                "margin_95": margin,
+                "gate_rates": dict(evaluations[i].gate_rates),
+            }
+        tests.append(
+            {
+                "data": pathlib.PurePath(source).name,
+                "num_examples": before[i].num_examples,
+                "top1_before": before[i].top1,
+                "stages": stages,
+            }
+        )
+    return tests
+
+
+def in_words(test: Mapping[str, Any]) -> str:
+    """Returns a row of `compare_stages` as a line."""
+    parts = [f"{test['data']}: top-1 {test['top1_before']:.2%} before"]
+    parts += [
+        f"{name} {stage['top1']:.2%} ({100 * stage['difference']:+.2f} "
+        f"+-{100 * stage['margin_95']:.2f})"
+        for name, stage in test["stages"].items()
+    ]
+    return (
+        f"{', '.join(parts)}; points, 95% interval, paired, "
+        f"{test['num_examples']:,} images"
+    )

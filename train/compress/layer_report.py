@@ -1,0 +1,132 @@
+"""The effect of compression on each layer of a network: a row a layer, and totals."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from inertia_jax.compression.latency import site_latencies_ms
+from inertia_jax.compression.sites import Site, find_sites
+from inertia_jax.cost.table import aligned
+from inertia_jax.plan.specs import LowRank, Tucker2
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One convolution, before and after.
+
+    Attributes:
+        path: The layer's path.
+        shape: The kernel's shape [kh, kw, c_in / groups, c_out].
+        ranks: (rank_in, rank_out) of Tucker-2, (rank,) of two factors, or () where the
+            convolution stays as it is.
+        energy: The share of the kernel's squared norm that is left,
+            1 - |K - K'|^2 / |K|^2.
+        params: The numbers of parameters before and after, without the bias.
+        macs: The MACs an image before and after.
+        latency_ms: The milliseconds a call before and after; None where they were not
+            measured.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    energy: float
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    latency_ms: tuple[float, float] | None
+
+
+def report_layers(
+    before: tuple[nn.Module, Mapping[str, Any]],
+    after: tuple[nn.Module, Mapping[str, Any]],
+    image_shape: tuple[int, ...],
+    *,
+    latency_batch: int,
+) -> list[LayerReport]:
+    """Compares every convolution of two networks that differ in form alone.
+
+    Args:
+        before: Model and variables before compression.
+        after: Model and variables after it.
+        image_shape: The shape [h, w, c] of the networks' input.
+        latency_batch: The number of images a call with which each layer is timed, both
+            forms in alternation; 0: layers are not timed.
+    """
+    old_sites = find_sites(*before, image_shape)
+    new_sites = find_sites(*after, image_shape)
+    dtype = getattr(before[0], "dtype", None) or jnp.float32
+    rows = []
+    times: dict[Any, tuple[float, float]] = {}
+    for path, new in new_sites.items():
+        old = old_sites[path]
+        latency_ms = None
+        if latency_batch:
+            key = (old.geometry, old.spec, new.spec)
+            if key not in times:
+                ms = site_latencies_ms(
+                    old, [old.spec, new.spec], batch_size=latency_batch, dtype=dtype
+                )
+                times[key] = (ms[0], ms[1])
+            latency_ms = times[key]
+        rows.append(
+            LayerReport(
+                path=path,
+                shape=old.kernel.shape,
+                ranks=_ranks(new),
+                energy=_energy(old, new),
+                params=(old.params(old.spec), new.params(new.spec)),
+                macs=(old.macs(old.spec), new.macs(new.spec)),
+                latency_ms=latency_ms,
+            )
+        )
+    return rows
+
+
+def _ranks(site: Site) -> tuple[int, ...]:
+    if isinstance(site.spec, Tucker2):
+        return (site.spec.rank_in, site.spec.rank_out)
+    return (site.spec.rank,) if isinstance(site.spec, LowRank) else ()
+
+
+def _energy(old: Site, new: Site) -> float:
+    kernel = np.asarray(old.kernel, np.float64)
+    missed = np.sum((kernel - np.asarray(new.kernel, np.float64)) ** 2)
+    total = np.sum(kernel**2)
+    return float(1 - missed / total) if total > 0 else 1.0
+
+
+def format_layers(rows: list[LayerReport]) -> str:
+    """Returns the rows as a table, a line a layer."""
+    timed = any(row.latency_ms for row in rows)
+    header = ["layer", "kernel", "ranks", "energy", "parameters", "MACs"]
+    lines = [[*header, "ms"] if timed else header]
+    for row in rows:
+        line = [
+            row.path,
+            "x".join(map(str, row.shape)),
+            ",".join(map(str, row.ranks)) or "stays dense",
+            f"{row.energy:.3f}",
+            _change(row.params),
+            _change(row.macs),
+        ]
+        if timed and row.latency_ms:
+            line.append(f"{row.latency_ms[0]:.2f} -> {row.latency_ms[1]:.2f}")
+        lines.append(line)
+    total = ["all of these", "", "", ""]
+    for values in ([r.params for r in rows], [r.macs for r in rows]):
+        total.append(_change((sum(v[0] for v in values), sum(v[1] for v in values))))
+    if timed:
+        before = sum(row.latency_ms[0] for row in rows if row.latency_ms)
+        after = sum(row.latency_ms[1] for row in rows if row.latency_ms)
+        total.append(f"{before:.2f} -> {after:.2f}")
+    lines.append(total)
+    return aligned(lines, left=3)
+
+
+def _change(values: tuple[int, int]) -> str:
+    before, after = values
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"

@@ -1,0 +1,46 @@
+"""Rules for ranks as the command line writes them, and plans as records have them."""
+
+import json
+import pathlib
+from typing import Any
+
+from inertia_jax import Budget, Energy, Evbmf, Plan, Ratio
+from inertia_jax.compression.ranks import RankRule
+from train.errors import UsageError
+
+
+def parse_ranks(text: str) -> RankRule | Budget:
+    """Reads a rule for ranks.
+
+    The forms are `ratio:0.2`, `energy:0.9`, `evbmf`, `budget:macs=0.5` (or `params`,
+    `latency`), and `plan:FILE`, whose file holds what `Plan.to_json` writes.
+
+    Raises:
+        UsageError: The text has another form, or its value is outside the range.
+    """
+    kind, _, value = text.partition(":")
+    try:
+        if kind == "ratio":
+            return Ratio(float(value))
+        if kind == "energy":
+            return Energy(float(value))
+        if kind == "evbmf" and not value:
+            return Evbmf()
+        if kind == "plan":
+            return Plan.from_json(pathlib.Path(value).read_text())
+        if kind == "budget":
+            names, _, share = value.partition("=")
+            if names in ("macs", "params", "latency"):
+                shares: dict[str, Any] = {names: float(share)}
+                return Budget(**shares)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"`ranks` (={text}): {error}") from error
+    raise UsageError(
+        f"`ranks` (={text}) must be ratio:SHARE, energy:SHARE, evbmf, "
+        f"budget:macs=SHARE (or params, latency), or plan:FILE."
+    )
+
+
+def plan_to_json(plan: Plan) -> Any:
+    """Returns a plan as the JSON value that records have."""
+    return json.loads(plan.to_json())

@@ -1,0 +1,182 @@
+"""The stages in which `python -m train compress` changes a network."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from inertia_jax import (
+    Budget,
+    compress,
+    make_inertial,
+    recalibrate_batch_norm,
+    reconstruct,
+    save_checkpoint,
+)
+from train.compress.accuracy import Network
+from train.compress.options import Compress
+from train.compress.rank_rules import parse_ranks
+from train.config import Data
+from train.data import Split, load_data
+from train.data.augment import Augmentation
+from train.data.training_inputs import training_inputs
+from train.errors import UsageError, user_input
+from train.networks import NetworkDescription, TrainedNetwork
+
+# The augmentation that imported weights are assumed to have been trained with.
+IMPORTED = Data(source="", crop_padding=0, flip=False)
+
+
+def load_training_images(args: Compress, network: NetworkDescription) -> Split | None:
+    """Returns the training images; None if no data are known.
+
+    Raises:
+        UsageError: The data cannot be read, or have no training images.
+    """
+    if args.data is None:
+        return None
+    preprocessing = network.preprocessing
+    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
+    data = load_data(args.data, cache_dir=args.cache_dir, image_size=size)
+    if data.train is None:
+        raise UsageError(f"{data.name} has no training images to calibrate on.")
+    return data.train
+
+
+def compressed_stages(
+    args: Compress,
+    network: TrainedNetwork,
+    split: Split | None,
+    *,
+    batch_size: int = 128,
+) -> dict[str, Network]:
+    """Returns the network after each stage, by name: the last is the one to keep.
+
+    Args:
+        args: The options, checked and complete.
+        network: The network as it was.
+        split: The training images; None where no data are known.
+        batch_size: The number of images a batch when BatchNorm is recalibrated.
+
+    Raises:
+        ValueError: The options do not fit the network.
+    """
+    dense = (network.model, network.variables)
+    draw = None if split is None else _drawer(args, split, network)
+    recalibrate = functools.partial(
+        _recalibrated, args, draw=draw, batch_size=batch_size
+    )
+    if args.macs is not None:
+        stages = {"inertial": _make_inertial(args, dense, draw)}
+    else:
+        raw = _make_tucker2(args, network, draw)
+        stages = {"raw": raw}
+        recalibrated = recalibrate(raw)
+        if recalibrated is not raw:
+            stages["recalibrated"] = recalibrated
+    if draw is not None and args.reconstruction_images:
+        model, variables = next(reversed(stages.values()))
+        variables = reconstruct(
+            model,
+            variables,
+            dense=dense,
+            images=draw(args.reconstruction_images, augment=True),
+            layers=args.layers,
+        )
+        stages["reconstructed"] = recalibrate((model, variables))
+    return stages
+
+
+def save_compressed(args: Compress, dense: NetworkDescription, small: Network) -> None:
+    """Writes the compressed network's checkpoint.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    info = {
+        **dense.info,
+        "evaluation": None,  # what is there is the dense network's
+        "compressed": dataclasses.asdict(args),
+    }
+    metadata = dataclasses.replace(dense.metadata, info=info)
+    with user_input():
+        save_checkpoint(args.out, *small, metadata=metadata)
+
+
+def _drawer(
+    args: Compress, split: Split, network: NetworkDescription
+) -> Callable[..., Any]:
+    """Returns a function that draws training images, plain or augmented."""
+    as_trained = dataclasses.replace(
+        network.trained_on or IMPORTED,
+        crop_padding=args.crop_padding or 0,
+        flip=bool(args.flip),
+    )
+    form = (network.preprocessing, network.model.dtype)
+    plain, augmented = Augmentation.plain(*form), Augmentation.of(as_trained, *form)
+
+    def draw(count: int, *, augment: bool) -> Any:
+        augmentation = augmented if augment else plain
+        return training_inputs(split, augmentation, count, seed=args.seed)
+
+    return draw
+
+
+def _make_inertial(
+    args: Compress, dense: Network, draw: Callable[..., Any] | None
+) -> Network:
+    if draw is None or args.macs is None:
+        raise ValueError("checked by the caller.")
+    return make_inertial(
+        *dense,
+        macs=args.macs,
+        calibration=draw(args.calibration_images, augment=False),
+        recalibration=draw(args.recalibration_images, augment=True),
+        layers=args.layers,
+        tile_size=args.tile_size,
+        metric=args.metric,
+        reference=args.reference,
+        low=args.low,
+        channel_stride=args.channel_stride,
+    )
+
+
+def _make_tucker2(
+    args: Compress, network: TrainedNetwork, draw: Callable[..., Any] | None
+) -> Network:
+    rule = parse_ranks(args.ranks or "")
+    if isinstance(rule, Budget) and rule.of == "latency" and args.latency_batch:
+        rule = dataclasses.replace(rule, batch_size=args.latency_batch)
+    calibration = None
+    if args.weigh and draw is not None:
+        calibration = draw(args.calibration_images, augment=False)
+    return compress(
+        network.model,
+        network.variables,
+        ranks=rule,
+        method="hooi" if args.method == "hooi" else "hosvd",
+        calibration=calibration,
+        layers=args.layers,
+        keep_stem=args.keep_stem,
+        round_to=args.round_to,
+        image_shape=network.preprocessing.image_shape,
+    )
+
+
+def _recalibrated(
+    args: Compress,
+    network: Network,
+    *,
+    draw: Callable[..., Any] | None,
+    batch_size: int,
+) -> Network:
+    """Returns a network with statistics of training images, or itself without any."""
+    model, variables = network
+    if draw is None or not args.recalibration_images or "batch_stats" not in variables:
+        return network
+    # Thresholds stay as they are.
+    still = model.clone(plan=model.plan.with_fixed_thresholds())
+    images = draw(args.recalibration_images, augment=True)
+    return model, recalibrate_batch_norm(
+        still, variables, images, batch_size=batch_size
+    )

@@ -1,0 +1,1 @@
+"""Evaluation of variables, networks and checkpoints."""

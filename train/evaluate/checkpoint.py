@@ -1,0 +1,112 @@
+"""Evaluation of a checkpoint's network on any data that fit it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from train.config import Data
+from train.data import ImageSet, load_data, warn_of_other_names
+from train.data.augment import Augmentation
+from train.data.feed import make_feed
+from train.errors import UsageError
+from train.evaluate.evaluation import Evaluation, make_evaluator
+from train.machine.parallel import Parallel
+from train.machine.processes import first_devices
+from train.networks import NetworkDescription, TrainedNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How test images are evaluated."""
+
+    cache_dir: str = Data.cache_dir
+    """Directory in which decoded sets are kept."""
+    batch_size: int = 500
+    """Images a step, over all devices."""
+    devices: int | None = None
+    """Number of devices to use, the first ones; None: all."""
+    resize: bool = False
+    """Resize images of another size than the network was trained on."""
+    flip_test: bool = False
+    """Answer by the mean logits of each image and its mirror image."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"`batch_size` (={self.batch_size}) must be >= 1.")
+
+
+def evaluate_network(
+    network: TrainedNetwork, settings: EvaluationSettings, *, source: str | None = None
+) -> Evaluation:
+    """Evaluates a network.
+
+    Args:
+        network: The network.
+        settings: How it is evaluated.
+        source: The data; None: those that it was trained on.
+
+    Raises:
+        UsageError: The data do not fit the network, or no data are named.
+    """
+    source = source or network.source
+    if source is None:
+        raise UsageError(f"{network.path} names no data; say which with --data.")
+    return evaluator_for(network, source, settings)(network.variables)
+
+
+def evaluator_for(
+    network: NetworkDescription, source: str, settings: EvaluationSettings
+) -> Callable[[Mapping[str, Any]], Evaluation]:
+    """Returns a function that evaluates variables of a network on a source's data.
+
+    Raises:
+        UsageError: The data do not fit the network.
+    """
+    model = network.model
+    data = _load_fitting(network, source, settings)
+    parallel = Parallel("pmap", tuple(first_devices(settings.devices)))
+    evaluate = make_evaluator(
+        model,
+        Augmentation.plain(network.preprocessing, model.dtype),
+        make_feed(data.test, parallel, memory_share=Data.memory_share),
+        parallel,
+        batch_size=settings.batch_size,
+        class_names=_class_names(network, data),
+        flip_test=settings.flip_test,
+    )
+    return lambda variables: evaluate(parallel.replicate(variables))
+
+
+def _load_fitting(
+    network: NetworkDescription, source: str, settings: EvaluationSettings
+) -> ImageSet:
+    preprocessing, trained_on = network.preprocessing, network.trained_on
+    height, width, channels = preprocessing.image_shape
+    resize = settings.resize or bool(trained_on and trained_on.image_size)
+    size = max(height, preprocessing.resize or 0) if resize else None
+    data = load_data(source, cache_dir=settings.cache_dir, image_size=size)
+    if data.image_shape[2] != channels:
+        raise UsageError(
+            f"{data.name} has {data.image_shape[2]} channels; the network takes "
+            f"{channels}."
+        )
+    if data.image_shape[:2] != (height, width) and not resize:
+        raise UsageError(
+            f"{data.name} has images of {data.image_shape[0]} x {data.image_shape[1]}; "
+            f"the network was trained on {height} x {width} (--resize resizes them)."
+        )
+    warn_of_other_names(data, network.class_names)
+    highest, num_classes = int(data.test.labels.max()), network.model.num_classes
+    if highest >= num_classes:
+        raise UsageError(
+            f"{data.name} has label {highest}; the network has {num_classes} classes."
+        )
+    return data
+
+
+def _class_names(network: NetworkDescription, data: ImageSet) -> tuple[str, ...]:
+    if network.class_names:
+        return network.class_names
+    num_classes = network.model.num_classes
+    unnamed = range(data.num_classes, num_classes)
+    return (*data.class_names, *map(str, unnamed))[:num_classes]

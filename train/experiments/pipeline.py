@@ -1,0 +1,227 @@
+"""From PyTorch weights through compression to a fine-tuned network, and its control."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from inertia_jax import CostTable, Plan, load_torch, save_checkpoint
+from inertia_jax.cost.table import aligned
+from inertia_jax.metadata import Metadata
+from train.compress.options import Compress
+from train.compress.rank_rules import plan_to_json
+from train.compress.stages import compressed_stages, save_compressed
+from train.config import Config
+from train.config_file import config_to_json
+from train.data import ImageSet, load_data
+from train.errors import UsageError, user_input
+from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
+from train.evaluate.evaluation import Evaluation, paired_difference
+from train.experiments.pipeline_config import Pipeline, check_claim, claim
+from train.fit.checks import check_trainable
+from train.fit.loop import fit
+from train.keys import run_keys
+from train.networks import (
+    from_checkpoint,
+    last_checkpoint,
+    make_model,
+    make_preprocessing,
+    read_description,
+    read_network,
+)
+from train.run.directory import describe_machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The network that a stage ended with.
+
+    Attributes:
+        name: The stage's name.
+        evaluation: The network's answers to the test images.
+        cost: The network's cost.
+        plan: The network's plan.
+    """
+
+    name: str
+    evaluation: Evaluation
+    cost: CostTable
+    plan: Plan
+
+
+def run_pipeline(
+    pipeline: Pipeline, *, weights: str | None, workdir: pathlib.Path
+) -> list[Stage] | None:
+    """Runs the stages that have not ended yet, and returns all of them.
+
+    Args:
+        pipeline: The pipeline.
+        weights: The PyTorch weights of the network; None where `workdir` already has
+            the imported network.
+        workdir: The directory of all stages, in which the same call goes on.
+
+    Returns:
+        The stages; None if a signal stopped one of them. The same call goes on with it.
+
+    Raises:
+        UsageError: The input is bad, or `workdir` holds another pipeline.
+    """
+    check_claim(pipeline, weights, workdir)
+    config = pipeline.run
+    data = load_data(
+        config.data.source,
+        cache_dir=config.data.cache_dir,
+        image_size=config.data.load_size,
+    )
+    imported = workdir / "imported"
+    if not imported.is_dir():
+        network = _read_weights(pipeline, weights, data)
+        check_trainable(config, data, jax.device_count())
+        claim(pipeline, weights, workdir)
+        with user_input():
+            save_checkpoint(imported, *network[:2], metadata=network[2])
+    head_config = dataclasses.replace(
+        config,
+        name="head",
+        epochs=pipeline.head_epochs,
+        train_only=(pipeline.head,),
+        init=str(imported.absolute()),
+    )
+    dense = _train(head_config, workdir / "head")
+    if dense is None:
+        return None
+    stages = [_evaluated("head trained", dense, config)]
+    teacher = str(dense.absolute()) if pipeline.distill else None
+    before = dense
+    for i, rule in enumerate(pipeline.ranks, start=1):
+        out = workdir / f"compressed_{i}"
+        if not out.is_dir():
+            _compress(pipeline, rule, before, data, out)
+        stages.append(_evaluated(f"compressed, {rule}", out, config))
+        tuned = _train(_tuned(config, out, teacher), workdir / f"tuned_{i}")
+        if tuned is None:
+            return None
+        stages.append(_evaluated(f"fine-tuned, {rule}", tuned, config))
+        before = tuned
+    if pipeline.control:
+        before = dense
+        # The control's schedule starts anew as often as the compressed networks'.
+        for i in range(1, len(pipeline.ranks) + 1):
+            control = _train(_tuned(config, before, None), workdir / f"control_{i}")
+            if control is None:
+                return None
+            before = control
+        stages.append(_evaluated("dense, fine-tuned as long", before, config))
+    return stages
+
+
+def _read_weights(
+    pipeline: Pipeline, weights: str | None, data: ImageSet
+) -> tuple[nn.Module, dict[str, Any], Metadata]:
+    if weights is None:
+        raise UsageError("`weights` must name a .pth, .pt or .safetensors file.")
+    config = pipeline.run
+    with user_input():
+        model = make_model(config.model, num_classes=data.num_classes)
+        preprocessing = make_preprocessing(config.data, data.image_shape)
+        variables = load_torch(
+            model,
+            weights,
+            reinitialise=(pipeline.head,),
+            key=run_keys(config.seed).init,
+            image_shape=preprocessing.image_shape,
+        )
+        info = {"imported_from": weights, "config": config_to_json(config)}
+        return model, variables, Metadata(preprocessing, data.class_names, info)
+
+
+def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path | None:
+    """Trains, or goes on; returns the last checkpoint, or None if it was stopped."""
+    result = fit(config, workdir=workdir, resume=True)
+    if result.stopped_by is not None:
+        return None
+    return last_checkpoint(workdir)
+
+
+def _tuned(config: Config, checkpoint: pathlib.Path, teacher: str | None) -> Config:
+    """Returns the configuration that trains a checkpoint's network further."""
+    config = dataclasses.replace(config, name="tune", teacher=teacher)
+    return from_checkpoint(config, read_description(checkpoint), keep_data=True)
+
+
+def _compress(
+    pipeline: Pipeline,
+    rule: str,
+    before: pathlib.Path,
+    data: ImageSet,
+    out: pathlib.Path,
+) -> None:
+    """Compresses as the verb does, without weighing errors."""
+    config = pipeline.run
+    args = Compress(
+        checkpoint=str(before),
+        out=str(out),
+        ranks=rule,
+        weigh=False,
+        recalibration_images=pipeline.recalibration_images,
+        crop_padding=config.data.crop_padding,
+        flip=config.data.flip,
+        seed=config.seed,
+    )
+    network = read_network(before)
+    with user_input():
+        stages = compressed_stages(
+            args, network, data.train, batch_size=config.batch_size
+        )
+    save_compressed(args, network, next(reversed(stages.values())))
+
+
+def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
+    network = read_network(checkpoint)
+    settings = EvaluationSettings(config.data.cache_dir, config.eval_batch_size)
+    evaluation = evaluate_network(network, settings, source=config.data.source)
+    print(f"{name}: top-1 {evaluation.top1:.2%}", flush=True)
+    return Stage(name, evaluation, network.cost(), network.model.plan)
+
+
+def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, Any]:
+    """Returns the record of all stages; JSON."""
+    first = stages[0].evaluation
+    rows = []
+    for stage in stages:
+        difference, margin = paired_difference(first, stage.evaluation)
+        rows.append(
+            {
+                "name": stage.name,
+                "top1": stage.evaluation.top1,
+                "top5": stage.evaluation.top5,
+                "loss": stage.evaluation.loss,
+                "num_examples": stage.evaluation.num_examples,
+                "difference": difference,
+                "margin_95": margin,
+                "params": stage.cost.params,
+                "macs": stage.cost.macs,
+                "plan": plan_to_json(stage.plan),
+            }
+        )
+    config = config_to_json(pipeline.run)
+    # The place of the data on this machine is no part of the configuration.
+    config["data"]["source"] = pathlib.PurePath(config["data"]["source"]).name
+    config["data"]["cache_dir"] = ""
+    return {
+        "machine": describe_machine(),
+        "backend": jax.default_backend(),
+        "pipeline": {**dataclasses.asdict(pipeline), "run": config},
+        "stages": rows,
+    }
+
+
+def summarise(stages: list[Stage]) -> str:
+    """Returns the stages as a table."""
+    rows = [
+        [s.name, f"{s.evaluation.top1:.2%}", f"{s.cost.params:,}", f"{s.cost.macs:,}"]
+        for s in stages
+    ]
+    return aligned([["stage", "top-1", "parameters", "MACs"], *rows])

@@ -1,0 +1,177 @@
+"""Sweeps: many runs, each of which appends a record to one file when it ends."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from inertia_jax.cost.table import aligned
+from train.config import Config
+from train.config_file import config_to_json, fill_defaults, load_from_file
+from train.errors import UsageError, user_input
+from train.evaluate.evaluation import Evaluation
+from train.networks import cost_to_json, last_checkpoint, read_description
+from train.run.report import make_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Configurations by name, each run with every seed.
+
+    Attributes:
+        configs: The configurations, whose names stand in the records.
+        seeds: The seeds. Every configuration runs with the first seed before any runs
+            with the second.
+    """
+
+    configs: tuple[Config, ...]
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        names = [config.name for config in self.configs]
+        if len(set(names)) != len(names):
+            raise UsageError(f"`configs` have names {names}; must differ.")
+
+    def runs(self) -> Iterator[Config]:
+        """Yields every run's configuration."""
+        for seed in self.seeds:
+            for config in self.configs:
+                yield dataclasses.replace(config, seed=seed)
+
+
+def load_sweep(path: pathlib.Path) -> Sweep:
+    """Reads the `sweep` of a Python file.
+
+    Raises:
+        UsageError: The file is missing, fails, or defines no Sweep.
+    """
+    return load_from_file(path, "sweep", Sweep)
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the records so far; a last line that a kill cut off is left out.
+
+    Raises:
+        UsageError: The file holds something other than records.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    with user_input():
+        lines = path.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        record = _parsed(line)
+        if record is None and line.startswith("{") and not line.endswith("\n"):
+            continue
+        if record is None or not {"name", "seed", "config"} <= set(record):
+            raise UsageError(f"{path}, line {number}, holds no record of a sweep.")
+        records.append(record)
+    return records
+
+
+def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Adds a record, after cutting off a line that a kill left unfinished."""
+    text = path.read_bytes()
+    start = text.rfind(b"\n") + 1
+    last = text[start:]
+    with path.open("ab") as file:
+        if last and _parsed(last) is None:
+            file.truncate(start)
+        elif last:
+            file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+
+
+def _parsed(line: str | bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def find_record(
+    records: list[dict[str, Any]], config: Config
+) -> Mapping[str, Any] | None:
+    """Returns the record of a run.
+
+    Raises:
+        UsageError: The record of that name and seed has another configuration.
+    """
+    for record in records:
+        if (record["name"], record["seed"]) == (config.name, config.seed):
+            if _comparable(record["config"]) != _comparable(config_to_json(config)):
+                raise UsageError(
+                    f"the record of {config.name}, seed {config.seed}, has another "
+                    f"configuration; take it out, or name the run anew."
+                )
+            return record
+    return None
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    filled = fill_defaults(config, config_to_json(Config()))
+    # The place of the data on a machine is no part of what was run.
+    name = pathlib.PurePath(filled["data"]["source"]).name
+    return {**filled, "data": {**filled["data"], "source": name, "cache_dir": ""}}
+
+
+def make_sweep_record(
+    config: Config, workdir: pathlib.Path, evaluation: Evaluation
+) -> dict[str, Any]:
+    """Returns the record of a run that has ended.
+
+    Args:
+        config: The run's configuration.
+        workdir: The run's directory.
+        evaluation: The evaluation of the last epoch.
+    """
+    record = make_record(workdir)
+    cost = read_description(last_checkpoint(workdir)).cost(evaluation.gate_rates)
+    rates = [row["images_per_s"] for row in record["curve"][1:]]
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "top1": evaluation.top1,
+        "loss": evaluation.loss,
+        "num_examples": evaluation.num_examples,
+        "gate_rates": dict(evaluation.gate_rates),
+        "cost": cost_to_json(cost),
+        "train_images_per_s": statistics.median(rates) if rates else None,
+        "test_top1_by_epoch": [row["test_top1"] for row in record["curve"]],
+        "train_seconds_by_epoch": [row["train_seconds"] for row in record["curve"]],
+        "config": config_to_json(config),
+        "started": record["starts"],
+    }
+
+
+def make_failed_record(config: Config, error: Exception) -> dict[str, Any]:
+    """Returns the record of a run that diverged; it would diverge again."""
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "failed": str(error),
+        "config": config_to_json(config),
+    }
+
+
+def summarise(records: list[dict[str, Any]]) -> str:
+    """Returns a table with a row for each name: mean and spread over seeds."""
+    lines = [["run", "seeds", "top-1 mean", "std", "MACs in all", "params"]]
+    ended = [record for record in records if "failed" not in record]
+    for name in dict.fromkeys(record["name"] for record in ended):
+        mine = [record for record in ended if record["name"] == name]
+        top1 = [100 * record["top1"] for record in mine]
+        spread = statistics.stdev(top1) if len(top1) > 1 else float("nan")
+        macs = statistics.mean(record["cost"]["total_macs"] for record in mine)
+        mean, params = statistics.mean(top1), mine[0]["cost"]["params"]
+        numbers = [f"{mean:.2f}%", f"{spread:.2f}", f"{macs:,.0f}", f"{params:,}"]
+        lines.append([name, str(len(mine)), *numbers])
+    failed = [
+        f"{record['name']}, seed {record['seed']}, failed: {record['failed']}"
+        for record in records
+        if "failed" in record
+    ]
+    return "\n".join([aligned(lines), *failed])

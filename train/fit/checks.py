@@ -1,0 +1,77 @@
+"""What a run refuses before it trains: settings that its data or devices contradict."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from inertia_jax import Inertial, Rate
+from train.config import Config
+from train.data import ImageSet, Split
+from train.errors import UsageError
+from train.fit.teacher import hash_variables
+from train.machine.processes import differing_process
+from train.step.objective import is_held
+
+
+def check_trainable(config: Config, data: ImageSet, num_devices: int) -> Split:
+    """Returns the training images.
+
+    Raises:
+        UsageError: There are none, or batches of them that the devices cannot share.
+    """
+    if data.train is None:
+        raise UsageError(f"{data.name} has no training images.")
+    if config.batch_size % num_devices:
+        raise UsageError(
+            f"`batch_size` (={config.batch_size}) must be a multiple of the "
+            f"{num_devices} devices."
+        )
+    if config.batch_size > len(data.train):
+        raise UsageError(
+            f"`batch_size` (={config.batch_size}) must be at most {len(data.train)}, "
+            f"the training images of {data.name}."
+        )
+    return data.train
+
+
+def check_float64(config: Config) -> None:
+    """Raises UsageError where the network computes in float64 and JAX has none."""
+    if config.model.dtype == "float64" and jnp.result_type(float) != "float64":
+        raise UsageError("`model.dtype` (=float64) needs JAX_ENABLE_X64=1.")
+
+
+def check_gates(config: Config, specs: Sequence[Inertial], num_devices: int) -> None:
+    """Checks the inertial layers of a run.
+
+    Args:
+        config: The run's configuration.
+        specs: The specifications of the network's inertial layers.
+        num_devices: Number of devices of all processes.
+
+    Raises:
+        UsageError: A budget could not move a gate, or gates depend on the whole batch
+            while each device sees a share of it.
+    """
+    if config.gate_budget is not None and not any(map(is_held, specs)):
+        raise UsageError(
+            "`gate_budget` needs inertial layers with `gate_gradient` (='ste') in "
+            "`model.plan`, their threshold no Rate; nothing else moves gates."
+        )
+    measured = [s for s in specs if s.relative or isinstance(s.threshold, Rate)]
+    if measured and num_devices > 1 and not config.sync_batch_norm:
+        raise UsageError(
+            f"`sync_batch_norm` (=False) must be on for {measured[0]}, whose gates "
+            f"depend on the whole batch."
+        )
+
+
+def check_same_everywhere(path: pathlib.Path, variables: dict[str, Any]) -> None:
+    """Raises UsageError where processes read other variables than the first."""
+    other = differing_process(bytes.fromhex(hash_variables(variables)))
+    if other is not None:
+        raise UsageError(
+            f"process {other} reads other variables for `init` than process 0, "
+            f"which has {path}; name one checkpoint."
+        )

@@ -1,0 +1,299 @@
+"""The training loop: epochs, logging, evaluation, checkpoints, signals."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from inertia_jax import count_cost
+from inertia_jax.metadata import load_metadata
+from train.config import Config
+from train.config_file import config_to_json, differing_fields
+from train.data import ImageSet, load_data
+from train.errors import UsageError
+from train.evaluate.evaluation import Evaluation
+from train.fit.clock import TrainingClock
+from train.fit.meter import Meter, progress_bar
+from train.fit.stop import StopSignal
+from train.fit.teacher import resolve_teacher
+from train.fit.trainer import Trainer, make_metadata
+from train.machine.processes import differing_process, is_lost
+from train.run.checkpoints import Checkpoints
+from train.run.directory import RunDirectory
+from train.step.state import TrainState, training_to_dict
+from train.step.trainable import describe_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """How a run ended.
+
+    Attributes:
+        workdir: Its directory.
+        step: Steps taken in all.
+        evaluation: What the last epoch ended with; None if the run was stopped earlier.
+        stopped_by: The signal that stopped it, or None.
+    """
+
+    workdir: pathlib.Path
+    step: int
+    evaluation: Evaluation | None
+    stopped_by: int | None
+
+
+def fit(
+    config: Config, *, workdir: pathlib.Path, resume: bool, devices: Any = None
+) -> FitResult:
+    """Trains, evaluates after every epoch, and keeps checkpoints.
+
+    Args:
+        config: The run's configuration.
+        workdir: Its directory.
+        resume: Whether to go on with the run in `workdir`, if there is one.
+        devices: The devices to run on; None means all.
+
+    Raises:
+        UsageError: Bad input, a loss that is not finite, or a full disk; says what, and
+            leaves the last good checkpoint.
+    """
+    config = resolve_teacher(config)
+    directory = RunDirectory(workdir, config, resume=resume)
+    data = load_data(
+        config.data.source,
+        cache_dir=config.data.cache_dir,
+        image_size=config.data.load_size,
+    )
+    _check_agreement(config, data)
+    trainer = Trainer(config, data, devices)
+    state = trainer.init_state()
+    directory.lock()
+    checkpoints = Checkpoints(directory.checkpoints)
+    try:
+        state, step, seconds = _restore(trainer, state, checkpoints, resume=resume)
+        directory.open(step)
+        with StopSignal() as stop, TrainingClock(seconds) as clock:
+            return _Run(
+                trainer, state, step, directory, checkpoints, stop, clock
+            ).finish()
+    except jax.errors.JaxRuntimeError as error:
+        if is_lost(error):
+            checkpoints.abandon()
+        raise
+    finally:
+        try:
+            # After an error, too: the last good checkpoint may still be being written,
+            # and until it is whole nobody else may have the directory.
+            checkpoints.wait()
+        finally:
+            directory.close()
+
+
+def _check_agreement(config: Config, data: ImageSet) -> None:
+    """Raises UsageError where processes were given different runs: they would hang."""
+    # Paths may differ between machines, the data may not.
+    places = dataclasses.replace(config.data, source="", cache_dir="")
+    said = {
+        "configuration": config_to_json(dataclasses.replace(config, data=places)),
+        "data": data.describe(),
+    }
+    for name, value in said.items():
+        text = json.dumps(value, sort_keys=True).encode()
+        other = differing_process(hashlib.sha256(text).digest())
+        if other is not None:
+            raise UsageError(
+                f"the {name} of process {other} is not that of process 0; all "
+                f"must run the same command on the same data."
+            )
+
+
+def _restore(
+    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, *, resume: bool
+) -> tuple[TrainState, int, float]:
+    step, seconds = 0, 0.0
+    restored = checkpoints.restore() if resume else None
+    if restored is not None:
+        path, arrays = restored
+        _check_same_sources(path, trainer)
+        state = trainer.restore(state, arrays)
+        step = int(arrays["training"]["step"])
+        # Older versions saved none: reports then leave the seconds out.
+        seconds = load_metadata(path).info.get("train_seconds", 0.0)
+    else:
+        state = trainer.read_init(state)
+    if jax.process_count() > 1:
+        first = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if first != step:
+            raise UsageError(
+                f"process {jax.process_index()} finds step {step}, process 0 step "
+                f"{first}; the run's directory must be one that all share."
+            )
+    if restored is not None and jax.process_index() == 0:
+        tqdm.write(f"resuming from {path}, step {step} of {trainer.steps}")
+    return state, step, seconds
+
+
+def _check_same_sources(path: pathlib.Path, trainer: Trainer) -> None:
+    there = load_metadata(path).info
+    differing = differing_fields(there.get("data"), trainer.data.describe())
+    if differing:
+        raise UsageError(
+            f"{path} was trained on other data; nothing was changed: "
+            f"{'; '.join(differing)}."
+        )
+    if there.get("teacher_sha256") != trainer.teacher_sha256:
+        raise UsageError(
+            f"{path} had another teacher than {trainer.config.teacher} holds now; "
+            f"nothing was changed."
+        )
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run under way: its state, where it reports and saves, and what stops it."""
+
+    trainer: Trainer
+    state: TrainState
+    step: int
+    directory: RunDirectory
+    checkpoints: Checkpoints
+    stop: StopSignal
+    clock: TrainingClock
+    last_save: float = dataclasses.field(default_factory=time.monotonic)
+
+    def finish(self) -> FitResult:
+        """Trains the epochs that are left, or until a signal to stop."""
+        config, steps_per_epoch = self.trainer.config, self.trainer.steps_per_epoch
+        _announce(self.trainer, self.state)
+        evaluation: Evaluation | None = None
+        with progress_bar(self.trainer.steps, self.step, config.batch_size) as bar:
+            for epoch in range(self.step // steps_per_epoch, config.epochs):
+                bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
+                has_gates = self.trainer.has_gates
+                meter = Meter(
+                    self.directory, bar, config, self.step, has_gates=has_gates
+                )
+                stopped_by = self._train_epoch(epoch, meter)
+                if self.step == (epoch + 1) * steps_per_epoch:
+                    evaluation = self._end_epoch(epoch, meter, bar)
+                    # A signal that came during the evaluation is seen here. With
+                    # several processes, a later signal is seen after the next call.
+                    stopped_by = stopped_by or self.stop.received
+                if stopped_by is not None and self.step < self.trainer.steps:
+                    self.checkpoints.wait()
+                    return FitResult(self.directory.path, self.step, None, stopped_by)
+        self.checkpoints.wait()
+        if evaluation is None:  # resumed after its end
+            evaluation = self.trainer.evaluate(self.state)
+        return FitResult(self.directory.path, self.step, evaluation, None)
+
+    def _train_epoch(self, epoch: int, meter: Meter) -> int | None:
+        """Takes the steps that an epoch has left; returns a signal that ended them."""
+        trainer, end = self.trainer, (epoch + 1) * self.trainer.steps_per_epoch
+        first_step = self.step - epoch * trainer.steps_per_epoch
+        stopped_by = None
+        self.clock.start()
+        for inputs in trainer.inputs(epoch, first_step):
+            self.state, totals = trainer.train_call(self.state, inputs)
+            before, self.step = self.step, self.step + inputs[2].shape[1]
+            # One call behind, so that the devices need not wait for the host.
+            meter.after_call(self.step, totals)
+            stopped_by = self.stop.after_call()
+            if self.step < end and (
+                stopped_by is not None
+                or _is_save_due(trainer.config, before, self.step, self.last_save)
+            ):
+                meter.flush()
+                self._save(None)
+                if stopped_by is not None:
+                    return stopped_by
+        meter.flush()
+        self.clock.stop()
+        return stopped_by
+
+    def _end_epoch(self, epoch: int, meter: Meter, bar: tqdm) -> Evaluation:
+        """Logs, evaluates and saves after an epoch's last step."""
+        words = meter.log_epoch(epoch, self.clock.seconds)
+        evaluation = self.trainer.evaluate(self.state)
+        metrics = {"epoch": epoch + 1, **evaluation.metrics()}
+        self.directory.log(self.step, "test", metrics)
+        if jax.process_index() == 0:
+            bar.write(
+                f"epoch {epoch + 1:3d}  {words}  test loss {evaluation.loss:.4f}  "
+                f"test top-1 {evaluation.top1:.2%}",
+                file=sys.stdout,
+            )
+        self._save(evaluation)
+        return evaluation
+
+    def _save(self, evaluation: Evaluation | None) -> None:
+        trainer, state = self.trainer, self.state
+        metadata = make_metadata(trainer, evaluation, train_seconds=self.clock.seconds)
+        training = training_to_dict(state)
+        self.checkpoints.save(
+            self.step, trainer.model, state.result, training, metadata
+        )
+        self.last_save = time.monotonic()
+
+
+def _announce(trainer: Trainer, state: TrainState) -> None:
+    """Says on the first process what will be trained."""
+    if jax.process_index() != 0:
+        return
+    if trainer.has_gates:
+        shape = trainer.preprocessing.image_shape
+        tqdm.write(f"{count_cost(trainer.model, shape)}\n")
+    if trainer.update.trained is not None:
+        tqdm.write(describe_trained(state.params, trainer.update.trained))
+    taken = trainer.steps_per_epoch * trainer.config.batch_size
+    dropped = len(trainer.data.train or ()) - taken
+    if dropped:
+        tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")
+
+
+def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bool:
+    every = config.checkpoint_steps
+    if every is not None and step // every > before // every:
+        return True
+    is_late = (time.monotonic() - last_save) / 60 >= config.checkpoint_minutes
+    if jax.process_count() > 1:
+        # All processes write, so all go by the clock of the first. They ask it only as
+        # often as metrics are logged: the devices wait meanwhile.
+        if step // config.log_steps == before // config.log_steps:
+            return False
+        is_late = bool(multihost_utils.broadcast_one_to_all(np.int32(is_late)))
+    return is_late
+
+
+def exit_code(result: FitResult) -> int:
+    """Returns 130 after Ctrl-C; SIGTERM is how clusters ask, and saving is success."""
+    return 130 if result.stopped_by == signal.SIGINT else 0
+
+
+def summary(result: FitResult) -> str:
+    """Returns how a run ended and where things lie."""
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        return (
+            f"stopped by {name} and saved at step {result.step}; the same command with "
+            f"--resume goes on."
+        )
+    evaluation = result.evaluation
+    if evaluation is None:
+        raise ValueError("a run that was not stopped has an evaluation.")
+    return (
+        f"test top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss "
+        f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
+        f"checkpoints  {result.workdir}/checkpoints\n"
+        f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
+        f"evaluate     python -m train evaluate {result.workdir}"
+        f"{' --flip-test' if evaluation.flip_test else ''}"
+    )

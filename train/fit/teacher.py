@@ -1,0 +1,107 @@
+"""The teacher: its checkpoint is found, read, and checked against the run."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inertia_jax.metadata import Preprocessing
+from inertia_jax.plan.plan import without_ladders
+from train.config import Config
+from train.config_file import differing_fields
+from train.errors import UsageError
+from train.networks import read_network
+from train.run.checkpoints import find_checkpoint
+from train.step.distill import Distillation
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A network that teaches another.
+
+    Attributes:
+        distillation: The teacher's part in the compiled step.
+        variables: The teacher's variables, an argument of the step.
+        sha256: The hash of the variables, by which a resumed run knows its teacher.
+    """
+
+    distillation: Distillation
+    variables: dict[str, Any]
+    sha256: str
+
+
+def resolve_teacher(config: Config) -> Config:
+    """Returns the configuration with a checkpoint in place of the teacher's run.
+
+    A run's best checkpoint may be another one tomorrow, but a resumed run must keep its
+    teacher.
+
+    Raises:
+        UsageError: The teacher is neither a checkpoint nor a run.
+    """
+    if config.teacher is None:
+        return config
+    try:
+        path = find_checkpoint(config.teacher)
+    except UsageError as error:
+        raise UsageError(f"`teacher`: {error}") from error
+    return dataclasses.replace(config, teacher=str(path.absolute()))
+
+
+def load_teacher(
+    config: Config, preprocessing: Preprocessing, num_classes: int
+) -> Teacher | None:
+    """Returns the configured teacher, or None without one.
+
+    Args:
+        config: The run's configuration.
+        preprocessing: The run's preprocessing, which the teacher must share.
+        num_classes: The number of the run's classes, which the teacher must share.
+
+    Raises:
+        UsageError: The checkpoint is missing or damaged, or does not fit.
+    """
+    path = resolve_teacher(config).teacher
+    if path is None:
+        return None
+    try:
+        network = read_network(pathlib.Path(path))
+    except UsageError as error:
+        raise UsageError(f"`teacher` (={path}) cannot teach: {error}") from error
+    model = network.model
+    differing = differing_fields(
+        {
+            "num_classes": model.num_classes,
+            **dataclasses.asdict(network.preprocessing),
+        },
+        {"num_classes": num_classes, **dataclasses.asdict(preprocessing)},
+    )
+    if differing:
+        raise UsageError(
+            f"`teacher` (={path}) must have the run's classes and preprocessing: "
+            f"{'; '.join(differing)}."
+        )
+    if model.dtype == "float64" and jnp.result_type(float) != "float64":
+        raise UsageError(f"`teacher` (={path}), in float64, needs JAX_ENABLE_X64=1.")
+    # The answers are the same, and the step needs no switch over capacities.
+    model = without_ladders(model)
+    distillation = Distillation(
+        model, weight=config.distill_weight, temperature=config.distill_temperature
+    )
+    return Teacher(distillation, network.variables, hash_variables(network.variables))
+
+
+def hash_variables(variables: dict[str, Any]) -> str:
+    """Returns the SHA-256 of a network's variables: names, types, shapes, numbers."""
+    # The files are not hashed: the same numbers written anew are the same teacher.
+    digest = hashlib.sha256()
+    for path, value in jax.tree.leaves_with_path(variables):
+        array = np.asarray(value)
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,257 @@
+"""A run on its devices: its compiled calls, what they take and what they begin with."""
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import numpy as np
+
+from inertia_jax import load_checkpoint
+from inertia_jax.metadata import Metadata, load_metadata
+from inertia_jax.models.create import abstract_variables
+from train.config import Config
+from train.config_file import config_to_json
+from train.data import ImageSet, warn_of_other_names
+from train.data.augment import Augmentation
+from train.data.feed import choose_steps_per_call, epoch_order, make_feed
+from train.errors import UsageError, user_input
+from train.evaluate.evaluation import Evaluation, make_evaluator
+from train.fit.checks import (
+    check_float64,
+    check_gates,
+    check_same_everywhere,
+    check_trainable,
+)
+from train.fit.teacher import load_teacher
+from train.keys import run_keys
+from train.machine.parallel import AXIS, Parallel
+from train.networks import make_model, make_preprocessing
+from train.run.checkpoints import find_checkpoint
+from train.step.distill import Distillation
+from train.step.objective import Objective
+from train.step.optimizer import make_optimizer, scale_learning_rate
+from train.step.state import TrainState, Update, init_state, restore_state
+from train.step.train_step import TrainStep
+from train.step.trainable import trained_paths
+
+
+class Trainer:
+    """A configured run on its devices: the compiled calls and what they take.
+
+    Attributes:
+        config: The run's configuration.
+        data: Its images.
+        parallel: The devices, and the way to run on them.
+        preprocessing: What evaluation does to an image.
+        model: The network.
+        update: How a step's gradient changes the state.
+        augmentation: How stored images become the network's input.
+        feed: What gives the training images to the devices.
+        steps_per_epoch: Whole batches of the training images.
+        steps_per_call: Steps of a compiled call.
+        teacher_sha256: Hash of the teacher's variables; None without a teacher.
+        teacher_variables: These variables on the devices; None without a teacher.
+    """
+
+    def __init__(self, config: Config, data: ImageSet, devices: Any = None) -> None:
+        """Puts the data on the devices and sets the calls up.
+
+        Args:
+            config: The run's configuration.
+            data: The images that `config.data.source` names.
+            devices: The devices to run on; None means all.
+
+        Raises:
+            UsageError: A field that the data, the model or the devices contradict.
+        """
+        self.config = config
+        self.data = data
+        self.parallel = Parallel(config.parallel, tuple(devices or jax.devices()))
+        train = check_trainable(config, data, self.parallel.num_devices)
+        check_float64(config)
+        with user_input():
+            self.preprocessing = make_preprocessing(config.data, data.image_shape)
+            self.model = make_model(config.model, num_classes=data.num_classes)
+        check_gates(config, self.model.plan.inertial, self.parallel.num_devices)
+        self.steps_per_epoch = len(train) // config.batch_size
+        self.update = self._make_update()
+        teacher = load_teacher(config, self.preprocessing, data.num_classes)
+        self.teacher_sha256 = teacher.sha256 if teacher else None
+        # An argument of every call: within the program it would be so many constants.
+        self.teacher_variables = (
+            self.parallel.replicate(teacher.variables) if teacher else None
+        )
+        self.augmentation = Augmentation.of(
+            config.data, self.preprocessing, config.model.dtype
+        )
+        share = config.data.memory_share
+        self.feed = make_feed(train, self.parallel, memory_share=share)
+        test_feed = make_feed(data.test, self.parallel, memory_share=share)
+        self.steps_per_call = choose_steps_per_call(
+            self.feed,
+            asked=config.steps_per_call,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=config.batch_size,
+        )
+        step = self._make_step(teacher.distillation if teacher else None)
+        spread = (False, *self.feed.spread, True, False)
+        self._call: Any = self.parallel.wrap(step.call, spread, donate=True)
+        rows = np.arange(config.batch_size, dtype=np.int32)
+        self._positions = self.parallel.spread(
+            rows.reshape(self.parallel.num_devices, -1)
+        )
+        self._evaluate = make_evaluator(
+            self.model,
+            self.augmentation,
+            test_feed,
+            self.parallel,
+            batch_size=config.eval_batch_size,
+            class_names=data.class_names,
+            flip_test=config.flip_test,
+        )
+
+    def _make_update(self) -> Update:
+        config, trained = self.config, None
+        if config.train_only or config.freeze:
+            with user_input():
+                shape = self.preprocessing.image_shape
+                params = abstract_variables(self.model, shape)["params"]
+            trained = trained_paths(
+                params, train_only=config.train_only, freeze=config.freeze
+            )
+        with user_input():
+            tx = make_optimizer(
+                scale_learning_rate(config.optimizer, batch_size=config.batch_size),
+                steps_per_epoch=self.steps_per_epoch,
+                epochs=config.epochs,
+            )
+        return Update(tx, trained=trained, ema_decay=config.optimizer.ema_decay)
+
+    def _make_step(self, distillation: Distillation | None) -> TrainStep:
+        config = self.config
+        is_synchronised = config.sync_batch_norm and self.parallel.num_devices > 1
+        return TrainStep(
+            self.model.clone(axis_name=AXIS if is_synchronised else None),
+            self.update,
+            self.augmentation,
+            Objective(
+                label_smoothing=config.optimizer.label_smoothing,
+                gate_budget=config.gate_budget,
+                gate_penalty=config.gate_penalty,
+                distillation=distillation,
+            ),
+            alternating_flip=config.data.flip
+            and config.data.flip_mode == "alternating",
+            steps_per_epoch=self.steps_per_epoch,
+            seed=config.seed,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.config.epochs
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether the network has inertial layers."""
+        return bool(self.model.plan.inertial)
+
+    def init_state(self) -> TrainState:
+        """Draws the first state and puts it on the devices.
+
+        Raises:
+            UsageError: The model cannot take the images.
+        """
+        with user_input():
+            shape = self.preprocessing.image_shape
+            key = run_keys(self.config.seed).init
+            state = init_state(self.model, self.update, shape, key)
+        # In its final place before the first step, or the step compiles twice.
+        return self.parallel.replicate(jax.device_get(state))
+
+    def read_init(self, state: TrainState) -> TrainState:
+        """Returns the first state with the variables of `config.init`, if that is set.
+
+        Raises:
+            UsageError: No checkpoint is there, or one of another network, or one that
+                was trained with another normalisation.
+        """
+        if self.config.init is None:
+            return state
+        path = find_checkpoint(self.config.init)
+        with user_input():
+            model, variables = load_checkpoint(path)
+            metadata = load_metadata(path)
+        if jax.process_count() > 1:
+            check_same_everywhere(path, variables)
+        warn_of_other_names(self.data, metadata.class_names)
+        own, theirs = self.preprocessing, metadata.preprocessing
+        if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
+            raise UsageError(
+                f"`init` (={self.config.init}) was trained with `mean` {theirs.mean} "
+                f"and `std` {theirs.std}; the run has {own.mean} and {own.std}."
+            )
+        if model != self.model:
+            raise UsageError(
+                f"`init` (={self.config.init}) has another network than `model` and "
+                f"the data's {self.data.num_classes} classes say: {model} there, "
+                f"{self.model} here."
+            )
+        return self.parallel.replicate(state.with_variables(variables))
+
+    def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
+        """Puts a checkpoint's arrays on the devices."""
+        return self.parallel.replicate(restore_state(template, arrays))
+
+    def train_call(self, state: TrainState, inputs: Any) -> tuple[TrainState, Any]:
+        """Takes the steps of one call; `state` is consumed. Returns (state, totals)."""
+        return self._call(state, *inputs, self._positions, self.teacher_variables)
+
+    def lower(self, state: Any) -> jax.stages.Lowered:
+        """Returns the program of a call of full length, not compiled yet.
+
+        Args:
+            state: The state, or its shapes.
+        """
+        with contextlib.closing(self.inputs(0, 0)) as calls:
+            inputs = next(calls)
+        lowered: jax.stages.Lowered = self._call.lower(
+            state, *inputs, self._positions, self.teacher_variables
+        )
+        return lowered
+
+    def inputs(self, epoch: int, first_step: int) -> Generator[Any, None, None]:
+        """Yields what the calls of an epoch take, from its step `first_step`."""
+        train = self.data.train
+        if train is None:
+            raise ValueError("there are no training images.")
+        order = epoch_order(
+            self.config.seed,
+            epoch,
+            num_examples=len(train),
+            batch_size=self.config.batch_size,
+        )
+        return self.feed.calls(order[first_step:], self.steps_per_call)
+
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Evaluates the test images."""
+        return self._evaluate(state.result)
+
+
+def make_metadata(
+    trainer: Trainer, evaluation: Evaluation | None, *, train_seconds: float
+) -> Metadata:
+    """Returns what a checkpoint of the run says of itself."""
+    teacher = trainer.teacher_sha256
+    return Metadata(
+        preprocessing=trainer.preprocessing,
+        class_names=trainer.data.class_names,
+        info={
+            "config": config_to_json(trainer.config),
+            "data": trainer.data.describe(),
+            "evaluation": evaluation.metrics() if evaluation else None,
+            "train_seconds": train_seconds,
+            **({"teacher_sha256": teacher} if teacher else {}),
+        },
+    )

@@ -1,0 +1,136 @@
+"""A run's record and its learning curve."""
+
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from inertia_jax.cost.table import aligned
+from train.errors import UsageError, user_input
+from train.run.directory import read_json
+
+
+def make_record(
+    run: pathlib.Path, *, seconds_to: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Returns a run's configuration, machine and curve, one row an epoch.
+
+    Args:
+        run: The run's directory.
+        seconds_to: Accuracies in (0, 1], whose first epochs are looked for.
+
+    Raises:
+        UsageError: There is no run at `run`, none of its epochs has ended, or an
+            accuracy is not in (0, 1].
+    """
+    for accuracy in seconds_to:
+        if not 0 < accuracy <= 1:
+            raise UsageError(f"`seconds_to` (={accuracy}) must be in (0, 1].")
+    if not (run / "config.json").is_file():
+        raise UsageError(f"there is no run at {run}.")
+    config = read_json(run / "config.json")
+    starts = _read_lines(run / "run.jsonl")
+    lines = _read_lines(run / "metrics.jsonl")
+    epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
+    tests = {line["epoch"]: line for line in lines if line["kind"] == "test"}
+    curve = [
+        {
+            "epoch": epoch,
+            "step": tests[epoch]["step"],
+            "train_loss": epochs[epoch]["loss"],
+            "train_accuracy": epochs[epoch]["accuracy"],
+            "test_loss": tests[epoch]["loss"],
+            "test_top1": tests[epoch]["top1"],
+            "test_top5": tests[epoch]["top5"],
+            "images_per_s": epochs[epoch]["images_per_s"],
+            "train_seconds": epochs[epoch].get("train_seconds"),
+        }
+        for epoch in sorted(set(epochs) & set(tests))
+    ]
+    if not curve:
+        raise UsageError(f"no epoch of {run} has ended yet.")
+    for before, row in itertools.pairwise(curve):
+        if before["train_seconds"] is None:  # an older version did not count them
+            row["train_seconds"] = None
+    reached = {str(share): _first_epoch(curve, share) for share in seconds_to}
+    found = {"seconds_to": reached} if seconds_to else {}
+    return {"config": config, "starts": starts, "curve": curve, **found}
+
+
+def _first_epoch(curve: list[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
+    for row in curve:
+        if row["test_top1"] >= accuracy:
+            return {name: row[name] for name in ("epoch", "train_seconds")}
+    return None
+
+
+def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws accuracy and loss over epochs into a PNG or SVG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curve = record["curve"]
+    epochs = [row["epoch"] for row in curve]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    for split, name in (("train", "accuracy"), ("test", "top1")):
+        left.plot(epochs, [100 * row[f"{split}_{name}"] for row in curve], label=split)
+        right.plot(epochs, [row[f"{split}_loss"] for row in curve], label=split)
+    left.set(xlabel="epoch", ylabel="accuracy [%]")
+    right.set(xlabel="epoch", ylabel="loss [nats]")
+    left.legend()
+    figure.suptitle(record["config"]["name"])
+    figure.tight_layout()
+    with user_input():
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def format_curve(record: dict[str, Any]) -> str:
+    """Returns the curve as a table."""
+    columns = {
+        "epoch": ("epoch", "d"),
+        "train loss": ("train_loss", ".4f"),
+        "train acc": ("train_accuracy", ".2%"),
+        "test loss": ("test_loss", ".4f"),
+        "test top-1": ("test_top1", ".2%"),
+        "images/s": ("images_per_s", ".0f"),
+    }
+    rows = [
+        [format(row[key], form) for key, form in columns.values()]
+        for row in record["curve"]
+    ]
+    reached = [
+        f"{float(share):.2%} {_in_words(epoch)}"
+        for share, epoch in record.get("seconds_to", {}).items()
+    ]
+    return "\n".join([aligned([list(columns), *rows], left=0), *reached])
+
+
+def _in_words(reached: dict[str, Any] | None) -> str:
+    if reached is None:
+        return "was not reached"
+    seconds = reached["train_seconds"]
+    after = "unknown seconds" if seconds is None else f"{seconds:.1f} s"
+    return (
+        f"after epoch {reached['epoch']}, {after} of training alone: without "
+        f"compiling and evaluating"
+    )
+
+
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads lines of JSON; a run that was killed may have left half a line."""
+    if not path.is_file():
+        return []
+    with user_input():
+        lines = path.read_text().splitlines(keepends=True)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.endswith("\n"):
+                found.append(json.loads(line))
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}, is no JSON: {error}.") from error
+    return found

@@ -1,0 +1,182 @@
+"""What training carries from step to step."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import serialization, struct
+from jax import Array
+
+from inertia_jax import init_variables
+from train.step.trainable import split_params
+
+
+class Totals(struct.PyTreeNode):
+    """Sums over the training examples of an epoch so far.
+
+    Attributes:
+        loss: Sum of the loss.
+        correct: Number of right answers, int32.
+        count: Number of examples, int32.
+        gate_rate: Sum of the examples' mean gate rates; 0 without inertial layers.
+        bad_step: First step of the run whose loss or gradient was not finite, int32; -1
+            for none.
+    """
+
+    loss: Array
+    correct: Array
+    count: Array
+    gate_rate: Array
+    bad_step: Array
+
+    @classmethod
+    def zeros(cls) -> "Totals":
+        """Returns the totals before the first example."""
+        zero, real = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return cls(real, zero, zero, real, zero - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How a step's gradient changes the state.
+
+    Attributes:
+        tx: The optimiser of the trained parameters.
+        trained: Paths of the trained parameters; None means all. No gradient is taken
+            for the others. What is no parameter, such as BatchNorm statistics, moves
+            anyway.
+        ema_decay: Highest decay of the averages, in [0, 1); 0: no averages are taken.
+    """
+
+    tx: optax.GradientTransformation
+    _: dataclasses.KW_ONLY
+    trained: frozenset[str] | None = None
+    ema_decay: float = 0.0
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a step changes.
+
+    Attributes:
+        step: Steps taken since the start of the run, int32.
+        params: The parameters.
+        collections: The model's other variables, e.g. `batch_stats`.
+        opt_state: The optimiser's state for the trained parameters.
+        totals: The sums over the epoch that `step` is in.
+        averages: Averages of `variables` over the steps; None where none are taken.
+    """
+
+    step: Array
+    params: Any
+    collections: dict[str, Any]
+    opt_state: optax.OptState
+    totals: Totals
+    averages: Any = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params, **self.collections}
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What is evaluated and saved: the averages, if there are any."""
+        return self.variables if self.averages is None else self.averages
+
+    def with_variables(self, variables: dict[str, Any]) -> "TrainState":
+        """Returns the state with other variables, which averages then start from."""
+        collections = dict(variables)
+        params = collections.pop("params")
+        averages = self.averages
+        if averages is not None:
+            # A copy: the step takes the memory of each for its results.
+            averages = jax.tree.map(jnp.copy, variables)
+        return self.replace(params=params, collections=collections, averages=averages)
+
+    def with_moved_averages(self, decay: float) -> "TrainState":
+        """Returns the state after a step with its averages, if any, moved along."""
+        if self.averages is None:
+            return self
+        averages = moving_average(
+            self.averages, self.variables, decay=decay, step=self.step - 1
+        )
+        return self.replace(averages=averages)
+
+
+def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) -> Any:
+    """Returns `d averages + (1 - d) variables` after a step.
+
+    d = min(decay, (1 + step) / (10 + step)): the poor networks of the first steps are
+    soon forgotten.
+
+    Args:
+        averages: The averages before the step.
+        variables: The variables after it.
+        decay: The highest d, in [0, 1).
+        step: Number of steps taken before this one.
+    """
+    rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    moved = optax.incremental_update(variables, averages, rate)
+
+    def choose(old: Array, new: Array, mean: Array) -> Array:
+        # Rounding must not move what stays: frozen parameters, fixed thresholds.
+        return jnp.where(new == old, old, mean.astype(old.dtype))
+
+    return jax.tree.map(choose, averages, variables, moved)
+
+
+def init_state(
+    model: nn.Module, update: Update, image_shape: tuple[int, int, int], key: Array
+) -> TrainState:
+    """Draws the first variables; everything else starts at zero.
+
+    Args:
+        model: The network.
+        update: What says which parameters are trained, and whether they are averaged.
+        image_shape: [h, w, c] of the network's input.
+        key: Key of the parameters.
+    """
+    variables = init_variables(model, key, image_shape)
+    moving, _ = split_params(variables["params"], update.trained)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params={},
+        collections={},
+        opt_state=jax.jit(update.tx.init)(moving),
+        totals=Totals.zeros(),
+        averages={} if update.ema_decay > 0 else None,
+    )
+    return state.with_variables(variables)
+
+
+def training_to_dict(state: TrainState) -> dict[str, Any]:
+    """Returns what a checkpoint needs beside `result`, as nested dictionaries."""
+    return {
+        "step": state.step,
+        "opt_state": serialization.to_state_dict(state.opt_state),
+        "totals": serialization.to_state_dict(state.totals),
+        **({} if state.averages is None else {"variables": state.variables}),
+    }
+
+
+def restore_state(template: TrainState, arrays: dict[str, Any]) -> TrainState:
+    """Puts a checkpoint's arrays into a state of the same structure."""
+    training = arrays["training"]
+    averages = None if template.averages is None else arrays["variables"]
+    variables = dict((arrays if averages is None else training)["variables"])
+    # The totals of an older run may lack a sum, which then starts at zero.
+    zeros = serialization.to_state_dict(Totals.zeros())
+    totals = {**zeros, **training["totals"]}
+    return TrainState(
+        step=training["step"],
+        params=variables.pop("params"),
+        collections=variables,
+        opt_state=serialization.from_state_dict(
+            template.opt_state, training["opt_state"]
+        ),
+        totals=serialization.from_state_dict(template.totals, totals),
+        averages=averages,
+    )

@@ -1,0 +1,192 @@
+"""`python -m train compress`: make a trained checkpoint smaller."""
+
+import dataclasses
+import functools
+import pathlib
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from inertia_jax import count_cost
+from train.compress.accuracy import Network, compare_stages, evaluate_stages, in_words
+from train.compress.layer_report import format_layers, report_layers
+from train.compress.options import Compress, check_options, check_options_without_data
+from train.compress.rank_rules import plan_to_json
+from train.compress.stages import (
+    IMPORTED,
+    compressed_stages,
+    load_training_images,
+    save_compressed,
+)
+from train.config import FINETUNE, Config
+from train.errors import UsageError, user_input
+from train.fit.loop import FitResult, exit_code, fit
+from train.networks import (
+    NetworkDescription,
+    TrainedNetwork,
+    cost_to_json,
+    from_checkpoint,
+    last_checkpoint,
+    read_description,
+    read_network,
+)
+from train.run.checkpoints import find_checkpoint
+from train.run.directory import describe_machine
+from train.run.outputs import write_json
+
+
+def run(argv: Sequence[str]) -> int:
+    """Compresses as the arguments say, and prints cost and accuracy."""
+    args = tyro.cli(Compress, args=argv, prog="python -m train compress")
+    check_options(args)
+    path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
+    for place in (out, _tuned_beside(out)):
+        if place.exists() and (place == out or args.finetune_epochs):
+            raise UsageError(f"`out` (={place}) must not exist; nothing was changed.")
+    network = read_network(path)
+    dense = (network.model, network.variables)
+    args = _completed(args, network)
+    sources = () if args.data is None else (args.data, *args.also_test)
+    split = load_training_images(args, network)
+    evaluate = functools.partial(
+        evaluate_stages, description=network, sources=sources, cache_dir=args.cache_dir
+    )
+    before = evaluate({"before": dense})["before"]
+    start = time.perf_counter()
+    with user_input():
+        stages = compressed_stages(args, network, split)
+    seconds = time.perf_counter() - start
+    small = next(reversed(stages.values()))
+    save_compressed(args, network, small)
+    if args.finetune_epochs:
+        config = _tuning_config(args, path, out)
+        result = fit(config, workdir=_tuned_beside(out), resume=False)
+        if result.stopped_by is not None:
+            print(_resume_command(args, path, out, result))
+            return exit_code(result)
+        tuned = read_network(last_checkpoint(result.workdir))
+        print(f"fine-tuned checkpoint {tuned.path}")
+        stages["fine-tuned"] = (tuned.model, tuned.variables)
+    tests = compare_stages(sources, before, evaluate(stages))
+    _report(args, network, small, tests=tests, seconds=seconds)
+    return 0
+
+
+def _report(
+    args: Compress,
+    dense: TrainedNetwork,
+    small: Network,
+    *,
+    tests: Sequence[Mapping[str, Any]],
+    seconds: float,
+) -> None:
+    """Prints cost and accuracy of the new network, and writes the record."""
+    shape = dense.preprocessing.image_shape
+    last = list(tests[0]["stages"].values())[-1] if tests else {}
+    cost = count_cost(small[0], shape, gate_rates=last.get("gate_rates"))
+    rows = []
+    if args.is_inertial:
+        print(cost)
+    else:
+        rows = report_layers(
+            (dense.model, dense.variables),
+            small,
+            shape,
+            latency_batch=args.latency_batch,
+        )
+        print(format_layers(rows))
+        for layer in cost.rows:
+            if layer.note:
+                print(f"{layer.path} stays dense: {layer.note}")
+        was = dense.cost()
+        print(
+            f"network: {was.params:,} -> {cost.params:,} parameters, {was.macs:,} -> "
+            f"{cost.macs:,} MACs, {cost.macs / cost.dense_macs:.3f} of the dense "
+            f"network's"
+        )
+    for test in tests:
+        print(in_words(test))
+    print(f"took {seconds:.0f} s; checkpoint {args.out}")
+    if args.finetune_epochs:
+        print(f"fine-tuned: the run {_tuned_beside(pathlib.Path(args.out))}")
+    record = {
+        "machine": describe_machine(),
+        "seconds": seconds,
+        **cost_to_json(cost),
+        "tests": tests,
+        "layers": [dataclasses.asdict(row) for row in rows],
+        "plan": plan_to_json(small[0].plan),
+    }
+    write_json(args.record, record)
+
+
+def _completed(args: Compress, network: NetworkDescription) -> Compress:
+    """Returns the options with data and augmentation of the training filled in.
+
+    Raises:
+        UsageError: The options need data, and none are known.
+    """
+    source = args.data or network.source
+    if source is None and (args.is_inertial or args.finetune_epochs):
+        raise UsageError(f"{network.path} names no data; say which with --data.")
+    if source is None:
+        check_options_without_data(args)
+        print(
+            f"{network.path} names no data: errors are not weighed, BatchNorm is not "
+            f"recalibrated, accuracy is not measured; --data says which to use."
+        )
+    trained_on = network.trained_on or IMPORTED
+    padding, flip = args.crop_padding, args.flip
+    return dataclasses.replace(
+        args,
+        data=source,
+        crop_padding=trained_on.crop_padding if padding is None else padding,
+        flip=trained_on.flip if flip is None else flip,
+    )
+
+
+def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> Config:
+    """Returns the configuration that trains the compressed checkpoint."""
+    config = from_checkpoint(FINETUNE, read_description(out), keep_data=False)
+    return dataclasses.replace(
+        config,
+        name=out.name,
+        seed=args.seed,
+        epochs=args.finetune_epochs,
+        data=dataclasses.replace(
+            config.data,
+            source=args.data or "",
+            cache_dir=args.cache_dir,
+            crop_padding=args.crop_padding or 0,
+            flip=bool(args.flip),
+        ),
+        teacher=str(teacher.absolute()),
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=args.finetune_learning_rate
+        ),
+    )
+
+
+def _tuned_beside(out: pathlib.Path) -> pathlib.Path:
+    return out.with_name(f"{out.name}_finetuned")
+
+
+def _resume_command(
+    args: Compress, teacher: pathlib.Path, out: pathlib.Path, result: FitResult
+) -> str:
+    """Returns the command that resumes the fine-tuning after a signal stopped it."""
+    flip = "flip" if args.flip else "no-flip"
+    words = ["python", "-m", "train", "finetune", str(out), "--resume"]
+    words += ["--workdir", str(result.workdir), "--name", out.name]
+    words += ["--epochs", str(args.finetune_epochs), "--seed", str(args.seed)]
+    words += ["--teacher", str(teacher.absolute()), "--data.source", str(args.data)]
+    words += ["--data.cache-dir", args.cache_dir, f"--data.{flip}"]
+    words += ["--data.crop-padding", str(args.crop_padding or 0)]
+    words += ["--optimizer.learning-rate", str(args.finetune_learning_rate)]
+    return (
+        f"stopped and saved at step {result.step}; the compressed checkpoint is {out}; "
+        f"this goes on with its fine-tuning:\n{shlex.join(words)}"
+    )

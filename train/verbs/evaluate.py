@@ -1,0 +1,79 @@
+"""`python -m train evaluate`: evaluate a checkpoint."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+import tyro
+
+from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
+from train.evaluate.evaluation import paired_difference
+from train.machine.processes import Processes, first_devices, joined
+from train.networks import read_network
+from train.run.checkpoints import find_checkpoint
+from train.run.outputs import check_output_file, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluates a checkpoint on every test image, each once."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Checkpoint, or run, of which the best checkpoint is taken."""
+    data: str | None = None
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network
+    was trained on."""
+    against: str | None = None
+    """Checkpoint, or run, to compare with on the same data, image by image."""
+    out: str | None = None
+    """File to which everything is written, as JSON."""
+    settings: Annotated[EvaluationSettings, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=EvaluationSettings
+    )
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Processes
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Evaluates as the arguments say, and prints the result."""
+    args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
+    with joined(args.processes, saves_on_sigterm=False):
+        if jax.process_index() != 0:
+            # Only process 0 prints.
+            with contextlib.redirect_stdout(None):
+                return _run(args)
+        return _run(args)
+
+
+def _run(args: Evaluate) -> int:
+    if jax.process_index() == 0:  # the others write nothing
+        check_output_file("out", args.out)
+    first_devices(args.settings.devices)  # before anything is read
+    other = find_checkpoint(args.against) if args.against else None
+    network = read_network(find_checkpoint(args.checkpoint))
+    print(f"checkpoint  {network.path}")
+    evaluation = evaluate_network(network, args.settings, source=args.data)
+    print(evaluation)
+    found = json.loads(evaluation.to_json())
+    if other is not None:
+        # On the same data, so that they can be compared image by image.
+        source = args.data or network.source
+        baseline = evaluate_network(read_network(other), args.settings, source=source)
+        difference, margin = paired_difference(baseline, evaluation)
+        change = f"{100 * difference:+.2f} points"
+        interval = f"95% interval +-{100 * margin:.2f}, paired"
+        print(f"\n{other}: top-1 {baseline.top1:.2%}; here {change} ({interval})")
+        found |= {
+            "against": baseline.top1,
+            "difference": difference,
+            "margin_95": margin,
+        }
+    if evaluation.gate_rates:
+        print(f"\n{network.cost(evaluation.gate_rates)}")
+    if jax.process_index() == 0:
+        write_json(args.out, found)
+    return 0

@@ -1,0 +1,74 @@
+"""`python -m train fit`: train a network."""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+import tyro
+
+from train.config import Config, check_used
+from train.config_file import load_config
+from train.fit.loop import exit_code, fit, summary
+from train.machine.processes import Processes, first_devices, joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Trains a network; every field of the configuration is an option."""
+
+    run: Annotated[Config, tyro.conf.arg(name="")]
+    config: str | None = None
+    """Python file that defines `config`; options below override it."""
+    workdir: str | None = None
+    """Directory of the run; None: runs/NAME."""
+    resume: bool = False
+    """Resume the run in the directory, if there is one."""
+    devices: int | None = None
+    """Number of devices to use, the first ones; None: all."""
+    deterministic: bool = False
+    """Make training on GPU bitwise repeatable, and slower."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Processes
+    )
+
+
+def parse(argv: Sequence[str]) -> Fit:
+    """Reads the configuration file, then the arguments, which override it.
+
+    Raises:
+        UsageError: The file is missing or broken, or an option has no effect beside the
+            others.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    path = early.parse_known_args(argv)[0].config
+    config = load_config(path) if path else Config()
+    args = tyro.cli(
+        Fit, default=Fit(config, config=path), args=argv, prog="python -m train fit"
+    )
+    check_used(args.run, config)
+    return args
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains as the arguments say, and prints where checkpoints and metrics are."""
+    args = parse(argv)
+    if args.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    with joined(args.processes):
+        devices = first_devices(args.devices)
+        workdir = pathlib.Path(args.workdir or f"runs/{args.run.name}").expanduser()
+        result = fit(
+            args.run,
+            workdir=workdir,
+            resume=args.resume,
+            devices=devices,
+        )
+        if jax.process_index() == 0:
+            print(summary(result))
+        return exit_code(result)

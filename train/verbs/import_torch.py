@@ -1,0 +1,79 @@
+"""`python -m train import`: make a checkpoint from PyTorch weights."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from inertia_jax import count_cost, create_model, load_torch, save_checkpoint
+from inertia_jax.metadata import Metadata, Preprocessing
+from inertia_jax.models.create import input_shape
+from train.errors import user_input
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Makes a checkpoint from PyTorch weights."""
+
+    weights: Annotated[str, tyro.conf.Positional]
+    """File of weights: .pth, .pt or .safetensors."""
+    out: str
+    """Directory of the checkpoint, which must not exist."""
+    model: str
+    """lenet, resnet18/20/32/44/56, simpledla or vgg16."""
+    mean: tuple[float, ...]
+    """Mean of each channel with which inputs were normalised, of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel with which inputs were normalised."""
+    num_classes: int = 10
+    """Number of classes."""
+    width: float = 1.0
+    """Factor of every number of channels."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers of resnet18."""
+    shortcut: Literal["A", "B"] = "A"
+    """Shortcuts of resnet20 to resnet56: padded, or 1x1 convolutions."""
+    image_size: int | None = None
+    """Side of the network's input; None: the published one."""
+    resize: int | None = None
+    """Side to which images are resized before the centre is cut out; None: the side of
+    the input, so that nothing is cut."""
+    class_names: tuple[str, ...] = ()
+    """Name of each class."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Imports as the arguments say, and prints where the checkpoint is."""
+    args = tyro.cli(Import, args=argv, prog="python -m train import")
+    with user_input():
+        model = create_model(
+            args.model,
+            num_classes=args.num_classes,
+            width=args.width,
+            stem=args.stem,
+            shortcut=args.shortcut,
+        )
+        if args.class_names and len(args.class_names) != args.num_classes:
+            raise ValueError(
+                f"`class_names` has {len(args.class_names)} entries; must have "
+                f"{args.num_classes}."
+            )
+        side = args.image_size
+        if side is None:
+            side = input_shape(model)[0]
+        if side < 1:
+            raise ValueError(f"`image_size` (={side}) must be >= 1.")
+        shape = (side, side, len(args.mean))
+        preprocessing = Preprocessing(shape, args.mean, args.std, args.resize)
+        variables = load_torch(model, args.weights, image_shape=shape)
+        metadata = Metadata(
+            preprocessing, args.class_names, {"imported_from": args.weights}
+        )
+        out = pathlib.Path(args.out).expanduser()
+        save_checkpoint(out, model, variables, metadata=metadata)
+    cost = count_cost(model, shape)
+    print(f"{args.model}: {cost.params:,} parameters, {cost.macs:,} MACs an image")
+    print(f"checkpoint  {out}")
+    return 0

@@ -1,0 +1,41 @@
+"""`python -m train quickstart`: train and evaluate a small network, in minutes."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Sequence
+
+import tyro
+
+from train.config_file import load_config
+from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
+from train.fit.loop import exit_code, fit, summary
+from train.networks import read_network
+from train.run.checkpoints import find_checkpoint
+
+_CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Trains a narrow ResNet18 on handwritten digits and evaluates its checkpoint."""
+
+    workdir: str = "runs/quickstart"
+    """Directory of the run; one that is there already is gone on with."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains, evaluates from the checkpoint and prints where things lie."""
+    args = tyro.cli(Quickstart, args=argv, prog="python -m train quickstart")
+    start = time.monotonic()
+    workdir = pathlib.Path(args.workdir).expanduser()
+    result = fit(load_config(_CONFIG), workdir=workdir, resume=True)
+    if result.evaluation is None:
+        print(f"stopped and saved at step {result.step}; the same command goes on.")
+        return exit_code(result)
+    best = read_network(find_checkpoint(workdir))
+    evaluation = evaluate_network(best, EvaluationSettings())
+    print(f"\nevaluated again, from {best.path}:\n{evaluation}\n")
+    print(summary(result))
+    print(f"took         {time.monotonic() - start:.0f} s")
+    return 0

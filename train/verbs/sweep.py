@@ -1,0 +1,90 @@
+"""`python -m train sweep`: train many runs, and record each."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from train.errors import DivergedError, UsageError, user_input
+from train.experiments.sweep import (
+    append_record,
+    find_record,
+    load_sweep,
+    make_failed_record,
+    make_sweep_record,
+    read_records,
+    summarise,
+)
+from train.fit.loop import exit_code, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepArguments:
+    """Trains the runs that a file lists.
+
+    Runs that have a record are skipped; a run that was stopped is resumed.
+    """
+
+    sweep: Annotated[str, tyro.conf.Positional]
+    """Python file that defines `sweep`, a train.sweep.Sweep."""
+    out: str
+    """File of JSON lines, to which each run appends a record when it ends."""
+    data: str | None = None
+    """Data that replace every run's `data.source`."""
+    only: tuple[str, ...] = ()
+    """Names of the runs to train; none: all of them."""
+    workdir: str = "runs/sweeps"
+    """Directory in which the runs' directories are made and kept."""
+    max_runs: int | None = None
+    """Number of runs after which to stop; None: all of them are trained."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains the missing runs and prints the table; returns 1 if one diverged."""
+    args = tyro.cli(SweepArguments, args=argv, prog="python -m train sweep")
+    path, out = pathlib.Path(args.sweep), pathlib.Path(args.out)
+    sweep = load_sweep(path)
+    names = [config.name for config in sweep.configs]
+    unknown = sorted(set(args.only) - set(names))
+    if unknown:
+        raise UsageError(f"`only` has {unknown}; must be among {names}.")
+    if args.max_runs is not None and args.max_runs < 1:
+        raise UsageError(f"`max_runs` (={args.max_runs}) must be >= 1.")
+    with user_input(), out.open("a"):
+        pass  # shows, before hours of training, that the file can be written
+    done, failed = 0, False
+    for config in sweep.runs():
+        if args.only and config.name not in args.only:
+            continue
+        if args.data is not None:
+            data = dataclasses.replace(config.data, source=args.data)
+            config = dataclasses.replace(config, data=data)
+        known = find_record(read_records(out), config)
+        if known is not None:
+            failed = failed or "failed" in known
+            continue
+        if done == args.max_runs:
+            break
+        print(f"{config.name}, seed {config.seed}", flush=True)
+        workdir = pathlib.Path(args.workdir) / path.stem
+        workdir = workdir / f"{config.name}_seed{config.seed}"
+        try:
+            result = fit(config, workdir=workdir, resume=True)
+        except DivergedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            with user_input():
+                append_record(out, make_failed_record(config, error))
+            failed, done = True, done + 1
+            continue
+        if result.evaluation is None:
+            print(f"stopped at step {result.step}; the same command goes on.")
+            return exit_code(result)
+        record = make_sweep_record(config, workdir, result.evaluation)
+        with user_input():
+            append_record(out, record)
+        done += 1
+    print(summarise(read_records(out)))
+    return 1 if failed else 0
