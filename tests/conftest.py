@@ -31,20 +31,7 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Before anything of the library is imported.
-LIBRARY = """
-    calls checkpoint compression.allocation compression.budget compression.calibration
-    compression.layer_fit compression.latency compression.planned compression.ranks
-    compression.recalibrate compression.reconstruct compression.sites compression.tucker
-    compression.weighed_kernel cost deploy interop layers.batch_norm layers.low_rank
-    layers.pointwise layers.tucker metadata models ops
-"""
-jaxtyping.install_import_hook(
-    [
-        *(f"inertia_jax.{name}" for name in LIBRARY.split()),
-        *(f"train.{name}" for name in ("data.augment", "data.feed", "step")),
-    ],
-    "beartype.beartype",
-)
+jaxtyping.install_import_hook(["inertia_jax", "train"], "typechecks.checked")
 
 
 @pytest.fixture
