@@ -3,6 +3,7 @@
 from inertia_jax import ops
 from inertia_jax.checkpoint import (
     CheckpointDamagedError,
+    CheckpointWriteError,
     load_checkpoint,
     save_checkpoint,
 )
@@ -26,6 +27,7 @@ from inertia_jax.interop import load_torch, to_torch
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.low_rank import LowRankConv
 from inertia_jax.layers.tucker import Tucker2Conv
+from inertia_jax.metadata import Metadata, Preprocessing, load_metadata
 from inertia_jax.models.create import MODEL_NAMES, create_model, init_variables
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import (
@@ -45,6 +47,7 @@ __all__ = [
     "MODEL_NAMES",
     "Budget",
     "CheckpointDamagedError",
+    "CheckpointWriteError",
     "Conv",
     "CostTable",
     "DroppedRule",
@@ -60,8 +63,10 @@ __all__ = [
     "Learned",
     "LowRank",
     "LowRankConv",
+    "Metadata",
     "Plan",
     "Planned",
+    "Preprocessing",
     "Rate",
     "Ratio",
     "Tucker2",
@@ -75,6 +80,7 @@ __all__ = [
     "init_variables",
     "load_checkpoint",
     "load_exported",
+    "load_metadata",
     "load_torch",
     "make_inertial",
     "ops",
