@@ -165,7 +165,7 @@ torch.save({k: torch.from_numpy(v.copy()) for k, v in state.items()}, sys.argv[1
 # What the benchmarks compare with, besides PyTorch's training step.
 COMPARED = """
 import tensorly
-import train.torch_models
+import train.benchmark.torch_models
 from tensorly.decomposition import partial_tucker
 tensorly.set_backend("pytorch")
 """

@@ -16,7 +16,7 @@ SWEEP = """
 import dataclasses
 from inertia_jax import Inertial, Plan
 from train.config import Config, Data, Model, Optimizer
-from train.sweep import Sweep
+from train.experiments.sweep import Sweep
 
 dense = Config(
     name="dense",
