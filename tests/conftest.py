@@ -30,8 +30,21 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Types and shapes are not checked at run time in these, for these reasons.
+UNCHECKED = {
+    "inertia_jax.plan": "makes its own types of what people write, such as lists",
+}
 # Before anything of the library is imported.
-jaxtyping.install_import_hook(["inertia_jax", "train"], "typechecks.checked")
+jaxtyping.install_import_hook(
+    sorted(
+        {
+            f"{package}.{path.stem}"
+            for package in ("inertia_jax", "train")
+            for path in (ROOT / package).iterdir()
+        }.difference(UNCHECKED)
+    ),
+    "typechecks.checked",
+)
 
 
 @pytest.fixture

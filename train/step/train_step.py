@@ -145,7 +145,7 @@ class TrainStep:
         self,
         variables: Any,
         batch: Float[Array, "n h w c"],
-        pixels: UInt8[Array, "n h w c"],
+        pixels: UInt8[Array, "n h_stored w_stored c"],
         keys: Key[Array, "n"],
         mirrored: Bool[Array, "n"] | None,
     ) -> Float[Array, "n k"] | None:
