@@ -5,6 +5,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from inertia_jax import (
     Budget,
     compress,
@@ -112,8 +114,9 @@ def _drawer(
         crop_padding=args.crop_padding or 0,
         flip=bool(args.flip),
     )
-    form = (network.preprocessing, network.model.dtype)
-    plain, augmented = Augmentation.plain(*form), Augmentation.of(as_trained, *form)
+    preprocessing, dtype = network.preprocessing, jnp.dtype(network.model.dtype)
+    plain = Augmentation.plain(preprocessing, dtype)
+    augmented = Augmentation(preprocessing, as_trained, dtype)
 
     def draw(count: int, *, augment: bool) -> Any:
         augmentation = augmented if augment else plain

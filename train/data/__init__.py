@@ -15,8 +15,8 @@ def load_data(source: str, *, cache_dir: str, image_size: int | None) -> ImageSe
 
     Args:
         source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`.
-        cache_dir: Where decoded sets are kept.
-        image_size: Side to which an image folder's images are brought.
+        cache_dir: The directory in which decoded sets are kept.
+        image_size: The side to which images of several sizes are brought.
 
     Raises:
         UsageError: An unknown source, missing data, or images or labels that break a

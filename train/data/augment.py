@@ -34,12 +34,8 @@ def crop(
 ) -> Num[Array, "n h w c"]:
     """Surrounds images with `padding` pixels and cuts their own size out at `offsets`.
 
-    Args:
-        images: The images.
-        offsets: The top and left of the cut in the padded image, in [0, 2 padding].
-        padding: The width of the padding on every side, in pixels.
-        mode: What the padding is: zeros, or the image mirrored at its edges, which are
-            not repeated.
+    The offsets are top and left in the padded image, in [0, 2 padding]. The padding is
+    zeros, or the image mirrored at its edges, which are not repeated.
     """
     sides = (padding, padding)
     widths = ((0, 0), sides, sides, (0, 0))
@@ -67,12 +63,8 @@ def alternating_mirrors(
     In any two consecutive epochs, an image is seen both ways. Its side in epoch 0 is
     the top bit of `sum_i weight_i pixel_i mod 2^32` with random weights: a coin for
     each image, which does not depend on the image's place in a batch or chunk. Equal
-    images share their coin.
-
-    Args:
-        images: The images as they are stored, before any other augmentation.
-        epoch: The number of the epoch, from 0.
-        key: The key of the weights, the same in every epoch.
+    images share their coin. The images are those that are stored, and the key is the
+    same in every epoch.
 
     References:
         Jordan, 2024, https://arxiv.org/abs/2404.00498, alternating flip
@@ -89,13 +81,7 @@ def resize(
     size: int,
     output_shape: tuple[int, int],
 ) -> Float[Array, "n h_out w_out c"]:
-    """Resizes the short side to `size` and cuts the centre out, bilinear, antialiased.
-
-    Args:
-        images: The images.
-        size: The short side of the resized image, in pixels.
-        output_shape: The shape [h, w] of the cut.
-    """
+    """Resizes the short side to `size`, bilinear, antialiased; cuts the centre out."""
     # Sizes are static. torchvision rounds the long side down, the corner to a pixel.
     stored = np.array(images.shape[1:3])
     resized = stored * size // stored.min()
@@ -112,10 +98,7 @@ def resized_crop(
 ) -> Float[Array, "n h_out w_out c"]:
     """Resizes a part of each image to `output_shape`, bilinear, antialiased.
 
-    Args:
-        images: The images.
-        boxes: The top, left, height and width of each part, in pixels.
-        output_shape: The shape [h, w] of the result.
+    The boxes are top, left, height and width of each part, in pixels.
     """
 
     def one(image: Array, box: Array) -> Array:
@@ -145,10 +128,6 @@ def draw_boxes(keys: Key[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n
     torchvision's RandomResizedCrop draws up to ten times until a part fits. Here ten
     parts are drawn at once, and the first that fits is taken. If none fits, both take
     the largest centred part of the image.
-
-    Args:
-        keys: A key for each image.
-        shape: The shape [h, w] of the images.
     """
     height, width = shape
 
@@ -197,46 +176,20 @@ class Augmentation:
 
     Attributes:
         preprocessing: The shape and normalisation of the input.
-        crop_padding: The padding around a training image before a random crop, in
-            pixels.
-        flip: Whether every second training image is mirrored.
-        resized_crop: Whether training images are random parts, resized, in place of the
-            padded crop.
+        data: The configuration, which says how training images are cropped and
+            mirrored.
         dtype: The type of the result.
-        crop_mode: The mode of `crop`.
     """
 
     preprocessing: Preprocessing
-    crop_padding: int
-    flip: bool
-    resized_crop: bool
+    data: Data
     dtype: jnp.dtype
-    crop_mode: Literal["zeros", "reflect"] = "zeros"
-
-    @classmethod
-    def of(
-        cls, data: Data, preprocessing: Preprocessing, dtype: DTypeLike
-    ) -> "Augmentation":
-        """Returns what the configuration of the data asks for."""
-        return cls(
-            preprocessing,
-            crop_padding=data.crop_padding,
-            flip=data.flip,
-            resized_crop=data.resized_crop,
-            dtype=jnp.dtype(dtype),
-            crop_mode=data.crop_mode,
-        )
 
     @classmethod
     def plain(cls, preprocessing: Preprocessing, dtype: DTypeLike) -> "Augmentation":
         """Returns one that resizes and normalises alone, also for training."""
-        return cls(
-            preprocessing,
-            crop_padding=0,
-            flip=False,
-            resized_crop=False,
-            dtype=jnp.dtype(dtype),
-        )
+        data = Data(crop_padding=0, flip=False)
+        return cls(preprocessing, data, jnp.dtype(dtype))
 
     def for_training(
         self,
@@ -246,28 +199,25 @@ class Augmentation:
     ) -> Float[Array, "n h_out w_out c"]:
         """Resizes, crops, mirrors and normalises; random, each image by its key.
 
-        Args:
-            images: The images as they are stored.
-            keys: A key for each image.
-            mirrored: Which images are mirrored where `flip` is on; None: their keys
-                decide.
+        `mirrored` says which images are mirrored if `flip` is on; None: the keys do.
         """
+        data = self.data
         crop_keys, flip_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         output_shape = self.preprocessing.image_shape[:2]
-        if self.resized_crop:
+        if data.resized_crop:
             height, width = images.shape[1:3]
             boxes = draw_boxes(crop_keys, (height, width))
             images = resized_crop(images, boxes, output_shape=output_shape)
         else:
             images = self._resized(images, resize_to=None)
-            if self.crop_padding:
-                high = 2 * self.crop_padding + 1
+            if data.crop_padding:
+                high = 2 * data.crop_padding + 1
                 draw = lambda key: jax.random.randint(key, (2,), 0, high)  # noqa: E731
                 offsets = jax.vmap(draw)(crop_keys)
                 images = crop(
-                    images, offsets, padding=self.crop_padding, mode=self.crop_mode
+                    images, offsets, padding=data.crop_padding, mode=data.crop_mode
                 )
-        if self.flip:
+        if data.flip:
             if mirrored is None:
                 mirrored = jax.vmap(jax.random.bernoulli)(flip_keys)
             images = flip(images, mirrored)

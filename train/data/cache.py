@@ -19,10 +19,7 @@ def cached_set(
 ) -> ImageSet:
     """Returns the set kept in `directory`, decoding it on first use.
 
-    Args:
-        directory: Where the set is kept; it appears whole or not at all.
-        name: The set's name.
-        decode: Returns splits and class names.
+    `decode` returns splits and class names. The directory appears whole or not at all.
 
     Raises:
         OSError: The cache cannot be written.
@@ -41,16 +38,18 @@ def cached_set(
         except OSError:  # another process may have been first; its copy is the same
             if not directory.is_dir():
                 raise
+    return read_set(directory, name)
+
+
+def read_set(directory: pathlib.Path, name: str) -> ImageSet:
+    """Returns the set that `cached_set` has written."""
+    splits = {
+        split: (
+            np.load(directory / f"x_{split}.npy", mmap_mode="r"),
+            np.load(directory / f"y_{split}.npy"),
+        )
+        for split in ("train", "test")
+        if (directory / f"x_{split}.npy").is_file()
+    }
     names = tuple(json.loads((directory / "class_names.json").read_text()))
-    return make_set(
-        name,
-        {
-            split: (
-                np.load(directory / f"x_{split}.npy", mmap_mode="r"),
-                np.load(directory / f"y_{split}.npy"),
-            )
-            for split in ("train", "test")
-            if (directory / f"x_{split}.npy").is_file()
-        },
-        names,
-    )
+    return make_set(name, splits, names)

@@ -18,8 +18,8 @@ from train.data import Split
 from train.keys import run_keys
 from train.machine.parallel import Parallel
 
-_STEPS_PER_CALL = {"cpu": 1}
-_STEPS_PER_CALL_ELSEWHERE = 100
+# Steps of a call on any platform but CPU, where a call has one.
+_STEPS_PER_CALL = 100
 # Bytes of a chunk on each device; two chunks are under way at once.
 _STREAMED_BYTES = 2**28
 
@@ -52,10 +52,7 @@ def in_order(num_examples: int, batch_size: int) -> np.ndarray:
 class Feed:
     """Gives a split's images to the devices.
 
-    Attributes:
-        split: The images.
-        parallel: The devices.
-        resident: The whole split on every device, or None if it streams.
+    `resident` is the whole split on every device, or None if it streams.
     """
 
     split: Split
@@ -77,60 +74,53 @@ class Feed:
             order: Examples [steps, batch]; the batch is split over the devices.
             steps_per_call: Rows of `order` in a call; the last call may have fewer.
         """
-        chunks = [
-            order[start : start + steps_per_call]
-            for start in range(0, len(order), steps_per_call)
-        ]
+        pending: list[concurrent.futures.Future[Any]] = []
         # One thread, one call ahead: host memory is read while devices compute.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pending = [pool.submit(self._put, chunk) for chunk in chunks[:1]]
-            for following in [*chunks[1:], None]:
-                ready = pending.pop().result()
-                if following is not None:
-                    pending.append(pool.submit(self._put, following))
-                yield ready
+            for start in range(0, len(order), steps_per_call):
+                rows = order[start : start + steps_per_call]
+                pending.append(pool.submit(self._put, rows))
+                if len(pending) > 1:
+                    yield pending.pop(0).result()
+            for last in pending:
+                yield last.result()
 
     def _put(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        steps = len(rows)
         devices = self.parallel.num_devices
         # [devices, steps, batch / devices]: row i is what device i computes.
-        indices = rows.reshape(steps, devices, -1).swapaxes(0, 1).astype(np.int32)
+        indices = rows.reshape(len(rows), devices, -1).swapaxes(0, 1).astype(np.int32)
         if self.resident is not None:
             return (*self.resident, self.parallel.spread(indices))
         # Each process reads and holds only the images of its own devices.
-        examples = indices[[*self.parallel.own]].reshape(len(self.parallel.own), -1)
+        own = indices[[*self.parallel.own]]
+        examples = own.reshape(len(own), -1)
         images = np.empty((*examples.shape, *self.split.images.shape[1:]), "u1")
         for row, chosen in zip(images, examples, strict=True):
             row[...] = self.split.images[chosen]
         labels = self.split.labels[examples]
-        places = np.arange(examples.shape[1], dtype=np.int32)
-        places = np.broadcast_to(
-            places.reshape(indices.shape[1:]), (len(examples), *indices.shape[1:])
-        )
+        places = np.arange(examples.shape[1], dtype=np.int32).reshape(own.shape[1:])
+        places = np.broadcast_to(places, own.shape)
         return self.parallel.spread_own((images, labels, places))
 
 
 def make_feed(split: Split, parallel: Parallel, *, memory_share: float) -> Feed:
     """Puts a split on every device if it takes at most `memory_share` of its memory."""
     resident = None
-    memory = device_memory_bytes(parallel)
+    memory = _device_memory_bytes(parallel)
     if jax.process_count() > 1:
         # One program for all, though free memory may differ from machine to machine.
         memory = float(multihost_utils.process_allgather(np.float32(memory)).min())
     if split.images.nbytes <= memory_share * memory:
-        arrays = (np.asarray(split.images), split.labels)
-        resident = parallel.replicate(arrays)
+        resident = parallel.replicate((np.asarray(split.images), split.labels))
     return Feed(split, parallel, resident)
 
 
-def device_memory_bytes(parallel: Parallel) -> float:
-    """Returns the memory of one device, in bytes; on CPU its share of the host's."""
-    device = parallel.mesh.local_devices[0]
-    stats: dict[str, int] = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+def _device_memory_bytes(parallel: Parallel) -> float:
+    """Returns the memory of one device; on CPU its share of the host's."""
+    devices = parallel.mesh.local_devices
+    stats: dict[str, int] = devices[0].memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return host / len(parallel.mesh.local_devices)
+    return stats.get("bytes_limit", host / len(devices))
 
 
 def choose_steps_per_call(
@@ -145,7 +135,7 @@ def choose_steps_per_call(
         batch_size: Images a step, on all devices.
     """
     platform = feed.parallel.devices[0].platform
-    most = asked or _STEPS_PER_CALL.get(platform, _STEPS_PER_CALL_ELSEWHERE)
+    most = asked or (1 if platform == "cpu" else _STEPS_PER_CALL)
     if feed.resident is None:
         step_bytes = batch_size * feed.split.images[0].nbytes
         held = _STREAMED_BYTES * feed.parallel.num_devices // step_bytes

@@ -92,14 +92,14 @@ def _class_folders(folder: pathlib.Path) -> list[str]:
 def _decode_all(files: list[pathlib.Path], image_size: int | None) -> np.ndarray:
     from PIL import Image
 
-    images: np.ndarray | None = None
+    images = np.empty(0, np.uint8)
     for index, file in enumerate(files):
         try:
             image = _decode(file, image_size)
         # UnidentifiedImageError is an OSError; a broken PNG is a SyntaxError.
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read {file}: {error}.") from error
-        if images is None:
+        if index == 0:
             images = np.empty((len(files), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
             raise ValueError(
@@ -107,8 +107,6 @@ def _decode_all(files: list[pathlib.Path], image_size: int | None) -> np.ndarray
                 f"be one: set `data.image_size` to have them resized."
             )
         images[index] = image
-    if images is None:
-        raise ValueError("there are no images to decode.")
     return images
 
 

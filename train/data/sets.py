@@ -26,14 +26,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A set of labelled images.
-
-    Attributes:
-        name: The source's name.
-        train: The training images; None where the source has only test images.
-        test: The test images.
-        class_names: One a class.
-    """
+    """A set of labelled images; some sources have no training images."""
 
     name: str
     train: Split | None
@@ -61,20 +54,10 @@ class ImageSet:
         return (height, width, channels)
 
 
-def make_split(
+def _make_split(
     name: str, images: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> Split:
-    """Checks images and labels and returns them as a split.
-
-    Args:
-        name: For messages, e.g. `cifar10 train`.
-        images: [n, h, w, c].
-        labels: [n] or [n, 1], as Keras has them.
-        num_classes: Number of classes, which every label must be below.
-
-    Raises:
-        ValueError: What the images or labels break.
-    """
+    """Checks images and labels; `name` is for messages."""
     if images.dtype != np.uint8:
         raise ValueError(f"{name}: images have type {images.dtype}; must be uint8.")
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -85,7 +68,7 @@ def make_split(
         raise ValueError(f"{name}: there are no images.")
     if images.size == 0:
         raise ValueError(f"{name}: images have shape {images.shape}; must have pixels.")
-    if labels.shape == (len(images), 1):
+    if labels.shape == (len(images), 1):  # as Keras has them
         labels = labels[:, 0]
     if labels.shape != (len(images),):
         raise ValueError(
@@ -114,10 +97,10 @@ def make_set(
     """Checks the splits `train` (optional) and `test` and joins them into a set.
 
     Raises:
-        ValueError: What they break.
+        ValueError: The images or labels break a rule.
     """
     made = {
-        key: make_split(f"{name} {key}", images, labels, len(class_names))
+        key: _make_split(f"{name} {key}", images, labels, len(class_names))
         for key, (images, labels) in splits.items()
     }
     train, test = made.get("train"), made["test"]
@@ -134,22 +117,18 @@ def make_set(
 def warn_of_other_names(data: ImageSet, class_names: Sequence[str]) -> None:
     """Warns on standard error where data name a class differently than a checkpoint.
 
-    Args:
-        data: The data.
-        class_names: The checkpoint's names; mere numbers, as where it has none, agree
-            with all.
+    Numbers, which stand for missing names, agree with all names.
     """
-    pairs = list(zip(data.class_names, class_names, strict=False))
-    numbers = [(str(i), str(i)) for i in range(len(pairs))]
-    named = all(
-        [pair[side] for pair in pairs] != [pair[side] for pair in numbers]
-        for side in (0, 1)
-    )
-    for label, (ours, name) in enumerate(pairs):
-        if named and ours != name and jax.process_index() == 0:
+    count = min(len(data.class_names), len(class_names))
+    numbers = tuple(map(str, range(count)))
+    here, there = data.class_names[:count], tuple(class_names[:count])
+    if numbers in (here, there) or jax.process_index() != 0:
+        return
+    for label in range(count):
+        if here[label] != there[label]:
             print(
-                f"warning: label {label} is {ours!r} in {data.name} and {name!r} in "
-                f"the checkpoint.",
+                f"warning: label {label} is {here[label]!r} in {data.name} and "
+                f"{there[label]!r} in the checkpoint.",
                 file=sys.stderr,
             )
             return

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.cache import Splits, cached_set
+from train.data.cache import Splits, cached_set, read_set
 from train.data.resize import resize_square
 from train.data.sets import ImageSet
 
@@ -32,42 +32,30 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
     cache = pathlib.Path(cache_dir).expanduser()
     stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
     resized = stored.with_name(f"{stored.name}-{image_size}")
-    if stored.is_dir() or resized.is_dir():  # only read: the disk may be read-only
-        return _load(name, cache, stored, resized, image_size)
+    for directory in (stored, resized):
+        if directory.is_dir():  # only read: the disk may be read-only
+            return read_set(directory, name)
     cache.mkdir(parents=True, exist_ok=True)
     # One process at a time: TFDS fails where another has prepared the set meanwhile.
     with (cache / ".tfds.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _load(name, cache, stored, resized, image_size)
-
-
-def _load(
-    name: str,
-    cache: pathlib.Path,
-    stored: pathlib.Path,
-    resized: pathlib.Path,
-    image_size: int | None,
-) -> ImageSet:
-    builder = None
-    if not stored.is_dir() and not resized.is_dir():
         builder = _prepared_builder(name, cache / "tfds")
+        directory, size = stored, None
         if None in builder.info.features["image"].shape:
             if image_size is None:
                 raise ValueError(
                     f"{name} has images of several sizes; set `data.image_size`."
                 )
-            stored = resized
+            directory, size = resized, image_size
 
-    def decode() -> tuple[Splits, tuple[str, ...]]:
-        made = builder or _prepared_builder(name, cache / "tfds")
-        size = image_size if stored == resized else None
-        splits = {
-            ours: _decode_split(name, made, theirs, size)
-            for ours, theirs in _split_names(name, made).items()
-        }
-        return splits, tuple(made.info.features["label"].names)
+        def decode() -> tuple[Splits, tuple[str, ...]]:
+            splits = {
+                ours: _decode_split(name, builder, theirs, size)
+                for ours, theirs in _split_names(name, builder).items()
+            }
+            return splits, tuple(builder.info.features["label"].names)
 
-    return cached_set(stored if stored.is_dir() or builder else resized, name, decode)
+        return cached_set(directory, name, decode)
 
 
 def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:

@@ -12,13 +12,10 @@ from train.errors import UsageError
 def training_inputs(
     split: Split, augmentation: Augmentation, count: int, *, seed: int
 ) -> np.ndarray:
-    """Returns some training images as the network sees them in training.
+    """Returns `count` training images as the network sees them in training.
 
-    Args:
-        split: The training images.
-        augmentation: What happens to them on their way into the network.
-        count: How many are drawn, without repetition; all, if there are fewer.
-        seed: The seed of the draw and of the augmentation.
+    They are drawn without repetition; if there are fewer, all are taken. `seed` is that
+    of the draw and of the augmentation.
 
     Raises:
         UsageError: `count` is below 2.

@@ -5,6 +5,7 @@ from collections.abc import Generator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import load_checkpoint
@@ -82,8 +83,8 @@ class Trainer:
         self.teacher_variables = (
             self.parallel.replicate(teacher.variables) if teacher else None
         )
-        self.augmentation = Augmentation.of(
-            config.data, self.preprocessing, config.model.dtype
+        self.augmentation = Augmentation(
+            self.preprocessing, config.data, jnp.dtype(config.model.dtype)
         )
         share = config.data.memory_share
         self.feed = make_feed(train, self.parallel, memory_share=share)

@@ -101,8 +101,7 @@ def test_boxes_have_the_stated_area_and_ratio():
 
 def make_augmentation(**options):
     preprocessing = Preprocessing((12, 10, 3), (0.5,) * 3, (0.25,) * 3)
-    defaults = dict(crop_padding=4, flip=True, resized_crop=False, dtype=FLOAT32)
-    return augment.Augmentation(preprocessing, **{**defaults, **options})
+    return augment.Augmentation(preprocessing, Data(**options), FLOAT32)
 
 
 def test_training_images_depend_on_their_key_alone():
@@ -118,7 +117,7 @@ def test_crops_and_flips_are_spread_evenly():
     one = np.zeros((9, 9, 1), np.uint8)
     one[4, 4] = 255
     preprocessing = Preprocessing((9, 9, 1), (0.0,), (1.0,))
-    augmentation = augment.Augmentation(preprocessing, 2, True, False, FLOAT32)
+    augmentation = augment.Augmentation(preprocessing, Data(crop_padding=2), FLOAT32)
     keys = augment.example_keys(jax.random.key(0), jnp.arange(5000))
     images = augmentation.for_training(jnp.broadcast_to(one, (5000, 9, 9, 1)), keys)
     counts = np.asarray(images)[..., 0].sum(0)[2:7, 2:7]
@@ -133,22 +132,6 @@ def test_training_images_are_padded_as_said():
     mirrored = make_augmentation(crop_mode="reflect").for_training(one, keys)
     assert float(zeros.min()) == -2
     np.testing.assert_array_equal(mirrored, 2)
-
-
-def test_a_configuration_gives_every_field():
-    preprocessing = Preprocessing((12, 10, 3), (0.5,) * 3, (0.25,) * 3)
-    data = Data(crop_padding=3, flip=False, resized_crop=True, crop_mode="reflect")
-    assert augment.Augmentation.of(
-        data, preprocessing, "bfloat16"
-    ) == make_augmentation(
-        crop_padding=3,
-        flip=False,
-        resized_crop=True,
-        dtype=jnp.dtype(jnp.bfloat16),
-        crop_mode="reflect",
-    )
-    plain = augment.Augmentation.plain(preprocessing, jnp.float32)
-    assert plain == make_augmentation(crop_padding=0, flip=False)
 
 
 def mirrors_of(images, epoch, seed=0):
@@ -186,7 +169,8 @@ def test_given_mirrors_are_taken_in_place_of_drawn_ones():
 
 
 def test_without_options_training_images_are_evaluations():
-    augmentation = make_augmentation(crop_padding=0, flip=False)
+    preprocessing = Preprocessing((12, 10, 3), (0.5,) * 3, (0.25,) * 3)
+    augmentation = augment.Augmentation.plain(preprocessing, "float32")
     keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
     images = jnp.asarray(IMAGES)
     np.testing.assert_array_equal(
@@ -196,7 +180,7 @@ def test_without_options_training_images_are_evaluations():
 
 def test_evaluation_resizes_and_cuts_the_centre():
     preprocessing = Preprocessing((8, 8, 3), (0.5,) * 3, (0.25,) * 3, resize=10)
-    augmentation = augment.Augmentation(preprocessing, 0, False, False, FLOAT32)
+    augmentation = augment.Augmentation.plain(preprocessing, FLOAT32)
     ours = augmentation.for_evaluation(jnp.asarray(IMAGES))
     # The short side is 10 already: rows 2..10, columns 1..9 of 12 x 10.
     expected = (IMAGES[:, 2:10, 1:9] / 255 - 0.5) / 0.25
@@ -206,7 +190,7 @@ def test_evaluation_resizes_and_cuts_the_centre():
 def test_random_parts_are_brought_to_the_input_size():
     preprocessing = Preprocessing((16, 16, 3), (0.5,) * 3, (0.25,) * 3)
     augmentation = augment.Augmentation(
-        preprocessing, 0, True, True, jnp.dtype(jnp.bfloat16)
+        preprocessing, Data(resized_crop=True), jnp.dtype(jnp.bfloat16)
     )
     keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
     images = augmentation.for_training(jnp.asarray(IMAGES), keys)

@@ -201,6 +201,7 @@ READ = """
 import shutil, sys
 from importlib.machinery import PathFinder
 class Hider:
+    find_distributions = PathFinder.find_distributions
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name.split(".")[0] in sys.argv[3].split(","):
