@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import platform
 import sys
 
 _TUNABLE = "glibc.malloc.hugetlb"
@@ -39,19 +40,16 @@ def restart_with_huge_pages() -> None:
     if "[madvise]" not in _SWITCH.read_text():
         return
     setting = f"{_TUNABLE}=1"
-    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{setting}" if tunables else setting
-    os.environ[_RESTARTED] = "1"
+    changes = {
+        "GLIBC_TUNABLES": f"{tunables}:{setting}" if tunables else setting,
+        _RESTARTED: "1",
+    }
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execv(sys.executable, sys.orig_argv)
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **changes})
     except OSError as error:
         print(f"note: no huge pages; starting again failed: {error}", file=sys.stderr)
-        del os.environ[_RESTARTED]
-        if tunables is None:
-            del os.environ["GLIBC_TUNABLES"]
-        else:
-            os.environ["GLIBC_TUNABLES"] = tunables
 
 
 @functools.cache
@@ -77,9 +75,8 @@ def give_back_after_compiling() -> None:
 
 def _glibc_version() -> tuple[int, int]:
     """Returns (0, 0) where the C library is another."""
-    try:
-        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
-        major, minor = version.split(".")[:2]
-        return (int(major), int(minor)) if name == "glibc" else (0, 0)
-    except (AttributeError, OSError, ValueError):
+    name, version = platform.libc_ver()
+    if name != "glibc":
         return (0, 0)
+    major, minor = version.split(".")[:2]
+    return (int(major), int(minor))

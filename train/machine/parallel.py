@@ -16,11 +16,8 @@ class Parallel:
     """Devices, and the way to run on them.
 
     Both ways see the same arrays: replicated ones as they are, spread ones with one
-    leading entry a device. Functions return replicated values.
-
-    Attributes:
-        kind: `pmap` or `shard_map`.
-        devices: The devices of all processes.
+    leading entry a device. Functions return replicated values. `devices` are those of
+    all processes.
     """
 
     kind: Literal["pmap", "shard_map"]
@@ -42,18 +39,9 @@ class Parallel:
 
     def replicate(self, tree: Any) -> Any:
         """Puts a copy of every array on every device; all processes pass the same."""
+        # `device_put` would send the whole tree to every process, to compare.
         sharding = NamedSharding(self.mesh, PartitionSpec())
-        if sharding.is_fully_addressable:
-            return jax.device_put(tree, sharding)
-
-        def put(array: Any) -> jax.Array:
-            # `device_put` would send the whole array to every process, to compare.
-            host = np.asarray(array)
-            return jax.make_array_from_callback(
-                host.shape, sharding, lambda index: host[index]
-            )
-
-        return jax.tree.map(put, tree)
+        return jax.make_array_from_process_local_data(sharding, tree)
 
     @property
     def own(self) -> tuple[int, ...]:
@@ -71,20 +59,8 @@ class Parallel:
 
     def spread_own(self, tree: Any) -> Any:
         """Puts row i of host arrays on this process's device `own[i]`."""
-        mesh = self.mesh
-        sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-        own = {self.devices[place] for place in self.own}
-        places = [place for place, d in enumerate(mesh.devices.flat) if d in own]
-
-        def put(array: np.ndarray) -> jax.Array:
-            def row(index: tuple[slice, ...] | None) -> np.ndarray:
-                start = (index[0].start or 0) if index else 0
-                return array[places.index(start)][None]
-
-            shape = (mesh.size, *array.shape[1:])
-            return jax.make_array_from_callback(shape, sharding, row)
-
-        return jax.tree.map(put, tree)
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return jax.make_array_from_process_local_data(sharding, tree)
 
     def wrap(
         self, function: Callable[..., Any], spread: Sequence[bool], donate: bool = False
@@ -108,12 +84,12 @@ class Parallel:
                 donate_argnums=donated,
             )
 
-        def without_leading(*args: Any) -> Any:
+        def squeeze(tree: Any, is_spread: bool) -> Any:
             # pmap drops the mapped axis; shard_map leaves it with one entry.
-            squeeze = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
-            return function(
-                *(squeeze(a) if s else a for a, s in zip(args, spread, strict=True))
-            )
+            return jax.tree.map(lambda a: a[0], tree) if is_spread else tree
+
+        def without_leading(*args: Any) -> Any:
+            return function(*map(squeeze, args, spread))
 
         mapped = jax.shard_map(
             without_leading,

@@ -77,11 +77,10 @@ def joined(options: Processes, *, saves_on_sigterm: bool = True) -> Iterator[Non
             never comes, JAX itself ends those that wait, with exit code 134.)
     """
     if options.coordinator is None:
-        default = Processes()
-        for field in dataclasses.fields(Processes):
-            given = getattr(options, field.name)
-            if given != getattr(default, field.name):
-                raise UsageError(f"`{field.name}` (={given}) needs `--coordinator`.")
+        for name, default in vars(Processes()).items():
+            given = getattr(options, name)
+            if given != default:
+                raise UsageError(f"`{name}` (={given}) needs `--coordinator`.")
         yield
         return
     jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
@@ -99,9 +98,11 @@ def first_devices(number: int | None) -> list[jax.Device]:
         UsageError: There are not so many, or other processes have some of them.
     """
     devices = jax.devices()
-    if number is not None and not 1 <= number <= len(devices):
+    if number is None:
+        return devices
+    if not 1 <= number <= len(devices):
         raise UsageError(f"`devices` (={number}) must be in [1, {len(devices)}].")
-    if number is not None and jax.process_count() > 1:
+    if jax.process_count() > 1:
         raise UsageError(f"`devices` (={number}) is for one process; several use all.")
     return devices[:number]
 

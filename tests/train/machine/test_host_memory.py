@@ -17,7 +17,13 @@ MADVISE = "always [madvise] never"
 def restarts(monkeypatch, tmp_path):
     """What a process would be replaced by; the kernel's switch is a file to write."""
     found = []
-    monkeypatch.setattr(os, "execv", lambda *args: found.append(args))
+
+    def replace(program, command, environment):
+        found.append((program, command))
+        for name in ("GLIBC_TUNABLES", host_memory._RESTARTED):
+            monkeypatch.setenv(name, environment[name])
+
+    monkeypatch.setattr(os, "execve", replace)
     monkeypatch.setattr(host_memory, "_glibc_version", lambda: (2, 36))
     monkeypatch.setattr(host_memory, "_SWITCH", tmp_path / "enabled")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
@@ -84,7 +90,7 @@ def test_a_program_that_cannot_be_started_again_goes_on(
     def fail(*_):
         raise PermissionError("no")
 
-    monkeypatch.setattr(os, "execv", fail)
+    monkeypatch.setattr(os, "execve", fail)
     if before:
         monkeypatch.setenv("GLIBC_TUNABLES", before)
     host_memory.restart_with_huge_pages()
