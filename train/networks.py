@@ -15,20 +15,11 @@ from inertia_jax.metadata import Metadata, Preprocessing, load_description
 from inertia_jax.models.create import model_name
 from train.config import Config, Data, Model
 from train.errors import UsageError, user_input
-from train.run.checkpoints import latest_steps
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkDescription:
-    """What a checkpoint says of its network.
-
-    Attributes:
-        path: The checkpoint.
-        model: The network, with its plan.
-        preprocessing: How images become the network's input.
-        class_names: One name a class, or empty.
-        info: Whatever the writer added, e.g. step, metrics and configuration.
-    """
+    """What a checkpoint says of its network; the last three fields are `Metadata`'s."""
 
     path: pathlib.Path
     model: nn.Module
@@ -69,11 +60,7 @@ class NetworkDescription:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedNetwork(NetworkDescription):
-    """A checkpoint's network with its variables.
-
-    Attributes:
-        variables: The variables, as NumPy arrays.
-    """
+    """A checkpoint's network with its variables, which are NumPy arrays."""
 
     variables: dict[str, Any]
 
@@ -110,22 +97,10 @@ def read_network(path: pathlib.Path) -> TrainedNetwork:
     return TrainedNetwork(**vars(description), variables=variables)
 
 
-def last_checkpoint(run: pathlib.Path) -> pathlib.Path:
-    """Returns the latest checkpoint of a run that has some."""
-    checkpoints = run / "checkpoints"
-    return checkpoints / f"step_{latest_steps(checkpoints)[-1]:08d}"
-
-
 def cost_to_json(cost: CostTable) -> dict[str, int | float]:
     """Returns a network's cost as records have it."""
-    return {
-        "params": cost.params,
-        "dense_macs": cost.dense_macs,
-        "macs": cost.macs,
-        "ladder_macs": cost.ladder_macs,
-        "other_ops": cost.other_ops,
-        "total_macs": cost.total_macs,
-    }
+    names = ("params", "dense_macs", "macs", "ladder_macs", "other_ops", "total_macs")
+    return {name: getattr(cost, name) for name in names}
 
 
 def make_model(config: Model, *, num_classes: int) -> nn.Module:
@@ -178,11 +153,10 @@ def from_checkpoint(
     model, preprocessing = network.model, network.preprocessing
     trained_on = network.trained_on
     height, width, _ = preprocessing.image_shape
+    # An imported network does not say whether its images were resized.
+    image_size = height if height == width else None
     if trained_on is not None:
         image_size = trained_on.image_size
-    else:
-        # An imported network does not say whether its images were resized.
-        image_size = height if height == width else None
     data = config.data if keep_data else (trained_on or Data(source=""))
     return dataclasses.replace(
         config,

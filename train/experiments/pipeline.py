@@ -25,12 +25,12 @@ from train.fit.loop import fit
 from train.keys import run_keys
 from train.networks import (
     from_checkpoint,
-    last_checkpoint,
     make_model,
     make_preprocessing,
     read_description,
     read_network,
 )
+from train.run.checkpoints import last_checkpoint
 from train.run.directory import describe_machine
 
 

@@ -12,7 +12,8 @@ from train.config import Config
 from train.config_file import config_to_json, fill_defaults, load_from_file
 from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
-from train.networks import cost_to_json, last_checkpoint, read_description
+from train.networks import cost_to_json, read_description
+from train.run.checkpoints import last_checkpoint
 from train.run.report import make_record
 
 

@@ -1,13 +1,11 @@
 """A run's checkpoints: written in the background, the best and the latest two kept."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -116,12 +114,15 @@ class Checkpoints:
         for step in reversed(latest_steps(self._directory)):
             path = checkpoint_path(self._directory, step)
             try:
-                with _unreadable(path):
-                    verify_checkpoint(path)
+                verify_checkpoint(path)
             except (CheckpointDamagedError, FileNotFoundError) as error:
                 print(f"warning: {error}", file=sys.stderr)
                 damaged.append(path)
                 continue
+            except OSError as error:  # the disk's failure, not the checkpoint's
+                raise UsageError(
+                    f"cannot read {path}: {error}; nothing was changed."
+                ) from error
             # Not earlier: a run whose checkpoints are all damaged would look like a new
             # one.
             self._put_aside(damaged)
@@ -147,19 +148,6 @@ class Checkpoints:
                 path.rename(aside)
 
 
-@contextlib.contextmanager
-def _unreadable(path: pathlib.Path) -> Iterator[None]:
-    """Turns a failure of the disk, which leaves the file unjudged, into UsageError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error}; nothing was changed."
-        ) from error
-
-
 def checkpoint_path(directory: pathlib.Path, step: int) -> pathlib.Path:
     """Returns where the checkpoint of a step lies in a run's `checkpoints`."""
     return directory / f"step_{step:08d}"
@@ -171,6 +159,12 @@ def latest_steps(directory: pathlib.Path) -> list[int]:
         return []
     found = (re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir())
     return sorted(int(match[1]) for match in found if match)
+
+
+def last_checkpoint(run: pathlib.Path) -> pathlib.Path:
+    """Returns the latest checkpoint of a run that has some."""
+    checkpoints = run / "checkpoints"
+    return checkpoint_path(checkpoints, latest_steps(checkpoints)[-1])
 
 
 def best_step(directory: pathlib.Path) -> int | None:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import sys
 import time
@@ -31,20 +32,16 @@ _FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoin
 def describe_machine() -> dict[str, Any]:
     """Returns hardware, versions and the command, as records hold them."""
     device = jax.devices()[0]
-    cpu = platform.processor()
     info = pathlib.Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
+    text = info.read_text() if info.is_file() else ""
+    cpu = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
     return {
         "command": " ".join(["python -m train", *sys.argv[1:]]),
         "backend": device.platform,
         "device": device.device_kind,
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
-        "cpu": cpu,
+        "cpu": cpu[1] if cpu else platform.processor(),
         "num_cpus": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -142,29 +139,24 @@ class RunDirectory:
         """Begins to write, after `step`: later lines of metrics are dropped."""
         if not self._is_writer:
             return
-        with user_input():
-            self._open(step)
-
-    def _open(self, step: int) -> None:
-        if self._is_new:
-            for name in ("run.jsonl", "metrics.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-        write_whole(
-            self.path / "config.json",
-            json.dumps(config_to_json(self._config), indent=1),
-        )
         started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step}
-        with (self.path / "run.jsonl").open("a") as file:
-            file.write(json.dumps({**started, **describe_machine()}) + "\n")
-        if self._metrics.is_file():
-            kept = [
-                line
-                for line in self._metrics.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line)["step"] <= step
-            ]
-            write_whole(self._metrics, "".join(kept))
-        self._events = Events(self.path / "tensorboard", step)
+        with user_input():
+            if self._is_new:
+                for name in ("run.jsonl", "metrics.jsonl"):
+                    (self.path / name).unlink(missing_ok=True)
+                shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            config = json.dumps(config_to_json(self._config), indent=1)
+            write_whole(self.path / "config.json", config)
+            with (self.path / "run.jsonl").open("a") as file:
+                file.write(json.dumps({**started, **describe_machine()}) + "\n")
+            if self._metrics.is_file():
+                kept = [
+                    line
+                    for line in self._metrics.read_text().splitlines(keepends=True)
+                    if line.endswith("\n") and json.loads(line)["step"] <= step
+                ]
+                write_whole(self._metrics, "".join(kept))
+            self._events = Events(self.path / "tensorboard", step)
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Adds a line of metrics, of kind `train`, `epoch` or `test`."""

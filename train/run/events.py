@@ -29,25 +29,22 @@ class Events:
             )
         self._path = path
         self._step = step
-        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._last: concurrent.futures.Future[None] | None = None
         self._writer: Any = None
         self._has_failed = False
 
     def add(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Adds each metric as `kind/name`."""
-        if self._pool is None:
-            self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        elif self._last is not None and self._last.done():
+        if self._last is not None and self._last.done():
             self._last.result()  # raises any error that is not a failure to write
         self._last = self._pool.submit(self._write, step, kind, metrics, time.time())
 
     def close(self) -> None:
         """Waits until all is written."""
-        if self._pool is None or self._last is None:
-            return
         self._pool.shutdown()
-        self._last.result()
+        if self._last is not None:
+            self._last.result()
         if self._writer is not None:
             try:
                 self._writer.close()

@@ -18,14 +18,9 @@ def check_output(name: str, path: str | pathlib.Path | None) -> None:
     if path is None:
         return
     place = pathlib.Path(path).expanduser().absolute()
-    if place.exists():
-        if not os.access(place, os.W_OK):
-            raise UsageError(f"`{name}` (={path}) cannot be written.")
-        return
-    above = place.parent
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    there = next(p for p in (place, *place.parents) if p.exists())
+    is_place = there == place or there.is_dir()
+    if not is_place or not os.access(there, os.W_OK):
         raise UsageError(f"`{name}` (={path}) cannot be written.")
 
 

@@ -29,11 +29,10 @@ from train.networks import (
     TrainedNetwork,
     cost_to_json,
     from_checkpoint,
-    last_checkpoint,
     read_description,
     read_network,
 )
-from train.run.checkpoints import find_checkpoint
+from train.run.checkpoints import find_checkpoint, last_checkpoint
 from train.run.directory import describe_machine
 from train.run.outputs import write_json
 
