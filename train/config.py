@@ -75,10 +75,10 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("mean", "std"):
-            for value in getattr(self, name):
-                above = 0 if name == "std" else None
-                _check_range(f"data.{name}", value, above=above)
+        for value in self.mean:
+            _check_range("data.mean", value)
+        for value in self.std:
+            _check_range("data.std", value, above=0)
         _check_range("data.memory_share", self.memory_share, above=0, finite=False)
         _check_range("data.crop_padding", self.crop_padding, least=0)
         _check_range("data.image_size", self.image_size, least=1)
@@ -232,9 +232,8 @@ class Config:
             _check_range(name, getattr(self, name), least=1)
         for name in ("steps_per_call", "checkpoint_steps"):
             _check_range(name, getattr(self, name), least=1)
-        _check_range(
-            "checkpoint_minutes", self.checkpoint_minutes, above=0, finite=False
-        )
+        minutes = self.checkpoint_minutes
+        _check_range("checkpoint_minutes", minutes, above=0, finite=False)
         _check_range("gate_penalty", self.gate_penalty, above=0)
         _check_range("distill_temperature", self.distill_temperature, above=0)
         if not 0 < self.distill_weight <= 1:

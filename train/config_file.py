@@ -66,10 +66,9 @@ def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Returns `field: A there, B here` for each difference of two JSON configs."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [f"{prefix}: {a!r} there, {b!r} here"]
-    names = [*a, *(name for name in b if name not in a)]
     join = f"{prefix}." if prefix else ""
     return [
         line
-        for name in names
+        for name in {**a, **b}
         for line in differing_fields(a.get(name), b.get(name), join + name)
     ]

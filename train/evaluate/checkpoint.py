@@ -38,12 +38,7 @@ class EvaluationSettings:
 def evaluate_network(
     network: TrainedNetwork, settings: EvaluationSettings, *, source: str | None = None
 ) -> Evaluation:
-    """Evaluates a network.
-
-    Args:
-        network: The network.
-        settings: How it is evaluated.
-        source: The data; None: those that it was trained on.
+    """Evaluates a network on a source's data; None: those that it was trained on.
 
     Raises:
         UsageError: The data do not fit the network, or no data are named.
@@ -62,12 +57,11 @@ def evaluator_for(
     Raises:
         UsageError: The data do not fit the network.
     """
-    model = network.model
     data = _load_fitting(network, source, settings)
     parallel = Parallel("pmap", tuple(first_devices(settings.devices)))
     evaluate = make_evaluator(
-        model,
-        Augmentation.plain(network.preprocessing, model.dtype),
+        network.model,
+        Augmentation.plain(network.preprocessing, network.model.dtype),
         make_feed(data.test, parallel, memory_share=Data.memory_share),
         parallel,
         batch_size=settings.batch_size,

@@ -100,9 +100,8 @@ def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, flo
     Networks mostly err on the same examples, so that the difference is known better
     than either accuracy.
 
-    Args:
-        before: One network's evaluation.
-        after: Another's, on the same examples.
+    Raises:
+        ValueError: The evaluations have different numbers of examples.
     """
     if before.num_examples != after.num_examples:
         raise ValueError(
@@ -126,28 +125,17 @@ def make_evaluator(
     """Returns a function from replicated variables to what evaluating them finds.
 
     Losses are summed on the host in float64 in the order of the examples, so that the
-    number of devices does not matter.
-
-    Args:
-        model: The network.
-        augmentation: How images become the network's input.
-        feed: The images.
-        parallel: The devices.
-        batch_size: Images a call; rounded up to a multiple of the devices.
-        class_names: One name a class.
-        flip_test: Whether the answer is the mean of the logits of each image and its
-            mirror image.
+    number of devices does not matter. `batch_size` is rounded up to a multiple of it.
     """
+    num_examples, num_classes = len(feed.split), len(class_names)
     devices = parallel.num_devices
-    batch_size = -(-min(batch_size, len(feed.split)) // devices) * devices
-    model = without_ladders(model)
-    evaluate = make_eval_call(model, augmentation, flip_test=flip_test)
+    batch_size = -(-min(batch_size, num_examples) // devices) * devices
+    evaluate = make_eval_call(without_ladders(model), augmentation, flip_test=flip_test)
 
     def per_device(variables: Any, images: Any, labels: Any, indices: Any) -> Any:
         return evaluate(variables, images, labels, indices[0])
 
     call = parallel.wrap(per_device, (False, *feed.spread))
-    num_examples = len(feed.split)
 
     def run(variables: Any) -> Evaluation:
         parts = [
@@ -158,7 +146,6 @@ def make_evaluator(
             lambda *values: np.concatenate(values)[:num_examples],
             *jax.device_get(parts),
         )
-        num_classes = len(class_names)
         confusion = np.zeros((num_classes, num_classes), np.int64)
         np.add.at(confusion, (feed.split.labels, results["prediction"]), 1)
         return Evaluation(

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-import jax
 import optax
+from flax import traverse_util
 
 from train.config import Optimizer
 
@@ -17,38 +17,31 @@ def scale_learning_rate(config: Optimizer, *, batch_size: int) -> Optimizer:
     """
     if config.base_batch_size is None:
         return config
-    learning_rate = config.learning_rate * batch_size / config.base_batch_size
-    return dataclasses.replace(
-        config, learning_rate=learning_rate, base_batch_size=batch_size
-    )
+    rate = config.learning_rate * batch_size / config.base_batch_size
+    return dataclasses.replace(config, learning_rate=rate, base_batch_size=batch_size)
 
 
 def make_schedule(
     config: Optimizer, *, steps_per_epoch: int, epochs: int
 ) -> optax.Schedule:
     """Returns the learning rate of each step, counted from 0."""
-
-    def by_epoch(epoch: int) -> int:
-        return epoch * steps_per_epoch
-
+    steps = steps_per_epoch * epochs
     if config.schedule == "one_cycle":
-        steps = by_epoch(epochs)
         peak = max(1, round(config.peak_share * steps))
         rise = optax.linear_schedule(0.0, config.learning_rate, peak)
         fall = optax.linear_schedule(config.learning_rate, 0.0, max(1, steps - peak))
         return optax.join_schedules([rise, fall], [peak])
-    warmup = by_epoch(config.warmup_epochs)
+    warmup = steps_per_epoch * config.warmup_epochs
     if config.schedule == "multistep":
-        factors = {by_epoch(e): config.decay for e in config.milestones}
+        factors = {steps_per_epoch * e: config.decay for e in config.milestones}
         schedule = optax.piecewise_constant_schedule(config.learning_rate, factors)
     elif config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(
-            config.learning_rate, max(1, by_epoch(epochs) - warmup)
-        )
+        falling = max(1, steps - warmup)
+        schedule = optax.cosine_decay_schedule(config.learning_rate, falling)
     else:
         schedule = optax.exponential_decay(
             config.learning_rate,
-            by_epoch(config.decay_epochs),
+            steps_per_epoch * config.decay_epochs,
             config.decay,
             staircase=True,
         )
@@ -76,10 +69,7 @@ def make_optimizer(
         spared |= {"scale", "bias"}
 
     def is_decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) not in spared,
-            params,
-        )
+        return traverse_util.path_aware_map(lambda p, _: p[-1] not in spared, params)
 
     decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
     return optax.chain(decay, update)

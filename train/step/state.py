@@ -90,10 +90,8 @@ class TrainState(struct.PyTreeNode):
         """Returns the state with other variables, which averages then start from."""
         collections = dict(variables)
         params = collections.pop("params")
-        averages = self.averages
-        if averages is not None:
-            # A copy: the step takes the memory of each for its results.
-            averages = jax.tree.map(jnp.copy, variables)
+        # A copy: the step takes the memory of each for its results.
+        averages = None if self.averages is None else jax.tree.map(jnp.copy, variables)
         return self.replace(params=params, collections=collections, averages=averages)
 
     def with_moved_averages(self, decay: float) -> "TrainState":
@@ -109,14 +107,8 @@ class TrainState(struct.PyTreeNode):
 def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) -> Any:
     """Returns `d averages + (1 - d) variables` after a step.
 
-    d = min(decay, (1 + step) / (10 + step)): the poor networks of the first steps are
-    soon forgotten.
-
-    Args:
-        averages: The averages before the step.
-        variables: The variables after it.
-        decay: The highest d, in [0, 1).
-        step: Number of steps taken before this one.
+    d = min(decay, (1 + step) / (10 + step)), with `step` steps before this one: the
+    poor networks of the first steps are soon forgotten.
     """
     rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     moved = optax.incremental_update(variables, averages, rate)
@@ -131,14 +123,7 @@ def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) 
 def init_state(
     model: nn.Module, update: Update, image_shape: tuple[int, int, int], key: Array
 ) -> TrainState:
-    """Draws the first variables; everything else starts at zero.
-
-    Args:
-        model: The network.
-        update: What says which parameters are trained, and whether they are averaged.
-        image_shape: [h, w, c] of the network's input.
-        key: Key of the parameters.
-    """
+    """Draws the first variables with `key`; everything else starts at zero."""
     variables = init_variables(model, key, image_shape)
     moving, _ = split_params(variables["params"], update.trained)
     state = TrainState(
@@ -165,15 +150,17 @@ def training_to_dict(state: TrainState) -> dict[str, Any]:
 def restore_state(template: TrainState, arrays: dict[str, Any]) -> TrainState:
     """Puts a checkpoint's arrays into a state of the same structure."""
     training = arrays["training"]
-    averages = None if template.averages is None else arrays["variables"]
-    variables = dict((arrays if averages is None else training)["variables"])
+    averages, variables = None, arrays["variables"]
+    if template.averages is not None:
+        averages, variables = variables, training["variables"]
+    collections = dict(variables)
     # The totals of an older run may lack a sum, which then starts at zero.
     zeros = serialization.to_state_dict(Totals.zeros())
     totals = {**zeros, **training["totals"]}
     return TrainState(
         step=training["step"],
-        params=variables.pop("params"),
-        collections=variables,
+        params=collections.pop("params"),
+        collections=collections,
         opt_state=serialization.from_state_dict(
             template.opt_state, training["opt_state"]
         ),

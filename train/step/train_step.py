@@ -32,16 +32,8 @@ class TrainStep:
     """A step of one device, and a call of several.
 
     All randomness is a function of (seed, step, position): the step number holds the
-    epoch, and positions are global, so the split over devices does not matter.
-
-    Attributes:
-        model: The network.
-        update: How gradients change the state.
-        augmentation: How stored images become the network's input.
-        objective: The loss to descend.
-        alternating_flip: Whether `alternating_mirrors` says which images are mirrored.
-        steps_per_epoch: Number of steps after which totals start anew.
-        seed: The run's seed.
+    epoch, and positions are global, so the split over devices does not matter. With
+    `alternating_flip`, `alternating_mirrors` says which images are mirrored.
     """
 
     model: nn.Module
@@ -66,11 +58,11 @@ class TrainStep:
 
         Args:
             state: The state before.
-            images: Images on the device.
-            labels: Their labels.
+            images: The images on the device.
+            labels: The labels of these images.
             indices: The examples of each step, as places in `images`.
             positions: The examples' positions in the global batch.
-            teacher: The teacher's variables; None without one.
+            teacher: The teacher's variables; None without a teacher.
         """
         if indices.shape[0] == 1:
             # Not a scan of one: XLA's CPU convolution gradients are slow inside one.

@@ -55,12 +55,7 @@ def _takes(glob: str, path: str) -> bool:
 
 
 def split_params(params: Any, trained: frozenset[str] | None) -> tuple[Any, Any]:
-    """Returns the parameters that are trained, and those that are not.
-
-    Args:
-        params: All parameters.
-        trained: Paths of those that are trained; None means all, and the tree itself.
-    """
+    """Returns the parameters that are trained (None: all), and those that are not."""
     if trained is None:
         return params, {}
     flat = traverse_util.flatten_dict(params)
@@ -73,10 +68,7 @@ def join_params(moving: Any, fixed: Any) -> Any:
     """Undoes `split_params`."""
     if not fixed:
         return moving
-    flat = {
-        **traverse_util.flatten_dict(moving),
-        **traverse_util.flatten_dict(fixed),
-    }
+    flat = traverse_util.flatten_dict(moving) | traverse_util.flatten_dict(fixed)
     return traverse_util.unflatten_dict(flat)
 
 
