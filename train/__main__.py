@@ -15,14 +15,14 @@ VERBS = {
     "finetune": "train a checkpoint further",
     "import": "make a checkpoint from PyTorch weights",
     "export": "write a checkpoint as one file that needs JAX alone to run",
-    "pipeline": "compress PyTorch weights, fine-tune them, and a dense control",
-    "sweep": "many runs, one record a run, to go on with another day",
+    "pipeline": "compress and fine-tune PyTorch weights, beside a dense control",
+    "sweep": "train many configurations, and write a record of each run",
     "report": "draw a run's learning curve and write its record",
-    "benchmark": "measure training steps, beside PyTorch's if asked",
+    "benchmark": "measure speed and memory, beside PyTorch if asked",
     "quickstart": "train and evaluate a small network on digits, in minutes",
 }
 
-# `import` is a word of Python, which no module can be imported by.
+# `import` is a keyword of Python, so that no module can have this name.
 _MODULES = {"import": "import_torch"}
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 1 where a sweep's run failed, 2 after
     bad input, 130 after Ctrl-C.
     """
-    # These import JAX, and the process may be replaced before it is needed.
+    # These import JAX, which is not needed before the process may be replaced.
     import inertia_jax
     from train.machine.platform import choose_cpu_flags, use_compilation_cache
 

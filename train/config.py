@@ -51,9 +51,9 @@ class Data:
     source: str = "tfds:cifar10"
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits."""
     cache_dir: str = "~/.cache/inertia_jax"
-    """Where downloaded and decoded sets are kept."""
+    """Directory in which downloaded and decoded sets are kept."""
     image_size: int | None = None
-    """Side of the network's input; None: as stored."""
+    """Side of the network's input, in pixels; None: as the images are stored."""
     mean: tuple[float, ...] = CIFAR_MEAN
     """Mean of each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = CIFAR_STD
@@ -61,13 +61,14 @@ class Data:
     crop_padding: int = 4
     """Pixels around a training image before a random crop of its own size."""
     crop_mode: Literal["zeros", "reflect"] = "zeros"
-    """What fills these pixels: zeros, or the image mirrored at its edges."""
+    """Content of these pixels: zeros, or the image mirrored at its edges."""
     flip: bool = True
     """Mirror every second training image, by `flip_mode`."""
     flip_mode: Literal["random", "alternating"] = "random"
-    """Drawn anew every epoch; or in the first, and then the other one every epoch."""
+    """Mirrored images: drawn in every epoch, or drawn once and then alternating."""
     resized_crop: bool = False
-    """Train on a random part (8% to 100%) resized, in place of the padded crop."""
+    """Train on a random part (8% to 100%) of each image, resized, instead of the padded
+    crop."""
     eval_resize: int | None = None
     """Evaluate on the centre of images resized to this side; None: whole images."""
     memory_share: float = 0.25
@@ -107,7 +108,7 @@ class Model:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the computation; float64 needs JAX_ENABLE_X64=1."""
     plan: str = "[]"
-    """Which convolution stands where, as JSON (inertia_jax.Plan.to_json)."""
+    """Kind of convolution at each layer, as JSON (inertia_jax.Plan.to_json)."""
     strict: bool = False
     """Refuse a plan that a layer cannot follow, instead of leaving the layer dense."""
 
@@ -124,8 +125,8 @@ class Optimizer:
     learning_rate: float = 0.1
     """Learning rate of the first epoch; the highest of one_cycle."""
     base_batch_size: int | None = None
-    """Batch size that `learning_rate` is for, and grows with `batch_size`; None: it is
-    for any."""
+    """Batch size for which `learning_rate` is given; the rate grows in proportion to
+    `batch_size`. None: the rate holds for any batch size."""
     momentum: float = 0.9
     """Momentum of sgd."""
     nesterov: bool = False
@@ -138,7 +139,7 @@ class Optimizer:
     """Decay of the averages of all variables over steps, which are evaluated and saved;
     0: no averages."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Share of the target that is spread evenly over all classes."""
     schedule: Literal["multistep", "cosine", "exponential", "one_cycle"] = "multistep"
     """Learning rate over time; one_cycle rises from 0 and falls to 0, linearly."""
     milestones: tuple[int, ...] = (150, 225)
@@ -167,17 +168,17 @@ class Optimizer:
         if self.schedule == "one_cycle" and self.warmup_epochs:
             raise UsageError(
                 f"`optimizer.warmup_epochs` (={self.warmup_epochs}) must be 0 for "
-                f"`schedule` (='one_cycle'), which rises itself."
+                f"`schedule` (='one_cycle'), which has its own rise."
             )
         if any(a >= b for a, b in itertools.pairwise((0, *self.milestones))):
             raise UsageError(
-                f"`optimizer.milestones` (={self.milestones}) must be > 0 and rise."
+                f"`optimizer.milestones` (={self.milestones}) must be > 0 and increase."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One training run."""
+    """The configuration of a run."""
 
     name: str = "run"
     """Name of the run; its directory is runs/NAME unless `--workdir` says otherwise."""
@@ -186,38 +187,39 @@ class Config:
     epochs: int = 200
     """Passes over the training images."""
     batch_size: int = 128
-    """Training images a step, over all devices."""
+    """Training images in a step, over all devices."""
     eval_batch_size: int = 500
-    """Images an evaluation step, over all devices (rounded up to their number)."""
+    """Images in an evaluation step, over all devices, rounded up to a multiple of
+    their number."""
     flip_test: bool = False
     """Evaluate by the mean logits of each test image and its mirror image."""
     data: Data = Data()
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     init: str | None = None
-    """Checkpoint of the same network, or a run, whose best is taken, that training
-    starts from; None: drawn anew."""
+    """Checkpoint of the same network from which training starts, or a run, whose best
+    is taken; None: random parameters."""
     train_only: tuple[str, ...] = ()
-    """Globs over paths of parameters or layers, to train these alone; none: all."""
+    """Globs over paths of parameters or layers: only these are trained; none: all."""
     freeze: tuple[str, ...] = ()
-    """Globs over the same paths, of what is left as it is; BatchNorm statistics still
+    """Globs over the same paths: these are not trained; BatchNorm statistics still
     move."""
     teacher: str | None = None
-    """Checkpoint, or a run, whose best is taken, to learn from; None: labels alone."""
+    """Checkpoint of the teacher, or a run, whose best is taken; None: labels alone."""
     distill_weight: float = 0.9
-    """Share of the loss that the teacher has, in (0, 1]."""
+    """Weight of the teacher's part of the loss, in (0, 1]."""
     distill_temperature: float = 4.0
-    """Divides the logits of both where the teacher's answers are followed."""
+    """Divisor of both networks' logits in the teacher's part of the loss."""
     steps_per_call: int | None = None
-    """Steps a compiled call; None: 1 on CPU, up to 100 on GPU and TPU."""
+    """Steps in a compiled call; None: 1 on CPU, up to 100 on GPU and TPU."""
     gate_budget: float | None = None
-    """Mean rate of open gates that the loss holds inertial layers to; None: any."""
+    """Mean rate of open gates in inertial layers that the loss aims at; None: any."""
     gate_penalty: float = 1.0
     """Factor of (mean gate rate - gate_budget)^2, which is added to the loss."""
     parallel: Literal["pmap", "shard_map"] = "pmap"
-    """What spreads the step over devices."""
+    """JAX's function that spreads the step over devices."""
     sync_batch_norm: bool = True
-    """BatchNorm statistics over all devices, not over each one's share."""
+    """Compute BatchNorm statistics over all devices, not over each one's share."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints inside an epoch, beside the one at its end."""
     checkpoint_steps: int | None = None
@@ -282,12 +284,12 @@ _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def check_used(config: Config, before: Config) -> None:
-    """Raises UsageError where somebody set a field that does nothing in this run.
+    """Raises UsageError if the user set a field that has no effect in this run.
 
     Args:
         config: The run's configuration.
-        before: The configuration before anybody set anything: a file's, a checkpoint's
-            or the defaults. What lies idle there was meant for another run.
+        before: The configuration before the user set anything: a file's, a checkpoint's
+            or the defaults. A field that has no effect there is no error.
     """
     for name, needed, is_used in _NEEDS:
         value, other = attrgetter(name)(config), attrgetter(needed)(config)

@@ -17,7 +17,7 @@ def load_config(path: str | pathlib.Path) -> Config:
     """Reads the `config` of a Python file.
 
     Raises:
-        UsageError: There is no such file, it fails, or it holds no Config.
+        UsageError: There is no such file, it raises an error, or it has no `config`.
     """
     return load_from_file(pathlib.Path(path), "config", Config)
 
@@ -26,7 +26,8 @@ def load_from_file(path: pathlib.Path, name: str, kind: type[Kind]) -> Kind:
     """Reads what a Python file defines as `name`.
 
     Raises:
-        UsageError: There is no such file, it fails, or it holds none of that kind.
+        UsageError: There is no such file, it raises an error, or it does not define
+            `name` of that kind.
     """
     if not path.is_file():
         raise UsageError(f"there is no {name} file at {path}.")
@@ -54,7 +55,7 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 
 def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Returns a JSON config with defaults for the fields that it is too old to have."""
+    """Returns a JSON config with defaults for the fields that it lacks."""
     filled = {**defaults, **config}
     for name, value in defaults.items():
         if isinstance(value, dict) and isinstance(filled[name], dict):

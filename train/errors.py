@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 
 class UsageError(Exception):
-    """Bad input or surroundings; shown as one line, exit code 2, no traceback."""
+    """Bad input or environment: one line without a traceback, and exit code 2."""
 
 
 class DivergedError(UsageError):
-    """A loss or gradient that is not finite; the same run would have it again."""
+    """A loss or gradient that is not finite; running again would not help."""
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from train.errors import UsageError, user_input
 
 @dataclasses.dataclass(frozen=True)
 class NetworkDescription:
-    """What a checkpoint says of its network; the last three fields are `Metadata`'s."""
+    """A checkpoint's network; the last three fields are those of `Metadata`."""
 
     path: pathlib.Path
     model: nn.Module
@@ -29,7 +29,7 @@ class NetworkDescription:
 
     @property
     def trained_on(self) -> Data | None:
-        """Data and augmentation of the training; None where nothing is said of them."""
+        """Data and augmentation of the training; None if they are not recorded."""
         recorded = self.info.get("config", {}).get("data")
         if not recorded:
             return None
@@ -49,7 +49,7 @@ class NetworkDescription:
 
     @property
     def metadata(self) -> Metadata:
-        """The same for `save_checkpoint`."""
+        """The description, as `save_checkpoint` takes it."""
         return Metadata(self.preprocessing, self.class_names, self.info)
 
     def cost(self, gate_rates: Mapping[str, float] | None = None) -> CostTable:
@@ -66,7 +66,7 @@ class TrainedNetwork(NetworkDescription):
 
 
 def read_description(path: pathlib.Path) -> NetworkDescription:
-    """Reads what a checkpoint says of its network; arrays and hashes are left alone.
+    """Reads a checkpoint's network without its variables; no hash is checked.
 
     Raises:
         UsageError: There is no checkpoint at `path`, its description is broken, or it
@@ -98,7 +98,7 @@ def read_network(path: pathlib.Path) -> TrainedNetwork:
 
 
 def cost_to_json(cost: CostTable) -> dict[str, int | float]:
-    """Returns a network's cost as records have it."""
+    """Returns a network's cost, as it stands in records."""
     names = ("params", "dense_macs", "macs", "ladder_macs", "other_ops", "total_macs")
     return {name: getattr(cost, name) for name in names}
 

@@ -58,7 +58,7 @@ def flip(
 def alternating_mirrors(
     images: UInt8[Array, "n h w c"], epoch: Int[Array, ""], *, key: Key[Array, ""]
 ) -> Bool[Array, "n"]:
-    """Returns which images are mirrored: at random in epoch 0, then by turns.
+    """Returns which images are mirrored: drawn in epoch 0, then alternating.
 
     In any two consecutive epochs, an image is seen both ways. Its side in epoch 0 is
     the top bit of `sum_i weight_i pixel_i mod 2^32` with random weights: a coin for
@@ -172,7 +172,7 @@ def normalise(
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What happens to images on their way into the network.
+    """The processing of images before they enter the network.
 
     Attributes:
         preprocessing: The shape and normalisation of the input.
@@ -187,7 +187,7 @@ class Augmentation:
 
     @classmethod
     def plain(cls, preprocessing: Preprocessing, dtype: DTypeLike) -> "Augmentation":
-        """Returns one that resizes and normalises alone, also for training."""
+        """Returns one that only resizes and normalises, also in training."""
         data = Data(crop_padding=0, flip=False)
         return cls(preprocessing, data, jnp.dtype(dtype))
 

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8 x 8: needs no network."""
+"""scikit-learn's handwritten digits, 8 x 8, which need no download."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ _NUM_TEST = 360
 
 def load_digits() -> ImageSet:
     """Returns 1,437 training and 360 test images, classes balanced, always the same."""
-    # Imported here: scikit-learn takes a second that other sources need not wait.
+    # This import takes a second, for which other sources need not wait.
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()

@@ -1,6 +1,6 @@
 """Batches for the devices: a set that lies on them whole, or streams through.
 
-Either way a call gets images, labels and indices into them, so the compiled step and
+In both cases a call gets images, labels and indices into them, so the compiled step and
 its randomness are the same.
 """
 
@@ -20,7 +20,7 @@ from train.machine.parallel import Parallel
 
 # Steps of a call on any platform but CPU, where a call has one.
 _STEPS_PER_CALL = 100
-# Bytes of a chunk on each device; two chunks are under way at once.
+# Bytes of a chunk on each device; two chunks are in memory at once.
 _STREAMED_BYTES = 2**28
 
 
@@ -75,7 +75,7 @@ class Feed:
             steps_per_call: Rows of `order` in a call; the last call may have fewer.
         """
         pending: list[concurrent.futures.Future[Any]] = []
-        # One thread, one call ahead: host memory is read while devices compute.
+        # A thread works one call ahead: it reads host memory while devices compute.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             for start in range(0, len(order), steps_per_call):
                 rows = order[start : start + steps_per_call]
@@ -108,7 +108,7 @@ def make_feed(split: Split, parallel: Parallel, *, memory_share: float) -> Feed:
     resident = None
     memory = _device_memory_bytes(parallel)
     if jax.process_count() > 1:
-        # One program for all, though free memory may differ from machine to machine.
+        # All processes must choose the same, though machines may differ in memory.
         memory = float(multihost_utils.process_allgather(np.float32(memory)).min())
     if split.images.nbytes <= memory_share * memory:
         resident = parallel.replicate((np.asarray(split.images), split.labels))
@@ -129,8 +129,8 @@ def choose_steps_per_call(
     """Returns the steps of a compiled call.
 
     Args:
-        feed: The training images; those that stream come in calls of bounded memory.
-        asked: What the configuration asks for; None: what suits the platform.
+        feed: The training images; if they stream, a call's memory is bounded.
+        asked: The configured number; None: a number that suits the platform.
         steps_per_epoch: Steps of an epoch of the run.
         batch_size: Images a step, on all devices.
     """
@@ -147,8 +147,8 @@ def even_calls(steps_per_epoch: int, most: int) -> int:
     """Returns the most steps a call, up to `most`, that an epoch has a whole number of.
 
     A shorter last call is a program of its own, which takes as long to compile. Where
-    only calls shorter than a quarter of `most` avoid it, it is the lesser evil, and
-    the answer is `most`.
+    only calls shorter than a quarter of `most` would avoid it, it is accepted, and the
+    answer is `most`.
     """
     sizes = range(1, min(most, steps_per_epoch) + 1)
     even = max(size for size in sizes if steps_per_epoch % size == 0)

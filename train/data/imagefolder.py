@@ -20,7 +20,7 @@ def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> Im
     the sub-folders of `train`, sorted.
 
     Raises:
-        FileNotFoundError: A folder, or that of a class, is missing or empty.
+        FileNotFoundError: The folder of a split or class is missing or empty.
         ValueError: Images of several sizes, an unreadable image, or test classes that
             training lacks.
     """
@@ -81,7 +81,7 @@ def _list_files(
 
 
 def _class_folders(folder: pathlib.Path) -> list[str]:
-    """Returns the names of sub-folders; hidden ones are an editor's, or a system's."""
+    """Returns the names of sub-folders that are not hidden."""
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -114,7 +114,7 @@ def _decode(file: pathlib.Path, image_size: int | None) -> np.ndarray:
     from PIL import Image
 
     with Image.open(file) as opened:
-        # Pillow cuts these to 8 bits, it does not scale them.
+        # Pillow would cut these to 8 bits instead of scaling them.
         if opened.mode == "F" or opened.mode.startswith("I"):
             raise ValueError(
                 f"{file} has pixels of mode {opened.mode!r}; must have 8 bits each."

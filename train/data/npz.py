@@ -8,7 +8,7 @@ import numpy as np
 
 from train.data.sets import ImageSet, check_labels, make_set
 
-# A nonsensical label must not make that many classes.
+# Without names, a label above this is taken for an error, not for so many classes.
 _MOST_UNNAMED = 100_000
 
 
@@ -32,7 +32,7 @@ def load_npz(path: str) -> ImageSet:
     try:
         with np.load(file) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    # TypeError: a single array (.npy); the others: no zip file, or a damaged one.
+    # TypeError means a single array (.npy); the others, no zip file or a damaged one.
     except (TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} is no NumPy archive: {error}.") from error
     training = {"x_train", "y_train"} if {"x_train", "y_train"} & set(arrays) else set()

@@ -1,4 +1,4 @@
-"""What every source gives: uint8 images and labels, checked."""
+"""Image sets: uint8 images and labels, checked, the same from every source."""
 
 import dataclasses
 import sys
@@ -39,7 +39,7 @@ class ImageSet:
         return len(self.class_names)
 
     def describe(self) -> dict[str, object]:
-        """Returns what must be the same when a run goes on; JSON."""
+        """Returns what must be the same when a run is resumed, as JSON."""
         return {
             "num_train": len(self.train) if self.train else 0,
             "num_test": len(self.test),

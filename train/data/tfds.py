@@ -20,14 +20,14 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
     """Reads any TFDS image classification set, kept decoded.
 
     The first use downloads and prepares it into array_record files, which needs
-    TensorFlow and the network; later uses need neither, nor TFDS. Where images differ
-    in size, all are brought to `image_size`; others stay as stored.
+    TensorFlow and the network; later uses need neither, nor TFDS. If images differ in
+    size, all are brought to `image_size`; otherwise they stay as stored.
 
     Raises:
-        ImportError: A package is missing; says which command installs it.
+        ImportError: A package is missing; the message says how to install it.
         ValueError: TFDS knows no such set, it is none of labelled images, or its images
             differ in size and `image_size` is None.
-        OSError: The download failed; says what to do without a network.
+        OSError: The download failed; the message says what to do without a network.
     """
     cache = pathlib.Path(cache_dir).expanduser()
     stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
@@ -36,7 +36,7 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
         if directory.is_dir():  # only read: the disk may be read-only
             return read_set(directory, name)
     cache.mkdir(parents=True, exist_ok=True)
-    # One process at a time: TFDS fails where another has prepared the set meanwhile.
+    # Processes take turns: TFDS fails if another has prepared the set meanwhile.
     with (cache / ".tfds.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         builder = _prepared_builder(name, cache / "tfds")
@@ -63,7 +63,7 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
         tfds = importlib.import_module("tensorflow_datasets")
     except ImportError as error:
         raise ImportError(f"tfds:{name} needs TFDS: {_INSTALL}.") from error
-    # A builder made from its files needs no TensorFlow; one made by name does.
+    # A builder made from files needs no TensorFlow; one made from a name does.
     set_name, _, version = name.partition(":")
     files = (data_dir / set_name).glob(f"{version or '*'}/dataset_info.json")
     # Versions are A.B.C; other folders are a set's configurations.

@@ -26,9 +26,9 @@ class EvaluationSettings:
     devices: int | None = None
     """Number of devices to use, the first ones; None: all."""
     resize: bool = False
-    """Resize images of another size than the network was trained on."""
+    """Resize images whose size is not that of the network's input."""
     flip_test: bool = False
-    """Answer by the mean logits of each image and its mirror image."""
+    """Evaluate by the mean logits of each image and its mirror image."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -45,7 +45,7 @@ def evaluate_network(
     """
     source = source or network.source
     if source is None:
-        raise UsageError(f"{network.path} names no data; say which with --data.")
+        raise UsageError(f"{network.path} names no data; --data names them.")
     return evaluator_for(network, source, settings)(network.variables)
 
 

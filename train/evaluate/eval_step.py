@@ -21,9 +21,9 @@ def make_eval_call(
     """Returns the function of one device that evaluates a batch.
 
     Its arguments are the variables, the images [m, h, w, c] and labels [m] on the
-    device, and `indices` [n] into them. It returns, of every example of all devices in
-    their order: `loss`, `prediction`, `rank`, the number of classes that score higher
-    than the right one, and `gate_rates`, by path of the inertial layers.
+    device, and `indices` [n] into them. It returns arrays over all examples of all
+    devices, in their order: `loss`; `prediction`; `rank`, the number of classes that
+    score higher than the right one; and `gate_rates`, by path of the inertial layers.
 
     With `flip_test`, logits and gate rates are the means of those of the image and of
     its mirror image.
@@ -51,8 +51,8 @@ def make_eval_call(
                 lambda a, b: (a + b) / 2, (logits, rates), mirrored
             )
         score = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-        # Ties go to the lower class, as in argmax. Written so that NaN counts as
-        # higher: it must not pass for a right answer.
+        # Ties go to the lower class, as in argmax. NaN counts as higher, so that it
+        # does not pass for a right answer.
         classes = jnp.arange(logits.shape[-1])
         ahead = (logits == score) & (classes[None] < targets[:, None])
         higher = ~(logits <= score) | ahead

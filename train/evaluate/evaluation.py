@@ -19,7 +19,7 @@ from train.machine.parallel import Parallel
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Attributes:
         num_examples: Number of examples, each counted once.
@@ -27,7 +27,7 @@ class Evaluation:
         top1: Share of examples whose class scores highest, in [0, 1].
         top5: Share whose class is among the five highest; 1 for five classes or fewer.
         confusion: [classes, classes] int; rows are true classes, columns predictions.
-        class_names: One name a class.
+        class_names: The name of each class.
         gate_rates: Share of open gates of each inertial layer, by path.
         right: Whether each example's class scores highest [num_examples], bool.
         flip_test: Whether each answer is the mean of those to the image and to its
@@ -122,7 +122,7 @@ def make_evaluator(
     class_names: tuple[str, ...],
     flip_test: bool = False,
 ) -> Callable[[Any], Evaluation]:
-    """Returns a function from replicated variables to what evaluating them finds.
+    """Returns a function that evaluates replicated variables.
 
     Losses are summed on the host in float64 in the order of the examples, so that the
     number of devices does not matter. `batch_size` is rounded up to a multiple of it.

@@ -8,10 +8,10 @@ import platform
 import sys
 
 _TUNABLE = "glibc.malloc.hugetlb"
-# Tells the process that replaces this one that it is the second.
+# This variable tells the process that replaces this one that it is the second.
 _RESTARTED = "INERTIA_JAX_RESTARTED"
 _SWITCH = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# Seconds of compilation that leave enough memory behind to ask for it back.
+# After so many seconds of compilation, memory is given back.
 _LONG_S = 0.2
 
 
@@ -23,9 +23,9 @@ def restart_with_huge_pages() -> None:
     reads the setting, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, when a process starts
     and never again.
 
-    It does nothing where the user has the setting (0 turns it off), where the kernel
-    gives huge pages to all or to nobody, and where this process is anything but the
-    command `python -m train`.
+    It does nothing if the user has the setting (0 turns it off), if the kernel gives
+    huge pages to all or to nobody, or if this process is anything but the command
+    `python -m train`.
     """
     is_restarted = os.environ.pop(_RESTARTED, None) is not None
     tunables = os.environ.get("GLIBC_TUNABLES")
@@ -54,7 +54,7 @@ def restart_with_huge_pages() -> None:
 
 @functools.cache
 def give_back_after_compiling() -> None:
-    """Has what the compiler freed given back to the system before a program first runs.
+    """Makes glibc return what the compiler freed before a program first runs.
 
     glibc would keep it for later: hundreds of MB on top of a step's buffers.
     """
@@ -74,7 +74,7 @@ def give_back_after_compiling() -> None:
 
 
 def _glibc_version() -> tuple[int, int]:
-    """Returns (0, 0) where the C library is another."""
+    """Returns the version of glibc; (0, 0) for another C library."""
     name, version = platform.libc_ver()
     if name != "glibc":
         return (0, 0)

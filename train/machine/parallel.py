@@ -1,4 +1,4 @@
-"""One per-device function over all devices, by `jax.pmap` or `jax.shard_map`."""
+"""A per-device function runs on all devices, by `jax.pmap` or `jax.shard_map`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ class Parallel:
         Args:
             function: A function of device-local values; all devices must return the
                 same.
-            spread: For each argument, whether it is spread or replicated.
+            spread: Whether each argument is spread, or else replicated.
             donate: Whether the first argument's memory may be taken for the result.
         """
         donated = (0,) if donate else ()

@@ -1,4 +1,4 @@
-"""What the program sets before JAX starts: the compilation cache, and XLA on CPU."""
+"""Settings made before JAX starts: the compilation cache, and flags for XLA on CPU."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ import jaxlib
 _CPU_FLAGS = (
     # XLA gives convolutions to YNNPACK, which runs those of 64 channels on one core. On
     # two cores, ResNet18 at batch 64 is evaluated in 293 ms with it and in 224 without.
-    # It should have the sums: without it, BatchNorm takes 200 ms of a step's 1,300.
+    # Sums stay with YNNPACK: without it, BatchNorm takes 200 ms of a step's 1,300.
     # Later versions use all cores.
     (
         "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",
@@ -19,8 +19,8 @@ _CPU_FLAGS = (
         (0, 10, 2),
         (0, 11, 0),
     ),
-    # This orders operations so that they hold the least memory, not so that most of
-    # them run side by side. A step of ResNet18 at batch 128 has 583 MB of buffers
+    # This order of operations needs the least memory; the default lets the most of them
+    # run side by side. A step of ResNet18 at batch 128 has 583 MB of buffers
     # instead of 981, and is no slower on two cores.
     (
         "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -32,7 +32,7 @@ _CPU_FLAGS = (
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, if nothing else is said.
+    """Keeps compiled programs in the user's cache directory, unless the user chose.
 
     `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=0`
     turns it off.
@@ -41,14 +41,14 @@ def use_compilation_cache() -> None:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         place = pathlib.Path(home).expanduser() / "inertia_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(place))
-        # The least recently used go first.
+        # In bytes. The least recently used programs are deleted first.
         jax.config.update("jax_compilation_cache_max_size", 2 << 30)
-        # Also what is quickly compiled: a start compiles some dozens of such.
+        # Programs that compile quickly are kept, too: a start compiles dozens of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def choose_cpu_flags() -> None:
-    """Sets the flags for XLA on CPU that the user left; call before any computation."""
+    """Sets XLA's flags for CPU, unless the user did; call before any computation."""
     for flag, theirs, least, below in _CPU_FLAGS:
         flags = os.environ.get("XLA_FLAGS", "")
         is_known = least <= jaxlib.version.__version_info__ < below

@@ -22,10 +22,10 @@ from train.errors import UsageError
 EXIT_LOST = 75
 # Seconds between two tries to reach process 0.
 _RETRY_SECONDS = 0.2
-# How long process 0, whose end ends the others, lets them say what happened.
+# Process 0, whose end ends the others, waits so long for them to print their errors.
 _GRACE_SECONDS = 2
-# Words of collectives on CPU (Gloo) and GPU (NCCL), and of the service that counts
-# processes.
+# Words in the errors of collectives on CPU (Gloo) and GPU (NCCL), and of the service
+# that counts processes.
 _LOST = re.compile(
     r"gloo|nccl|coordination|barrier|heartbeat|socket|connection|deadline", re.I
 )
@@ -35,19 +35,19 @@ _NOT_LOST = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|ncclCommInit")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which process this is, and of how many."""
+    """The number of processes, and the place of this one."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0 of several; `auto` asks the cluster: SLURM, Open MPI,
     Kubernetes or a TPU pod."""
     num_processes: int | None = None
-    """Processes of all hosts."""
+    """Number of processes on all hosts."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     join_seconds: int = 300
-    """How long to wait until all have started."""
+    """Seconds to wait until all have started."""
     dead_seconds: int = 60
-    """A process not heard of for so long is dead, and the others end."""
+    """Seconds of silence after which a process counts as dead, and the others end."""
 
 
 def early_processes(argv: Sequence[str]) -> Processes:
@@ -92,10 +92,10 @@ def joined(options: Processes, *, saves_on_sigterm: bool = True) -> Iterator[Non
 
 
 def first_devices(number: int | None) -> list[jax.Device]:
-    """Returns the devices to run on: the first so many, or all.
+    """Returns the devices to run on: the first `number`, or all.
 
     Raises:
-        UsageError: There are not so many, or other processes have some of them.
+        UsageError: There are fewer, or other processes have some of them.
     """
     devices = jax.devices()
     if number is None:
@@ -109,12 +109,12 @@ def first_devices(number: int | None) -> list[jax.Device]:
 
 def is_lost(error: BaseException) -> bool:
     """Returns whether an error says that another process is gone."""
-    said = str(error)
+    text = str(error)
     return (
         isinstance(error, jax.errors.JaxRuntimeError)
         and jax.process_count() > 1
-        and _LOST.search(said) is not None
-        and _NOT_LOST.search(said) is None
+        and _LOST.search(text) is not None
+        and _NOT_LOST.search(text) is None
     )
 
 
@@ -127,7 +127,7 @@ def _join(options: Processes) -> None:
         address = None
     elif not re.fullmatch(r".+:\d+", address or ""):
         raise UsageError(f"`coordinator` (={address}) must be HOST:PORT or `auto`.")
-    # Said beforehand: JAX's own abort does not say which process is missing.
+    # This is printed first: JAX's own abort does not say which process is missing.
     print(
         f"joining the other processes by {options.coordinator}, for at most "
         f"{options.join_seconds} s",

@@ -24,8 +24,8 @@ class Checkpoints:
     """The checkpoints `DIRECTORY/step_N` of a run.
 
     One background thread writes, hashes and deletes; training waits only while its
-    state is copied to the host. Of several processes each writes its share, and the
-    first commits the whole.
+    state is copied to the host. Each process writes its share, and the first commits
+    the whole.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
@@ -51,7 +51,7 @@ class Checkpoints:
             UsageError: The checkpoint before could not be written.
         """
         self.wait()
-        # A copy: on CPU the view would share memory that the next step takes over.
+        # These are copies: on CPU, a view shares memory that the next step takes over.
         variables, training = jax.tree.map(np.array, (variables, training))
         metadata = dataclasses.replace(metadata, info={**metadata.info, "step": step})
 
@@ -74,7 +74,7 @@ class Checkpoints:
         """Waits until this process has written its share; the first also the whole.
 
         Raises:
-            UsageError: It could not be written; the ones before are left.
+            UsageError: The checkpoint could not be written; earlier ones are left.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -123,8 +123,8 @@ class Checkpoints:
                 raise UsageError(
                     f"cannot read {path}: {error}; nothing was changed."
                 ) from error
-            # Not earlier: a run whose checkpoints are all damaged would look like a new
-            # one.
+            # If this came earlier, a run whose checkpoints are all damaged would look
+            # like a new one.
             self._put_aside(damaged)
             return path, load_arrays(path)
         if damaged or any(self._directory.glob("damaged_step_*")):
@@ -185,7 +185,7 @@ def best_step(directory: pathlib.Path) -> int | None:
 
 
 def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
-    """Returns a checkpoint: `path` itself, or a run's best, or else its latest.
+    """Returns a checkpoint: `path` itself, or a run's best, or its latest.
 
     Raises:
         UsageError: There is neither a checkpoint nor a run at `path`.

@@ -25,7 +25,7 @@ from train.run.events import Events
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES")
 
-# What a run's directory holds.
+# The files of a run's directory.
 _FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
 
 
@@ -96,7 +96,7 @@ class RunDirectory:
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
 
     def _is_begun(self) -> bool:
-        """Whether only a run lies here: another program may have a `config.json`."""
+        """Returns whether only a run lies here, not another program's `config.json`."""
         if not (self.path / "config.json").is_file():
             return False
         names = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
@@ -180,7 +180,7 @@ def read_json(path: pathlib.Path) -> Any:
     """Reads a file of JSON.
 
     Raises:
-        UsageError: It cannot be read, or is no JSON.
+        UsageError: The file cannot be read, or is no JSON.
     """
     with user_input():
         text = path.read_text()
@@ -191,13 +191,13 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def is_empty_directory(path: pathlib.Path) -> bool:
-    """Returns whether nothing is in a directory that a user would miss."""
-    # Hidden files may be what a killed run left of its start.
+    """Returns whether a directory holds nothing but hidden files."""
+    # A run that was killed at its start may have left hidden files.
     return path.is_dir() and all(p.name.startswith(".") for p in path.iterdir())
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
-    # One process writes a run: what a killed one left is written over.
+    # Only one process writes a run; it replaces what a killed process left.
     with appearing(path, writer="run") as partial:
         partial.write_text(text)

@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Events:
-    """Scalars in a directory for TensorBoard, which the first ones make.
+    """Scalars in a directory for TensorBoard, which is made with the first of them.
 
-    A thread of its own writes them: importing the writer imports PyTorch, too, where it
-    is installed, for two seconds in which steps go on. If they cannot be written, a
+    A thread writes them, because importing the writer also imports PyTorch if it is
+    installed; steps go on during these two seconds. If they cannot be written, a
     warning says so, and the run goes on without them.
     """
 

@@ -1,4 +1,4 @@
-"""Files of results: their places are checked before the work, and they are written."""
+"""Files of results: their places are checked before the work starts."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from train.errors import UsageError, user_input
 
 
 def check_output(name: str, path: str | pathlib.Path | None) -> None:
-    """Raises UsageError where a file, or a directory to be made, has no place.
+    """Raises UsageError if a file or directory could not be written.
 
     Args:
         name: The option's name.
-        path: The option's value; None: nothing will be written.
+        path: The option's value; None if nothing will be written.
     """
     if path is None:
         return
@@ -25,7 +25,7 @@ def check_output(name: str, path: str | pathlib.Path | None) -> None:
 
 
 def check_output_file(name: str, path: str | pathlib.Path | None) -> None:
-    """Raises UsageError where a file could not be written, or has no directory."""
+    """Raises UsageError if a file could not be written, or has no directory."""
     check_output(name, path)
     if path is None:
         return

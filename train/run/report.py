@@ -18,7 +18,7 @@ def make_record(
 
     Args:
         run: The run's directory.
-        seconds_to: Accuracies in (0, 1], whose first epochs are looked for.
+        seconds_to: Accuracies in (0, 1]; the record says when each was reached.
 
     Raises:
         UsageError: There is no run at `run`, none of its epochs has ended, or an

@@ -1,1 +1,1 @@
-"""The compiled training step and what it moves."""
+"""The compiled training step and its state."""

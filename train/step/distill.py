@@ -1,4 +1,4 @@
-"""Distillation: what a network learns from a teacher's answers."""
+"""Distillation: a network learns from a teacher's answers."""
 
 import dataclasses
 from typing import Any
@@ -13,10 +13,10 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """A teacher, and how much it counts; its variables are arguments of the step.
+    """A teacher and its weight; its variables are arguments of the step.
 
     Attributes:
-        model: The teacher's network, of as many classes.
+        model: The teacher's network, with the same number of classes.
         weight: The teacher's share of the loss, in (0, 1].
         temperature: Divisor of both networks' logits, > 0.
     """

@@ -1,4 +1,4 @@
-"""The loss that training descends: cross-entropy, a teacher, a budget of gates."""
+"""The training loss: cross-entropy, a teacher's answers, a budget of gates."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def cross_entropy(
 
 
 def is_held(spec: Inertial | None) -> bool:
-    """Returns whether a gate budget moves a layer's gates: by straight-through."""
+    """Returns whether a gate budget can move a layer's gates, by straight-through."""
     if spec is None:
         return False
     return spec.gate_gradient == "ste" and not isinstance(spec.threshold, Rate)
@@ -34,7 +34,7 @@ def is_held(spec: Inertial | None) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The loss that a step descends; what it reports is the cross-entropy alone.
+    """The loss of a step; the step reports the cross-entropy alone.
 
     `(1 - weight) * cross-entropy + weight * distillation_loss + gate_penalty * (mean
     gate rate - gate_budget)^2`
@@ -63,7 +63,7 @@ class Objective:
         Args:
             cross_entropy: The mean cross-entropy.
             logits: The network's answers.
-            teacher_logits: The teacher's answers; None without one.
+            teacher_logits: The teacher's answers; None without a teacher.
             held_rates: Gate rates of the layers that the budget holds (`is_held`).
         """
         loss = cross_entropy
@@ -71,7 +71,7 @@ class Objective:
             loss = self.distillation.loss(loss, logits, teacher_logits)
         if self.gate_budget is not None:
             rate = jnp.stack([rates.mean() for rates in held_rates]).mean()
-            # The budget is one of the whole batch and all layers together.
+            # The budget is for the whole batch and all layers together.
             excess = lax.pmean(rate, AXIS) - self.gate_budget
             loss = loss + (self.gate_penalty * excess**2).astype(loss.dtype)
         return loss

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The state of training, which every step changes."""
 
 import dataclasses
 from typing import Any
@@ -46,8 +46,7 @@ class Update:
     Attributes:
         tx: The optimiser of the trained parameters.
         trained: Paths of the trained parameters; None means all. No gradient is taken
-            for the others. What is no parameter, such as BatchNorm statistics, moves
-            anyway.
+            for the others. BatchNorm statistics and the like always move.
         ema_decay: Highest decay of the averages, in [0, 1); 0: no averages are taken.
     """
 
@@ -78,12 +77,12 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """The variables, as `model.apply` takes them."""
         return {"params": self.params, **self.collections}
 
     @property
     def result(self) -> dict[str, Any]:
-        """What is evaluated and saved: the averages, if there are any."""
+        """The variables to evaluate and save: the averages, if there are any."""
         return self.variables if self.averages is None else self.averages
 
     def with_variables(self, variables: dict[str, Any]) -> "TrainState":
@@ -138,7 +137,7 @@ def init_state(
 
 
 def training_to_dict(state: TrainState) -> dict[str, Any]:
-    """Returns what a checkpoint needs beside `result`, as nested dictionaries."""
+    """Returns what a checkpoint holds besides `result`, as nested dictionaries."""
     return {
         "step": state.step,
         "opt_state": serialization.to_state_dict(state.opt_state),

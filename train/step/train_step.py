@@ -65,7 +65,7 @@ class TrainStep:
             teacher: The teacher's variables; None without a teacher.
         """
         if indices.shape[0] == 1:
-            # Not a scan of one: XLA's CPU convolution gradients are slow inside one.
+            # A scan is avoided: XLA's gradients of convolutions on CPU are slow in it.
             state = self.step(state, images, labels, indices[0], positions, teacher)
         else:
 
@@ -84,7 +84,7 @@ class TrainStep:
         positions: Int[Array, "n"],
         teacher: Any,
     ) -> TrainState:
-        """Takes one step, as `call` does several."""
+        """Takes one step, with the arguments of `call`."""
         step_key = jax.random.fold_in(run_keys(self.seed).steps, state.step)
         augment_key, dropout_key = jax.random.split(step_key)
         pixels, keys = images[indices], example_keys(augment_key, positions)
@@ -111,7 +111,7 @@ class TrainStep:
         (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
         collections, losses, logits, gate_rate = aux
         grads = lax.pmean(grads, AXIS)
-        # The same on every device already where BatchNorm is synchronised.
+        # With synchronised BatchNorm they are the same on every device already.
         collections = lax.pmean(collections, AXIS)
         updates, opt_state = self.update.tx.update(grads, state.opt_state, moving)
         totals = self._totals(state, losses, logits, targets, gate_rate, grads)
@@ -147,7 +147,7 @@ class TrainStep:
             return None
         dtype = jnp.dtype(distillation.model.dtype)
         if dtype != self.augmentation.dtype:
-            # Normalised in the type that the teacher computes in.
+            # The teacher's images are normalised in the type of its computation.
             augmentation = dataclasses.replace(self.augmentation, dtype=dtype)
             batch = augmentation.for_training(pixels, keys, mirrored)
         return distillation.logits(variables, batch)
@@ -195,7 +195,7 @@ class TrainStep:
         correct = (jnp.argmax(logits, axis=-1) == targets).sum(dtype=jnp.int32)
         # An epoch's sums start anew with its first step.
         kept = (state.step % self.steps_per_epoch != 0).astype(jnp.int32)
-        # The gradient too: it could spoil the parameters that a checkpoint then keeps.
+        # A bad gradient would spoil parameters that a checkpoint then keeps.
         is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         is_bad = ~is_finite & (totals.bad_step < 0)
         return totals.replace(

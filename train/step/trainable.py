@@ -1,4 +1,4 @@
-"""Which parameters a run trains: globs over their paths, and the tree cut in two."""
+"""The choice of the trained parameters, by globs over their paths."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,12 @@ def trained_paths(
 ) -> frozenset[str]:
     """Returns the `/` paths of the parameters to train.
 
-    A glob takes a parameter whose path it matches, and all those of a layer whose path
-    it matches.
+    A glob that matches a layer's path takes all parameters of this layer.
 
     Args:
         params: The parameters, or their shapes.
-        train_only: Globs of what is trained; none means everything.
-        freeze: Globs of what is left as it is all the same.
+        train_only: Globs of the parameters to train; none means all.
+        freeze: Globs of the parameters that are not trained in any case.
 
     Raises:
         UsageError: A glob matches no parameter, or nothing is left to train.
