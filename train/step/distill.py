@@ -1,7 +1,6 @@
 """Distillation: a network learns from a teacher's answers."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +23,6 @@ class Distillation:
     model: nn.Module
     weight: float
     temperature: float
-
-    def logits(
-        self, variables: Any, batch: Float[Array, "n h w c"]
-    ) -> Float[Array, "n k"]:
-        """Returns the teacher's answers, in evaluation mode."""
-        return jnp.asarray(self.model.apply(variables, batch, train=False))
-
-    def loss(
-        self,
-        cross_entropy: Float[Array, ""],
-        logits: Float[Array, "n k"],
-        teacher_logits: Float[Array, "n k"],
-    ) -> Float[Array, ""]:
-        """Returns `(1 - weight) * cross_entropy + weight * mean distillation_loss`."""
-        soft = distillation_loss(logits, teacher_logits, temperature=self.temperature)
-        return (1 - self.weight) * cross_entropy + self.weight * soft.mean()
 
 
 def distillation_loss(

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from inertia_jax import Inertial, Rate
 from train.machine.parallel import AXIS
-from train.step.distill import Distillation
+from train.step.distill import Distillation, distillation_loss
 
 
 def cross_entropy(
@@ -58,17 +58,15 @@ class Objective:
         teacher_logits: Float[Array, "n k"] | None,
         held_rates: list[Float[Array, "n"]],
     ) -> Float[Array, ""]:
-        """Returns the loss of a device's examples.
+        """Returns the loss of a device's examples, given their mean cross-entropy.
 
-        Args:
-            cross_entropy: The mean cross-entropy.
-            logits: The network's answers.
-            teacher_logits: The teacher's answers; None without a teacher.
-            held_rates: Gate rates of the layers that the budget holds (`is_held`).
+        `held_rates` are the gate rates of the layers that the budget can move.
         """
-        loss = cross_entropy
-        if self.distillation is not None and teacher_logits is not None:
-            loss = self.distillation.loss(loss, logits, teacher_logits)
+        loss, teacher = cross_entropy, self.distillation
+        if teacher is not None and teacher_logits is not None:
+            temperature = teacher.temperature
+            soft = distillation_loss(logits, teacher_logits, temperature=temperature)
+            loss = (1 - teacher.weight) * loss + teacher.weight * soft.mean()
         if self.gate_budget is not None:
             rate = jnp.stack([rates.mean() for rates in held_rates]).mean()
             # The budget is for the whole batch and all layers together.

@@ -104,7 +104,11 @@ class TrainStep:
             loss, gate_rate = losses.mean(), jnp.zeros(())
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
-            held = self._held(rates)
+            held = [
+                rate
+                for path, rate in rates.items()
+                if is_held(self.model.plan.gates(path))
+            ]
             loss = self.objective.loss(loss, logits, teacher_logits, held)
             return loss, (collections, losses, logits, gate_rate)
 
@@ -150,7 +154,7 @@ class TrainStep:
             # The teacher's images are normalised in the type of its computation.
             augmentation = dataclasses.replace(self.augmentation, dtype=dtype)
             batch = augmentation.for_training(pixels, keys, mirrored)
-        return distillation.logits(variables, batch)
+        return jnp.asarray(distillation.model.apply(variables, batch, train=False))
 
     def _forward(
         self,
@@ -172,13 +176,6 @@ class TrainStep:
         collections = dict(collections)
         rates = gate_rates(collections.pop("intermediates", {}))
         return logits, collections, rates
-
-    def _held(self, rates: dict[str, Array]) -> list[Array]:
-        """Returns the gate rates of the layers that a gate budget holds."""
-        if self.objective.gate_budget is None:
-            return []
-        plan = self.model.plan
-        return [rate for path, rate in rates.items() if is_held(plan.gates(path))]
 
     def _totals(
         self,
