@@ -1,5 +1,6 @@
 """Image sets by source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`."""
 
+from train.config import Data
 from train.data.digits import load_digits
 from train.data.imagefolder import load_imagefolder
 from train.data.npz import load_npz
@@ -7,7 +8,7 @@ from train.data.sets import ImageSet, Split, warn_of_other_names
 from train.data.tfds import load_tfds
 from train.errors import UsageError, user_input
 
-__all__ = ["ImageSet", "Split", "load_data", "warn_of_other_names"]
+__all__ = ["ImageSet", "Split", "load_configured", "load_data", "warn_of_other_names"]
 
 
 def load_data(source: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
@@ -36,3 +37,8 @@ def load_data(source: str, *, cache_dir: str, image_size: int | None) -> ImageSe
         f"`data.source` (={source!r}) must be tfds:NAME, imagefolder:PATH, npz:PATH or "
         f"digits."
     )
+
+
+def load_configured(data: Data) -> ImageSet:
+    """Loads a configuration's set as `load_data` does, which raises the same."""
+    return load_data(data.source, cache_dir=data.cache_dir, image_size=data.load_size)

@@ -15,11 +15,12 @@ from train.compress.rank_rules import plan_to_json
 from train.compress.stages import compressed_stages, save_compressed
 from train.config import Config
 from train.config_file import config_to_json
-from train.data import ImageSet, load_data
+from train.data import ImageSet, load_configured
 from train.errors import UsageError, user_input
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.evaluate.evaluation import Evaluation, paired_difference
 from train.experiments.pipeline_config import Pipeline, check_claim, claim
+from train.experiments.sweep import without_places
 from train.fit.checks import check_trainable
 from train.fit.loop import fit
 from train.keys import run_keys
@@ -70,11 +71,7 @@ def run_pipeline(
     """
     check_claim(pipeline, weights, workdir)
     config = pipeline.run
-    data = load_data(
-        config.data.source,
-        cache_dir=config.data.cache_dir,
-        image_size=config.data.load_size,
-    )
+    data = load_configured(config.data)
     imported = workdir / "imported"
     if not imported.is_dir():
         network = _read_weights(pipeline, weights, data)
@@ -100,7 +97,7 @@ def run_pipeline(
         if not out.is_dir():
             _compress(pipeline, rule, before, data, out)
         stages.append(_evaluated(f"compressed, {rule}", out, config))
-        tuned = _train(_tuned(config, out, teacher), workdir / f"tuned_{i}")
+        tuned = _tune(config, out, teacher, workdir / f"tuned_{i}")
         if tuned is None:
             return None
         stages.append(_evaluated(f"fine-tuned, {rule}", tuned, config))
@@ -109,7 +106,7 @@ def run_pipeline(
         before = dense
         # The control's schedule starts anew as often as the compressed networks'.
         for i in range(1, len(pipeline.ranks) + 1):
-            control = _train(_tuned(config, before, None), workdir / f"control_{i}")
+            control = _tune(config, before, None, workdir / f"control_{i}")
             if control is None:
                 return None
             before = control
@@ -145,10 +142,13 @@ def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path | None:
     return last_checkpoint(workdir)
 
 
-def _tuned(config: Config, checkpoint: pathlib.Path, teacher: str | None) -> Config:
-    """Returns the configuration that trains a checkpoint's network further."""
+def _tune(
+    config: Config, checkpoint: pathlib.Path, teacher: str | None, workdir: pathlib.Path
+) -> pathlib.Path | None:
+    """Trains a checkpoint's network further, as `_train` does."""
     config = dataclasses.replace(config, name="tune", teacher=teacher)
-    return from_checkpoint(config, read_description(checkpoint), keep_data=True)
+    network = read_description(checkpoint)
+    return _train(from_checkpoint(config, network, keep_data=True), workdir)
 
 
 def _compress(
@@ -206,10 +206,7 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
                 "plan": plan_to_json(stage.plan),
             }
         )
-    config = config_to_json(pipeline.run)
-    # The place of the data on this machine is no part of the configuration.
-    config["data"]["source"] = pathlib.PurePath(config["data"]["source"]).name
-    config["data"]["cache_dir"] = ""
+    config = without_places(config_to_json(pipeline.run))
     return {
         "machine": describe_machine(),
         "backend": jax.default_backend(),

@@ -8,7 +8,6 @@ from typing import Any
 
 from train.compress.rank_rules import parse_ranks
 from train.config import Config
-from train.config_file import config_to_json
 from train.errors import UsageError, user_input
 from train.run.directory import is_empty_directory, read_json, write_whole
 
@@ -59,8 +58,7 @@ class Pipeline:
 
 
 def _describe(pipeline: Pipeline) -> dict[str, Any]:
-    said = {**dataclasses.asdict(pipeline), "run": config_to_json(pipeline.run)}
-    return json.loads(json.dumps(said))
+    return json.loads(json.dumps(dataclasses.asdict(pipeline)))
 
 
 def _hash_weights(weights: str) -> str:

@@ -51,6 +51,14 @@ def load_sweep(path: pathlib.Path) -> Sweep:
     return load_from_file(path, "sweep", Sweep)
 
 
+def with_source(config: Config, source: str | None) -> Config:
+    """Returns a configuration with another data source; None keeps its own."""
+    if source is None:
+        return config
+    data = dataclasses.replace(config.data, source=source)
+    return dataclasses.replace(config, data=data)
+
+
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the records so far; a last line that a kill cut off is left out.
 
@@ -103,7 +111,9 @@ def find_record(
     """
     for record in records:
         if (record["name"], record["seed"]) == (config.name, config.seed):
-            if _comparable(record["config"]) != _comparable(config_to_json(config)):
+            own = config_to_json(config)
+            there = fill_defaults(record["config"], config_to_json(Config()))
+            if without_places(there) != without_places(own):
                 raise UsageError(
                     f"the record of {config.name}, seed {config.seed}, has another "
                     f"configuration; take it out, or name the run anew."
@@ -112,11 +122,10 @@ def find_record(
     return None
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    filled = fill_defaults(config, config_to_json(Config()))
-    # The place of the data on a machine is no part of what was run.
-    name = pathlib.PurePath(filled["data"]["source"]).name
-    return {**filled, "data": {**filled["data"], "source": name, "cache_dir": ""}}
+def without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a JSON config without the directories of the data on this machine."""
+    name = pathlib.PurePath(config["data"]["source"]).name
+    return {**config, "data": {**config["data"], "source": name, "cache_dir": ""}}
 
 
 def make_sweep_record(

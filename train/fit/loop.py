@@ -7,6 +7,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from inertia_jax import count_cost
 from inertia_jax.metadata import load_metadata
 from train.config import Config
 from train.config_file import config_to_json, differing_fields
-from train.data import ImageSet, load_data
+from train.data import ImageSet, load_configured
 from train.errors import UsageError
 from train.evaluate.evaluation import Evaluation
 from train.fit.clock import TrainingClock
@@ -67,11 +68,7 @@ def fit(
     """
     config = resolve_teacher(config)
     directory = RunDirectory(workdir, config, resume=resume)
-    data = load_data(
-        config.data.source,
-        cache_dir=config.data.cache_dir,
-        image_size=config.data.load_size,
-    )
+    data = load_configured(config.data)
     _check_agreement(config, data)
     trainer = Trainer(config, data, devices)
     state = trainer.init_state()
@@ -122,11 +119,12 @@ def _restore(
     restored = checkpoints.restore() if resume else None
     if restored is not None:
         path, arrays = restored
-        _check_same_sources(path, trainer)
+        info = load_metadata(path).info
+        _check_same_sources(path, info, trainer)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
         # Older versions saved none: reports then leave the seconds out.
-        seconds = load_metadata(path).info.get("train_seconds", 0.0)
+        seconds = info.get("train_seconds", 0.0)
     else:
         state = trainer.read_init(state)
     if jax.process_count() > 1:
@@ -141,8 +139,9 @@ def _restore(
     return state, step, seconds
 
 
-def _check_same_sources(path: pathlib.Path, trainer: Trainer) -> None:
-    there = load_metadata(path).info
+def _check_same_sources(
+    path: pathlib.Path, there: Mapping[str, Any], trainer: Trainer
+) -> None:
     differing = differing_fields(there.get("data"), trainer.data.describe())
     if differing:
         raise UsageError(
@@ -171,28 +170,27 @@ class _Run:
 
     def finish(self) -> FitResult:
         """Trains the epochs that are left, or until a signal to stop."""
-        config, steps_per_epoch = self.trainer.config, self.trainer.steps_per_epoch
-        _announce(self.trainer, self.state)
+        trainer, config = self.trainer, self.trainer.config
+        _announce(trainer, self.state)
         evaluation: Evaluation | None = None
-        with progress_bar(self.trainer.steps, self.step, config.batch_size) as bar:
-            for epoch in range(self.step // steps_per_epoch, config.epochs):
+        with progress_bar(trainer.steps, self.step, config.batch_size) as bar:
+            for epoch in range(self.step // trainer.steps_per_epoch, config.epochs):
                 bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
-                has_gates = self.trainer.has_gates
                 meter = Meter(
-                    self.directory, bar, config, self.step, has_gates=has_gates
+                    self.directory, bar, config, self.step, has_gates=trainer.has_gates
                 )
                 stopped_by = self._train_epoch(epoch, meter)
-                if self.step == (epoch + 1) * steps_per_epoch:
+                if self.step == (epoch + 1) * trainer.steps_per_epoch:
                     evaluation = self._end_epoch(epoch, meter, bar)
                     # A signal that came during the evaluation is seen here. With
                     # several processes, a later signal is seen after the next call.
                     stopped_by = stopped_by or self.stop.received
-                if stopped_by is not None and self.step < self.trainer.steps:
+                if stopped_by is not None and self.step < trainer.steps:
                     self.checkpoints.wait()
                     return FitResult(self.directory.path, self.step, None, stopped_by)
         self.checkpoints.wait()
         if evaluation is None:  # resumed after its end
-            evaluation = self.trainer.evaluate(self.state)
+            evaluation = trainer.evaluate(self.state)
         return FitResult(self.directory.path, self.step, evaluation, None)
 
     def _train_epoch(self, epoch: int, meter: Meter) -> int | None:

@@ -44,10 +44,8 @@ class Meter:
         has_gates: bool,
     ) -> None:
         """Begins an epoch, or what is left of it after `step`."""
+        self._directory, self._bar, self._config = directory, bar, config
         self._has_gates = has_gates
-        self._directory = directory
-        self._bar = bar
-        self._config = config
         self._pending: tuple[int, Any] | None = None
         self._first = self._logged = self._step = step
         self._start = self._since = time.perf_counter()
@@ -101,8 +99,8 @@ class Meter:
         """
         images = (self._step - self._first) * self._config.batch_size
         rate = images / (time.perf_counter() - self._start)
-        metrics = {"epoch": epoch + 1, **self._last, "images_per_s": rate}
-        metrics["train_seconds"] = train_seconds
+        speed = {"images_per_s": rate, "train_seconds": train_seconds}
+        metrics = {"epoch": epoch + 1, **self._last, **speed}
         self._directory.log(self._step, "epoch", metrics)
         loss, accuracy = self._last["loss"], self._last["accuracy"]
         words = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {rate:.0f} images/s"

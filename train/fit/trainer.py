@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inertia_jax import load_checkpoint
-from inertia_jax.metadata import Metadata, load_metadata
+from inertia_jax.metadata import Metadata
 from inertia_jax.models.create import abstract_variables
 from train.config import Config
 from train.config_file import config_to_json
@@ -27,7 +26,7 @@ from train.fit.checks import (
 from train.fit.teacher import load_teacher
 from train.keys import run_keys
 from train.machine.parallel import AXIS, Parallel
-from train.networks import make_model, make_preprocessing
+from train.networks import make_model, make_preprocessing, read_network
 from train.run.checkpoints import find_checkpoint
 from train.step.distill import Distillation
 from train.step.objective import Objective
@@ -41,14 +40,11 @@ class Trainer:
     """A configured run on its devices: the compiled calls and what they take.
 
     Attributes:
-        config: The run's configuration.
-        data: Its images.
         parallel: The devices, and the way to run on them.
-        preprocessing: What evaluation does to an image.
-        model: The network.
+        preprocessing: The preparation of an image for evaluation.
         update: How a step's gradient changes the state.
         augmentation: How stored images become the network's input.
-        feed: What gives the training images to the devices.
+        feed: The way of the training images to the devices.
         steps_per_epoch: Whole batches of the training images.
         steps_per_call: Steps of a compiled call.
         teacher_sha256: Hash of the teacher's variables; None without a teacher.
@@ -180,26 +176,23 @@ class Trainer:
         """
         if self.config.init is None:
             return state
-        path = find_checkpoint(self.config.init)
-        with user_input():
-            model, variables = load_checkpoint(path)
-            metadata = load_metadata(path)
+        network = read_network(find_checkpoint(self.config.init))
         if jax.process_count() > 1:
-            check_same_everywhere(path, variables)
-        warn_of_other_names(self.data, metadata.class_names)
-        own, theirs = self.preprocessing, metadata.preprocessing
-        if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
+            check_same_everywhere(network.path, network.variables)
+        warn_of_other_names(self.data, network.class_names)
+        own, theirs = self.preprocessing, network.preprocessing
+        if (own.mean, own.std) != (theirs.mean, theirs.std):
             raise UsageError(
                 f"`init` (={self.config.init}) was trained with `mean` {theirs.mean} "
                 f"and `std` {theirs.std}; the run has {own.mean} and {own.std}."
             )
-        if model != self.model:
+        if network.model != self.model:
             raise UsageError(
                 f"`init` (={self.config.init}) has another network than `model` and "
-                f"the data's {self.data.num_classes} classes say: {model} there, "
-                f"{self.model} here."
+                f"the data's {self.data.num_classes} classes say: {network.model} "
+                f"there, {self.model} here."
             )
-        return self.parallel.replicate(state.with_variables(variables))
+        return self.parallel.replicate(state.with_variables(network.variables))
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""
@@ -224,13 +217,10 @@ class Trainer:
 
     def inputs(self, epoch: int, first_step: int) -> Generator[Any, None, None]:
         """Yields what the calls of an epoch take, from its step `first_step`."""
-        train = self.data.train
-        if train is None:
-            raise ValueError("there are no training images.")
         order = epoch_order(
             self.config.seed,
             epoch,
-            num_examples=len(train),
+            num_examples=len(self.feed.split),
             batch_size=self.config.batch_size,
         )
         return self.feed.calls(order[first_step:], self.steps_per_call)

@@ -17,6 +17,7 @@ from train.experiments.sweep import (
     make_sweep_record,
     read_records,
     summarise,
+    with_source,
 )
 from train.fit.loop import exit_code, fit
 
@@ -59,9 +60,7 @@ def run(argv: Sequence[str]) -> int:
     for config in sweep.runs():
         if args.only and config.name not in args.only:
             continue
-        if args.data is not None:
-            data = dataclasses.replace(config.data, source=args.data)
-            config = dataclasses.replace(config, data=data)
+        config = with_source(config, args.data)
         known = find_record(read_records(out), config)
         if known is not None:
             failed = failed or "failed" in known
