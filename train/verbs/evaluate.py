@@ -42,11 +42,9 @@ def run(argv: Sequence[str]) -> int:
     """Evaluates as the arguments say, and prints the result."""
     args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
     with joined(args.processes, saves_on_sigterm=False):
-        if jax.process_index() != 0:
-            # Only process 0 prints.
-            with contextlib.redirect_stdout(None):
-                return _run(args)
-        return _run(args)
+        is_first = jax.process_index() == 0  # it alone prints
+        with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):
+            return _run(args)
 
 
 def _run(args: Evaluate) -> int:

@@ -1,49 +1,36 @@
 """`python -m train finetune`: train a checkpoint's network further."""
 
-import argparse
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import jax
 import tyro
 
-from train.config import FINETUNE, Config, check_used
+from train.config import FINETUNE, check_used
 from train.config_file import load_config
 from train.errors import UsageError
-from train.fit.loop import exit_code, fit, summary
-from train.machine.processes import Processes, early_processes, joined
+from train.machine.processes import early_processes, joined
 from train.networks import from_checkpoint, read_description
 from train.run.checkpoints import find_checkpoint
+from train.verbs.fit import RunArguments, config_option
 
 # Fields of `data` that must stay those of the network's training.
 _ITS_OWN = ("mean", "std", "image_size", "eval_resize")
 
 
 @dataclasses.dataclass(frozen=True)
-class Finetune:
+class Finetune(RunArguments):
     """Trains a checkpoint's network further, on the data of its training by default.
 
     The checkpoint comes before the options; it fixes network and normalisation.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional] = tyro.MISSING
     """Checkpoint, or run, of which the best checkpoint is taken."""
-    run: Annotated[Config, tyro.conf.arg(name="")]
-    config: str | None = None
-    """Python file that defines `config`; options below override it."""
-    workdir: str | None = None
-    """Directory of the run; None: runs/NAME."""
-    resume: bool = False
-    """Resume the run in the directory, if there is one."""
-    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=Processes
-    )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Trains as the arguments say, and prints where checkpoints and metrics are."""
+    """Trains as the arguments say."""
     if {"-h", "--help"} & set(argv):  # help needs no other process
         return _run(argv)
     # Processes are joined before the checkpoint, which has the options' defaults, is
@@ -53,9 +40,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    file = early.parse_known_args(argv)[0].config
+    file = config_option(argv)
     default = load_config(file) if file else FINETUNE
     # The checkpoint gives the defaults of the options that follow it.
     path = None
@@ -65,7 +50,7 @@ def _run(argv: Sequence[str]) -> int:
         default = from_checkpoint(default, network, keep_data=file is not None)
     args = tyro.cli(
         Finetune,
-        default=Finetune(tyro.MISSING, default, config=file),
+        default=Finetune(default, config=file),
         args=argv,
         prog="python -m train finetune",
     )
@@ -79,11 +64,7 @@ def _run(argv: Sequence[str]) -> int:
         _check_kept(name, getattr(default.data, name), getattr(config.data, name))
     if not config.data.source:
         raise UsageError(f"{path} names no data; say which with --data.source.")
-    workdir = pathlib.Path(args.workdir or f"runs/{config.name}").expanduser()
-    result = fit(config, workdir=workdir, resume=args.resume)
-    if jax.process_index() == 0:
-        print(summary(result))
-    return exit_code(result)
+    return args.train()
 
 
 def _check_kept(name: str, own: Any, given: Any) -> None:

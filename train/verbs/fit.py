@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -17,8 +17,8 @@ from train.machine.processes import Processes, first_devices, joined
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
-    """Trains a network; every field of the configuration is an option."""
+class RunArguments:
+    """What `fit` and `finetune` share."""
 
     run: Annotated[Config, tyro.conf.arg(name="")]
     config: str | None = None
@@ -27,13 +27,35 @@ class Fit:
     """Directory of the run; None: runs/NAME."""
     resume: bool = False
     """Resume the run in the directory, if there is one."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=Processes
+    )
+
+    def train(self, devices: Sequence[Any] | None = None) -> int:
+        """Trains, and prints where checkpoints and metrics are."""
+        workdir = pathlib.Path(self.workdir or f"runs/{self.run.name}").expanduser()
+        result = fit(self.run, workdir=workdir, resume=self.resume, devices=devices)
+        if jax.process_index() == 0:
+            print(summary(result))
+        return exit_code(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit(RunArguments):
+    """Trains a network; every field of the configuration is an option."""
+
     devices: int | None = None
     """Number of devices to use, the first ones; None: all."""
     deterministic: bool = False
     """Make training on GPU bitwise repeatable, and slower."""
-    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=Processes
-    )
+
+
+def config_option(argv: Sequence[str]) -> str | None:
+    """Reads `--config` alone, whose file has the defaults of the other options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path: str | None = parser.parse_known_args(argv)[0].config
+    return path
 
 
 def parse(argv: Sequence[str]) -> Fit:
@@ -43,9 +65,7 @@ def parse(argv: Sequence[str]) -> Fit:
         UsageError: The file is missing or broken, or an option has no effect beside the
             others.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    path = early.parse_known_args(argv)[0].config
+    path = config_option(argv)
     config = load_config(path) if path else Config()
     args = tyro.cli(
         Fit, default=Fit(config, config=path), args=argv, prog="python -m train fit"
@@ -55,20 +75,10 @@ def parse(argv: Sequence[str]) -> Fit:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Trains as the arguments say, and prints where checkpoints and metrics are."""
+    """Trains as the arguments say."""
     args = parse(argv)
     if args.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     with joined(args.processes):
-        devices = first_devices(args.devices)
-        workdir = pathlib.Path(args.workdir or f"runs/{args.run.name}").expanduser()
-        result = fit(
-            args.run,
-            workdir=workdir,
-            resume=args.resume,
-            devices=devices,
-        )
-        if jax.process_index() == 0:
-            print(summary(result))
-        return exit_code(result)
+        return args.train(first_devices(args.devices))
