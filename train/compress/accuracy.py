@@ -1,6 +1,7 @@
 """The accuracy of a network before and after every stage of its compression."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,18 +30,16 @@ def evaluate_stages(
         cache_dir: The directory in which decoded sets are kept.
     """
     settings = EvaluationSettings(cache_dir=cache_dir)
-    found: dict[str, list[Evaluation]] = {name: [] for name in stages}
-    for source in sources:
-        evaluators: list[tuple[nn.Module, Any]] = []
-        for name, (model, variables) in stages.items():
-            known = [evaluate for other, evaluate in evaluators if other == model]
-            if not known:
-                network = dataclasses.replace(description, model=model)
-                evaluate = evaluator_for(network, source, settings)
-                evaluators.append((model, evaluate))
-                known = [evaluate]
-            found[name].append(known[0](variables))
-    return found
+
+    @functools.cache
+    def evaluator(source: str, model: nn.Module) -> Any:
+        network = dataclasses.replace(description, model=model)
+        return evaluator_for(network, source, settings)
+
+    return {
+        name: [evaluator(source, model)(variables) for source in sources]
+        for name, (model, variables) in stages.items()
+    }
 
 
 def compare_stages(

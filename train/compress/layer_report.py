@@ -1,7 +1,7 @@
 """The effect of compression on each layer of a network: a row a layer, and totals."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ class LayerReport:
     """
 
     path: str
-    shape: tuple[int, ...]
-    ranks: tuple[int, ...]
+    shape: Sequence[int]
+    ranks: Sequence[int]
     energy: float
-    params: tuple[int, int]
-    macs: tuple[int, int]
-    latency_ms: tuple[float, float] | None
+    params: Sequence[int]
+    macs: Sequence[int]
+    latency_ms: Sequence[float] | None
 
 
 def report_layers(
@@ -60,17 +60,16 @@ def report_layers(
     new_sites = find_sites(*after, image_shape)
     dtype = getattr(before[0], "dtype", None) or jnp.float32
     rows = []
-    times: dict[Any, tuple[float, float]] = {}
+    times: dict[Any, list[float]] = {}
     for path, new in new_sites.items():
         old = old_sites[path]
         latency_ms = None
         if latency_batch:
             key = (old.geometry, old.spec, new.spec)
             if key not in times:
-                ms = site_latencies_ms(
+                times[key] = site_latencies_ms(
                     old, [old.spec, new.spec], batch_size=latency_batch, dtype=dtype
                 )
-                times[key] = (ms[0], ms[1])
             latency_ms = times[key]
         rows.append(
             LayerReport(
@@ -117,16 +116,16 @@ def format_layers(rows: list[LayerReport]) -> str:
             line.append(f"{row.latency_ms[0]:.2f} -> {row.latency_ms[1]:.2f}")
         lines.append(line)
     total = ["all of these", "", "", ""]
-    for values in ([r.params for r in rows], [r.macs for r in rows]):
-        total.append(_change((sum(v[0] for v in values), sum(v[1] for v in values))))
+    for pairs in ([row.params for row in rows], [row.macs for row in rows]):
+        total.append(_change([sum(values) for values in zip(*pairs, strict=True)]))
     if timed:
-        before = sum(row.latency_ms[0] for row in rows if row.latency_ms)
-        after = sum(row.latency_ms[1] for row in rows if row.latency_ms)
+        latencies = [row.latency_ms for row in rows if row.latency_ms]
+        before, after = (sum(values) for values in zip(*latencies, strict=True))
         total.append(f"{before:.2f} -> {after:.2f}")
     lines.append(total)
     return aligned(lines, left=3)
 
 
-def _change(values: tuple[int, int]) -> str:
+def _change(values: Sequence[int]) -> str:
     before, after = values
     return f"{before:,}" if before == after else f"{before:,} -> {after:,}"

@@ -119,19 +119,18 @@ def check_options(args: Compress) -> None:
             raise UsageError(f"`{name}` (={value}) does nothing with {given}.")
     check_output("out", args.out)
     check_output_file("record", args.record)
-    if not 0 < args.finetune_learning_rate < float("inf"):
+    rate = args.finetune_learning_rate
+    if not 0 < rate < float("inf"):
+        raise UsageError(f"`finetune_learning_rate` (={rate}) must be > 0.")
+    if not args.finetune_epochs and rate != Compress.finetune_learning_rate:
         raise UsageError(
-            f"`finetune_learning_rate` (={args.finetune_learning_rate}) must be > 0."
+            f"`finetune_learning_rate` (={rate}) does nothing without "
+            f"`finetune_epochs`."
         )
-    default = Compress.finetune_learning_rate
-    if not args.finetune_epochs and args.finetune_learning_rate != default:
-        raise UsageError(
-            f"`finetune_learning_rate` (={args.finetune_learning_rate}) does nothing "
-            f"without `finetune_epochs`."
-        )
-    for name in ("finetune_epochs", "latency_batch", "seed"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"`{name}` (={getattr(args, name)}) must be >= 0.")
+    for name in ("finetune_epochs", "latency_batch", "seed", "crop_padding"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UsageError(f"`{name}` (={value}) must be >= 0.")
     for name, least, is_needed in (
         ("calibration_images", 2, True),
         ("recalibration_images", 2, args.is_inertial),
@@ -141,8 +140,6 @@ def check_options(args: Compress) -> None:
         if value < least and (is_needed or value):
             rule = f">= {least}" if is_needed else f"0 or >= {least}"
             raise UsageError(f"`{name}` (={value}) must be {rule}.")
-    if args.crop_padding is not None and args.crop_padding < 0:
-        raise UsageError(f"`crop_padding` (={args.crop_padding}) must be >= 0.")
     if args.ranks is not None:
         parse_ranks(args.ranks)
 
@@ -163,7 +160,7 @@ def _check_method(args: Compress) -> None:
             f"`ranks` (={args.ranks}) or `macs` (={args.macs}) must be given, not both."
         )
     if args.method is not None and args.is_inertial != (args.method == "inertial"):
-        rule = "hosvd or hooi with --ranks"
-        if args.is_inertial:
-            rule = "inertial with --macs"
+        rule = (
+            "inertial with --macs" if args.is_inertial else "hosvd or hooi with --ranks"
+        )
         raise UsageError(f"`method` (={args.method}) must be {rule}.")

@@ -64,19 +64,33 @@ def compressed_stages(
         ValueError: The options do not fit the network.
     """
     dense = (network.model, network.variables)
-    draw = None if split is None else _drawer(args, split, network)
+    if split is None:
+        return {"raw": _make_tucker2(args, network, None)}
+    draw = _drawer(args, split, network)
     recalibrate = functools.partial(
         _recalibrated, args, draw=draw, batch_size=batch_size
     )
+    stages: dict[str, Network] = {}
     if args.macs is not None:
-        stages = {"inertial": _make_inertial(args, dense, draw)}
+        inertial = make_inertial(
+            *dense,
+            macs=args.macs,
+            calibration=draw(args.calibration_images, augment=False),
+            recalibration=draw(args.recalibration_images, augment=True),
+            layers=args.layers,
+            tile_size=args.tile_size,
+            metric=args.metric,
+            reference=args.reference,
+            low=args.low,
+            channel_stride=args.channel_stride,
+        )
+        stages["inertial"] = inertial
     else:
-        raw = _make_tucker2(args, network, draw)
-        stages = {"raw": raw}
+        stages["raw"] = raw = _make_tucker2(args, network, draw)
         recalibrated = recalibrate(raw)
         if recalibrated is not raw:
             stages["recalibrated"] = recalibrated
-    if draw is not None and args.reconstruction_images:
+    if args.reconstruction_images:
         model, variables = next(reversed(stages.values()))
         variables = reconstruct(
             model,
@@ -125,25 +139,6 @@ def _drawer(
     return draw
 
 
-def _make_inertial(
-    args: Compress, dense: Network, draw: Callable[..., Any] | None
-) -> Network:
-    if draw is None or args.macs is None:
-        raise ValueError("checked by the caller.")
-    return make_inertial(
-        *dense,
-        macs=args.macs,
-        calibration=draw(args.calibration_images, augment=False),
-        recalibration=draw(args.recalibration_images, augment=True),
-        layers=args.layers,
-        tile_size=args.tile_size,
-        metric=args.metric,
-        reference=args.reference,
-        low=args.low,
-        channel_stride=args.channel_stride,
-    )
-
-
 def _make_tucker2(
     args: Compress, network: TrainedNetwork, draw: Callable[..., Any] | None
 ) -> Network:
@@ -167,15 +162,11 @@ def _make_tucker2(
 
 
 def _recalibrated(
-    args: Compress,
-    network: Network,
-    *,
-    draw: Callable[..., Any] | None,
-    batch_size: int,
+    args: Compress, network: Network, *, draw: Callable[..., Any], batch_size: int
 ) -> Network:
     """Returns a network with statistics of training images, or itself without any."""
     model, variables = network
-    if draw is None or not args.recalibration_images or "batch_stats" not in variables:
+    if not args.recalibration_images or "batch_stats" not in variables:
         return network
     # Thresholds stay as they are.
     still = model.clone(plan=model.plan.with_fixed_thresholds())

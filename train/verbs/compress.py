@@ -177,15 +177,15 @@ def _resume_command(
     args: Compress, teacher: pathlib.Path, out: pathlib.Path, result: FitResult
 ) -> str:
     """Returns the command that resumes the fine-tuning after a signal stopped it."""
-    flip = "flip" if args.flip else "no-flip"
-    words = ["python", "-m", "train", "finetune", str(out), "--resume"]
-    words += ["--workdir", str(result.workdir), "--name", out.name]
-    words += ["--epochs", str(args.finetune_epochs), "--seed", str(args.seed)]
-    words += ["--teacher", str(teacher.absolute()), "--data.source", str(args.data)]
-    words += ["--data.cache-dir", args.cache_dir, f"--data.{flip}"]
-    words += ["--data.crop-padding", str(args.crop_padding or 0)]
-    words += ["--optimizer.learning-rate", str(args.finetune_learning_rate)]
+    words: list[Any] = ["python", "-m", "train", "finetune", out, "--resume"]
+    words += ["--workdir", result.workdir, "--name", out.name]
+    words += ["--epochs", args.finetune_epochs, "--seed", args.seed]
+    words += ["--teacher", teacher.absolute(), "--data.source", args.data]
+    words += ["--data.cache-dir", args.cache_dir]
+    words += ["--data.flip" if args.flip else "--data.no-flip"]
+    words += ["--data.crop-padding", args.crop_padding or 0]
+    words += ["--optimizer.learning-rate", args.finetune_learning_rate]
     return (
         f"stopped and saved at step {result.step}; the compressed checkpoint is {out}; "
-        f"this goes on with its fine-tuning:\n{shlex.join(words)}"
+        f"this goes on with its fine-tuning:\n{shlex.join(map(str, words))}"
     )
