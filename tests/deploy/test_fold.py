@@ -370,17 +370,18 @@ def test_errors_say_what_is_wrong():
         ij.save_checkpoint("never-made", folded, merged)
 
 
-def test_the_benchmark_compares_equal_networks(monkeypatch):
+def test_the_benchmark_compares_equal_networks(monkeypatch, capsys):
     monkeypatch.setattr(bench_infer, "_TUCKER", ("ratio 0.2",))
     monkeypatch.setattr(bench_infer, "_RATES", ())
     torch = importlib.util.find_spec("torch")
-    row = bench_infer.bench_infer(
-        "vgg16",
-        batch_sizes=(2,),
+    suite = bench_infer.Suite(
+        models=("vgg16",),
+        batch_size=2,
         width=0.1,
+        against="none" if torch is None else "torch",
         repeats=1,
-        against_torch=torch is not None,
     )
+    (row,) = suite.rows()
     times, gaps = row["times"]["2"], row["gaps"]["2"]
     ours = {"dense", "dense, folded", "ratio 0.2", "ratio 0.2, folded"}
     theirs = {"PyTorch", "PyTorch, folded"} if torch else set()
@@ -390,7 +391,7 @@ def test_the_benchmark_compares_equal_networks(monkeypatch):
     for of in times.values():
         assert of["min_ms"] <= of["median_ms"] <= of["max_ms"]
         assert of["images_per_s"] == pytest.approx(2000 / of["median_ms"])
-    assert len(bench_infer.format_infer(row).splitlines()) == 1 + len(times)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * len(times)
 
 
 def test_folding_in_pytorch_leaves_no_batch_norm_and_the_same_outputs():

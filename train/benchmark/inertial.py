@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
 from inertia_jax.cost.table import aligned
@@ -20,7 +21,7 @@ from inertia_jax.ops.inertial.tiles import fill_low, fill_open, make_tiling
 from inertia_jax.ops.inertial.winograd_tiles import fill_by_winograd
 from inertia_jax.plan.plan import without_ladders
 from train.benchmark.suite import BaseSuite
-from train.benchmark.timing import interleaved
+from train.benchmark.timing import Calls, interleaved, random_images
 
 # Images, their side, and channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
@@ -41,25 +42,51 @@ class Suite(BaseSuite):
     repeats: int = 9
     """Timed calls of each."""
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Times two convolutions, then two networks."""
-        options: dict[str, Any] = {"rates": _RATES, "repeats": self.repeats}
-        networks = {"batch_size": self.batch_size, "width": self.width, **options}
-        calls = [
-            *(functools.partial(bench_op, *shape, **options) for shape in OP_SHAPES),
-            functools.partial(bench_network, "resnet20", **networks),
-            functools.partial(bench_network, "resnet18", **networks),
-        ]
-        for call in calls:
-            row = call()
-            print(format_times(row), flush=True)
-            yield row
+    def cases(self) -> Iterable[Any]:
+        return (*OP_SHAPES, "resnet20", "resnet18")
+
+    def measure(self, case: Any) -> dict[str, Any]:
+        if isinstance(case, str):
+            return self._bench_network(case)
+        return bench_op(*case, repeats=self.repeats)
+
+    def describe(self, row: dict[str, Any]) -> str:
+        dense = row["times"]["dense"]["median_ms"]
+        title = row.get("model") or "x".join(map(str, row["shape"]))
+        lines = []
+        for name, times in row["times"].items():
+            median = times["median_ms"]
+            if name.startswith("part "):
+                share = row["shape"][0] / row["images_of_parts"]
+                lines.append([f"  {name}", f"{share:.0f} x {median:.2f} ms"])
+            elif name != "dense":
+                lines.append(
+                    [f"  {name}", f"{median:.1f} ms", f"{dense / median:.2f}x"]
+                )
+        return f"{title}: dense {dense:.1f} ms\n{aligned(lines)}"
+
+    def _bench_network(self, name: str) -> dict[str, Any]:
+        """Times a network's evaluation dense, and with every tileable 3x3 inertial.
+
+        Weights and images are random; every layer's threshold opens the given share.
+        """
+        model = create_model(name, width=self.width)
+        variables = init_variables(model, jax.random.key(0))
+        x = jnp.asarray(random_images(self.batch_size, input_shape(model)))
+        calls: Calls = {"dense": functools.partial(jax.jit(model.apply), variables, x)}
+        # One compiled network serves every rate: thresholds are variables.
+        inertial = tiled_model(name, self.width, 0.5)
+        tiled = jax.jit(inertial.apply)
+        for rate in _RATES:
+            thresholds = thresholds_at(inertial, variables, x, rate)
+            changed = {**variables, "thresholds": thresholds}
+            calls[f"tiled {rate:g}"] = functools.partial(tiled, changed, x)
+        row = {"model": name, "batch_size": self.batch_size, "width": self.width}
+        return {**row, "times": interleaved(calls, repeats=self.repeats)}
 
 
-def bench_op(
-    images: int, side: int, channels: int, *, rates: tuple[float, ...], repeats: int
-) -> dict[str, Any]:
-    """Times a 3x3 convolution dense, and inertial in 2x2 tiles at given open shares.
+def bench_op(images: int, side: int, channels: int, *, repeats: int) -> dict[str, Any]:
+    """Times a 3x3 convolution dense, and inertial in 2x2 tiles at several open shares.
 
     Parts are jitted alone and timed on one chunk of images, as the whole takes them on
     CPU. They are friction; `low`, the core once a tile; `open`, which gathers, computes
@@ -95,16 +122,11 @@ def bench_op(
     capacity = gate.size // 4
     # Layers compute it so; on CPU that is not XLA's form.
     dense = jax.jit(lambda x, core: conv2d_to_apply(x, core, (1, 1), ((1, 1), (1, 1))))
-    calls: dict[str, Callable[[], Any]] = {
-        "dense": lambda: dense(x, core),
-        **{
-            f"tiled {rate:g}": functools.partial(
-                tiled, x, core, _threshold_for(levels, rate)
-            )
-            for rate in rates
-        },
-        "part friction": lambda: friction(chunk),
-    }
+    calls: Calls = {"dense": lambda: dense(x, core)}
+    for rate in _RATES:
+        threshold = _threshold_for(levels, rate)
+        calls[f"tiled {rate:g}"] = functools.partial(tiled, x, core, threshold)
+    calls["part friction"] = lambda: friction(chunk)
     filters = filters_for_cpu(x, core, tiling.pads) if on_cpu else None
     if filters is not None:
         fill = jax.jit(
@@ -127,73 +149,25 @@ def bench_op(
             "part gather": lambda: gather(padded, rows),
             "part compute": lambda: compute(patches, core),
         }
-    times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
     return {
         "shape": [images, side, side, channels],
         "images_of_parts": len(chunk),
-        "times": times,
+        "times": interleaved(calls, repeats=repeats),
     }
-
-
-def bench_network(
-    name: str, *, batch_size: int, width: float, rates: tuple[float, ...], repeats: int
-) -> dict[str, Any]:
-    """Times a network's evaluation dense, and with every tileable 3x3 inertial.
-
-    Weights and images are random; every layer's threshold opens the given share.
-    """
-    model = create_model(name, width=width)
-    variables = init_variables(model, jax.random.key(0))
-    shape = (batch_size, *input_shape(model))
-    x = jax.random.normal(jax.random.key(1), shape)
-    apply = jax.jit(lambda variables, x: model.apply(variables, x))
-    calls: dict[str, Callable[[], Any]] = {"dense": lambda: apply(variables, x)}
-    # One compiled network serves every rate: thresholds are variables.
-    inertial = tiled_model(name, width, 0.5)
-    tiled = jax.jit(lambda variables, x: inertial.apply(variables, x))
-    for rate in rates:
-        thresholds = thresholds_at(name, width, variables, x, rate)
-        changed = {**variables, "thresholds": thresholds}
-        calls[f"tiled {rate:g}"] = functools.partial(tiled, changed, x)
-    times = interleaved({k: _blocking(f) for k, f in calls.items()}, repeats=repeats)
-    return {"model": name, "batch_size": batch_size, "width": width, "times": times}
-
-
-def format_times(row: dict[str, Any]) -> str:
-    """Returns a row's medians, beside the dense one's, as lines."""
-    dense = row["times"]["dense"]["median_ms"]
-    title = row.get("model") or "x".join(map(str, row["shape"]))
-    lines = []
-    for name, times in row["times"].items():
-        median = times["median_ms"]
-        if name.startswith("part "):
-            share = row["shape"][0] / row["images_of_parts"]
-            lines.append([f"  {name}", f"{share:.0f} x {median:.2f} ms"])
-        elif name != "dense":
-            lines.append([f"  {name}", f"{median:.1f} ms", f"{dense / median:.2f}x"])
-    return f"{title}: dense {dense:.1f} ms\n{aligned(lines)}"
-
-
-def _blocking(call: Callable[[], Any]) -> Callable[[], Any]:
-    return lambda: jax.block_until_ready(call())
 
 
 def _threshold_for(levels: np.ndarray, rate: float) -> Any:
     return jnp.float32(-1 if rate == 1 else np.quantile(levels, 1 - rate))
 
 
-def tiled_model(name: str, width: float, rate: float) -> Any:
+def tiled_model(name: str, width: float, rate: float) -> nn.Module:
     """Returns a network whose every tileable 3x3 is inertial, in 2x2 tiles."""
-    return create_model(
-        name,
-        width=width,
-        plan=Plan((("*", dataclasses.replace(TILED, threshold=Rate(rate))),)),
-    )
+    tiled = dataclasses.replace(TILED, threshold=Rate(rate))
+    return create_model(name, width=width, plan=Plan((("*", tiled),)))
 
 
-def thresholds_at(name: str, width: float, variables: Any, x: Any, rate: float) -> Any:
+def thresholds_at(model: nn.Module, variables: Any, x: Any, rate: float) -> Any:
     """Returns each layer's threshold for a rate, under the gates of those before it."""
-    model = tiled_model(name, width, rate)
     model = without_ladders(model)
     shapes = abstract_variables(model)["thresholds"]
     thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 
-from train.benchmark.suite import BaseSuite, load_images, with_source
+from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import median_with_interval, spread_of, times_in_turn
-from train.config import Config
 from train.config_file import load_config
-from train.data import ImageSet
+from train.data import load_configured
 from train.errors import UsageError
+from train.experiments.sweep import with_source
 from train.fit.meter import Meter, progress_bar
 from train.fit.trainer import Trainer, make_metadata
 from train.run.checkpoints import Checkpoints
@@ -43,83 +43,78 @@ class Suite(BaseSuite):
     """Blocks of each kind, at least 6."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Times blocks of steps bare and in the loop, and what an epoch adds."""
+        """Times blocks of steps bare and in the loop, in turn, and what an epoch adds.
+
+        A bare block takes its steps on an input that lies ready, the other one on the
+        loop's own feed, with its meter, progress bar and one line of metrics, at its
+        end. (A run has such a line every `log_steps`.) Both read the totals of one call
+        while the next one runs. What an epoch adds is timed by itself: its first input,
+        with the shuffle before it, and one checkpoint, waited for. (In a run it is
+        written while the next epoch computes.)
+
+        Raises:
+            UsageError: A block has more steps than an epoch; there are fewer than six
+                blocks.
+        """
+        if self.repeats < 6:
+            raise UsageError(
+                f"`repeats` (={self.repeats}) must be >= 6 in the suite loop."
+            )
         config = with_source(load_config(self.config), self.data)
         if self.width is not None:
             model = dataclasses.replace(config.model, width=self.width)
             config = dataclasses.replace(config, model=model)
-        images = load_images(config.data)
-        row = bench_loop(config, images, steps=self.steps, rounds=self.repeats)
-        print(format_loop(row))
+        trainer = Trainer(config, load_configured(config.data))
+        ready = next(trainer.inputs(0, 0))
+        steps_per_call = ready[2].shape[1]
+        calls = -(-self.steps // steps_per_call)
+        most = trainer.steps_per_epoch // steps_per_call * steps_per_call
+        steps = calls * steps_per_call
+        if steps > most:
+            raise UsageError(
+                f"`steps` (={self.steps}) must be at most {most}, an epoch's in whole "
+                f"calls."
+            )
+        with contextlib.ExitStack() as stack:
+            run = _TimedRun(trainer, ready, calls, stack)
+            times = times_in_turn(
+                {"bare": run.bare_block, "whole": run.whole_block},
+                repeats=self.repeats,
+                prepare=run.prepare_block,
+            )
+            extra = times_in_turn(
+                {"first_input": run.first_input, "checkpoint": run.checkpoint},
+                repeats=_EXTRA_REPEATS,
+                prepare=run.close_epochs,
+            )
+        row = {
+            "steps": steps,
+            "rounds": self.repeats,
+            "steps_per_epoch": trainer.steps_per_epoch,
+            **{name: spread_of(values) for name, values in (times | extra).items()},
+            **overhead(
+                times["bare"],
+                times["whole"],
+                [sum(both) for both in zip(*extra.values(), strict=True)],
+                blocks_per_epoch=trainer.steps_per_epoch / steps,
+            ),
+        }
+        print(self.describe(row))
         yield row
 
-
-def bench_loop(config: Config, data: ImageSet, *, steps: int, rounds: int) -> Any:
-    """Times blocks of steps bare and in the loop, in turn, and what an epoch adds.
-
-    A bare block takes its steps on an input that lies ready, the other one on the
-    loop's own feed, with its meter, progress bar and one line of metrics, at its end.
-    (A run has such a line every `log_steps`.) Both read the totals of one call while
-    the next one runs. What an epoch adds is timed by itself: its first input, with the
-    shuffle before it, and one checkpoint, waited for. (In a run it is written while the
-    next epoch computes.)
-
-    Args:
-        config: The run's configuration.
-        data: The run's images.
-        steps: Steps of a block; rounded up to whole calls.
-        rounds: Blocks of each kind.
-
-    Returns:
-        Times of blocks and of what an epoch adds, and what `overhead` makes of them.
-
-    Raises:
-        UsageError: A block has more steps than an epoch; there are fewer than six
-            rounds.
-    """
-    if rounds < 6:
-        raise UsageError(f"`repeats` (={rounds}) must be >= 6 in the suite loop.")
-    trainer = Trainer(config, data)
-    ready = next(trainer.inputs(0, 0))
-    steps_per_call = ready[2].shape[1]
-    calls = -(-steps // steps_per_call)
-    most = trainer.steps_per_epoch // steps_per_call
-    if calls > most:
-        raise UsageError(
-            f"`steps` (={steps}) must be at most {most * steps_per_call}, an epoch's "
-            f"in whole calls."
+    def describe(self, row: dict[str, Any]) -> str:
+        step_ms = row["bare"]["median_ms"] / row["steps"]
+        first, checkpoint = (
+            f"{row[name]['median_ms']:.0f} ms" for name in ("first_input", "checkpoint")
         )
-    steps = calls * steps_per_call
-    config = dataclasses.replace(config, log_steps=steps)
-    # Imported now: otherwise the writer thread imports it during the timed steps.
-    import tensorboardX  # noqa: F401
-
-    with contextlib.ExitStack() as stack:
-        run = _TimedRun(trainer, config, ready, calls, stack)
-        times = times_in_turn(
-            {"bare": run.bare_block, "whole": run.whole_block},
-            repeats=rounds,
-            calls_before=0,
-            prepare=run.prepare_block,
+        added = {name: f"{share:.2%}" for name, share in row["added_to_steps"].items()}
+        interval = f"95% interval {added['low_95']} to {added['high_95']}"
+        return (
+            f"a bare step {step_ms:.1f} ms, {row['steps_per_epoch']} an epoch\n"
+            f"an epoch's first input {first}, checkpoint {checkpoint}\n"
+            f"the loop adds to steps: {added['median']} ({interval})\n"
+            f"the loop adds to an epoch: {row['added_to_epoch']:.2%}"
         )
-        extra = times_in_turn(
-            {"first_input": run.first_input, "checkpoint": run.checkpoint},
-            repeats=_EXTRA_REPEATS,
-            calls_before=0,
-            prepare=run.close_epochs,
-        )
-    return {
-        "steps": steps,
-        "rounds": rounds,
-        "steps_per_epoch": trainer.steps_per_epoch,
-        **{name: spread_of(values) for name, values in (times | extra).items()},
-        **overhead(
-            times["bare"],
-            times["whole"],
-            [sum(both) for both in zip(*extra.values(), strict=True)],
-            blocks_per_epoch=trainer.steps_per_epoch / steps,
-        ),
-    }
 
 
 class _TimedRun:
@@ -127,27 +122,27 @@ class _TimedRun:
 
     Args:
         trainer: What takes the steps.
-        config: The run's configuration, with a line of metrics a block.
         ready: Inputs of a call, which bare blocks take again and again.
         calls: Calls of a block.
         stack: What closes the run at its end.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        config: Config,
-        ready: Any,
-        calls: int,
-        stack: contextlib.ExitStack,
+        self, trainer: Trainer, ready: Any, calls: int, stack: contextlib.ExitStack
     ) -> None:
+        # Imported now: otherwise the writer thread imports it during the timed steps.
+        import tensorboardX  # noqa: F401
+
+        self._trainer, self._ready, self._calls = trainer, ready, calls
+        # A block has one line of metrics, at its end.
+        steps = calls * ready[2].shape[1]
+        config = dataclasses.replace(trainer.config, log_steps=steps)
         scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory = RunDirectory(scratch / "run", config, resume=False)
         stack.callback(directory.close)
         directory.lock()
         directory.open(0)
         bar = stack.enter_context(progress_bar(None, 0, config.batch_size))
-        self._trainer, self._ready, self._calls = trainer, ready, calls
         self._meter = Meter(directory, bar, config, 0, has_gates=trainer.has_gates)
         self._checkpoints = Checkpoints(directory.checkpoints)
         self._blocks = stack.enter_context(contextlib.closing(_blocks(trainer, calls)))
@@ -174,7 +169,7 @@ class _TimedRun:
         """Takes a block's steps as the loop does."""
         for inputs in self._block:
             self._state, totals = self._trainer.train_call(self._state, inputs)
-            self._step += self._ready[2].shape[1]
+            self._step += inputs[2].shape[1]
             self._meter.after_call(self._step, totals)
         self._meter.flush()
 
@@ -197,22 +192,6 @@ class _TimedRun:
         """Closes the epochs whose first input was taken."""
         for epoch in self._epochs:
             epoch.close()
-
-
-def format_loop(row: dict[str, Any]) -> str:
-    """Returns what the loop adds, as lines."""
-    step_ms = row["bare"]["median_ms"] / row["steps"]
-    first_ms, checkpoint_ms = (
-        row[name]["median_ms"] for name in ("first_input", "checkpoint")
-    )
-    added = {name: f"{share:.2%}" for name, share in row["added_to_steps"].items()}
-    interval = f"95% interval {added['low_95']} to {added['high_95']}"
-    return (
-        f"a bare step {step_ms:.1f} ms, {row['steps_per_epoch']} an epoch\n"
-        f"an epoch's first input {first_ms:.0f} ms, checkpoint {checkpoint_ms:.0f} ms\n"
-        f"the loop adds to steps: {added['median']} ({interval})\n"
-        f"the loop adds to an epoch: {row['added_to_epoch']:.2%}"
-    )
 
 
 def overhead(
@@ -250,9 +229,8 @@ def _blocks(trainer: Trainer, calls: int) -> Generator[Any, None, None]:
         inputs = trainer.inputs(epoch, 0)
         with contextlib.closing(inputs):
             first = [next(inputs)]
-            rows = first[0][2].shape[1]
-            for _ in range(trainer.steps_per_epoch // rows // calls):
-                yield itertools.chain(
-                    first, itertools.islice(inputs, calls - len(first))
-                )
+            steps = calls * first[0][2].shape[1]
+            for _ in range(trainer.steps_per_epoch // steps):
+                left = itertools.islice(inputs, calls - len(first))
+                yield itertools.chain(first, left)
                 first = []

@@ -1,7 +1,8 @@
 """Timing of operations alone, at the shapes of ResNet18's stages, beside PyTorch's."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -13,21 +14,15 @@ from inertia_jax.cost.table import aligned
 from inertia_jax.ops.conv.dispatch import conv2d_to_train
 from train.benchmark.inertial import TILED
 from train.benchmark.suite import BaseSuite
-from train.benchmark.timing import interleaved, measure_peak_gflops
-from train.errors import needs_torch, user_input
+from train.benchmark.timing import Calls, interleaved, peak_gflops, random_images
+from train.errors import needs_torch
 
 # Side of the images, and channels.
 STAGES = ((32, 64), (16, 128), (8, 256), (4, 512))
 # Ranks of Tucker-2, as a share of the channels: about a quarter of the MACs is left.
 _RANK_SHARE = 0.4
 _WINDOW: dict[str, Any] = {"region_size": 3, "combine": "weighted_channel"}
-_TILED: dict[str, Any] = {
-    "region_size": 4,
-    "padding": 1,
-    "capacities": TILED.capacities,
-}
-
-Calls = dict[str, Callable[[], Any]]
+_TILED: dict[str, Any] = dict(region_size=4, padding=1, capacities=TILED.capacities)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,97 +38,64 @@ class Suite(BaseSuite):
     repeats: int = 9
     """Timed calls of each."""
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Times the operations at the shapes of each stage."""
-        peak = measure_peak_gflops(self.dtype)
-        print(f"product of two large matrices: {peak:,.0f} GFLOP/s")
-        for side, channels in STAGES:
-            with user_input():
-                row = bench_ops(
-                    side,
-                    channels,
-                    batch_size=self.batch_size,
-                    repeats=self.repeats,
-                    dtype=self.dtype,
-                    against_torch=self.against == "torch",
-                    peak_gflops=peak,
-                )
-            print(format_ops(row), flush=True)
-            yield {**row, "peak_gflops": peak}
+    def cases(self) -> Iterable[tuple[int, int]]:
+        return STAGES
 
+    def measure(self, case: tuple[int, int]) -> dict[str, Any]:
+        """Times convolutions, their gradients, and what stands in for a 3x3.
 
-def bench_ops(
-    side: int,
-    channels: int,
-    *,
-    batch_size: int,
-    repeats: int,
-    dtype: str,
-    against_torch: bool,
-    peak_gflops: float,
-) -> dict[str, Any]:
-    """Times convolutions, their gradients, and what stands in for a 3x3.
+        A gradient is taken with respect to images and kernel together, forward pass
+        included. The convolutions called "XLA's" are those that layers do not take on
+        CPU. Inertial gates open half of the windows, or the given share of the tiles.
+        Images and kernels are random.
+        """
+        side, channels = case
+        peak = peak_gflops(self.dtype)
+        x = random_images(self.batch_size, (side, side, channels))
+        rng = np.random.default_rng(1)
+        kernels = {
+            size: rng.standard_normal((size, size, channels, channels), np.float32)
+            for size in (1, 3)
+        }
+        rank = round(_RANK_SHARE * channels)
+        factors = ops.tucker2(kernels[3], rank_in=rank, rank_out=rank)
+        calls = _jax_calls(x, kernels, factors, jnp.dtype(self.dtype))
+        if self.against == "torch":
+            calls |= _torch_calls(x, kernels, factors, self.dtype)
+        pixels = self.batch_size * side**2
+        macs = {
+            "conv 3x3": 9 * pixels * channels**2,
+            "conv 3x3, XLA's": 9 * pixels * channels**2,
+            "conv 3x3, gradient": 27 * pixels * channels**2,
+            "conv 3x3, XLA's gradient": 27 * pixels * channels**2,
+            "conv 1x1": pixels * channels**2,
+            "Tucker-2": pixels * (2 * channels * rank + 9 * rank**2),
+        }
+        times = interleaved(calls, repeats=self.repeats)
+        for name, found in times.items():
+            known = macs.get(name.removesuffix(", PyTorch"))
+            if known is not None:
+                found["gflops"] = 2e-6 * known / found["median_ms"]
+                found["share_of_peak"] = found["gflops"] / peak
+        row = {"shape": list(x.shape), "dtype": self.dtype, "rank": rank}
+        return {**row, "times": times, "peak_gflops": peak}
 
-    A gradient is taken with respect to images and kernel together, forward pass
-    included. The convolutions called "XLA's" are those that layers do not take on CPU.
-    Inertial gates open half of the windows, or the given share of the tiles. Images and
-    kernels are random.
-
-    Args:
-        side: Side of the square images.
-        channels: Channels of the inputs, and of the outputs.
-        batch_size: Images a call.
-        repeats: Timed calls of each.
-        dtype: Type of images and kernels.
-        against_torch: Whether PyTorch is timed in turn, channels_last.
-        peak_gflops: What `measure_peak_gflops` found.
-    """
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((batch_size, side, side, channels), np.float32)
-    kernels = {
-        size: rng.standard_normal((size, size, channels, channels), np.float32)
-        for size in (1, 3)
-    }
-    rank = round(_RANK_SHARE * channels)
-    factors = ops.tucker2(kernels[3], rank_in=rank, rank_out=rank)
-    calls = _jax_calls(x, kernels, factors, jnp.dtype(dtype))
-    if against_torch:
-        calls |= _torch_calls(x, kernels, factors, dtype)
-    pixels = batch_size * side**2
-    macs = {
-        "conv 3x3": 9 * pixels * channels**2,
-        "conv 3x3, XLA's": 9 * pixels * channels**2,
-        "conv 3x3, gradient": 27 * pixels * channels**2,
-        "conv 3x3, XLA's gradient": 27 * pixels * channels**2,
-        "conv 1x1": pixels * channels**2,
-        "Tucker-2": pixels * (2 * channels * rank + 9 * rank**2),
-    }
-    times: dict[str, dict[str, float]] = interleaved(calls, repeats=repeats)
-    for name, found in times.items():
-        known = macs.get(name.removesuffix(", PyTorch"))
-        if known is not None:
-            found["gflops"] = 2e-6 * known / found["median_ms"]
-            found["share_of_peak"] = found["gflops"] / peak_gflops
-    return {"shape": list(x.shape), "dtype": dtype, "rank": rank, "times": times}
-
-
-def format_ops(row: dict[str, Any]) -> str:
-    """Returns a row's medians, beside the dense 3x3 convolution's, as lines."""
-    times = row["times"]
-    dense = times["conv 3x3"]["median_ms"]
-    lines = []
-    for name, found in times.items():
-        if name.endswith(", PyTorch"):
-            continue
-        share, median = found.get("share_of_peak"), found["median_ms"]
-        of_peak = "" if share is None else f"{share:.1%} of peak"
-        line = [f"  {name}", f"{median:.2f} ms", of_peak, f"{dense / median:.2f}x"]
-        if f"{name}, PyTorch" in times:
-            theirs = times[f"{name}, PyTorch"]["median_ms"]
-            line += [f"PyTorch {theirs:.2f} ms", f"ratio {median / theirs:.2f}"]
-        lines.append(line)
-    title = f"{row['shape']}, {row['dtype']}, Tucker-2 at ranks {row['rank']}"
-    return f"{title}\n{aligned(lines)}"
+    def describe(self, row: dict[str, Any]) -> str:
+        times = row["times"]
+        dense = times["conv 3x3"]["median_ms"]
+        lines = []
+        for name, found in times.items():
+            if name.endswith(", PyTorch"):
+                continue
+            share, median = found.get("share_of_peak"), found["median_ms"]
+            of_peak = "" if share is None else f"{share:.1%} of peak"
+            line = [f"  {name}", f"{median:.2f} ms", of_peak, f"{dense / median:.2f}x"]
+            if f"{name}, PyTorch" in times:
+                theirs = times[f"{name}, PyTorch"]["median_ms"]
+                line += [f"PyTorch {theirs:.2f} ms", f"ratio {median / theirs:.2f}"]
+            lines.append(line)
+        title = f"{row['shape']}, {row['dtype']}, Tucker-2 at ranks {row['rank']}"
+        return f"{title}\n{aligned(lines)}"
 
 
 def _jax_calls(
@@ -188,11 +150,10 @@ def _jax_calls(
             ),
             (images, three, jnp.quantile(tile, 1 - rate)),
         )
-    return {name: _call(jax.jit(f), args) for name, (f, args) in functions.items()}
-
-
-def _call(function: Any, args: tuple[Any, ...]) -> Callable[[], Any]:
-    return lambda: jax.block_until_ready(function(*args))
+    return {
+        name: functools.partial(jax.jit(function), *arguments)
+        for name, (function, arguments) in functions.items()
+    }
 
 
 def _torch_calls(

@@ -9,12 +9,10 @@ fitted to all all-reduces at once: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latenc
 import argparse
 import json
 import os
-import pathlib
 import socket
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +22,14 @@ from jax import lax
 from jax.experimental import multihost_utils
 
 from train.benchmark.scaling_model import count_step
+from train.benchmark.timing import Calls, times_in_turn
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
 from train.fit.trainer import Trainer
 from train.machine.parallel import AXIS, Parallel
 from train.machine.platform import choose_cpu_flags
 from train.run.directory import describe_machine
+from train.run.outputs import write_json
 
 _WIDTHS = (0.25, 1.0)
 _PER_DEVICE = 16
@@ -43,7 +43,7 @@ def _data(num_images: int) -> ImageSet:
     return ImageSet("synthetic", split, split, tuple(map(str, range(10))))
 
 
-def _step(width: float, devices: list[Any]) -> tuple[Trainer, Callable[[], None]]:
+def _step(width: float, devices: list[Any]) -> tuple[Trainer, Callable[[], Any]]:
     batch_size = _PER_DEVICE * len(devices)
     config = Config(
         batch_size=batch_size,
@@ -55,23 +55,23 @@ def _step(width: float, devices: list[Any]) -> tuple[Trainer, Callable[[], None]
     inputs = next(trainer.inputs(0, 0))
     state = trainer.init_state()
 
-    def call() -> None:
+    def call() -> Any:
         nonlocal state
         state, totals = trainer.train_call(state, inputs)
-        jax.block_until_ready((state, totals))
+        return state, totals
 
     return trainer, call
 
 
-def _reduction(size: int) -> Callable[[], None]:
+def _reduction(size: int) -> Callable[[], Any]:
     parallel = Parallel("pmap", tuple(jax.devices()))
     reduce = parallel.wrap(lambda x: lax.psum(x, AXIS), (True,))
     array = parallel.spread(np.ones((parallel.num_devices, size), np.float32))
-    return lambda: jax.block_until_ready(reduce(array))
+    return lambda: reduce(array)
 
 
 def _measure(repeats: int) -> dict[str, Any]:
-    calls: dict[str, Callable[[], None]] = {}
+    calls: Calls = {}
     networks = {}
     for width in _WIDTHS:
         _, calls[f"alone {width}"] = _step(width, jax.local_devices())
@@ -80,21 +80,18 @@ def _measure(repeats: int) -> dict[str, Any]:
         networks[str(width)] = {"params": step.params, "bytes": step.gradient_bytes}
     if jax.process_count() > 1:
         calls |= {f"reduce {size}": _reduction(size) for size in _SIZES}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices(name)
-            start = time.perf_counter()
-            call()
-            if turn:  # the first turn compiles
-                times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    quartiles = {n: statistics.quantiles(v, n=4)[::2] for n, v in times.items()}
+
+    def before(name: str) -> None:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(name)
+
+    times = times_in_turn(calls, repeats=repeats, before=before)
     return {
         "num_processes": jax.process_count(),
-        "median_ms": medians,
-        "quartiles_ms": quartiles,
+        "median_ms": {n: statistics.median(values) for n, values in times.items()},
+        "quartiles_ms": {
+            n: statistics.quantiles(values, n=4)[::2] for n, values in times.items()
+        },
         "networks": networks,
     }
 
@@ -137,7 +134,7 @@ def _run(num_processes: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints a table, and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--out")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -168,13 +165,16 @@ def main() -> None:
                 f"alone {alone:.1f} ms, together {together:.1f} ms, predicted "
                 f"{predicted:.1f} ms"
             )
-    if args.out is not None:
-        machine = describe_machine()
-        machine["command"] = f"python -m {__spec__.name} --out {args.out}"
-        settings = {"batch_per_device": _PER_DEVICE, "repeats": args.repeats}
-        fit = {"MB_per_s": speed, "us_per_message": latency}
-        record = {**machine, **settings, "model": "lenet", "fit": fit, "rows": rows}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        **describe_machine(),
+        "command": f"python -m {__spec__.name} --out {args.out}",
+        "batch_per_device": _PER_DEVICE,
+        "repeats": args.repeats,
+        "model": "lenet",
+        "fit": {"MB_per_s": speed, "us_per_message": latency},
+        "rows": rows,
+    }
+    write_json(args.out, record)
 
 
 if __name__ == "__main__":

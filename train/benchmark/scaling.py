@@ -6,6 +6,7 @@ puts them between that file's two markers.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -39,73 +40,63 @@ def tucker_model(name: str, share: float) -> nn.Module:
     shape = input_shape(dense)
     variables = abstract_variables(dense, shape)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+    sites = find_sites(dense, zeros, shape).items()
     total = count_cost(dense, shape).macs
-    sites = {
-        path: site
-        for path, site in find_sites(dense, zeros, shape).items()
-        if site.kernel.shape[0] > 1 and site.kernel.shape[2] > 3
-    }
-
-    def specs(part: int) -> dict[str, Tucker2]:
-        ranks = {
-            path: [max(1, channels * part // 64) for channels in site.kernel.shape[2:]]
-            for path, site in sites.items()
-        }
-        return {path: Tucker2(*both) for path, both in ranks.items()}
-
-    def macs(part: int) -> int:
-        saved = sum(
-            sites[path].macs(Conv()) - sites[path].macs(spec)
-            for path, spec in specs(part).items()
-        )
-        return total - saved
-
-    most = max(part for part in range(1, 65) if macs(part) <= share * total)
-    return create_model(name, plan=Plan(tuple(specs(most).items())))
+    for part in range(64, 0, -1):
+        macs, rules = total, []
+        for path, site in sites:
+            side, _, c_in, c_out = site.kernel.shape
+            if side > 1 and c_in > 3:
+                spec = Tucker2(max(1, c_in * part // 64), max(1, c_out * part // 64))
+                macs += site.macs(spec) - site.macs(Conv())
+                rules.append((path, spec))
+        if macs <= share * total:
+            return create_model(name, plan=Plan(tuple(rules)))
+    raise ValueError(f"{name} has no ranks for `share` (={share}) of its MACs.")
 
 
-def all_steps(names: Sequence[str] | None = None) -> Iterator[Step]:
-    """Yields the steps of the tables, or those of some networks."""
+def all_steps() -> Iterator[Step]:
+    """Yields the steps of the tables."""
     for name in ("resnet18", "vgg16", "simpledla", "resnet20", "lenet"):
-        if names is None or name in names:
-            yield count_step(name, create_model(name))
+        yield count_step(name, create_model(name))
     for share in (0.5, 0.25):
-        label = f"resnet18, Tucker-2 at {share}"
-        if names is None or label in names:
-            yield count_step(label, tucker_model("resnet18", share))
-    label = "resnet18, tiled"
-    if names is None or label in names:
-        tiled = Inertial(3, 4, reading="tiled", threshold=Fixed(0.1))
-        model = create_model("resnet18", plan=Plan((("layer*conv*", tiled),)))
-        yield count_step(label, model, dense=True)
-    label = "resnet18, --no-sync-batch-norm"
-    if names is None or label in names:
-        step = count_step(label, create_model("resnet18"))
-        yield dataclasses.replace(step, norms=0)
+        model = tucker_model("resnet18", share)
+        yield count_step(f"resnet18, Tucker-2 at {share}", model)
+    tiled = Inertial(3, 4, reading="tiled", threshold=Fixed(0.1))
+    model = create_model("resnet18", plan=Plan((("layer*conv*", tiled),)))
+    yield count_step("resnet18, tiled", model, dense=True)
+    step = count_step("resnet18, --no-sync-batch-norm", create_model("resnet18"))
+    yield dataclasses.replace(step, norms=0)
 
 
 def tables(steps: Sequence[Step]) -> str:
     """Returns the tables as Markdown."""
-    lines = [
-        "| network | parameters | gradients, statistics, metrics | synchronised "
-        "BatchNorm | all-reduced a step | GFLOP an image |",
-        "|---|---|---|---|---|---|",
-    ]
-    for step in steps:
-        total = step.gradient_bytes + step.norm_bytes
-        lines.append(
-            f"| {step.name} | {step.params:,} | {step.gradient_bytes:,} B | "
-            f"{step.norm_bytes:,} B | {total / 1e6:.3f} MB | {step.flops / 1e9:.3f} |"
-        )
-    lines += ["", "**Milliseconds on 8 devices: gradients + BatchNorm**", ""]
-    lines.append("| network | " + " | ".join(m.name for m in MACHINES) + " |")
-    lines.append("|---" * (1 + len(MACHINES)) + "|")
-    for step in steps:
-        cells = [
-            " + ".join(f"{1e3 * s:.2f}" for s in sending_seconds(step, machine, 8))
-            for machine in MACHINES
+    header = ["network", "parameters", "gradients, statistics, metrics"]
+    header += ["synchronised BatchNorm", "all-reduced a step", "GFLOP an image"]
+    counts = [
+        [
+            step.name,
+            f"{step.params:,}",
+            f"{step.gradient_bytes:,} B",
+            f"{step.norm_bytes:,} B",
+            f"{(step.gradient_bytes + step.norm_bytes) / 1e6:.3f} MB",
+            f"{step.flops / 1e9:.3f}",
         ]
-        lines.append(f"| {step.name} | " + " | ".join(cells) + " |")
+        for step in steps
+    ]
+    lines = _markdown(header, counts)
+    lines += ["", "**Milliseconds on 8 devices: gradients + BatchNorm**", ""]
+    sent = [
+        [
+            step.name,
+            *(
+                " + ".join(f"{1e3 * s:.2f}" for s in sending_seconds(step, machine, 8))
+                for machine in MACHINES
+            ),
+        ]
+        for step in steps
+    ]
+    lines += _markdown(["network", *(machine.name for machine in MACHINES)], sent)
     for title, per_device, in_all in (
         ("Weak scaling, 128 images a device", 128, None),
         ("Strong scaling, 1024 images in all", None, 1024),
@@ -114,42 +105,42 @@ def tables(steps: Sequence[Step]) -> str:
         for machine in MACHINES:
             most = min(machine.most, in_all or machine.most)
             devices = [n for n in DEVICES if n == 1 or machine.fewest <= n <= most]
-            lines += ["", f"**{title}: {machine.name}**", ""]
-            lines.append("| network | " + " | ".join(map(str, devices)) + " |")
-            lines.append("|---" * (1 + len(devices)) + "|")
-            for step in steps:
-                cells = [
-                    _cell(
-                        step,
-                        machine,
-                        n,
-                        batch_size=in_all or (per_device or 0) * n,
-                        batch_alone=in_all or per_device or 0,
-                    )
-                    for n in devices
+            shares = [
+                [
+                    step.name,
+                    *(
+                        _cell(
+                            step,
+                            machine,
+                            n,
+                            batch_size=in_all or (per_device or 0) * n,
+                            batch_alone=in_all or per_device or 0,
+                        )
+                        for n in devices
+                    ),
                 ]
-                lines.append(f"| {step.name} | " + " | ".join(cells) + " |")
+                for step in steps
+            ]
+            lines += ["", f"**{title}: {machine.name}**", ""]
+            lines += _markdown(["network", *map(str, devices)], shares)
     return "\n".join(lines)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    header_row, *others = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+    return [header_row, "|---" * len(header) + "|", *others]
 
 
 def _cell(
     step: Step, machine: Machine, n: int, *, batch_size: int, batch_alone: int
 ) -> str:
-    def at(utilisation: float, *, overlap: bool) -> str:
-        share = efficiency(
-            step,
-            machine,
-            n,
-            batch_size=batch_size,
-            batch_alone=batch_alone,
-            utilisation=utilisation,
-            overlap=overlap,
-        )
-        return f"{100 * share:.0f}"
-
+    share = functools.partial(
+        efficiency, step, machine, n, batch_size=batch_size, batch_alone=batch_alone
+    )
     # The faster devices compute, the larger is the share of sending.
-    low, high = at(0.4, overlap=False), at(0.2, overlap=True)
-    return low if low == high else f"{low}-{high}"
+    least = f"{100 * share(utilisation=0.4, overlap=False):.0f}"
+    most = f"{100 * share(utilisation=0.2, overlap=True):.0f}"
+    return least if least == most else f"{least}-{most}"
 
 
 def main() -> None:

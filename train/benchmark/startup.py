@@ -26,40 +26,23 @@ class Suite(BaseSuite):
     """Starts with an empty compilation cache, each with one after it that finds it."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Times both kinds of start."""
-        row = bench_startup(repeats=self.repeats)
-        for name, seconds in row.items():
-            median = seconds["median_s"]
+        """Starts the quick start's training again and again, up to its first step.
+
+        Raises:
+            UsageError: A start fails; the message is what it printed.
+        """
+        times: dict[str, list[float]] = {"cold": [], "cached": []}
+        for _ in range(self.repeats):
+            with tempfile.TemporaryDirectory() as scratch:
+                place = pathlib.Path(scratch)
+                for name, starts in times.items():
+                    starts.append(_seconds_to_first_step(place / name, place / "cache"))
+        row = {}
+        for name, starts in times.items():
+            median = statistics.median(starts)
             print(f"first step, {name}: {median:.1f} s after the command")
+            row[name] = {"median_s": median, "min_s": min(starts), "max_s": max(starts)}
         yield row
-
-
-def bench_startup(*, repeats: int) -> dict[str, Any]:
-    """Starts the quick start's training again and again, up to its first step.
-
-    Each round starts it with an empty compilation cache, and then with what the first
-    start left there.
-
-    Args:
-        repeats: Number of rounds.
-
-    Raises:
-        UsageError: A start fails; the message is what it printed.
-    """
-    times: dict[str, list[float]] = {"cold": [], "cached": []}
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as scratch:
-            place = pathlib.Path(scratch)
-            for name, starts in times.items():
-                starts.append(_seconds_to_first_step(place / name, place / "cache"))
-    return {
-        name: {
-            "median_s": statistics.median(starts),
-            "min_s": min(starts),
-            "max_s": max(starts),
-        }
-        for name, starts in times.items()
-    }
 
 
 def _seconds_to_first_step(workdir: pathlib.Path, cache: pathlib.Path) -> float:

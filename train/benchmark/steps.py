@@ -1,7 +1,7 @@
 """Timing of training steps and evaluations, beside PyTorch's."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -12,14 +12,11 @@ import optax
 from inertia_jax import count_cost, create_model, init_variables
 from inertia_jax.cost.table import aligned
 from train.benchmark.suite import NetworkSuite
-from train.benchmark.timing import interleaved, measure_peak_gflops
+from train.benchmark.timing import Calls, interleaved, peak_gflops, random_images
 from train.errors import needs_torch
 
-_RECIPE = {"learning_rate": 0.1, "momentum": 0.9}
-_WEIGHT_DECAY = 5e-4
+_LEARNING_RATE, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
 _SHAPE = (32, 32, 3)
-
-Functions = dict[str, dict[str, Callable[[], None]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,121 +28,73 @@ class Suite(NetworkSuite):
     repeats: int = 9
     """Timed calls of each."""
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Times each network, and sets it against a product of two matrices."""
-        peak = measure_peak_gflops(self.dtype)
-        print(f"product of two large matrices: {peak:,.0f} GFLOP/s")
-        yield from self.each_model(
-            bench_model,
-            format_model,
-            batch_size=self.batch_size,
-            repeats=self.repeats,
-            dtype=self.dtype,
-            peak_gflops=peak,
-        )
+    def measure(self, case: str) -> dict[str, Any]:
+        """Times a training step and an evaluation of a network.
 
+        The step is forward, backward and SGD with momentum and weight decay, on one
+        device, on a batch already there. PyTorch is timed at its best: channels_last,
+        compiled on a GPU.
+        """
+        peak = peak_gflops(self.dtype)
+        functions = {
+            kind: make_functions(kind, case, self.batch_size, self.width, self.dtype)
+            for kind in self.frameworks
+        }
+        macs = count_cost(create_model(case, width=self.width), _SHAPE).macs
+        row = {"model": case, "batch_size": self.batch_size, "width": self.width}
+        row |= {"dtype": self.dtype, "peak_gflops": peak}
+        # The backward pass takes a product for the inputs and one for the kernels.
+        for what, passes in (("train", 3), ("eval", 1)):
+            calls: Calls = {kind: pair[what] for kind, pair in functions.items()}
+            times: dict[str, Any] = interleaved(calls, repeats=self.repeats)
+            for found in times.values():
+                seconds = found["median_ms"] / 1e3
+                found["images_per_s"] = self.batch_size / seconds
+                found["gflops"] = 2e-9 * passes * macs * self.batch_size / seconds
+                found["share_of_peak"] = found["gflops"] / peak
+            row[what] = times
+        return row
 
-def bench_model(
-    name: str,
-    *,
-    batch_size: int,
-    repeats: int,
-    width: float,
-    against_torch: bool,
-    dtype: Literal["float32", "bfloat16"],
-    peak_gflops: float,
-) -> dict[str, Any]:
-    """Times a training step and an evaluation of a network at 32 x 32.
-
-    The step is forward, backward and SGD with momentum and weight decay, on one device,
-    on a batch already there.
-
-    Args:
-        name: The network's name.
-        batch_size: Images a step.
-        repeats: Timed calls of each.
-        width: The network's width.
-        against_torch: Whether PyTorch is timed in turn, at its best: channels_last,
-            compiled on a GPU.
-        dtype: Type of the computation; parameters are float32.
-        peak_gflops: What `measure_peak_gflops` found.
-    """
-    kinds: tuple[Literal["jax", "torch"], ...] = ("jax",)
-    if against_torch:
-        kinds = ("jax", "torch")
-    functions = make_functions(
-        name, batch_size=batch_size, width=width, kinds=kinds, dtype=dtype
-    )
-    macs = count_cost(create_model(name, width=width), _SHAPE).macs
-    row = {"model": name, "batch_size": batch_size, "width": width, "dtype": dtype}
-    row["peak_gflops"] = peak_gflops
-    # The backward pass takes a product for the inputs and one for the kernels.
-    for what, passes in (("train", 3), ("eval", 1)):
-        times: dict[str, Any] = interleaved(functions[what], repeats=repeats)
-        for found in times.values():
-            seconds = found["median_ms"] / 1e3
-            found["images_per_s"] = batch_size / seconds
-            found["gflops"] = 2e-9 * passes * macs * batch_size / seconds
-            found["share_of_peak"] = found["gflops"] / peak_gflops
-        row[what] = times
-    return row
-
-
-def format_model(row: dict[str, Any]) -> str:
-    """Returns a row's medians as a table."""
-    header = ["network", "what", "batch", "JAX ms", "images/s", "of peak"]
-    if "torch" in row["train"]:
-        header += ["PyTorch ms", "JAX / PyTorch"]
-    lines = [header]
-    for what in ("train", "eval"):
-        ours = row[what]["jax"]
-        line = [row["model"], what, f"{row['batch_size']}", f"{ours['median_ms']:.1f}"]
-        line += [f"{ours['images_per_s']:,.0f}", f"{ours['share_of_peak']:.1%}"]
-        if "torch" in row[what]:
-            theirs = row[what]["torch"]["median_ms"]
-            line += [f"{theirs:.1f}", f"{ours['median_ms'] / theirs:.2f}"]
-        lines.append(line)
-    return aligned(lines, left=2)
+    def describe(self, row: dict[str, Any]) -> str:
+        header = ["network", "what", "batch", "JAX ms", "images/s", "of peak"]
+        if "torch" in row["train"]:
+            header += ["PyTorch ms", "JAX / PyTorch"]
+        lines = [header]
+        for what in ("train", "eval"):
+            ours = row[what]["jax"]
+            line = [row["model"], what, f"{row['batch_size']}"]
+            line += [f"{ours['median_ms']:.1f}", f"{ours['images_per_s']:,.0f}"]
+            line += [f"{ours['share_of_peak']:.1%}"]
+            if "torch" in row[what]:
+                theirs = row[what]["torch"]["median_ms"]
+                line += [f"{theirs:.1f}", f"{ours['median_ms'] / theirs:.2f}"]
+            lines.append(line)
+        return aligned(lines, left=2)
 
 
 def make_functions(
+    kind: Literal["jax", "torch"],
     name: str,
-    *,
     batch_size: int,
     width: float,
-    kinds: Sequence[Literal["jax", "torch"]],
     dtype: Literal["float32", "bfloat16"],
-) -> Functions:
-    """Returns a call for `train` and `eval` in each framework, which waits for its end.
-
-    Args:
-        name: The network's name.
-        batch_size: Images a call.
-        width: The network's width.
-        kinds: The frameworks.
-        dtype: Type of the computation; parameters are float32.
-    """
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch_size, *_SHAPE)).astype(np.float32)
+) -> Calls:
+    """Returns a framework's training step, `train`, and its evaluation, `eval`."""
+    images = random_images(batch_size, _SHAPE)
     labels = (np.arange(batch_size) % 10).astype(np.int32)
-    functions: Functions = {"train": {}, "eval": {}}
-    if "jax" in kinds:
-        pair = _jax_functions(name, width, images, labels, dtype)
-        functions["train"]["jax"], functions["eval"]["jax"] = pair
-    if "torch" in kinds:
-        pair = _torch_functions(name, width, images, labels, dtype)
-        functions["train"]["torch"], functions["eval"]["torch"] = pair
-    return functions
+    make = _jax_functions if kind == "jax" else _torch_functions
+    train, evaluate = make(name, width, images, labels, dtype)
+    return {"train": train, "eval": evaluate}
 
 
 def _jax_functions(
     name: str, width: float, images: np.ndarray, labels: np.ndarray, dtype: str
-) -> tuple[Callable[[], None], Callable[[], None]]:
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     model = create_model(name, width=width, dtype=jnp.dtype(dtype))
     variables = init_variables(model, jax.random.key(0))
     tx = optax.chain(
         optax.add_decayed_weights(_WEIGHT_DECAY),
-        optax.sgd(_RECIPE["learning_rate"], _RECIPE["momentum"]),
+        optax.sgd(_LEARNING_RATE, _MOMENTUM),
     )
 
     def step(state: Any, images: Any, labels: Any) -> Any:
@@ -177,13 +126,11 @@ def _jax_functions(
     state = [(params, variables["batch_stats"], tx.init(params))]
     batch = jax.device_put((images.astype(jnp.dtype(dtype)), labels))
 
-    def train() -> None:
-        state[0] = jax.block_until_ready(take_step(state[0], *batch))
+    def train() -> Any:
+        state[0] = take_step(state[0], *batch)
+        return state[0]
 
-    def evaluate() -> None:
-        jax.block_until_ready(predict(*state[0][:2], batch[0]))
-
-    return train, evaluate
+    return train, lambda: predict(*state[0][:2], batch[0])
 
 
 def _torch_functions(
@@ -198,8 +145,8 @@ def _torch_functions(
     twin = twin.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         twin.parameters(),
-        _RECIPE["learning_rate"],
-        _RECIPE["momentum"],
+        _LEARNING_RATE,
+        _MOMENTUM,
         weight_decay=_WEIGHT_DECAY,
     )
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(device)

@@ -1,11 +1,9 @@
-"""What the suites of `python -m train benchmark` share: options, and their data."""
+"""What the suites of `python -m train benchmark` share: options, and how they go on."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from train.config import Config, Data
-from train.data import ImageSet, load_data
 from train.errors import user_input
 
 
@@ -16,9 +14,25 @@ class BaseSuite:
     out: str | None = None
     """File for the record, as JSON."""
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Measures, prints what it found, and yields it for the record."""
+    def cases(self) -> Iterable[Any]:
+        """Returns what is measured, one after the other."""
         raise NotImplementedError
+
+    def measure(self, case: Any) -> dict[str, Any]:
+        """Returns what is found of one of them, as the record has it."""
+        raise NotImplementedError
+
+    def describe(self, row: dict[str, Any]) -> str:
+        """Returns what is printed of it."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Measures case after case, prints what it found, and yields it."""
+        for case in self.cases():
+            with user_input():
+                row = self.measure(case)
+            print(self.describe(row), flush=True)
+            yield row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,38 +52,15 @@ class NetworkSuite(BaseSuite):
     against: Literal["none", "torch"] = "none"
     """torch: the same networks in PyTorch, in turn."""
 
-    def each_model(
-        self,
-        measure: Callable[..., dict[str, Any]],
-        describe: Callable[[dict[str, Any]], str],
-        **options: Any,
-    ) -> Iterator[dict[str, Any]]:
-        """Yields what `measure` finds of each network, and prints it as described."""
-        for name in self.models:
-            with user_input():
-                row = measure(
-                    name,
-                    width=self.width,
-                    against_torch=self.against == "torch",
-                    **options,
-                )
-            print(describe(row), flush=True)
-            yield row
+    def cases(self) -> Iterable[str]:
+        return self.models
+
+    @property
+    def frameworks(self) -> tuple[Literal["jax", "torch"], ...]:
+        """The frameworks to measure."""
+        return ("jax", "torch") if self.against == "torch" else ("jax",)
 
     @property
     def both_batches(self) -> tuple[int, ...]:
         """Batches of one image and of `batch_size`."""
         return tuple(sorted({1, self.batch_size}))
-
-
-def with_source(config: Config, source: str | None) -> Config:
-    """Returns a configuration with another data source; None keeps its own."""
-    if source is None:
-        return config
-    data = dataclasses.replace(config.data, source=source)
-    return dataclasses.replace(config, data=data)
-
-
-def load_images(data: Data) -> ImageSet:
-    """Loads a configuration's data."""
-    return load_data(data.source, cache_dir=data.cache_dir, image_size=data.load_size)

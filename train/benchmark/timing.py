@@ -1,5 +1,6 @@
 """Timing of calls in turn, and what this machine can reach."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Calls = dict[str, Callable[[], Any]]
 
-def interleaved(
-    functions: dict[str, Callable[[], Any]], *, repeats: int
-) -> dict[str, dict[str, float]]:
+
+def interleaved(functions: Calls, *, repeats: int) -> dict[str, dict[str, float]]:
     """Times functions in turn and returns medians and spreads, in milliseconds.
 
     Every timed call follows an untimed call of the same function, as a step of training
@@ -22,18 +23,22 @@ def interleaved(
     into having memory from the system again.)
 
     Args:
-        functions: Functions that block until their work is done.
+        functions: Functions whose arrays are waited for.
         repeats: Timed calls of each.
     """
-    times = times_in_turn(functions, repeats=repeats, calls_before=1)
+
+    def before(name: str) -> None:
+        jax.block_until_ready(functions[name]())
+
+    times = times_in_turn(functions, repeats=repeats, before=before)
     return {name: spread_of(values) for name, values in times.items()}
 
 
 def times_in_turn(
-    functions: dict[str, Callable[[], Any]],
+    functions: Calls,
     *,
     repeats: int,
-    calls_before: int,
+    before: Callable[[str], Any] = lambda name: None,
     prepare: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Returns the milliseconds of each call, after a round that is not timed.
@@ -42,9 +47,10 @@ def times_in_turn(
     second round goes in the opposite order.
 
     Args:
-        functions: Functions that block until their work is done.
+        functions: Functions whose arrays are waited for.
         repeats: Timed calls of each.
-        calls_before: Untimed calls of a function before each timed one.
+        before: A function that is called before each call, with the name of what is
+            timed.
         prepare: A function that is called before each round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -52,10 +58,9 @@ def times_in_turn(
     for _ in range(1 + repeats):
         prepare()
         for name in order:
-            for _ in range(calls_before):
-                functions[name]()
+            before(name)
             start = time.perf_counter()
-            functions[name]()
+            jax.block_until_ready(functions[name]())
             times[name].append(1e3 * (time.perf_counter() - start))
         order.reverse()
     return {name: values[1:] for name, values in times.items()}
@@ -93,10 +98,19 @@ def relative_gap(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def measure_peak_gflops(dtype: Literal["float32", "bfloat16"] = "float32") -> float:
-    """Returns the most that products of two large matrices reach, in GFLOP/s."""
+@functools.cache
+def peak_gflops(dtype: Literal["float32", "bfloat16"]) -> float:
+    """Measures and prints what products of two large matrices reach, in GFLOP/s."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     multiply = jax.jit(lambda a: a @ a)
-    times = interleaved({"a": lambda: jax.block_until_ready(multiply(a))}, repeats=20)
-    return 2e-6 * size**3 / times["a"]["min_ms"]
+    times = interleaved({"a": lambda: multiply(a)}, repeats=20)
+    peak = 2e-6 * size**3 / times["a"]["min_ms"]
+    print(f"product of two large matrices: {peak:,.0f} GFLOP/s", flush=True)
+    return peak
+
+
+def random_images(batch_size: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns normally distributed images in float32, the same in every call."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((batch_size, *shape), np.float32)

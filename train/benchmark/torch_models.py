@@ -37,7 +37,6 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the block."""
         y = functional.relu(self.bn1(self.conv1(x)))
         return functional.relu(self.bn2(self.conv2(y)) + getattr(self, self.name)(x))
 
@@ -63,7 +62,6 @@ class ResNet18(nn.Module):
         setattr(self, self.head, nn.Linear(c_in, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits."""
         x = functional.relu(self.bn1(self.conv1(x)))
         if self.imagenet:
             x = functional.max_pool2d(x, 3, 2, 1)
@@ -91,7 +89,6 @@ class VGG16(nn.Module):
         self.classifier = nn.Linear(c_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits."""
         return self.classifier(self.features(x).flatten(1))
 
 
@@ -104,7 +101,6 @@ class Root(nn.Module):
         self.conv, self.bn = conv_norm(2 * channels, channels, 1)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Joins the maps."""
         return functional.relu(self.bn(self.conv(torch.cat([left, right], 1))))
 
 
@@ -123,7 +119,6 @@ class Tree(nn.Module):
             self.right = Tree(c_out, c_out, level - 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the tree."""
         left = self.left(x)
         return self.root(left, self.right(left))
 
@@ -147,7 +142,6 @@ class SimpleDLA(nn.Module):
         self.linear = nn.Linear(c_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits."""
         for name in ("base", *(f"layer{index}" for index in range(1, 7))):
             x = getattr(self, name)(x)
         return self.linear(x.mean((2, 3)))
@@ -167,7 +161,6 @@ class LeNet(nn.Module):
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns logits."""
         x = functional.relu(self.conv2(functional.relu(self.conv1(x))))
         x = self.dropout1(functional.max_pool2d(x, 2)).flatten(1)
         return self.fc2(self.dropout2(functional.relu(self.fc1(x))))

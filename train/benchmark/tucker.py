@@ -1,8 +1,9 @@
 """Timing of Tucker-2 networks and of compressing them, beside PyTorch and TensorLy."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -19,13 +20,14 @@ from inertia_jax import (
     init_variables,
     to_torch,
 )
+from inertia_jax.calls import Network
 from inertia_jax.compression.sites import Site, find_sites
 from inertia_jax.cost.table import aligned
 from inertia_jax.interop import torch_key
 from inertia_jax.models.create import input_shape
 from inertia_jax.plan.specs import Tucker2
 from train.benchmark.suite import NetworkSuite
-from train.benchmark.timing import interleaved, relative_gap
+from train.benchmark.timing import Calls, interleaved, random_images, relative_gap
 from train.compress.layer_report import LayerReport, format_layers, report_layers
 from train.errors import UsageError, needs_torch
 
@@ -49,116 +51,79 @@ class Suite(NetworkSuite):
     repeats: int = 9
     """Timed calls of each."""
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Times each network, its layers, and compressing it.
-
-        Raises:
-            UsageError: A stem that a network has not.
-        """
+    def cases(self) -> Iterable[str]:
         if self.stem != "cifar" and self.models != ("resnet18",):
             raise UsageError(f"`stem` (={self.stem}) is for `models` (=resnet18).")
-        options = {"batch_sizes": self.both_batches, "repeats": self.repeats}
-        yield from self.each_model(
-            bench_tucker, format_tucker, stem=self.stem, **options
+        return self.models
+
+    def measure(self, case: str) -> dict[str, Any]:
+        """Times a network's evaluation dense and compressed, layers, and compressing.
+
+        Weights are random: a trained network has other ranks under the same budget, but
+        they cost the same. Layers are timed at the largest batch.
+        """
+        classes = 1000 if self.stem == "imagenet" else 10
+        model = create_model(
+            case, width=self.width, stem=self.stem, num_classes=classes
         )
+        dense = (model, init_variables(model, jax.random.key(0)))
+        shape = input_shape(model)
+        networks: dict[str, Network] = {"dense": dense}
+        networks |= {key: compress(*dense, **rule) for key, rule in RULES.items()}
+        dense_macs = count_cost(model, shape).macs
+        row: dict[str, Any] = {"model": case, "stem": self.stem, "width": self.width}
+        row |= {"networks": {}, "times": {}}
+        for key, network in networks.items():
+            cost = count_cost(network[0], shape)
+            share = cost.macs / dense_macs
+            found = {"params": cost.params, "macs": cost.macs, "share": share}
+            row["networks"][key] = found
+        for batch_size in self.both_batches:
+            images = random_images(batch_size, shape)
+            calls: Calls = {
+                f"{key}, JAX": _jax_call(*network, images)
+                for key, network in networks.items()
+            }
+            if "torch" in self.frameworks:
+                for key, network in networks.items():
+                    calls[f"{key}, PyTorch"] = call = torch_call(*network, images)
+                    gap = relative_gap(call(), calls[f"{key}, JAX"]())
+                    row["networks"][key][f"gap_to_torch_batch_{batch_size}"] = gap
+            row["times"][str(batch_size)] = interleaved(calls, repeats=self.repeats)
+        small = networks["budget 0.25 by 8"]
+        layers = report_layers(dense, small, shape, latency_batch=batch_size)
+        row["layers"] = [vars(layer) for layer in layers]
+        against_torch = "torch" in self.frameworks
+        return row | _bench_compressing(*dense, images[:2], against_torch=against_torch)
 
-
-def bench_tucker(
-    name: str,
-    *,
-    batch_sizes: tuple[int, ...],
-    width: float,
-    repeats: int,
-    against_torch: bool,
-    stem: str = "cifar",
-) -> dict[str, Any]:
-    """Times a network's evaluation dense and compressed, its layers, and compressing.
-
-    Weights are random: a trained network has other ranks under the same budget, but
-    they cost the same.
-
-    Args:
-        name: The network's name.
-        batch_sizes: Images a call; layers are timed at the largest.
-        width: The network's width.
-        repeats: Timed calls of each.
-        against_torch: Whether the same networks are timed in PyTorch, in turn, and
-            TensorLy's factors are compared.
-        stem: The stem of resnet18; `imagenet` has torchvision's 1,000 classes, at
-            224 x 224.
-    """
-    classes = 1000 if stem == "imagenet" else 10
-    model = create_model(name, width=width, stem=stem, num_classes=classes)
-    variables = init_variables(model, jax.random.key(0))
-    shape = input_shape(model)
-    networks = {"dense": (model, variables)}
-    networks |= {k: compress(*networks["dense"], **r) for k, r in RULES.items()}
-    dense_macs = count_cost(model, shape).macs
-    row: dict[str, Any] = {"model": name, "stem": stem, "width": width, "networks": {}}
-    for key, network in networks.items():
-        cost = count_cost(network[0], shape)
-        row["networks"][key] = {
-            "params": cost.params,
-            "macs": cost.macs,
-            "share": cost.macs / dense_macs,
-        }
-    row["times"] = {}
-    for batch_size in batch_sizes:
-        images = np.random.default_rng(0).standard_normal((batch_size, *shape))
-        images = images.astype(np.float32)
-        calls: dict[str, Callable[[], Any]] = {
-            f"{key}, JAX": _jax_call(*network, images)
-            for key, network in networks.items()
-        }
-        if against_torch:
-            for key, network in networks.items():
-                ours = np.asarray(calls[f"{key}, JAX"]())
-                calls[f"{key}, PyTorch"] = call = torch_call(*network, images)
-                gap = relative_gap(call(), ours)
-                row["networks"][key][f"gap_to_torch_batch_{batch_size}"] = gap
-        row["times"][str(batch_size)] = interleaved(calls, repeats=repeats)
-    batch_size = max(batch_sizes)
-    layers = report_layers(
-        networks["dense"], networks["budget 0.25 by 8"], shape, latency_batch=batch_size
-    )
-    row["layers"] = [vars(layer) for layer in layers]
-    row |= _bench_compressing(
-        *networks["dense"], images[:2], against_torch=against_torch
-    )
-    return row
-
-
-def format_tucker(row: dict[str, Any]) -> str:
-    """Returns a row's medians as lines."""
-    lines = [
-        f"{row['model']}: {key}, {network['share']:.3f} of the MACs, "
-        f"{network['params']:,} parameters"
-        for key, network in row["networks"].items()
-    ]
-    timed = []
-    for batch_size, times in row["times"].items():
-        dense = times["dense, JAX"]["median_ms"]
-        for name, found in times.items():
-            median, size = found["median_ms"], f"  batch {batch_size}"
-            timed.append([size, name, f"{median:.2f} ms", f"{dense / median:.2f}x"])
-    lines.append(aligned(timed, left=2))
-    lines.append(f"layers at budget 0.25 by 8, batch {max(map(int, row['times']))}:")
-    lines.append(format_layers([LayerReport(**layer) for layer in row["layers"]]))
-    seconds = row["compressing_s"]
-    lines.append(
-        "compressing at ratio 0.2: "
-        + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    )
-    if "gap_to_tensorly" in row:
-        gap = row["gap_to_tensorly"]
-        lines.append(f"logits, relative to TensorLy's factors in PyTorch: {gap:.0e}")
-    return "\n".join(lines)
+    def describe(self, row: dict[str, Any]) -> str:
+        lines = [
+            f"{row['model']}: {key}, {network['share']:.3f} of the MACs, "
+            f"{network['params']:,} parameters"
+            for key, network in row["networks"].items()
+        ]
+        timed = []
+        for batch_size, times in row["times"].items():
+            dense = times["dense, JAX"]["median_ms"]
+            for name, found in times.items():
+                median, size = found["median_ms"], f"  batch {batch_size}"
+                timed.append([size, name, f"{median:.2f} ms", f"{dense / median:.2f}x"])
+        seconds = row["compressing_s"].items()
+        lines += [
+            aligned(timed, left=2),
+            f"layers at budget 0.25 by 8, batch {max(map(int, row['times']))}:",
+            format_layers([LayerReport(**layer) for layer in row["layers"]]),
+            "compressing at ratio 0.2: "
+            + ", ".join(f"{name} {value:.2f} s" for name, value in seconds),
+        ]
+        if "gap_to_tensorly" in row:
+            gap = row["gap_to_tensorly"]
+            lines += [f"logits, relative to TensorLy's factors in PyTorch: {gap:.0e}"]
+        return "\n".join(lines)
 
 
 def _jax_call(model: Any, variables: Any, images: np.ndarray) -> Callable[[], Any]:
-    apply = jax.jit(lambda variables, x: model.apply(variables, x))
-    on_device = jax.device_put(images)
-    return lambda: jax.block_until_ready(apply(variables, on_device))
+    return functools.partial(jax.jit(model.apply), variables, jax.device_put(images))
 
 
 def torch_call(

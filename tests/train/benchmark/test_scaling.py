@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from helpers import abstract_state, make_config, synthetic_set
 
-from inertia_jax import Fixed, Inertial, Plan
+from inertia_jax import Fixed, Inertial, Plan, create_model
 from train.benchmark.scaling import MARKER, all_steps, tables
 from train.benchmark.scaling_model import MACHINES, count_step, efficiency, step_seconds
 from train.fit.trainer import Trainer
@@ -82,7 +82,7 @@ def test_bytes_of_all_reduces_are_read_from_hlo():
 
 
 def test_counts_are_the_published_ones():
-    (resnet,) = all_steps(["resnet18"])
+    resnet = count_step("resnet18", create_model("resnet18"))
     assert (resnet.params, resnet.macs) == (11_173_962, 555_422_720)
     # 20 BatchNorm layers: five of 64, 128, 256 and 512 channels, the shortcuts' too.
     assert resnet.norms == 20
@@ -91,7 +91,7 @@ def test_counts_are_the_published_ones():
 
 
 def test_a_step_by_hand():
-    (step,) = all_steps(["lenet"])
+    step = count_step("lenet", create_model("lenet"))
     options = {"batch_size": 1024, "utilisation": 0.25}
     compute = 6 * 11_992_448 * 128 / (989e12 * 0.25)
     ring = 2 * 7 / 8 * (4 * 1_199_882 + 16) / 450e9 + 2 * 7 * 3e-6
@@ -103,7 +103,7 @@ def test_a_step_by_hand():
 
 
 def test_efficiency_falls_with_devices_and_rises_with_overlap_and_batch():
-    (step,) = all_steps(["resnet20"])
+    step = count_step("resnet20", create_model("resnet20"))
 
     def at(n, overlap=False, per_device=128, step=step):
         return efficiency(
@@ -129,7 +129,7 @@ def test_the_document_holds_the_tables_of_the_program():
 
 
 def test_every_machine_joins_as_many_devices_as_it_says():
-    text = tables(list(all_steps(["lenet"])))
+    text = tables([count_step("lenet", create_model("lenet"))])
     columns = {
         re.search(rf"128 images in all: {machine.name}.*?\n\n(.*?)\n", text, re.S)[1]
         for machine in MACHINES
