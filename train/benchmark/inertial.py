@@ -1,4 +1,4 @@
-"""Timing of tiled inertial convolutions beside dense ones, whole and in parts."""
+"""Timing of tiled inertial convolutions, and of their parts, beside dense ones."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from inertia_jax.plan.plan import without_ladders
 from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import Calls, interleaved, random_images
 
-# Images, their side, and channels.
+# Each entry: the number of images, their side, and their channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
 _RATES = (0.1, 0.25, 0.5, 1.0)
 # Capacities a little above the tested shares: a chunk may have more open tiles than
@@ -36,11 +36,11 @@ class Suite(BaseSuite):
     """Tiled convolutions and networks beside dense ones."""
 
     batch_size: int = 64
-    """Images a call of the networks."""
+    """Number of images a call of the networks."""
     width: float = 1.0
     """Width of the networks."""
     repeats: int = 9
-    """Timed calls of each."""
+    """Number of timed calls of each function."""
 
     def cases(self) -> Iterable[Any]:
         return (*OP_SHAPES, "resnet20", "resnet18")
@@ -68,7 +68,8 @@ class Suite(BaseSuite):
     def _bench_network(self, name: str) -> dict[str, Any]:
         """Times a network's evaluation dense, and with every tileable 3x3 inertial.
 
-        Weights and images are random; every layer's threshold opens the given share.
+        Weights and images are random. Every layer's threshold opens the same share of
+        its tiles.
         """
         model = create_model(name, width=self.width)
         variables = init_variables(model, jax.random.key(0))
@@ -88,11 +89,11 @@ class Suite(BaseSuite):
 def bench_op(images: int, side: int, channels: int, *, repeats: int) -> dict[str, Any]:
     """Times a 3x3 convolution dense, and inertial in 2x2 tiles at several open shares.
 
-    Parts are jitted alone and timed on one chunk of images, as the whole takes them on
-    CPU. They are friction; `low`, the core once a tile; `open`, which gathers, computes
-    and scatters a quarter of the tiles; and `gather` and `compute`, two steps of `open`
-    alone. On CPU, where closed and open tiles share products, `fill` takes the place of
-    all but friction.
+    Parts are compiled separately and timed on one chunk of images, the size that the
+    whole layer uses on CPU. `friction` measures it. `low` applies the core once a tile.
+    `open` gathers, computes and scatters a quarter of the tiles; `gather` and `compute`
+    are two of its steps. On CPU closed and open tiles share products, so that `fill`
+    replaces all parts but friction.
     """
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (images, side, side, channels))
@@ -120,7 +121,7 @@ def bench_op(images: int, side: int, channels: int, *, repeats: int) -> dict[str
     padded = pad_image(chunk, tiling.pads)
     gate = jnp.asarray(levels > np.quantile(levels, 0.75))[: len(chunk)]
     capacity = gate.size // 4
-    # Layers compute it so; on CPU that is not XLA's form.
+    # Layers compute their convolution like this, on CPU without XLA's convolution.
     dense = jax.jit(lambda x, core: conv2d_to_apply(x, core, (1, 1), ((1, 1), (1, 1))))
     calls: Calls = {"dense": lambda: dense(x, core)}
     for rate in _RATES:
@@ -161,7 +162,7 @@ def _threshold_for(levels: np.ndarray, rate: float) -> Any:
 
 
 def tiled_model(name: str, width: float, rate: float) -> nn.Module:
-    """Returns a network whose every tileable 3x3 is inertial, in 2x2 tiles."""
+    """Returns a network whose tileable 3x3 convolutions are inertial, in 2x2 tiles."""
     tiled = dataclasses.replace(TILED, threshold=Rate(rate))
     return create_model(name, width=width, plan=Plan((("*", tiled),)))
 
@@ -171,8 +172,8 @@ def thresholds_at(model: nn.Module, variables: Any, x: Any, rate: float) -> Any:
     model = without_ladders(model)
     shapes = abstract_variables(model)["thresholds"]
     thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    # Training mode would change BatchNorm, so thresholds are taken from the friction
-    # that evaluation sows, again and again until later layers have settled.
+    # Training mode would change BatchNorm. The thresholds are therefore computed from
+    # the friction that evaluation sows, repeatedly, until later layers have settled.
     apply = jax.jit(
         lambda thresholds, x: model.apply(
             {**variables, "thresholds": thresholds}, x, mutable=["intermediates"]

@@ -1,4 +1,4 @@
-"""Timing of networks as they are deployed, with BatchNorm as it is and folded."""
+"""Timing of networks as they are deployed, with BatchNorm folded and not."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,19 +22,19 @@ _RATES = (0.1, 0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Suite(NetworkSuite):
-    """Dense, compressed and tiled networks as they are exported, BatchNorm folded.
+    """Dense, compressed and tiled networks as they are exported, with folded BatchNorm.
 
     Each is timed at batch 1 and at `batch_size`.
     """
 
     repeats: int = 9
-    """Timed calls of each."""
+    """Number of timed calls of each function."""
 
     def measure(self, case: str) -> dict[str, Any]:
         """Times a network's evaluation dense, compressed and tiled, folded and not.
 
         Weights are random, and constants of the compiled function, as in an exported
-        file. Thresholds of the tiled networks open a share of each batch's tiles.
+        file. The thresholds of the tiled networks open a given share of the tiles.
         """
         model = create_model(case, width=self.width)
         dense = (model, init_variables(model, jax.random.key(0)))
@@ -92,7 +92,7 @@ def _call(network: Network, images: np.ndarray) -> Callable[[], Any]:
 
 
 def _gaps(calls: Calls) -> dict[str, float]:
-    """Returns how far logits are from the network's own, relative to the largest."""
+    """Returns each call's largest difference from the unfolded JAX network's logits."""
     gaps = {}
     for name, call in calls.items():
         expected = name.removesuffix(", folded")

@@ -1,4 +1,4 @@
-"""What a run adds to its steps: input, logging, progress bar, checkpoints."""
+"""The time that a run adds to its steps: input, logging, progress bar, checkpoints."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ from train.run.checkpoints import Checkpoints
 from train.run.directory import RunDirectory
 from train.step.state import training_to_dict
 
-# Timed calls of what an epoch adds: a checkpoint, and the epoch's first input.
+# The number of timed calls of an epoch's first input and of its checkpoint.
 _EXTRA_REPEATS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite(BaseSuite):
-    """What a run adds to its steps: input, logging, progress bar, checkpoints."""
+    """The time that input, logging, progress bar and checkpoints add to steps."""
 
     config: str = "configs/cifar10_resnet18_small.py"
     """File of the run's configuration."""
@@ -38,19 +38,19 @@ class Suite(BaseSuite):
     width: float | None = None
     """Width of the network; None: the configuration's own."""
     steps: int = 200
-    """Steps of a block, at most an epoch's."""
+    """Number of steps of a block, at most those of an epoch."""
     repeats: int = 9
-    """Blocks of each kind, at least 6."""
+    """Number of blocks of each kind, at least 6."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Times blocks of steps bare and in the loop, in turn, and what an epoch adds.
+        """Times bare blocks of steps and blocks in the loop, in turn.
 
-        A bare block takes its steps on an input that lies ready, the other one on the
-        loop's own feed, with its meter, progress bar and one line of metrics, at its
-        end. (A run has such a line every `log_steps`.) Both read the totals of one call
-        while the next one runs. What an epoch adds is timed by itself: its first input,
-        with the shuffle before it, and one checkpoint, waited for. (In a run it is
-        written while the next epoch computes.)
+        A bare block takes its steps on an input that lies ready. A block in the loop
+        uses the loop's feed, meter and progress bar, and writes one line of metrics at
+        its end. (A run has such a line every `log_steps`.) Both read the totals of one
+        call while the next one runs. The rest of an epoch is timed separately: its
+        first input, with the shuffle before it, and one checkpoint, until it is
+        written. (A run writes it while the next epoch computes.)
 
         Raises:
             UsageError: A block has more steps than an epoch; there are fewer than six
@@ -118,19 +118,15 @@ class Suite(BaseSuite):
 
 
 class _TimedRun:
-    """A run in a scratch directory, whose parts are called one by one.
+    """A run in a scratch directory, until `stack` closes; its parts are called singly.
 
-    Args:
-        trainer: What takes the steps.
-        ready: Inputs of a call, which bare blocks take again and again.
-        calls: Calls of a block.
-        stack: What closes the run at its end.
+    Every block has `calls` calls; each call of a bare block has the inputs `ready`.
     """
 
     def __init__(
         self, trainer: Trainer, ready: Any, calls: int, stack: contextlib.ExitStack
     ) -> None:
-        # Imported now: otherwise the writer thread imports it during the timed steps.
+        # Without this the writer thread would import it during the timed steps.
         import tensorboardX  # noqa: F401
 
         self._trainer, self._ready, self._calls = trainer, ready, calls
@@ -201,13 +197,13 @@ def overhead(
     *,
     blocks_per_epoch: float,
 ) -> dict[str, Any]:
-    """Returns what a loop adds to its steps, as a share of bare steps' time.
+    """Returns the time that a loop adds to its steps, as a share of the bare steps'.
 
     Args:
-        bare: Times of bare blocks.
-        whole: Times of blocks in the loop, each beside a bare one.
-        extra: Times of what every epoch adds beside its blocks.
-        blocks_per_epoch: Number of blocks an epoch has.
+        bare: The times of bare blocks.
+        whole: The times of blocks in the loop, each paired with a bare one.
+        extra: The times that an epoch spends outside its blocks.
+        blocks_per_epoch: The number of blocks in an epoch.
 
     Returns:
         `added_to_steps`, the median of the pairs with its interval, and
@@ -221,9 +217,9 @@ def overhead(
 
 
 def _blocks(trainer: Trainer, calls: int) -> Generator[Any, None, None]:
-    """Yields the inputs of block after block; none has inputs of two epochs.
+    """Yields the inputs of one block after the other; no block crosses an epoch's end.
 
-    An epoch's first input is made beforehand: the time it takes is not a block's.
+    An epoch's first input is made before its first block, whose time it is not part of.
     """
     for epoch in itertools.count():
         inputs = trainer.inputs(epoch, 0)

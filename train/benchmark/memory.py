@@ -20,11 +20,11 @@ class Suite(NetworkSuite):
     """Peak memory of a process that trains a network."""
 
     def measure(self, case: str) -> dict[str, Any]:
-        """Returns the peak resident size of a process that trains, in MB."""
+        """Measures the peak resident size of a process that trains, in MB."""
         row: dict[str, Any] = {"model": case}
         row |= {"batch_size": self.batch_size, "width": self.width}
         for kind in self.frameworks:
-            # The process is spawned, not forked: what this one holds must not count.
+            # A forked process would count this process's memory as its own.
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
                 arguments = (kind, case, self.batch_size, self.width)

@@ -17,9 +17,9 @@ from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import Calls, interleaved, peak_gflops, random_images
 from train.errors import needs_torch
 
-# Side of the images, and channels.
+# Each entry: the side of the images, and their channels.
 STAGES = ((32, 64), (16, 128), (8, 256), (4, 512))
-# Ranks of Tucker-2, as a share of the channels: about a quarter of the MACs is left.
+# The ranks of Tucker-2 over the channels; about a quarter of the MACs remains.
 _RANK_SHARE = 0.4
 _WINDOW: dict[str, Any] = {"region_size": 3, "combine": "weighted_channel"}
 _TILED: dict[str, Any] = dict(region_size=4, padding=1, capacities=TILED.capacities)
@@ -27,26 +27,26 @@ _TILED: dict[str, Any] = dict(region_size=4, padding=1, capacities=TILED.capacit
 
 @dataclasses.dataclass(frozen=True)
 class Suite(BaseSuite):
-    """Convolutions, their gradients, and what stands in for them."""
+    """Convolutions, their gradients, and the operations that replace them."""
 
     batch_size: int = 64
-    """Images a call."""
+    """Number of images a call."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of images and kernels."""
     against: Literal["none", "torch"] = "none"
-    """torch: the same operations in PyTorch, in turn."""
+    """torch: the same operations are timed in PyTorch, too, in turn."""
     repeats: int = 9
-    """Timed calls of each."""
+    """Number of timed calls of each function."""
 
     def cases(self) -> Iterable[tuple[int, int]]:
         return STAGES
 
     def measure(self, case: tuple[int, int]) -> dict[str, Any]:
-        """Times convolutions, their gradients, and what stands in for a 3x3.
+        """Times convolutions, their gradients, and replacements of a 3x3 convolution.
 
-        A gradient is taken with respect to images and kernel together, forward pass
-        included. The convolutions called "XLA's" are those that layers do not take on
-        CPU. Inertial gates open half of the windows, or the given share of the tiles.
+        A gradient is with respect to images and kernel together, and its time contains
+        the forward pass. On CPU, layers do not use the convolutions called "XLA's".
+        Inertial gates open half of the windows, or the given share of the tiles.
         Images and kernels are random.
         """
         side, channels = case

@@ -1,9 +1,9 @@
-"""Steps of one, two and four real processes beside the form that docs/scaling.md has.
+"""Steps of one, two and four real processes beside the model of docs/scaling.md.
 
 `python -m train.benchmark.processes --out FILE` measures. Each process has one CPU
-device. All of them time, in turn, a step of their own without the others, a step
-together, and the all-reduce alone, for arrays of several sizes. The document's form is
-fitted to all all-reduces at once: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
+device. In turn, all of them time a step of their own, a step together, and all-reduces
+of arrays of several sizes. The document's formula is fitted to all of the all-reduces:
+`2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def _terms(num_processes: int, num_bytes: float) -> tuple[float, float]:
 
 
 def _fit(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Returns milliseconds a byte and a message, of least relative error."""
+    """Returns milliseconds a byte and a message, of the least relative error."""
     terms, times = [], []
     for row in rows:
         for size in _SIZES if row["num_processes"] > 1 else ():

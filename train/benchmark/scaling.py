@@ -1,7 +1,7 @@
-"""Scaling on paper: what a training step sends and computes, and what that predicts.
+"""The tables of docs/scaling.md: predicted times and efficiencies of training steps.
 
-`python -m train.benchmark.scaling` prints the tables of docs/scaling.md; `--write FILE`
-puts them between that file's two markers.
+`python -m train.benchmark.scaling` prints them; `--write FILE` puts them between the
+two markers of that file.
 """
 
 import argparse
@@ -33,8 +33,8 @@ MARKER = "<!-- tables of the model of scaling -->"
 def tucker_model(name: str, share: float) -> nn.Module:
     """Returns a network whose 3x3 convolutions have ranks for a share of its MACs.
 
-    The ranks are one fraction of every layer's channels, the largest sixty-fourth that
-    keeps to the share; the first convolution stays.
+    Every layer's ranks are the same fraction of its channels, the largest multiple of
+    1/64 that keeps to the share. The first convolution stays dense.
     """
     dense = create_model(name)
     shape = input_shape(dense)
@@ -137,7 +137,7 @@ def _cell(
     share = functools.partial(
         efficiency, step, machine, n, batch_size=batch_size, batch_alone=batch_alone
     )
-    # The faster devices compute, the larger is the share of sending.
+    # Sending takes a larger share of the time where devices compute faster.
     least = f"{100 * share(utilisation=0.4, overlap=False):.0f}"
     most = f"{100 * share(utilisation=0.2, overlap=True):.0f}"
     return least if least == most else f"{least}-{most}"

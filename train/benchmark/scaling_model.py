@@ -1,4 +1,4 @@
-"""What a training step sends and computes, and how long that would take."""
+"""A model of the time that a training step takes to compute and to send."""
 
 import dataclasses
 import math
@@ -9,22 +9,22 @@ from flax import linen as nn
 from inertia_jax import count_cost
 from inertia_jax.models.create import abstract_variables, input_shape
 
-# Loss and gate rate are float32; right answers and examples are int32.
+# Loss and gate rate are float32; the counts of right answers and examples are int32.
 _METRIC_BYTES = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a training step of a network needs, whatever the number of devices.
+    """The counts of a network's training step that hold for any number of devices.
 
     Attributes:
         name: The network's name.
-        params: Number of parameters, all trained, whose gradients are float32.
-        statistics: Number of running means and variances of BatchNorm, two a channel,
-            float32.
-        averages: Number of other values that are averaged: thresholds.
-        norms: Number of BatchNorm layers whose statistics are those of the whole batch.
-        macs: Multiply-accumulates of a forward pass of one image.
+        params: The number of parameters; all are trained, with gradients in float32.
+        statistics: The number of running means and variances of BatchNorm, two a
+            channel, in float32.
+        averages: The number of other averaged values, which are thresholds.
+        norms: The number of BatchNorm layers with statistics of the whole batch.
+        macs: The multiply-accumulates of a forward pass of one image.
     """
 
     name: str
@@ -52,16 +52,15 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Accelerators and their links, under the assumptions that docs/scaling.md has.
+    """Accelerators and their links, under the assumptions of docs/scaling.md.
 
     Attributes:
         name: The names of device and link.
-        flops_per_s: Peak of one device in bfloat16.
-        bytes_per_s: Bytes that a device sends in one direction, while it receives as
-            many.
-        latency_s: Seconds of one message between neighbours.
-        fewest: The fewest devices that such links join, but for one alone.
-        most: The most devices that they join.
+        flops_per_s: The peak of one device in bfloat16.
+        bytes_per_s: The bytes that a device sends, while it receives as many.
+        latency_s: The seconds of one message between neighbours.
+        fewest: The smallest number of devices, beside 1, that such links join.
+        most: The largest number of devices that they join.
     """
 
     name: str
@@ -81,7 +80,7 @@ MACHINES = (
 
 
 def count_step(name: str, model: nn.Module, *, dense: bool = False) -> Step:
-    """Counts a network's step; `dense` takes the MACs of the form that is trained."""
+    """Counts a network's step, with `dense` at the MACs of the dense convolutions."""
     shape = input_shape(model)
     variables = abstract_variables(model, shape)
     params = jax.tree.leaves(variables.pop("params"))
@@ -101,15 +100,16 @@ def count_step(name: str, model: nn.Module, *, dense: bool = False) -> Step:
 def sending_seconds(
     step: Step, machine: Machine, num_devices: int
 ) -> tuple[float, float]:
-    """Predicts how long gradients, and statistics of BatchNorm, take to be reduced.
+    """Predicts the seconds of reducing gradients, and statistics of BatchNorm.
 
     Gradients go round a ring: `2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
     Statistics of BatchNorm, a few kilobytes, go up and down a tree: `2 ceil(log2 n)
-    latency` each, forward and backward, and never overlap: the next layer waits.
+    latency` each, forward and backward. They never overlap with computing, because the
+    next layer waits for them.
 
     Args:
-        step: What is sent and computed.
-        machine: Devices and links.
+        step: The counts of the step.
+        machine: The devices and their links.
         num_devices: The number n of devices.
     """
     n = num_devices
@@ -128,22 +128,22 @@ def step_seconds(
     utilisation: float,
     overlap: bool,
 ) -> float:
-    """Predicts the time of a step.
+    """Predicts the seconds of a step.
 
     Args:
-        step: What is sent and computed.
-        machine: Devices and links.
-        num_devices: Number of devices.
-        batch_size: Images a step of all devices together.
-        utilisation: Share of the peak that computing reaches.
-        overlap: Whether gradients are sent while others are computed, at best, or
-            after them, at worst.
+        step: The counts of the step.
+        machine: The devices and their links.
+        num_devices: The number of devices.
+        batch_size: The number of images a step, on all devices together.
+        utilisation: The share of the peak that computing reaches.
+        overlap: Whether gradients are sent while others are computed (the best case),
+            or after all of them (the worst).
     """
     rate = machine.flops_per_s * utilisation
     compute = step.flops * batch_size / num_devices / rate
     gradients, norms = sending_seconds(step, machine, num_devices)
     if overlap:
-        # Gradients come with the backward pass, which is two thirds of the computing.
+        # The backward pass, which makes the gradients, is two thirds of the computing.
         return norms + compute + max(0.0, gradients - 2 / 3 * compute)
     return norms + compute + gradients
 
@@ -158,16 +158,9 @@ def efficiency(
     utilisation: float,
     overlap: bool,
 ) -> float:
-    """Returns images a second of n devices over n times those of one.
+    """Returns the images a second of n devices over n times those of one device.
 
-    Args:
-        step: What is sent and computed.
-        machine: Devices and links.
-        num_devices: The number n of devices.
-        batch_size: Images a step of all devices together.
-        batch_alone: Images a step of the one device that they are compared with.
-        utilisation: Share of the peak that computing reaches.
-        overlap: Whether gradients are sent while others are computed.
+    That device has `batch_alone` images a step; the rest is as in `step_seconds`.
     """
 
     def images_per_s(n: int, batch_size: int) -> float:

@@ -23,7 +23,8 @@ class Suite(BaseSuite):
     """Seconds from the command to the first step."""
 
     repeats: int = 9
-    """Starts with an empty compilation cache, each with one after it that finds it."""
+    """Number of rounds: a start with an empty compilation cache, and one that finds it
+    filled."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Starts the quick start's training again and again, up to its first step.

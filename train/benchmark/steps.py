@@ -26,14 +26,14 @@ class Suite(NetworkSuite):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters are float32."""
     repeats: int = 9
-    """Timed calls of each."""
+    """Number of timed calls of each function."""
 
     def measure(self, case: str) -> dict[str, Any]:
         """Times a training step and an evaluation of a network.
 
         The step is forward, backward and SGD with momentum and weight decay, on one
-        device, on a batch already there. PyTorch is timed at its best: channels_last,
-        compiled on a GPU.
+        device, on a batch that is already there. PyTorch runs in its fastest form:
+        channels_last, and compiled on a GPU.
         """
         peak = peak_gflops(self.dtype)
         functions = {
@@ -152,7 +152,7 @@ def _torch_functions(
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.from_numpy(labels).long().to(device)
-    # On CPU PyTorch's compiler needs one for C++, and eager calls take oneDNN already.
+    # On CPU, PyTorch's compiler needs a C++ compiler, and eager calls use oneDNN.
     forward = torch.compile(twin) if device == "cuda" else twin
     low = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 

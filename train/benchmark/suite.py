@@ -1,4 +1,4 @@
-"""What the suites of `python -m train benchmark` share: options, and how they go on."""
+"""The base of the suites of `python -m train benchmark`."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -15,19 +15,19 @@ class BaseSuite:
     """File for the record, as JSON."""
 
     def cases(self) -> Iterable[Any]:
-        """Returns what is measured, one after the other."""
+        """Returns the cases of the suite, such as networks or shapes."""
         raise NotImplementedError
 
     def measure(self, case: Any) -> dict[str, Any]:
-        """Returns what is found of one of them, as the record has it."""
+        """Measures a case and returns its row of the record."""
         raise NotImplementedError
 
     def describe(self, row: dict[str, Any]) -> str:
-        """Returns what is printed of it."""
+        """Returns a row as text to print."""
         raise NotImplementedError
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Measures case after case, prints what it found, and yields it."""
+        """Measures the cases in order, prints each row and yields it."""
         for case in self.cases():
             with user_input():
                 row = self.measure(case)
@@ -46,11 +46,11 @@ class NetworkSuite(BaseSuite):
     )
     """Networks to measure."""
     batch_size: int = 64
-    """Images a call."""
+    """Number of images a call."""
     width: float = 1.0
     """Width of the networks."""
     against: Literal["none", "torch"] = "none"
-    """torch: the same networks in PyTorch, in turn."""
+    """torch: the same networks are measured in PyTorch, too, in turn."""
 
     def cases(self) -> Iterable[str]:
         return self.models
@@ -62,5 +62,5 @@ class NetworkSuite(BaseSuite):
 
     @property
     def both_batches(self) -> tuple[int, ...]:
-        """Batches of one image and of `batch_size`."""
+        """The batch sizes 1 and `batch_size`."""
         return tuple(sorted({1, self.batch_size}))

@@ -31,18 +31,17 @@ class Suite(BaseSuite):
     data: str | None = None
     """Source of the data; None: the configurations' own."""
     batch_size: int = 64
-    """Images of an evaluation."""
+    """Number of images of an evaluation."""
     steps: int = 200
-    """Steps of training before anything is timed, at most an epoch's."""
+    """Number of training steps before the timed calls, at most those of an epoch."""
     repeats: int = 9
-    """Timed calls of each."""
+    """Number of timed calls of each function."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Times a call of training, and an evaluation of one batch, of every network.
 
-        All calls take turns, on one device, after `steps` steps of each network: by
-        then thresholds have settled, so that gates open as often as they do in
-        training.
+        All calls take turns, on one device, after `steps` steps of each network. By
+        then thresholds have settled, and gates open as often as in training.
 
         Yields:
             A row for each configuration: its `name`; the milliseconds of `train`, a
@@ -87,7 +86,7 @@ class Suite(BaseSuite):
         for inputs in itertools.islice(trainer.inputs(0, 0), self.steps):
             state, _ = trainer.train_call(state, inputs)
         gate_rates = dict(trainer.evaluate(state).gate_rates)
-        # The variables are copied: the next step takes the state's own arrays.
+        # The next step takes over the state's arrays, so that a copy is evaluated.
         variables = jax.tree.map(jnp.copy, state.result)
         stored = jnp.asarray(data.test.images[: self.batch_size])
         images = trainer.augmentation.for_evaluation(stored)
@@ -102,7 +101,7 @@ class Suite(BaseSuite):
 
 
 def format_sweep(rows: list[dict[str, Any]]) -> str:
-    """Returns the medians, beside those of a network without gates, as a table."""
+    """Returns the medians, also relative to a network without gates, as a table."""
     dense = next((row for row in rows if not row["gate_rates"]), rows[0])
     of_dense = f"of {dense['name']}"
     lines = [["run", "step, ms", of_dense, "forward, ms", "of the same"]]

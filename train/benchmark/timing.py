@@ -19,12 +19,12 @@ def interleaved(functions: Calls, *, repeats: int) -> dict[str, dict[str, float]
     Every timed call follows an untimed call of the same function, as a step of training
     follows a step: it finds its own caches and freed memory, and the threads of another
     library, which go on spinning for a while, are asleep. (SimpleDLA's step at batch
-    128 took 1.9 s after its own, and 3.4 s after a step of PyTorch, of which 2.6 went
-    into having memory from the system again.)
+    128 took 1.9 s after one of its own, and 3.4 s after a step of PyTorch: 2.6 s of
+    these were spent on getting memory from the system again.)
 
     Args:
-        functions: Functions whose arrays are waited for.
-        repeats: Timed calls of each.
+        functions: The functions; the arrays that they return are waited for.
+        repeats: The number of timed calls of each.
     """
 
     def before(name: str) -> None:
@@ -47,10 +47,9 @@ def times_in_turn(
     second round goes in the opposite order.
 
     Args:
-        functions: Functions whose arrays are waited for.
-        repeats: Timed calls of each.
-        before: A function that is called before each call, with the name of what is
-            timed.
+        functions: The functions; the arrays that they return are waited for.
+        repeats: The number of timed calls of each.
+        before: A function that is called before each call, with the function's name.
         prepare: A function that is called before each round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -67,7 +66,7 @@ def times_in_turn(
 
 
 def spread_of(times: list[float]) -> dict[str, float]:
-    """Returns the median, the least and the most of times in milliseconds."""
+    """Returns the median, the minimum and the maximum of times in milliseconds."""
     return {
         "median_ms": statistics.median(times),
         "min_ms": min(times),
@@ -83,7 +82,7 @@ def median_with_interval(values: list[float]) -> dict[str, float]:
     """
     if len(values) < 6:
         raise ValueError(f"`values` (={len(values)}) must be at least six.")
-    # Imported here: it takes a second, and one suite alone needs it.
+    # This import takes a second, and only one suite needs it.
     from scipy.stats import quantile_test
 
     test = quantile_test(values, q=np.median(values), p=0.5)

@@ -1,4 +1,4 @@
-"""The same networks in PyTorch, for benchmarks and tests beside it."""
+"""The networks of the library in PyTorch, for benchmarks and tests."""
 
 import itertools
 import re
@@ -167,7 +167,7 @@ class LeNet(nn.Module):
 
 
 def factorised(module: nn.Module, plan: Plan) -> nn.Module:
-    """Returns the network with the factorised convolutions that a plan has.
+    """Returns the network with its convolutions factorised as in a plan.
 
     Args:
         module: A dense network; its layers are replaced.

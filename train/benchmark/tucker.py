@@ -34,7 +34,7 @@ from train.errors import UsageError, needs_torch
 RULES: dict[str, dict[str, Any]] = {
     "ratio 0.2": {"ranks": Ratio(0.2)},
     "budget 0.25": {"ranks": Budget(macs=0.25)},
-    # Vector units like multiples of 8: 17 channels take longer than 24.
+    # Vector units are faster at multiples of 8: 17 channels take longer than 24.
     "budget 0.25 by 8": {"ranks": Budget(macs=0.25), "round_to": 8},
 }
 
@@ -49,7 +49,7 @@ class Suite(NetworkSuite):
     stem: Literal["cifar", "imagenet"] = "cifar"
     """Stem of resnet18; imagenet: torchvision's, 1,000 classes at 224 x 224."""
     repeats: int = 9
-    """Timed calls of each."""
+    """Number of timed calls of each function."""
 
     def cases(self) -> Iterable[str]:
         if self.stem != "cifar" and self.models != ("resnet18",):
@@ -57,7 +57,7 @@ class Suite(NetworkSuite):
         return self.models
 
     def measure(self, case: str) -> dict[str, Any]:
-        """Times a network's evaluation dense and compressed, layers, and compressing.
+        """Times a network's evaluation, its layers' calls, and its compression.
 
         Weights are random: a trained network has other ranks under the same budget, but
         they cost the same. Layers are timed at the largest batch.
@@ -188,7 +188,7 @@ def tensorly_factors(sites: Mapping[str, Site], plan: Plan) -> dict[str, Any]:
                     rank=[spec.rank_out, spec.rank_in],
                     modes=[0, 1],
                     init="svd",
-                    # Each iteration would be one of HOOI; HOSVD takes none.
+                    # Iterations are those of HOOI; HOSVD has none.
                     n_iter_max=0,
                 )
             layer = torch_key((*path.split("/"), "kernel")).removesuffix("weight")
@@ -201,12 +201,7 @@ def tensorly_factors(sites: Mapping[str, Site], plan: Plan) -> dict[str, Any]:
 def _bench_compressing(
     model: Any, variables: Any, images: np.ndarray, *, against_torch: bool
 ) -> dict[str, Any]:
-    """Returns seconds that compressing takes: with compilation, and again.
-
-    With `against_torch`, TensorLy factorises the same kernels at the same ranks, too,
-    and the row says how far the logits of our network are from those of a network in
-    PyTorch that has TensorLy's factors.
-    """
+    """Times compressing, and TensorLy at the same ranks, whose logits are compared."""
     seconds = {}
     jax.clear_caches()
     for name in ("with compilation", "again"):

@@ -25,7 +25,7 @@ def evaluate_stages(
 
     Args:
         stages: The networks, by the names of their stages.
-        description: What the dense network's checkpoint says; it holds for all of them.
+        description: The description of the dense network, which holds for all of them.
         sources: The sources of the test sets.
         cache_dir: The directory in which decoded sets are kept.
     """
@@ -71,7 +71,7 @@ def compare_stages(
 
 
 def in_words(test: Mapping[str, Any]) -> str:
-    """Returns a row of `compare_stages` as a line."""
+    """Returns an entry of `compare_stages` as a line."""
     parts = [f"{test['data']}: top-1 {test['top1_before']:.2%} before"]
     parts += [
         f"{name} {stage['top1']:.2%} ({100 * stage['difference']:+.2f} "

@@ -35,7 +35,7 @@ class Compress:
     macs: float | None = None
     """Inertial: share of the network's MACs to keep, in (0, 1]; friction counts."""
     method: Literal["hosvd", "hooi", "inertial"] | None = None
-    """How factors are found; None: hosvd. `inertial` goes with `--macs`."""
+    """Method that finds the factors; None: hosvd. `inertial` goes with `--macs`."""
     layers: str = "*"
     """Glob over the paths of the convolutions that may change."""
     keep_stem: bool = False
@@ -51,7 +51,7 @@ class Compress:
     tile_size: int = 2
     """Inertial: side of a tile of outputs."""
     metric: Metric = Inertial.metric
-    """Inertial: how friction is measured; `random` is a control, noise in place of
+    """Inertial: measure of friction; `random` is a control with noise in place of
     friction."""
     reference: Reference = Inertial.reference
     """Inertial: value from which friction is measured."""
@@ -97,7 +97,7 @@ class Compress:
         return self.macs is not None
 
 
-# Options of one method alone, and options that need data.
+# The options of Tucker-2 alone, those that need data, and those of inertial layers.
 _OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
 _OF_DATA = (
     "also_test",

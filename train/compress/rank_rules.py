@@ -1,4 +1,4 @@
-"""Rules for ranks as the command line writes them, and plans as records have them."""
+"""Rules for ranks from the command line, and plans for records."""
 
 import json
 import pathlib
@@ -42,5 +42,5 @@ def parse_ranks(text: str) -> RankRule | Budget:
 
 
 def plan_to_json(plan: Plan) -> Any:
-    """Returns a plan as the JSON value that records have."""
+    """Returns a plan as a JSON value for records."""
     return json.loads(plan.to_json())

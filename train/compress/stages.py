@@ -52,7 +52,7 @@ def compressed_stages(
     *,
     batch_size: int = 128,
 ) -> dict[str, Network]:
-    """Returns the network after each stage, by name: the last is the one to keep.
+    """Returns the network after each stage, by name; the last one is the result.
 
     Args:
         args: The options, checked and complete.
@@ -168,7 +168,7 @@ def _recalibrated(
     model, variables = network
     if not args.recalibration_images or "batch_stats" not in variables:
         return network
-    # Thresholds stay as they are.
+    # Recalibration must not change thresholds.
     still = model.clone(plan=model.plan.with_fixed_thresholds())
     images = draw(args.recalibration_images, augment=True)
     return model, recalibrate_batch_norm(

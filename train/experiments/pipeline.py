@@ -1,4 +1,4 @@
-"""From PyTorch weights through compression to a fine-tuned network, and its control."""
+"""Pipelines from PyTorch weights to a compressed, fine-tuned network."""
 
 import dataclasses
 import pathlib
@@ -37,14 +37,7 @@ from train.run.directory import describe_machine
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """The network that a stage ended with.
-
-    Attributes:
-        name: The stage's name.
-        evaluation: The network's answers to the test images.
-        cost: The network's cost.
-        plan: The network's plan.
-    """
+    """The accuracy, cost and plan of the network that a stage ended with."""
 
     name: str
     evaluation: Evaluation
@@ -104,7 +97,7 @@ def run_pipeline(
         before = tuned
     if pipeline.control:
         before = dense
-        # The control's schedule starts anew as often as the compressed networks'.
+        # The control's schedule restarts as often as that of the compressed networks.
         for i in range(1, len(pipeline.ranks) + 1):
             control = _tune(config, before, None, workdir / f"control_{i}")
             if control is None:
@@ -135,7 +128,7 @@ def _read_weights(
 
 
 def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path | None:
-    """Trains, or goes on; returns the last checkpoint, or None if it was stopped."""
+    """Trains or resumes a run, and returns its last checkpoint, or None if stopped."""
     result = fit(config, workdir=workdir, resume=True)
     if result.stopped_by is not None:
         return None
@@ -158,7 +151,7 @@ def _compress(
     data: ImageSet,
     out: pathlib.Path,
 ) -> None:
-    """Compresses as the verb does, without weighing errors."""
+    """Compresses as the verb `compress` does, with errors that are not weighed."""
     config = pipeline.run
     args = Compress(
         checkpoint=str(before),
@@ -187,7 +180,7 @@ def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
 
 
 def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, Any]:
-    """Returns the record of all stages; JSON."""
+    """Returns the record of all stages as a JSON value."""
     first = stages[0].evaluation
     rows = []
     for stage in stages:

@@ -1,4 +1,4 @@
-"""The configuration of a pipeline, and the directory that it claims."""
+"""The configuration of a pipeline, and its claim on a directory."""
 
 import dataclasses
 import hashlib
@@ -28,10 +28,11 @@ class Pipeline:
     head_epochs: int = 5
     """Epochs in which the head alone is trained."""
     ranks: tuple[str, ...] = ("ratio:0.2",)
-    """Rules as `compress` takes them; each is applied to the network of the one
-    before."""
+    """Rules in the form that `compress` takes; each is applied to the result of the
+    one before."""
     recalibration_images: int = 0
-    """Training images that recalibrate BatchNorm after compressing; 0: none do."""
+    """Number of training images that recalibrate BatchNorm after compressing; 0: it
+    is not recalibrated."""
     distill: bool = False
     """Fine-tune with the network after head training as the teacher."""
     control: bool = True

@@ -60,7 +60,7 @@ def with_source(config: Config, source: str | None) -> Config:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the records so far; a last line that a kill cut off is left out.
+    """Returns the records of a file, without a last line that a kill left unfinished.
 
     Raises:
         UsageError: The file holds something other than records.
@@ -131,13 +131,7 @@ def without_places(config: dict[str, Any]) -> dict[str, Any]:
 def make_sweep_record(
     config: Config, workdir: pathlib.Path, evaluation: Evaluation
 ) -> dict[str, Any]:
-    """Returns the record of a run that has ended.
-
-    Args:
-        config: The run's configuration.
-        workdir: The run's directory.
-        evaluation: The evaluation of the last epoch.
-    """
+    """Returns the record of a run that ended with this evaluation."""
     record = make_record(workdir)
     cost = read_description(last_checkpoint(workdir)).cost(evaluation.gate_rates)
     rates = [row["images_per_s"] for row in record["curve"][1:]]
@@ -158,7 +152,7 @@ def make_sweep_record(
 
 
 def make_failed_record(config: Config, error: Exception) -> dict[str, Any]:
-    """Returns the record of a run that diverged; it would diverge again."""
+    """Returns the record of a run that diverged, and would diverge again."""
     return {
         "name": config.name,
         "seed": config.seed,
@@ -168,7 +162,7 @@ def make_failed_record(config: Config, error: Exception) -> dict[str, Any]:
 
 
 def summarise(records: list[dict[str, Any]]) -> str:
-    """Returns a table with a row for each name: mean and spread over seeds."""
+    """Returns a table of means and spreads over seeds, with a row for each name."""
     lines = [["run", "seeds", "top-1 mean", "std", "MACs in all", "params"]]
     ended = [record for record in records if "failed" not in record]
     for name in dict.fromkeys(record["name"] for record in ended):

@@ -1,4 +1,4 @@
-"""What a run refuses before it trains: settings that its data or devices contradict."""
+"""Checks before training: data and devices must suit the configuration."""
 
 import pathlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def check_trainable(config: Config, data: ImageSet, num_devices: int) -> Split:
     """Returns the training images.
 
     Raises:
-        UsageError: There are none, or batches of them that the devices cannot share.
+        UsageError: There are none, or `batch_size` does not suit them or the devices.
     """
     if data.train is None:
         raise UsageError(f"{data.name} has no training images.")
@@ -37,7 +37,7 @@ def check_trainable(config: Config, data: ImageSet, num_devices: int) -> Split:
 
 
 def check_float64(config: Config) -> None:
-    """Raises UsageError where the network computes in float64 and JAX has none."""
+    """Raises UsageError where the network needs float64 and JAX has it disabled."""
     if config.model.dtype == "float64" and jnp.result_type(float) != "float64":
         raise UsageError("`model.dtype` (=float64) needs JAX_ENABLE_X64=1.")
 
@@ -48,7 +48,7 @@ def check_gates(config: Config, specs: Sequence[Inertial], num_devices: int) -> 
     Args:
         config: The run's configuration.
         specs: The specifications of the network's inertial layers.
-        num_devices: Number of devices of all processes.
+        num_devices: The number of devices of all processes.
 
     Raises:
         UsageError: A budget could not move a gate, or gates depend on the whole batch
@@ -68,7 +68,7 @@ def check_gates(config: Config, specs: Sequence[Inertial], num_devices: int) -> 
 
 
 def check_same_everywhere(path: pathlib.Path, variables: dict[str, Any]) -> None:
-    """Raises UsageError where processes read other variables than the first."""
+    """Raises UsageError where a process reads other variables than the first."""
     other = differing_process(bytes.fromhex(hash_variables(variables)))
     if other is not None:
         raise UsageError(

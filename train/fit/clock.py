@@ -1,4 +1,4 @@
-"""Seconds of training alone: neither evaluation nor compilation counts."""
+"""A clock for the seconds of training, without evaluation and compilation."""
 
 import math
 import time
@@ -9,13 +9,13 @@ import jax
 
 
 class TrainingClock:
-    """A stopwatch of a run's steps that leaves tracing and compiling out.
+    """A stopwatch for a run's steps that does not count tracing and compiling.
 
-    It listens to JAX for these within `with`.
+    Inside `with`, it listens to JAX's events about these.
     """
 
     def __init__(self, seconds: float) -> None:
-        """Begins with the seconds of the run's earlier starts, and stands still."""
+        """Sets the clock, which does not run yet, to the seconds of earlier starts."""
         self._before = seconds
         self._start: float | None = None
         self._compiling: list[tuple[float, float]] = []
@@ -41,17 +41,17 @@ class TrainingClock:
         return self._before + passed - covered(self._compiling)
 
     def start(self) -> None:
-        """Lets the clock run."""
+        """Starts the clock."""
         self._compiling.clear()
         self._start = time.perf_counter()
 
     def stop(self) -> None:
-        """Stops it; the caller has waited for the devices."""
+        """Stops the clock; the caller has waited for the devices."""
         self._before, self._start = self.seconds, None
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Returns the length of the union: functions are traced within each other."""
+    """Returns the length of the union; traces of nested functions overlap."""
     total, reached = 0.0, -math.inf
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))

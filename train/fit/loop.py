@@ -36,13 +36,13 @@ from train.step.trainable import describe_trained
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
-        workdir: Its directory.
-        step: Steps taken in all.
-        evaluation: What the last epoch ended with; None if the run was stopped earlier.
-        stopped_by: The signal that stopped it, or None.
+        workdir: The run's directory.
+        step: The number of steps taken, earlier starts included.
+        evaluation: The evaluation after the last epoch; None if the run was stopped.
+        stopped_by: The signal that stopped the run, or None.
     """
 
     workdir: pathlib.Path
@@ -58,13 +58,13 @@ def fit(
 
     Args:
         config: The run's configuration.
-        workdir: Its directory.
-        resume: Whether to go on with the run in `workdir`, if there is one.
+        workdir: The run's directory.
+        resume: Whether a run in `workdir` is resumed, if there is one.
         devices: The devices to run on; None means all.
 
     Raises:
-        UsageError: Bad input, a loss that is not finite, or a full disk; says what, and
-            leaves the last good checkpoint.
+        UsageError: The input is bad, a loss is not finite, or the disk is full. The
+            last good checkpoint is left.
     """
     config = resolve_teacher(config)
     directory = RunDirectory(workdir, config, resume=resume)
@@ -87,16 +87,16 @@ def fit(
         raise
     finally:
         try:
-            # After an error, too: the last good checkpoint may still be being written,
-            # and until it is whole nobody else may have the directory.
+            # After an error, the last good checkpoint may still be being written. Until
+            # it is complete, no other run may have the directory.
             checkpoints.wait()
         finally:
             directory.close()
 
 
 def _check_agreement(config: Config, data: ImageSet) -> None:
-    """Raises UsageError where processes were given different runs: they would hang."""
-    # Paths may differ between machines, the data may not.
+    """Raises UsageError where processes have different runs, which would hang."""
+    # Paths may differ between machines; the data may not.
     places = dataclasses.replace(config.data, source="", cache_dir="")
     said = {
         "configuration": config_to_json(dataclasses.replace(config, data=places)),
@@ -123,7 +123,7 @@ def _restore(
         _check_same_sources(path, info, trainer)
         state = trainer.restore(state, arrays)
         step = int(arrays["training"]["step"])
-        # Older versions saved none: reports then leave the seconds out.
+        # Checkpoints of older versions have no seconds; reports then leave them out.
         seconds = info.get("train_seconds", 0.0)
     else:
         state = trainer.read_init(state)
@@ -157,7 +157,7 @@ def _check_same_sources(
 
 @dataclasses.dataclass
 class _Run:
-    """A run under way: its state, where it reports and saves, and what stops it."""
+    """A run in progress: its state, its directory, its clock and its stop signal."""
 
     trainer: Trainer
     state: TrainState
@@ -169,7 +169,7 @@ class _Run:
     last_save: float = dataclasses.field(default_factory=time.monotonic)
 
     def finish(self) -> FitResult:
-        """Trains the epochs that are left, or until a signal to stop."""
+        """Trains the epochs that are left, unless a signal stops the run."""
         trainer, config = self.trainer, self.trainer.config
         _announce(trainer, self.state)
         evaluation: Evaluation | None = None
@@ -194,7 +194,7 @@ class _Run:
         return FitResult(self.directory.path, self.step, evaluation, None)
 
     def _train_epoch(self, epoch: int, meter: Meter) -> int | None:
-        """Takes the steps that an epoch has left; returns a signal that ended them."""
+        """Takes the remaining steps of an epoch; returns the signal that stopped it."""
         trainer, end = self.trainer, (epoch + 1) * self.trainer.steps_per_epoch
         first_step = self.step - epoch * trainer.steps_per_epoch
         stopped_by = None
@@ -202,7 +202,7 @@ class _Run:
         for inputs in trainer.inputs(epoch, first_step):
             self.state, totals = trainer.train_call(self.state, inputs)
             before, self.step = self.step, self.step + inputs[2].shape[1]
-            # One call behind, so that the devices need not wait for the host.
+            # The meter reads one call late: the devices never wait for the host.
             meter.after_call(self.step, totals)
             stopped_by = self.stop.after_call()
             if self.step < end and (
@@ -243,7 +243,7 @@ class _Run:
 
 
 def _announce(trainer: Trainer, state: TrainState) -> None:
-    """Says on the first process what will be trained."""
+    """Prints, on the first process, what will be trained."""
     if jax.process_index() != 0:
         return
     if trainer.has_gates:
@@ -263,8 +263,8 @@ def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bo
         return True
     is_late = (time.monotonic() - last_save) / 60 >= config.checkpoint_minutes
     if jax.process_count() > 1:
-        # All processes write, so all go by the clock of the first. They ask it only as
-        # often as metrics are logged: the devices wait meanwhile.
+        # All processes write, so all use the clock of the first. Since the devices wait
+        # for its answer, they ask only as often as metrics are logged.
         if step // config.log_steps == before // config.log_steps:
             return False
         is_late = bool(multihost_utils.broadcast_one_to_all(np.int32(is_late)))
@@ -272,12 +272,12 @@ def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bo
 
 
 def exit_code(result: FitResult) -> int:
-    """Returns 130 after Ctrl-C; SIGTERM is how clusters ask, and saving is success."""
+    """Returns 130 after Ctrl-C, and 0 after SIGTERM, with which clusters stop a run."""
     return 130 if result.stopped_by == signal.SIGINT else 0
 
 
 def summary(result: FitResult) -> str:
-    """Returns how a run ended and where things lie."""
+    """Returns a text that says how a run ended and where its files are."""
     if result.stopped_by is not None:
         name = signal.Signals(result.stopped_by).name
         return (

@@ -1,4 +1,4 @@
-"""What a run says while it trains: the progress bar and lines of metrics."""
+"""The progress bar and the lines of metrics of a run."""
 
 import sys
 import time
@@ -13,12 +13,12 @@ from train.run.directory import RunDirectory
 
 
 def progress_bar(steps: int | None, done: int, batch_size: int) -> tqdm:
-    """Returns the bar of a run: images, on the screen of the first process.
+    """Returns a run's bar, which counts images and is shown by the first process.
 
     Args:
-        steps: Steps of the whole run; None: unknown.
-        done: Steps taken before this start.
-        batch_size: Images a step.
+        steps: The number of steps of the whole run; None: unknown.
+        done: The number of steps taken before this start.
+        batch_size: The number of images a step.
     """
     return tqdm(
         total=None if steps is None else steps * batch_size,
@@ -43,7 +43,7 @@ class Meter:
         *,
         has_gates: bool,
     ) -> None:
-        """Begins an epoch, or what is left of it after `step`."""
+        """Begins an epoch, or the rest of it after `step`."""
         self._directory, self._bar, self._config = directory, bar, config
         self._has_gates = has_gates
         self._pending: tuple[int, Any] | None = None
@@ -52,7 +52,7 @@ class Meter:
         self._last: dict[str, float] = {}
 
     def after_call(self, step: int, totals: Any) -> None:
-        """Reports the call before, and notes this one."""
+        """Reports the call before this one, and keeps this one for later."""
         self.flush()
         self._pending = (step, totals)
 
@@ -95,7 +95,7 @@ class Meter:
 
         Args:
             epoch: The epoch's number, from 0.
-            train_seconds: Seconds of training since the start of the run.
+            train_seconds: The seconds of training since the start of the run.
         """
         images = (self._step - self._first) * self._config.batch_size
         rate = images / (time.perf_counter() - self._start)

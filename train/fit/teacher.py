@@ -1,4 +1,4 @@
-"""The teacher: its checkpoint is found, read, and checked against the run."""
+"""The teacher of a run: its checkpoint is found, read and checked."""
 
 import dataclasses
 import hashlib
@@ -37,8 +37,8 @@ class Teacher:
 def resolve_teacher(config: Config) -> Config:
     """Returns the configuration with a checkpoint in place of the teacher's run.
 
-    A run's best checkpoint may be another one tomorrow, but a resumed run must keep its
-    teacher.
+    The teacher's run may later have a better checkpoint, but a resumed run must keep
+    the teacher that it began with.
 
     Raises:
         UsageError: The teacher is neither a checkpoint nor a run.
@@ -87,7 +87,7 @@ def load_teacher(
         )
     if model.dtype == "float64" and jnp.result_type(float) != "float64":
         raise UsageError(f"`teacher` (={path}), in float64, needs JAX_ENABLE_X64=1.")
-    # The answers are the same, and the step needs no switch over capacities.
+    # Without ladders the logits are the same, and the step has no switch of capacities.
     model = without_ladders(model)
     distillation = Distillation(
         model, weight=config.distill_weight, temperature=config.distill_temperature
@@ -96,8 +96,8 @@ def load_teacher(
 
 
 def hash_variables(variables: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a network's variables: names, types, shapes, numbers."""
-    # The files are not hashed: the same numbers written anew are the same teacher.
+    """Returns the SHA-256 of a network's variables: names, types, shapes and values."""
+    # A rewritten file with equal variables is the same teacher: files are not hashed.
     digest = hashlib.sha256()
     for path, value in jax.tree.leaves_with_path(variables):
         array = np.asarray(value)

@@ -1,4 +1,4 @@
-"""A run on its devices: its compiled calls, what they take and what they begin with."""
+"""A run on its devices: its compiled calls, their inputs and the first state."""
 
 import contextlib
 from collections.abc import Generator
@@ -37,22 +37,22 @@ from train.step.trainable import trained_paths
 
 
 class Trainer:
-    """A configured run on its devices: the compiled calls and what they take.
+    """A configured run on its devices: its compiled calls and their inputs.
 
     Attributes:
         parallel: The devices, and the way to run on them.
         preprocessing: The preparation of an image for evaluation.
-        update: How a step's gradient changes the state.
-        augmentation: How stored images become the network's input.
+        update: The change of the state by a step's gradient.
+        augmentation: The transformation of stored images into the network's input.
         feed: The way of the training images to the devices.
-        steps_per_epoch: Whole batches of the training images.
-        steps_per_call: Steps of a compiled call.
-        teacher_sha256: Hash of the teacher's variables; None without a teacher.
-        teacher_variables: These variables on the devices; None without a teacher.
+        steps_per_epoch: The number of whole batches of the training images.
+        steps_per_call: The number of steps of a compiled call.
+        teacher_sha256: The hash of the teacher's variables; None without a teacher.
+        teacher_variables: The teacher's variables on the devices, or None.
     """
 
     def __init__(self, config: Config, data: ImageSet, devices: Any = None) -> None:
-        """Puts the data on the devices and sets the calls up.
+        """Puts the data on the devices and prepares the calls.
 
         Args:
             config: The run's configuration.
@@ -60,7 +60,7 @@ class Trainer:
             devices: The devices to run on; None means all.
 
         Raises:
-            UsageError: A field that the data, the model or the devices contradict.
+            UsageError: A field does not suit the data, the model or the devices.
         """
         self.config = config
         self.data = data
@@ -75,7 +75,7 @@ class Trainer:
         self.update = self._make_update()
         teacher = load_teacher(config, self.preprocessing, data.num_classes)
         self.teacher_sha256 = teacher.sha256 if teacher else None
-        # An argument of every call: within the program it would be so many constants.
+        # As an argument of every call they are no constants of the program.
         self.teacher_variables = (
             self.parallel.replicate(teacher.variables) if teacher else None
         )
@@ -146,7 +146,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """The number of steps of the whole run."""
         return self.steps_per_epoch * self.config.epochs
 
     @property
@@ -164,15 +164,16 @@ class Trainer:
             shape = self.preprocessing.image_shape
             key = run_keys(self.config.seed).init
             state = init_state(self.model, self.update, shape, key)
-        # In its final place before the first step, or the step compiles twice.
+        # The state is in its final place before the first step, which compiles twice
+        # otherwise.
         return self.parallel.replicate(jax.device_get(state))
 
     def read_init(self, state: TrainState) -> TrainState:
         """Returns the first state with the variables of `config.init`, if that is set.
 
         Raises:
-            UsageError: No checkpoint is there, or one of another network, or one that
-                was trained with another normalisation.
+            UsageError: There is no checkpoint, or it has another network or another
+                normalisation, or it does not say its normalisation.
         """
         if self.config.init is None:
             return state
@@ -199,11 +200,11 @@ class Trainer:
         return self.parallel.replicate(restore_state(template, arrays))
 
     def train_call(self, state: TrainState, inputs: Any) -> tuple[TrainState, Any]:
-        """Takes the steps of one call; `state` is consumed. Returns (state, totals)."""
+        """Takes the steps of one call and returns (state, totals); consumes `state`."""
         return self._call(state, *inputs, self._positions, self.teacher_variables)
 
     def lower(self, state: Any) -> jax.stages.Lowered:
-        """Returns the program of a call of full length, not compiled yet.
+        """Returns the program of a call of full length before its compilation.
 
         Args:
             state: The state, or its shapes.
@@ -216,7 +217,7 @@ class Trainer:
         return lowered
 
     def inputs(self, epoch: int, first_step: int) -> Generator[Any, None, None]:
-        """Yields what the calls of an epoch take, from its step `first_step`."""
+        """Yields the inputs of an epoch's calls, from its step `first_step`."""
         order = epoch_order(
             self.config.seed,
             epoch,
@@ -233,7 +234,7 @@ class Trainer:
 def make_metadata(
     trainer: Trainer, evaluation: Evaluation | None, *, train_seconds: float
 ) -> Metadata:
-    """Returns what a checkpoint of the run says of itself."""
+    """Returns the metadata of a checkpoint of the run."""
     teacher = trainer.teacher_sha256
     return Metadata(
         preprocessing=trainer.preprocessing,

@@ -1,4 +1,4 @@
-"""`python -m train benchmark`: measure steps, the loop around them, and layers."""
+"""`python -m train benchmark`: measure the speed and memory of training and layers."""
 
 import argparse
 import importlib
@@ -11,8 +11,8 @@ from train.run.directory import describe_machine
 from train.run.outputs import check_output_file, write_json
 
 _PROG = "python -m train benchmark"
-# The suites and what they measure: modules of `train.benchmark`, with a `Suite` that
-# holds the options.
+# The suites and their subjects. Each is a module of `train.benchmark`, of the same name
+# but for `_MODULES`, with a class `Suite` of its options.
 SUITES = {
     "train": "steps and evaluations of networks (the default)",
     "infer": "networks as they are exported, BatchNorm folded",
@@ -28,9 +28,9 @@ _MODULES = {"train": "steps"}
 
 
 def run(argv: Sequence[str]) -> int:
-    """Measures as the arguments say, and prints a table."""
+    """Runs a suite, which prints its tables, and writes the record."""
     name, options = _choose_suite(argv)
-    # Imported by need: a suite's own imports take seconds.
+    # Only the chosen suite is imported: the imports of a suite take seconds.
     module = importlib.import_module(f"train.benchmark.{_MODULES.get(name, name)}")
     suite = tyro.cli(module.Suite, args=options, prog=f"{_PROG} --suite {name}")
     for option in ("repeats", "batch_size", "steps"):

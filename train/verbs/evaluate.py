@@ -42,13 +42,13 @@ def run(argv: Sequence[str]) -> int:
     """Evaluates as the arguments say, and prints the result."""
     args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
     with joined(args.processes, saves_on_sigterm=False):
-        is_first = jax.process_index() == 0  # it alone prints
+        is_first = jax.process_index() == 0  # the only process that prints
         with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):
             return _run(args)
 
 
 def _run(args: Evaluate) -> int:
-    if jax.process_index() == 0:  # the others write nothing
+    if jax.process_index() == 0:  # the only process that writes
         check_output_file("out", args.out)
     first_devices(args.settings.devices)  # before anything is read
     other = find_checkpoint(args.against) if args.against else None
@@ -58,7 +58,7 @@ def _run(args: Evaluate) -> int:
     print(evaluation)
     found = json.loads(evaluation.to_json())
     if other is not None:
-        # On the same data, so that they can be compared image by image.
+        # Only results on the same data can be compared image by image.
         source = args.data or network.source
         baseline = evaluate_network(read_network(other), args.settings, source=source)
         difference, margin = paired_difference(baseline, evaluation)

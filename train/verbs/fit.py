@@ -18,7 +18,7 @@ from train.machine.processes import Processes, first_devices, joined
 
 @dataclasses.dataclass(frozen=True)
 class RunArguments:
-    """What `fit` and `finetune` share."""
+    """The arguments that `fit` and `finetune` share."""
 
     run: Annotated[Config, tyro.conf.arg(name="")]
     config: str | None = None
@@ -32,7 +32,7 @@ class RunArguments:
     )
 
     def train(self, devices: Sequence[Any] | None = None) -> int:
-        """Trains, and prints where checkpoints and metrics are."""
+        """Trains, prints where the results are, and returns the exit code."""
         workdir = pathlib.Path(self.workdir or f"runs/{self.run.name}").expanduser()
         result = fit(self.run, workdir=workdir, resume=self.resume, devices=devices)
         if jax.process_index() == 0:

@@ -21,7 +21,7 @@ class Quickstart:
     """Trains a narrow ResNet18 on handwritten digits and evaluates its checkpoint."""
 
     workdir: str = "runs/quickstart"
-    """Directory of the run; one that is there already is gone on with."""
+    """Directory of the run; a run that is there already is resumed."""
 
 
 def run(argv: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ class SweepArguments:
     """
 
     sweep: Annotated[str, tyro.conf.Positional]
-    """Python file that defines `sweep`, a train.experiments.sweep.Sweep."""
+    """Python file that defines `sweep`, a Sweep of train.experiments.sweep."""
     out: str
     """File of JSON lines, to which each run appends a record when it ends."""
     data: str | None = None
