@@ -136,7 +136,7 @@ def bench_op(images: int, side: int, channels: int, *, repeats: int) -> dict[str
         calls["part fill"] = lambda: fill(padded, filters, gate)
     else:
         low = jax.jit(functools.partial(fill_low, tiling=tiling))
-        filled = low(padded, core)
+        low_output = low(padded, core)
         open_quarter = jax.jit(
             functools.partial(fill_open, tiling=tiling, capacity=capacity)
         )
@@ -146,7 +146,7 @@ def bench_op(images: int, side: int, channels: int, *, repeats: int) -> dict[str
         compute = jax.jit(lambda a, core: a @ core.reshape(-1, channels))
         calls |= {
             "part low": lambda: low(padded, core),
-            "part open": lambda: open_quarter(padded, core, filled, gate),
+            "part open": lambda: open_quarter(padded, core, low_output, gate),
             "part gather": lambda: gather(padded, rows),
             "part compute": lambda: compute(patches, core),
         }

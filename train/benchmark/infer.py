@@ -60,8 +60,8 @@ class Suite(NetworkSuite):
                     calls[key] = torch_call(*dense, images, fold=fold)
             row["gaps"][str(batch_size)] = _gaps(calls)
             times = interleaved(calls, repeats=self.repeats)
-            for found in times.values():
-                found["images_per_s"] = 1e3 * batch_size / found["median_ms"]
+            for spread in times.values():
+                spread["images_per_s"] = 1e3 * batch_size / spread["median_ms"]
             row["times"][str(batch_size)] = times
         return row
 
@@ -70,11 +70,11 @@ class Suite(NetworkSuite):
         for batch_size, times in row["times"].items():
             dense = times["dense"]["median_ms"]
             gaps = row["gaps"][batch_size]
-            for name, found in times.items():
-                median = found["median_ms"]
+            for name, spread in times.items():
+                median = spread["median_ms"]
                 line = [f"  batch {batch_size}", name, f"{median:.2f} ms"]
-                line += [f"({found['min_ms']:.2f} to {found['max_ms']:.2f})"]
-                line += [f"{found['images_per_s']:.0f} images/s"]
+                line += [f"({spread['min_ms']:.2f} to {spread['max_ms']:.2f})"]
+                line += [f"{spread['images_per_s']:.0f} images/s"]
                 line += [f"{dense / median:.2f}x"]
                 line += [f"gap {gaps[name]:.1e}"] if name in gaps else []
                 lines.append(line)

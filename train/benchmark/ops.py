@@ -72,11 +72,11 @@ class Suite(BaseSuite):
             "Tucker-2": pixels * (2 * channels * rank + 9 * rank**2),
         }
         times = interleaved(calls, repeats=self.repeats)
-        for name, found in times.items():
-            known = macs.get(name.removesuffix(", PyTorch"))
-            if known is not None:
-                found["gflops"] = 2e-6 * known / found["median_ms"]
-                found["share_of_peak"] = found["gflops"] / peak
+        for name, spread in times.items():
+            num_macs = macs.get(name.removesuffix(", PyTorch"))
+            if num_macs is not None:
+                spread["gflops"] = 2e-6 * num_macs / spread["median_ms"]
+                spread["share_of_peak"] = spread["gflops"] / peak
         row = {"shape": list(x.shape), "dtype": self.dtype, "rank": rank}
         return {**row, "times": times, "peak_gflops": peak}
 
@@ -84,10 +84,10 @@ class Suite(BaseSuite):
         times = row["times"]
         dense = times["conv 3x3"]["median_ms"]
         lines = []
-        for name, found in times.items():
+        for name, spread in times.items():
             if name.endswith(", PyTorch"):
                 continue
-            share, median = found.get("share_of_peak"), found["median_ms"]
+            share, median = spread.get("share_of_peak"), spread["median_ms"]
             of_peak = "" if share is None else f"{share:.1%} of peak"
             line = [f"  {name}", f"{median:.2f} ms", of_peak, f"{dense / median:.2f}x"]
             if f"{name}, PyTorch" in times:

@@ -47,11 +47,11 @@ class Suite(NetworkSuite):
         for what, passes in (("train", 3), ("eval", 1)):
             calls: Calls = {kind: pair[what] for kind, pair in functions.items()}
             times: dict[str, Any] = interleaved(calls, repeats=self.repeats)
-            for found in times.values():
-                seconds = found["median_ms"] / 1e3
-                found["images_per_s"] = self.batch_size / seconds
-                found["gflops"] = 2e-9 * passes * macs * self.batch_size / seconds
-                found["share_of_peak"] = found["gflops"] / peak
+            for spread in times.values():
+                seconds = spread["median_ms"] / 1e3
+                spread["images_per_s"] = self.batch_size / seconds
+                spread["gflops"] = 2e-9 * passes * macs * self.batch_size / seconds
+                spread["share_of_peak"] = spread["gflops"] / peak
             row[what] = times
         return row
 

@@ -76,8 +76,8 @@ class Suite(NetworkSuite):
         for key, network in networks.items():
             cost = count_cost(network[0], shape)
             share = cost.macs / dense_macs
-            found = {"params": cost.params, "macs": cost.macs, "share": share}
-            row["networks"][key] = found
+            counts = {"params": cost.params, "macs": cost.macs, "share": share}
+            row["networks"][key] = counts
         for batch_size in self.both_batches:
             images = random_images(batch_size, shape)
             calls: Calls = {
@@ -105,8 +105,8 @@ class Suite(NetworkSuite):
         timed = []
         for batch_size, times in row["times"].items():
             dense = times["dense, JAX"]["median_ms"]
-            for name, found in times.items():
-                median, size = found["median_ms"], f"  batch {batch_size}"
+            for name, spread in times.items():
+                median, size = spread["median_ms"], f"  batch {batch_size}"
                 timed.append([size, name, f"{median:.2f} ms", f"{dense / median:.2f}x"])
         seconds = row["compressing_s"].items()
         lines += [

@@ -169,8 +169,8 @@ def _recalibrated(
     if not args.recalibration_images or "batch_stats" not in variables:
         return network
     # Recalibration must not change thresholds.
-    still = model.clone(plan=model.plan.with_fixed_thresholds())
+    fixed_model = model.clone(plan=model.plan.with_fixed_thresholds())
     images = draw(args.recalibration_images, augment=True)
     return model, recalibrate_batch_norm(
-        still, variables, images, batch_size=batch_size
+        fixed_model, variables, images, batch_size=batch_size
     )

@@ -76,9 +76,9 @@ def check_claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) 
                 f"{workdir} exists and holds no pipeline; nothing was changed."
             )
         return
-    there = read_json(file)
-    known = there.pop("weights_sha256", None)
-    if there != _describe(pipeline):
+    record = read_json(file)
+    known = record.pop("weights_sha256", None)
+    if record != _describe(pipeline):
         raise UsageError(
             f"{workdir} holds a pipeline with other settings; nothing was changed. "
             f"Give another --workdir."
@@ -96,9 +96,9 @@ def check_claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) 
 
 def claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) -> None:
     """Writes into the directory which pipeline and which weights it belongs to."""
-    said = _describe(pipeline)
+    record = _describe(pipeline)
     if weights is not None:
-        said["weights_sha256"] = _hash_weights(weights)
+        record["weights_sha256"] = _hash_weights(weights)
     with user_input():
         workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(workdir / "pipeline.json", json.dumps(said, indent=1) + "\n")
+        write_whole(workdir / "pipeline.json", json.dumps(record, indent=1) + "\n")

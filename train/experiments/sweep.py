@@ -112,8 +112,8 @@ def find_record(
     for record in records:
         if (record["name"], record["seed"]) == (config.name, config.seed):
             own = config_to_json(config)
-            there = fill_defaults(record["config"], config_to_json(Config()))
-            if without_places(there) != without_places(own):
+            theirs = fill_defaults(record["config"], config_to_json(Config()))
+            if without_places(theirs) != without_places(own):
                 raise UsageError(
                     f"the record of {config.name}, seed {config.seed}, has another "
                     f"configuration; take it out, or name the run anew."

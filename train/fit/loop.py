@@ -98,11 +98,11 @@ def _check_agreement(config: Config, data: ImageSet) -> None:
     """Raises UsageError where processes have different runs, which would hang."""
     # Paths may differ between machines; the data may not.
     places = dataclasses.replace(config.data, source="", cache_dir="")
-    said = {
+    values = {
         "configuration": config_to_json(dataclasses.replace(config, data=places)),
         "data": data.describe(),
     }
-    for name, value in said.items():
+    for name, value in values.items():
         text = json.dumps(value, sort_keys=True).encode()
         other = differing_process(hashlib.sha256(text).digest())
         if other is not None:
@@ -140,15 +140,15 @@ def _restore(
 
 
 def _check_same_sources(
-    path: pathlib.Path, there: Mapping[str, Any], trainer: Trainer
+    path: pathlib.Path, info: Mapping[str, Any], trainer: Trainer
 ) -> None:
-    differing = differing_fields(there.get("data"), trainer.data.describe())
+    differing = differing_fields(info.get("data"), trainer.data.describe())
     if differing:
         raise UsageError(
             f"{path} was trained on other data; nothing was changed: "
             f"{'; '.join(differing)}."
         )
-    if there.get("teacher_sha256") != trainer.teacher_sha256:
+    if info.get("teacher_sha256") != trainer.teacher_sha256:
         raise UsageError(
             f"{path} had another teacher than {trainer.config.teacher} holds now; "
             f"nothing was changed."

@@ -100,9 +100,9 @@ def _report(
         for layer in cost.rows:
             if layer.note:
                 print(f"{layer.path} stays dense: {layer.note}")
-        was = dense.cost()
+        old = dense.cost()
         print(
-            f"network: {was.params:,} -> {cost.params:,} parameters, {was.macs:,} -> "
+            f"network: {old.params:,} -> {cost.params:,} parameters, {old.macs:,} -> "
             f"{cost.macs:,} MACs, {cost.macs / cost.dense_macs:.3f} of the dense "
             f"network's"
         )
