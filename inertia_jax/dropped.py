@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from inertia_jax.calls import Call, record_calls
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of
-from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.plan import Plan, plan_of
 from inertia_jax.plan.specs import Spec, stays_dense
 
 
@@ -53,8 +53,8 @@ def dropped_rules(
         model: A network with a plan; any other has dropped nothing.
         image_shape: [h, w, c].
     """
-    plan = getattr(model, "plan", None)
-    if not isinstance(plan, Plan) or not plan.rules:
+    plan = plan_of(model)
+    if plan is None or not plan.rules:
         return ()
     return find_dropped(plan, find_convolutions(record_calls(model, image_shape)[0]))
 

@@ -147,10 +147,8 @@ class Small(nn.Module):
     def __call__(self, x, *, train=False):
         spec = ij.Inertial(1, 3, threshold=ij.Learned(0.5))
         dtype = jnp.dtype(self.dtype)
-        make = Layers(ij.Plan((("conv", spec),)), dtype, None)
-        x = make.conv(
-            self, "conv", jnp.asarray(x), self.features, 3, padding=1, train=train
-        )
+        make = Layers(ij.Plan((("conv", spec),)), dtype, None, train)
+        x = make.conv(self, "conv", jnp.asarray(x), self.features, 3, padding=1)
         x = nn.relu(
             nn.BatchNorm(use_running_average=not train, dtype=dtype, name="bn")(x)
         )

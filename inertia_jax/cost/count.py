@@ -14,7 +14,7 @@ from inertia_jax.cost.table import CostTable, LayerCost
 from inertia_jax.dropped import find_convolutions, find_dropped
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of, ranks_of
-from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.plan import Plan, plan_of
 from inertia_jax.plan.specs import Fixed, Rate, Threshold
 
 
@@ -57,8 +57,8 @@ def count_cost(
     rates = dict(gate_rates or {})
     _check_rates(rates, calls)
     dense, notes = {}, {}
-    plan = getattr(model, "plan", None)
-    if isinstance(plan, Plan) and plan.rules:
+    plan = plan_of(model)
+    if plan is not None and plan.rules:
         plain = count_cost(model.clone(plan=Plan()), shape)
         dense = {row.path: row.macs for row in plain.rows}
         dropped = find_dropped(plan, find_convolutions(calls))

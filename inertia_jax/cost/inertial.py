@@ -6,7 +6,7 @@ from typing import Any
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.ops.conv.conv import stride_pair
 from inertia_jax.ops.inertial.friction import periphery_offsets
-from inertia_jax.ops.inertial.tiles import make_tiling, spared_output
+from inertia_jax.ops.inertial.tiles import spared_output
 from inertia_jax.plan.specs import Inertial
 
 
@@ -35,13 +35,7 @@ def count_inertial(
     taps = spec.core_size**2 * c_in * layer.core_features
     if spec.reading == "window":
         return _count_window(spec, layer, c_in, output_shape, taps)
-    tiling = make_tiling(
-        (input_shape[1], input_shape[2]),
-        core_size=spec.core_size,
-        region_size=spec.region_size,
-        padding=layer.padding,
-        low=spec.low,
-    )
+    tiling = layer.tiling((input_shape[1], input_shape[2]))
     n, num_tiles = tiling.tile_size, math.prod(tiling.tiles)
     every, core = num_tiles * n**2 * taps, num_tiles * taps
     # MACs that open tiles add to the one evaluation that every tile has.

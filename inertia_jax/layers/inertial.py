@@ -16,8 +16,8 @@ from inertia_jax.ops.conv.conv import Padding, stride_pair
 from inertia_jax.ops.inertial.friction import friction as region_friction
 from inertia_jax.ops.inertial.gates import hard_gate, rate_threshold
 from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
-from inertia_jax.ops.inertial.tiles import make_tiling
-from inertia_jax.ops.inertial.window import InertialOutput, inertial_conv, weights_shape
+from inertia_jax.ops.inertial.tiles import Tiling, make_tiling
+from inertia_jax.ops.inertial.window import inertial_conv, weights_shape
 from inertia_jax.plan.specs import Fixed, Inertial, Learned, Threshold, fields_as
 
 # Names of what a layer sows and of its running mean, for those who read them.
@@ -125,12 +125,8 @@ class InertialConv(nn.Module):
         batch = x.shape[:-3]
         x = x.reshape(math.prod(batch), *x.shape[-3:])
         m, c_in = self.core_size, x.shape[-1]
-        kernel = self.param(
-            "kernel",
-            self.kernel_init,
-            (m, m, c_in, self.core_features),
-            self.param_dtype,
-        )
+        shape = (m, m, c_in, self.core_features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
             bias = self.param(
@@ -139,13 +135,35 @@ class InertialConv(nn.Module):
         weights = self._weights(spec, c_in)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = jnp.asarray(x)
+        measure: dict[str, Any] = {
+            "region_size": spec.region_size,
+            "metric": spec.metric,
+            "reference": spec.reference,
+            "channel_stride": spec.channel_stride,
+        }
         friction = None
         if train or spec.relative or spec.reading == "window":
-            friction = self._friction(spec, x, train=train)
+            friction = self._friction(x, measure, relative=spec.relative, train=train)
         # Where it is None, the operation takes it itself, chunk by chunk, in the cache.
         threshold = self._threshold(spec.threshold, friction, train=train)
-        output = self._apply(spec, x, kernel, weights, friction, threshold, train=train)
-        friction = output.friction
+        common: dict[str, Any] = {
+            "threshold": threshold,
+            "padding": self.padding,
+            "gate_gradient": spec.gate_gradient,
+            "slope": spec.slope,
+            "friction": friction,
+            **measure,
+        }
+        if spec.reading == "window":
+            strides = stride_pair(self.strides)
+            common |= {"combine": spec.combine, "weights": weights, "strides": strides}
+            y, _, friction = inertial_conv(x, kernel, **common)
+        else:
+            common |= {
+                "low": spec.low,
+                "capacities": None if train else spec.capacities,
+            }
+            y, _, friction = inertial_conv_tiled(x, kernel, **common)
 
         opening = hard_gate(
             friction[..., None], threshold.reshape(1, 1, 1, -1), slope=spec.slope
@@ -154,7 +172,6 @@ class InertialConv(nn.Module):
             opening = lax.stop_gradient(opening)
         self.sow("intermediates", GATE_RATE, opening.mean((1, 2, 3)))
         self.sow("intermediates", FRICTION, friction)
-        y = output.y
         if bias is not None:
             y = y + bias.reshape(1, 1, 1, -1)
         return y.reshape(*batch, *y.shape[1:])
@@ -174,29 +191,29 @@ class InertialConv(nn.Module):
             weights = weights.at[middle, middle].set(0)
         return weights
 
-    def _friction(self, spec: Inertial, x: Array, *, train: bool) -> Array:
+    @nn.nowrap
+    def tiling(self, image_size: tuple[int, int]) -> Tiling:
+        """Returns the tiles of the tiled reading, for images of this size."""
+        return make_tiling(
+            image_size,
+            core_size=self.core_size,
+            region_size=self.region_size,
+            padding=self.padding,
+            low=self.spec.low,
+        )
+
+    def _friction(
+        self, x: Array, measure: dict[str, Any], *, relative: bool, train: bool
+    ) -> Array:
         strides, padding = stride_pair(self.strides), self.padding
-        if spec.reading == "tiled":
-            tiling = make_tiling(
-                (x.shape[1], x.shape[2]),
-                core_size=spec.core_size,
-                region_size=spec.region_size,
-                padding=self.padding,
-                low=spec.low,
-            )
+        if self.reading == "tiled":
+            tiling = self.tiling((x.shape[1], x.shape[2]))
             strides = (tiling.tile_size, tiling.tile_size)
             padding = tiling.pads
         friction = region_friction(
-            x,
-            region_size=spec.region_size,
-            core_size=spec.core_size,
-            strides=strides,
-            padding=padding,
-            metric=spec.metric,
-            reference=spec.reference,
-            channel_stride=spec.channel_stride,
+            x, core_size=self.core_size, strides=strides, padding=padding, **measure
         )
-        if not spec.relative:
+        if not relative:
             return friction
         ones = lambda: jnp.ones((), friction.dtype)  # noqa: E731
         running = self.variable("batch_stats", FRICTION_MEAN, ones)
@@ -229,42 +246,6 @@ class InertialConv(nn.Module):
         ).astype(dtype)
         stored.value = _moved(stored.value, value)
         return value
-
-    def _apply(
-        self,
-        spec: Inertial,
-        x: Array,
-        kernel: Array,
-        weights: Array | None,
-        friction: Array | None,
-        threshold: Array,
-        *,
-        train: bool,
-    ) -> InertialOutput:
-        common: dict[str, Any] = {
-            "region_size": spec.region_size,
-            "metric": spec.metric,
-            "reference": spec.reference,
-            "channel_stride": spec.channel_stride,
-            "threshold": threshold,
-            "padding": self.padding,
-            "gate_gradient": spec.gate_gradient,
-            "slope": spec.slope,
-            "friction": friction,
-        }
-        if spec.reading == "window":
-            return inertial_conv(
-                x,
-                kernel,
-                combine=spec.combine,
-                weights=weights,
-                strides=stride_pair(self.strides),
-                **common,
-            )
-        capacities = None if train else spec.capacities
-        return inertial_conv_tiled(
-            x, kernel, low=spec.low, capacities=capacities, **common
-        )
 
 
 def _moved(running: Array, value: Array) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from inertia_jax.layers.pointwise import Pointwise, check_groups
 from inertia_jax.ops.conv.dispatch import conv_for_linen
+from inertia_jax.ops.tucker.unfold import check_rank
 
 
 class LowRankConv(nn.Module):
@@ -57,9 +58,7 @@ class LowRankConv(nn.Module):
         x = jnp.asarray(inputs)
         groups = self.feature_group_count
         check_groups(groups, x.shape[-1], self.features)
-        most = min(x.shape[-1], self.features) // groups
-        if not 1 <= self.rank <= most:
-            raise ValueError(f"`rank` (={self.rank}) must be in [1, {most}].")
+        check_rank("rank", self.rank, min(x.shape[-1], self.features) // groups)
         common: dict[str, Any] = {
             "feature_group_count": groups,
             "dtype": self.dtype,

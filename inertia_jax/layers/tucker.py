@@ -1,4 +1,4 @@
-"""Factorised convolutions as Linen modules: Tucker-2, and two factors for 1x1."""
+"""The Tucker-2 factorised convolution as a Linen module."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.pointwise import Pointwise, check_groups
 from inertia_jax.ops.conv.conv import pair
 from inertia_jax.ops.conv.dispatch import conv_for_linen
-from inertia_jax.ops.tucker.unfold import max_ranks
+from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
 from inertia_jax.plan.specs import Conv, Inertial
 
 
@@ -84,26 +84,21 @@ class Tucker2Conv(nn.Module):
         most_in, most_out = max_ranks(
             (*size, c_in // groups, self.features), groups=groups
         )
-        for name, rank, most in (
-            ("rank_in", self.rank_in, most_in),
-            ("rank_out", self.rank_out, most_out),
-        ):
-            if not 1 <= rank <= most:
-                raise ValueError(f"`{name}` (={rank}) must be in [1, {most}].")
+        check_rank("rank_in", self.rank_in, most_in)
+        check_rank("rank_out", self.rank_out, most_out)
         common: dict[str, Any] = {
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
             "kernel_init": self.kernel_init,
         }
-        precise = {"precision": self.precision}
         x = Pointwise(
             groups * self.rank_in,
             feature_group_count=groups,
+            precision=self.precision,
             name="u_in",
             **common,
-            **precise,
         )(x)
-        core_features = groups * self.rank_out
+        core_common = {"padding": self.padding, "use_bias": False, **common}
         core = self.core
         side = core.core_size if isinstance(core, Inertial) else core.kernel_size
         if side is not None and size != (side, side):
@@ -111,20 +106,26 @@ class Tucker2Conv(nn.Module):
                 f"`kernel_size` (={self.kernel_size}) must be that of `core` (={core})."
             )
         if isinstance(core, Inertial):
-            x = self._inertial(core, x, core_features, common, train=train)
+            self._check_plain(core)
+            x = InertialConv.from_spec(
+                core,
+                self.rank_out,
+                strides=self.strides or 1,
+                axis_name=self.axis_name,
+                name="core",
+                **core_common,
+            )(x, train=train)
         else:
             x = nn.Conv(
-                core_features,
+                groups * self.rank_out,
                 size,
                 strides=self.strides,
-                padding=self.padding,
                 kernel_dilation=self.kernel_dilation,
                 feature_group_count=groups,
-                use_bias=False,
+                precision=self.precision,
                 conv_general_dilated=functools.partial(conv_for_linen, train=train),
                 name="core",
-                precision=self.precision,
-                **common,
+                **core_common,
             )(x)
         return Pointwise(
             self.features,
@@ -136,28 +137,11 @@ class Tucker2Conv(nn.Module):
             **common,
         )(x)
 
-    def _inertial(
-        self,
-        core: Inertial,
-        x: Array,
-        features: int,
-        common: dict[str, Any],
-        *,
-        train: bool,
-    ) -> Array:
+    def _check_plain(self, core: Inertial) -> None:
+        """Raises ValueError where the convolution is more than an inertial core can."""
         if self.feature_group_count != 1 or pair(self.kernel_dilation or 1) != (1, 1):
             raise ValueError(f"`core` (={core}) must have neither groups nor dilation.")
         if self.precision is not None:
             raise ValueError(
                 f"`precision` (={self.precision}) must be None with `core` (={core})."
             )
-        return InertialConv.from_spec(
-            core,
-            features,
-            strides=self.strides or 1,
-            padding=self.padding,
-            use_bias=False,
-            axis_name=self.axis_name,
-            name="core",
-            **common,
-        )(x, train=train)

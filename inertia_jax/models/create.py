@@ -3,7 +3,7 @@
 import fnmatch
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from inertia_jax.models.resnet import ResNet18
 from inertia_jax.models.resnet_cifar import CifarResNet
 from inertia_jax.models.simpledla import SimpleDLA
 from inertia_jax.models.vgg import VGG16
+from inertia_jax.ops.inertial.settings import check_choice
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import as_python
 
@@ -78,10 +79,8 @@ def create_model(
         raise ValueError(f"`plan` (={plan!r}) must be an inertia_jax.Plan, or None.")
     if not 0 < width < float("inf"):
         raise ValueError(f"`width` (={width}) must be > 0.")
-    if stem not in ("cifar", "imagenet"):
-        raise ValueError(f"`stem` (={stem!r}) must be cifar or imagenet.")
-    if shortcut not in ("A", "B"):
-        raise ValueError(f"`shortcut` (={shortcut!r}) must be A or B.")
+    check_choice("stem", stem, Literal["cifar", "imagenet"])
+    check_choice("shortcut", shortcut, Literal["A", "B"])
     if stem != "cifar" and name != "resnet18":
         raise ValueError(f"`stem` (={stem!r}) must be cifar for {name}.")
     is_cifar_resnet = name.startswith("resnet") and name != "resnet18"

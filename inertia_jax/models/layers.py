@@ -94,11 +94,13 @@ class Layers:
         plan: Which kind of convolution stands where.
         dtype: Type of the computation; parameters are float32, or float64 for float64.
         axis_name: Mesh axis over which BatchNorm statistics are averaged.
+        train: Whether the network is called to train.
     """
 
     plan: Plan
     dtype: Any
     axis_name: str | None
+    train: bool
 
     @property
     def param_dtype(self) -> Any:
@@ -115,7 +117,6 @@ class Layers:
         strides: int = 1,
         padding: int = 0,
         use_bias: bool = False,
-        train: bool,
     ) -> Float[Array, "n h_out w_out c_out"]:
         """Applies the convolution that the plan has at `name` below `parent`.
 
@@ -151,7 +152,7 @@ class Layers:
         bias_init = torch_bias_init(side**2 * x.shape[-1])
         if isinstance(spec, Inertial):
             common |= {"bias_init": bias_init, "axis_name": self.axis_name}
-            return InertialConv.from_spec(spec, features, **common)(x, train=train)
+            return InertialConv.from_spec(spec, features, **common)(x, train=self.train)
         if isinstance(spec, Tucker2):
             return Tucker2Conv(
                 features,
@@ -160,7 +161,7 @@ class Layers:
                 axis_name=self.axis_name,
                 **fields_as(Tucker2, spec),
                 **common,
-            )(x, train=train)
+            )(x, train=self.train)
         if isinstance(spec, LowRank):
             bias_init = torch_bias_init(spec.rank)
             return LowRankConv(features, spec.rank, bias_init=bias_init, **common)(x)
@@ -168,12 +169,12 @@ class Layers:
             features,
             (side, side),
             bias_init=bias_init,
-            conv_general_dilated=functools.partial(conv_for_linen, train=train),
+            conv_general_dilated=functools.partial(conv_for_linen, train=self.train),
             **common,
         )(x)
 
     def norm(
-        self, parent: nn.Module, name: str, x: Float[Array, "n h w c"], *, train: bool
+        self, parent: nn.Module, name: str, x: Float[Array, "n h w c"]
     ) -> Float[Array, "n h w c"]:
         """Applies BatchNorm with PyTorch's constants (Flax counts momentum from 1)."""
         common: dict[str, Any] = {
@@ -185,7 +186,7 @@ class Layers:
             "parent": parent,
             "name": name,
         }
-        if train:
+        if self.train:
             return BatchNormToTrain(**common)(x)
         return nn.BatchNorm(use_running_average=True, **common)(x)
 
@@ -207,7 +208,9 @@ class Layers:
 def _standing(spec: Spec, path: str, kernel_size: int, strides: int) -> Spec:
     """Returns what stands at a layer: what the plan has, or what it falls back to."""
     if stays_dense(spec, kernel_size=kernel_size, strides=strides):
-        return spec.dense_core() if isinstance(spec, Tucker2) else Conv()
+        if isinstance(spec, Tucker2):
+            return dataclasses.replace(spec, core=Conv())
+        return Conv()
     if isinstance(spec, LowRank) and kernel_size != 1:
         raise ValueError(
             f"the plan has {spec} at {path!r}, whose filters are {kernel_size} x "

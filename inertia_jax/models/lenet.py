@@ -26,12 +26,10 @@ class LeNet(Network):
         x = jnp.asarray(x)
         if min(x.shape[1:3]) < 6:
             raise ValueError(f"`x` (shape {x.shape}) must be at least 6 x 6 for LeNet.")
-        make = self.make_layers()
+        make = self.make_layers(train)
         for name, channels in (("conv1", 32), ("conv2", 64)):
             features = self.channels(channels)
-            x = nn.relu(
-                make.conv(self, name, x, features, 3, use_bias=True, train=train)
-            )
+            x = nn.relu(make.conv(self, name, x, features, 3, use_bias=True))
         x = max_pool2d(x, window=2)
         x = Dropout(0.25, name="dropout1")(x, train=train)
         # Flattened channel by channel, as PyTorch does, so that weights move both ways.

@@ -32,9 +32,9 @@ class Network(nn.Module, kw_only=True):
     axis_name: str | None = None
 
     @nn.nowrap
-    def make_layers(self) -> Layers:
+    def make_layers(self, train: bool) -> Layers:
         """Returns what makes the network's layers."""
-        return Layers(self.plan, self.dtype, self.axis_name)
+        return Layers(self.plan, self.dtype, self.axis_name, train)
 
     @nn.nowrap
     def channels(self, channels: int) -> int:

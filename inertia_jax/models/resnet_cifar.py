@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.models.network import Network
-from inertia_jax.models.resnet import BasicBlock
+from inertia_jax.models.resnet import apply_stages
 
 
 class CifarResNet(Network, kw_only=True):
@@ -26,15 +26,11 @@ class CifarResNet(Network, kw_only=True):
         self, x: Float[ArrayLike, "n h w c"], *, train: bool = False
     ) -> Float[Array, "n classes"]:
         x = jnp.asarray(x)
-        make = self.make_layers()
+        make = self.make_layers(train)
         shortcut = None if self.shortcut == "A" else "shortcut"
-        x = make.conv(self, "conv1", x, self.channels(16), 3, padding=1, train=train)
-        x = nn.relu(make.norm(self, "bn1", x, train=train))
-        for stage in range(3):
-            features = self.channels(16 * 2**stage)
-            for block in range((self.depth - 2) // 6):
-                strides = 2 if stage > 0 and block == 0 else 1
-                name = f"layer{stage + 1}_{block}"
-                block_of = BasicBlock(features, strides, make, shortcut, name=name)
-                x = block_of(x, train=train)
+        x = make.conv(self, "conv1", x, self.channels(16), 3, padding=1)
+        x = nn.relu(make.norm(self, "bn1", x))
+        widths = [self.channels(16 * 2**stage) for stage in range(3)]
+        blocks = (self.depth - 2) // 6
+        x = apply_stages(x, make, widths, blocks=blocks, shortcut=shortcut)
         return make.dense(self, "linear", x.mean((1, 2)), self.num_classes)

@@ -27,16 +27,14 @@ class VGG16(Network):
             raise ValueError(
                 f"`x` (shape {x.shape}) must be at least 32 x 32 for VGG16."
             )
-        make = self.make_layers()
+        make = self.make_layers(train)
         index = 0  # of the layer in PyTorch's Sequential, ReLU and pooling included
         for stage in _STAGES:
             for channels in stage:
                 name, norm = f"features_{index}", f"features_{index + 1}"
                 features = self.channels(channels)
-                x = make.conv(
-                    self, name, x, features, 3, padding=1, use_bias=True, train=train
-                )
-                x = nn.relu(make.norm(self, norm, x, train=train))
+                x = make.conv(self, name, x, features, 3, padding=1, use_bias=True)
+                x = nn.relu(make.norm(self, norm, x))
                 index += 3
             x = max_pool2d(x, window=2)
             index += 1

@@ -1,7 +1,7 @@
 """What can stand at a layer of a network: kinds of convolution, kinds of threshold."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_origin
 
 from inertia_jax.ops.inertial.settings import (
     CLOSED,
@@ -163,14 +163,11 @@ class Inertial:
         _set_integer(self, "core_size", 1)
         _set_integer(self, "region_size", 2)
         check_sizes(core_size=self.core_size, region_size=self.region_size)
-        for flag in ("relative", "zero_middle"):
-            _check_flag(self, flag)
-        check_choice("reading", self.reading, Reading)
-        check_choice("metric", self.metric, Metric)
-        check_choice("reference", self.reference, Reference)
-        check_choice("combine", self.combine, Combine)
-        check_choice("low", self.low, Low)
-        check_choice("gate_gradient", self.gate_gradient, GateGradient)
+        for field in dataclasses.fields(self):
+            if field.type is bool:
+                _check_flag(self, field.name)
+            elif get_origin(field.type) is Literal:
+                check_choice(field.name, getattr(self, field.name), field.type)
         if not isinstance(self.threshold, Threshold):
             raise ValueError(
                 f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
@@ -220,10 +217,6 @@ class Tucker2:
         _set_integer(self, "rank_out", 1)
         if not isinstance(self.core, (Conv, Inertial)):
             raise ValueError(f"`core` (={self.core!r}) must be a Conv or an Inertial.")
-
-    def dense_core(self) -> "Tucker2":
-        """Returns the same with an ordinary convolution for its core."""
-        return dataclasses.replace(self, core=Conv())
 
 
 @dataclasses.dataclass(frozen=True)

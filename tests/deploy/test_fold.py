@@ -117,9 +117,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        layers = ij.layers.Layers(ij.Plan((("conv", self.spec),)), np.float64, None)
-        y = layers.conv(self, "conv", jnp.asarray(x), 4, 3, padding=1, train=train)
-        return nn.relu(layers.norm(self, "bn", y, train=train))
+        plan = ij.Plan((("conv", self.spec),))
+        layers = ij.models.layers.Layers(plan, np.float64, None, train)
+        y = layers.conv(self, "conv", jnp.asarray(x), 4, 3, padding=1)
+        return nn.relu(layers.norm(self, "bn", y))
 
 
 @pytest.mark.usefixtures("x64")

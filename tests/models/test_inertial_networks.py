@@ -57,9 +57,9 @@ class Pair(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        make = Layers(self.plan, jnp.float32, None)
-        x = make.conv(self, "first", x, 4, 3, padding=1, train=train)
-        return make.conv(self, "second", x, 6, 3, strides=2, padding=1, train=train)
+        make = Layers(self.plan, jnp.float32, None, train)
+        x = make.conv(self, "first", x, 4, 3, padding=1)
+        return make.conv(self, "second", x, 6, 3, strides=2, padding=1)
 
 
 @pytest.mark.parametrize(

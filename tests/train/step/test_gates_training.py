@@ -27,8 +27,8 @@ class Gated(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        make = Layers(self.plan, jnp.float32, None)
-        x = make.conv(self, "gated", jnp.asarray(x), 8, 3, padding=1, train=train)
+        make = Layers(self.plan, jnp.float32, None, train)
+        x = make.conv(self, "gated", jnp.asarray(x), 8, 3, padding=1)
         return nn.Dense(10)(nn.relu(x).mean((1, 2)))
 
 
