@@ -130,12 +130,9 @@ def record_calls(
 def check_in_view(module: nn.Module, roots: list[Any], *, is_wanted: bool) -> None:
     """Checks that a layer's inputs are still there when the network has been called.
 
-    Whoever records inputs checks every module that is called, the network first.
-
-    Args:
-        module: The module that is called.
-        roots: A list, empty at first, that keeps the root of the network's scopes.
-        is_wanted: Whether the module is a layer whose inputs are to be seen.
+    Whoever records inputs checks every module that is called, the network first, with
+    the same list of `roots`, empty at first. Modules that are not wanted are not
+    checked.
 
     Raises:
         ValueError: The layer is inside a lifted transformation.

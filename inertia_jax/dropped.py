@@ -73,12 +73,7 @@ def find_convolutions(calls: Mapping[str, Call]) -> dict[str, Any]:
 def find_dropped(
     plan: Plan, convolutions: Mapping[str, Any]
 ) -> tuple[DroppedRule, ...]:
-    """Returns the rules of a plan that do not stand where they match.
-
-    Args:
-        plan: The plan.
-        convolutions: Layers of the network that was made by it, by path.
-    """
+    """Returns a plan's dropped rules, given the convolutions of its network by path."""
     dropped, used = [], set()
     for path, module in convolutions.items():
         rule = plan.rule(path)

@@ -115,11 +115,7 @@ def output_kernel(module: Any) -> str:
 
 
 def bias_of(leaves: Mapping[str, Any]) -> Any:
-    """Returns a layer's bias, which stands beside its output kernel, or None.
-
-    Args:
-        leaves: Parameters of the layer, those of its parts as `PART/kernel`.
-    """
+    """Returns a layer's bias from its parameters, or None."""
     names = [name for name in leaves if name.rpartition("/")[2] == "bias"]
     return leaves[names[0]] if names else None
 
@@ -146,9 +142,7 @@ def dense_kernel(
 ) -> Float[ArrayLike, "kh kw c_in c_out"]:
     """Returns the kernel of a convolution, its factors multiplied out.
 
-    Args:
-        module: The convolution; its core is an ordinary one.
-        leaves: Its parameters, those of its parts as `PART/kernel`.
+    The core is an ordinary one. Parameters of the parts are named `PART/kernel`.
     """
     kind = kind_of(module)
     if not kind.parts:

@@ -70,11 +70,7 @@ class Plan:
         return Conv() if rule is None else rule[1]
 
     def gates(self, path: str) -> Inertial | None:
-        """Returns the inertial convolution whose gates are sown at `path`.
-
-        Args:
-            path: The path of the layer, or of its core, `LAYER/core`.
-        """
+        """Returns the inertial convolution whose gates a layer, or its core, sows."""
         spec = self.spec(path)
         if not isinstance(spec, Inertial):
             spec = core_of(self.spec(path.removesuffix("/core")))

@@ -249,13 +249,7 @@ def core_of(spec: Spec) -> Conv | Inertial | LowRank:
 
 
 def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
-    """Returns why a convolution cannot become what the plan has, or None if it can.
-
-    Args:
-        spec: The plan's spec for it.
-        kernel_size: Side of its filters.
-        strides: Distance between its outputs.
-    """
+    """Returns why a convolution cannot become what the plan has, or None if it can."""
     spec = core_of(spec)
     if not isinstance(spec, Inertial):
         return None

@@ -204,8 +204,7 @@ def _conv2d_as_product(
         for j in range(kw)
     ]
     patches = jnp.concatenate(views, axis=-1) if len(views) > 1 else views[0]
-    flat = kernel.reshape(-1, c_out)
-    return mix_channels(patches, flat, precision=precision)
+    return mix_channels(patches, kernel.reshape(-1, c_out), precision=precision)
 
 
 def mix_channels(
@@ -214,13 +213,7 @@ def mix_channels(
     *,
     precision: Any = None,
 ) -> Float[Array, "*batch c_out"]:
-    """Multiplies the channels at every place with a matrix.
-
-    Args:
-        x: Images, or any array with channels last.
-        matrix: [c_in, c_out].
-        precision: The product's precision, as `jax.numpy.matmul` takes it.
-    """
+    """Multiplies the channels at every place with a matrix."""
     if is_spread_explicitly(x):
         return jnp.einsum("...i,io->...o", x, matrix, precision=precision)
     # With einsum, XLA on CPU would transpose all images for the matrix's gradient, and

@@ -68,12 +68,6 @@ def conv2d_to_apply(
     """Convolves as `conv2d` does, in the quickest form on CPU, for networks in use.
 
     Its derivatives, in forward and reverse mode, are those of `conv2d`.
-
-    Args:
-        x: Images.
-        kernel: Filters.
-        strides: Vertical and horizontal strides.
-        padding: Zeros around the image.
     """
     return _quickest(x, kernel, strides, padding)
 
@@ -108,12 +102,6 @@ def conv2d_to_train(
 
     Like every `jax.custom_vjp` it has no forward mode (`jax.jvp`), but its reverse-mode
     gradient has one.
-
-    Args:
-        x: Images.
-        kernel: Filters.
-        strides: Vertical and horizontal strides.
-        padding: Zeros around the image.
     """
     return _quickest(x, kernel, strides, padding)
 
@@ -191,14 +179,9 @@ def filters_for_cpu(
     kernel: Float[Array, "kh kw c_in c_out"],
     padding: Pads,
 ) -> Planes | None:
-    """Returns Winograd's filters, to convolve the images at stride 1 a few at a time.
+    """Returns Winograd's filters, to convolve all images at stride 1 a few at a time.
 
     Where that is not quicker on CPU, it returns None.
-
-    Args:
-        x: All images.
-        kernel: Filters.
-        padding: Zeros around the image.
     """
     pays = functools.partial(_winograd_pays, x, kernel, (1, 1), padding)
     if not pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES_TO_PREPARE):

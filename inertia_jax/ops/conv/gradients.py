@@ -37,14 +37,7 @@ def kernel_gradient(
     """Returns the gradient of a kernel as matrix products over a few images at a time.
 
     dK[i, j] = sum over images and positions (p, q) of x[p s + i, q s + j]^T g[p, q],
-    the taps j side by side in one product.
-
-    Args:
-        x: Images.
-        cotangent: Gradient g of the outputs.
-        kernel_size: Height and width of the kernel.
-        strides: Vertical and horizontal strides.
-        padding: Zeros around the image.
+    the taps j side by side in one product; g is the cotangent and s the strides.
     """
     c_out = cotangent.shape[3]
     n, h, w, c_in = x.shape
@@ -53,7 +46,6 @@ def kernel_gradient(
     # Views of narrow images are smaller than shifts of the outputs: views take 5.5 ms
     # and shifts 11 at [64,32,32,3] to 64, but 4.4 and 3.8 for 16 channels to 32.
     shifts = strides == (1, 1) and c_out < _NARROW * c_in
-    part = _part_by_shifts if shifts else _part_by_views
     views = kernel_size[1] * (c_out if shifts else c_in)
     chunk = max(1, _CHUNK_BYTES // (h * w * (c_in + views) * x.dtype.itemsize))
     if kernel_size == (1, 1):
@@ -62,7 +54,9 @@ def kernel_gradient(
     def gradient(x: Array, cotangent: Array) -> Array:
         # Images are padded chunk by chunk: large new buffers cost more than products.
         padded = pad_image(x, padding)
-        return part(padded, cotangent, kernel_size=kernel_size, strides=strides)
+        if shifts:
+            return _part_by_shifts(padded, cotangent, kernel_size)
+        return _part_by_views(padded, cotangent, kernel_size, strides)
 
     # Chunks summed in bfloat16 would lose the last images to rounding.
     zero = jnp.zeros((*kernel_size, c_in, c_out), at_least_float32(x.dtype))
@@ -84,14 +78,8 @@ def strided_input_gradient(
 
         dx[s m + a] = sum over t of g[m + (a + before - r) / s - t] W[r + s t]^T,
 
-    in both directions. This is one convolution of unit stride per phase.
-
-    Args:
-        cotangent: Gradient g of the outputs.
-        kernel: Filters W.
-        input_size: Height and width of the images.
-        strides: Vertical and horizontal strides.
-        padding: Zeros around the image; `before` counts those above or on the left.
+    in both directions. This is one convolution of unit stride per phase. Here g is the
+    cotangent, W the kernel, and `before` the padding above or on the left.
     """
     n, c_in = cotangent.shape[0], kernel.shape[2]
     counts = [-(-size // s) for size, s in zip(input_size, strides, strict=True)]
@@ -117,13 +105,7 @@ def strided_input_gradient(
     return x[:, : input_size[0], : input_size[1]]
 
 
-def _part_by_shifts(
-    x: Array,
-    cotangent: Array,
-    *,
-    kernel_size: tuple[int, int],
-    strides: tuple[int, int],
-) -> Array:
+def _part_by_shifts(x: Array, cotangent: Array, kernel_size: tuple[int, int]) -> Array:
     """Joins the taps of a row as shifts of the cotangent; x stays as it is."""
     kh, kw = kernel_size
     h_out, c_out = cotangent.shape[1], cotangent.shape[3]
@@ -136,11 +118,7 @@ def _part_by_shifts(
 
 
 def _part_by_views(
-    x: Array,
-    cotangent: Array,
-    *,
-    kernel_size: tuple[int, int],
-    strides: tuple[int, int],
+    x: Array, cotangent: Array, kernel_size: tuple[int, int], strides: tuple[int, int]
 ) -> Array:
     """Joins the taps of a row as views of x."""
     kh, kw = kernel_size

@@ -16,7 +16,7 @@ References:
     https://arxiv.org/abs/1509.09308
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +55,7 @@ def winograd_conv2d(
 ) -> Float[Array, "n h_out w_out c_out"]:
     """Convolves at stride 1, as `conv2d` does up to rounding.
 
-    Args:
-        x: Images.
-        kernel: Filters of 3x3, in the type of `x`.
-        padding: Zeros around the image, `((top, bottom), (left, right))`; negative
-            padding crops it. At least one output must be left.
-
-    Raises:
-        ValueError: The filters are not 3x3.
+    Filters have the type of the images, and padding leaves at least one output.
     """
     return convolve_transformed(x, transform_filters(kernel), padding=padding)
 
@@ -75,8 +68,8 @@ def transform_filters(kernel: Float[Array, "kh kw c_in c_out"]) -> Planes:
     """
     if kernel.shape[:2] != (3, 3):
         raise ValueError(f"`kernel` (shape {kernel.shape}) must be 3 x 3.")
-    rows = [_combine(weights, list(kernel)) for weights in _FILTER]
-    return [[_combine(weights, list(row)) for weights in _FILTER] for row in rows]
+    rows = [_combine(weights, kernel) for weights in _FILTER]
+    return [[_combine(weights, row) for weights in _FILTER] for row in rows]
 
 
 def winograd_input_gradient(
@@ -89,11 +82,6 @@ def winograd_input_gradient(
 
     It is the convolution of the outputs' gradient with the filters turned by 180
     degrees, whose transform is that of the filters with places 0 and 3 exchanged.
-
-    Args:
-        cotangent: Gradient of the outputs.
-        kernel: Filters of 3x3.
-        padding: Zeros around the image.
     """
     (top, bottom), (left, right) = padding
     around = ((2 - top, 2 - bottom), (2 - left, 2 - right))
@@ -113,11 +101,7 @@ def convolve_transformed(
 ) -> Float[Array, "n h_out w_out c_out"]:
     """Convolves at stride 1 with filters that `transform_filters` returned.
 
-    Args:
-        x: Images.
-        filters: One matrix for each place of the tile.
-        padding: Zeros around the image.
-        contracted: Axis of those matrices that stands for the images' channels.
+    `contracted` is the axis of the filters that stands for the images' channels.
     """
     n, h, w, _ = x.shape
     (top, bottom), (left, right) = padding
@@ -147,12 +131,7 @@ def winograd_kernel_gradient(
 ) -> Float[Array, "3 3 c_in c_out"]:
     """Returns the gradient of the kernel of `winograd_conv2d`, its adjoint.
 
-    dg = G^T [ sum over tiles of (B^T d B)^T (A dY A^T) ] G.
-
-    Args:
-        x: Images.
-        cotangent: Gradient dY of the outputs.
-        padding: Zeros around the image.
+    dg = G^T [ sum over tiles of (B^T d B)^T (A dY A^T) ] G, where dY is the cotangent.
     """
     _, h_out, w_out, c_out = cotangent.shape
     c_in = x.shape[3]
@@ -167,7 +146,9 @@ def winograd_kernel_gradient(
 
     size = _images_a_chunk(x, (h_out, w_out), c_out)
     zero = [[jnp.zeros((c_in, c_out), x.dtype)] * _TILE for _ in range(_TILE)]
-    return _gather_filter(sum_chunks(products, x, cotangent, size=size, zero=zero))
+    sums = sum_chunks(products, x, cotangent, size=size, zero=zero)
+    gathered = _on_both_sides(tuple(zip(*_FILTER, strict=True)), sums)
+    return jnp.stack([jnp.stack(row) for row in gathered])
 
 
 def _sum_products(a: Array, b: Array) -> Array:
@@ -222,34 +203,24 @@ def _separably(x: Array, matrix: Sequence[Sequence[float]], *, overlap: int) -> 
 
 def transform_output(products: Planes) -> Float[Array, "n h w c_out"]:
     """Returns A^T M A, tiles side by side: [n, 2 tile rows, 2 tile columns, c_out]."""
-    columns = [
-        [_combine(weights, list(column)) for weights in OUTPUT]
-        for column in zip(*products, strict=True)
-    ]
-    rows = [
-        jnp.stack([_combine(weights, list(row)) for weights in OUTPUT], axis=3)
-        for row in zip(*columns, strict=True)
-    ]
+    rows = [jnp.stack(row, axis=3) for row in _on_both_sides(OUTPUT, products)]
     n, h, w, _, c = rows[0].shape
     return jnp.stack(rows, axis=2).reshape(n, 2 * h, 2 * w, c)
 
 
-def _gather_filter(planes: Planes) -> Array:
-    """Returns G^T M G, [3, 3, c_in, c_out]."""
-    transposed = tuple(zip(*_FILTER, strict=True))
+def _on_both_sides(
+    matrix: Sequence[Sequence[float]], planes: Planes
+) -> Iterator[list[Array]]:
+    """Yields the rows of `matrix` M `matrix`^T."""
     columns = [
-        [_combine(weights, list(column)) for weights in transposed]
+        [_combine(weights, column) for weights in matrix]
         for column in zip(*planes, strict=True)
     ]
-    return jnp.stack(
-        [
-            jnp.stack([_combine(weights, list(row)) for weights in transposed])
-            for row in zip(*columns, strict=True)
-        ]
-    )
+    for row in zip(*columns, strict=True):
+        yield [_combine(weights, row) for weights in matrix]
 
 
-def _combine(weights: Sequence[float], arrays: Sequence[Array]) -> Array:
+def _combine(weights: Sequence[float], arrays: Iterable[Array]) -> Array:
     """Returns the weighted sum, without products by 0, 1 and -1."""
     terms = [(w, array) for w, array in zip(weights, arrays, strict=True) if w]
     weight, total = terms[0]

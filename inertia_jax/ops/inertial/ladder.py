@@ -39,13 +39,9 @@ def with_ladder(
 ) -> Callable[..., Result]:
     """Returns a function: `dense` under derivatives and vmap, and `sparse` elsewhere.
 
-    Both take `PerImage`, the core and the threshold; `sparse` also takes Winograd's
-    filters or None, and whether products are exact (see `spared_output`).
-
-    Args:
-        dense: Form that computes every tile.
-        sparse: Form that computes open tiles, up to the first rung that holds them.
-        tiling: Geometry of the tiles.
+    `dense` computes every tile, `sparse` the open ones. Both take `PerImage`, the core
+    and the threshold; `sparse` also takes Winograd's filters or None, and whether
+    products are exact (`spared_output`).
     """
 
     def compute_at_once(images: PerImage, core: Array, threshold: Array) -> Result:

@@ -102,11 +102,6 @@ def fill_low(
     """Returns what fills a closed tile, from one core evaluation per tile.
 
     The result is in float32 at least.
-
-    Args:
-        padded: Images with the tiling's padding.
-        core: Filters.
-        tiling: Geometry of the tiles.
     """
     m, n = tiling.core_size, tiling.tile_size
     spans = [(count - 1) * n + m for count in tiling.tiles]
@@ -122,11 +117,8 @@ def fill_low(
 def spared_output(tiling: Tiling, dtype: Any, *, is_exact: bool = True) -> int | None:
     """Returns which output of an open tile, row by row, `low` gives, or None.
 
-    Args:
-        tiling: Geometry of the tiles.
-        dtype: Type of the computation.
-        is_exact: True where products of float32 are rounded to float32, as on CPU;
-            False where they are rounded further, as GPUs (TF32) and TPUs do by default.
+    `is_exact` says that products of float32 are rounded to float32, as on CPU; GPUs
+    (TF32) and TPUs round them further by default.
     """
     if tiling.low == "sample":
         return (tiling.tile_size - 1) // 2 * (tiling.tile_size + 1)
@@ -150,16 +142,8 @@ def fill_open(
     itself, or follows from the others and `low`, their mean. (Where that mean is not
     finite, neither is the output that follows, and its rounding is relative to the
     tile's largest.) In bfloat16, and where products of float32 are narrower, the mean's
-    rounding would show n^2 times: there all n^2 outputs are computed.
-
-    Args:
-        padded: Images with the tiling's padding.
-        core: Filters.
-        low: Values that fill the closed tiles, for every tile.
-        gate: True for open tiles, of which there are at most `capacity`.
-        tiling: Geometry of the tiles.
-        capacity: Number of tiles that are gathered and computed.
-        is_exact: Whether products are exact, as `spared_output` takes it.
+    rounding would show n^2 times: there all n^2 outputs are computed. `capacity` tiles
+    are gathered and computed; no more of them may be open.
     """
     m, n = tiling.core_size, tiling.tile_size
     width, c_in = padded.shape[2:]

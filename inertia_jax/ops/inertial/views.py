@@ -65,13 +65,7 @@ def shifted_views(
     rows, columns = output_size
     for i, j in offsets:
         row, column = i // down, j // across
-        view = x[
-            :,
-            row : row + rows,
-            i % down,
-            column : column + columns,
-            j % across,
-        ]
+        view = x[:, row : row + rows, i % down, column : column + columns, j % across]
         yield view[..., ::channel_stride]
 
 
@@ -83,12 +77,8 @@ def sum_views(
 ) -> Float[Array, "n h w c"]:
     """Returns sum_delta weights[delta] x[p + delta], with delta in a square.
 
-    The sum is taken in float32 at least, and rounded once to the type of `x`.
-
-    Args:
-        x: Images, `side` - 1 larger than the result.
-        weights: One weight per place, or per place and channel; None weighs each by 1.
-        side: Side of the square.
+    The images are `side` - 1 larger than the result. The sum is taken in float32 at
+    least, and rounded once to the type of `x`. None weighs every place by 1.
     """
     wide = at_least_float32(x.dtype)
     if weights is None:

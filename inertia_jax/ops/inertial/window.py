@@ -52,11 +52,7 @@ def weights_shape(
 ) -> tuple[int, ...] | None:
     """Returns the shape of the weights that `combine` takes; None if it takes none.
 
-    Args:
-        combine: How the shifted core responses are joined.
-        steps: Number n of shifts in a row, region side - core side + 1.
-        c_in: Number of input channels.
-        core_features: Number of the core's filters.
+    `steps` is the number of shifts in a row, region side - core side + 1.
     """
     return {
         "weighted": (steps, steps),
@@ -167,7 +163,12 @@ def inertial_conv(
     )
     if combine == "stack":
         y = jnp.concatenate([low, y], axis=-1)
-    return InertialOutput(y, region_gate(friction, threshold), friction)
+    # A threshold per channel has a gate per channel.
+    if threshold.ndim == 0:
+        gate = is_open(friction, threshold)
+    else:
+        gate = is_open(friction[..., None], threshold.reshape(1, 1, 1, -1))
+    return InertialOutput(y, gate, friction)
 
 
 def as_friction(friction: ArrayLike, shape: tuple[int, ...]) -> Array:
@@ -185,35 +186,21 @@ def as_friction(friction: ArrayLike, shape: tuple[int, ...]) -> Array:
     return known.astype(at_least_float32(known.dtype))
 
 
-def region_gate(friction: Array, threshold: Array) -> Array:
-    """Returns the gate of each region, and of each channel if `threshold` has them."""
-    if threshold.ndim == 0:
-        return is_open(friction, threshold)
-    return is_open(friction[..., None], threshold.reshape(1, 1, 1, -1))
-
-
 def _check_weights(
     weights: ArrayLike | None, combine: Combine, core: Array, *, steps: int
 ) -> Array | None:
     shape = weights_shape(
         combine, steps=steps, c_in=core.shape[2], core_features=core.shape[3]
     )
-    if shape is None:
-        if weights is not None:
-            raise ValueError(f"`weights` must be None for `combine` (={combine!r}).")
-        return None
-    if weights is None:
+    if shape is None and weights is not None:
+        raise ValueError(f"`weights` must be None for `combine` (={combine!r}).")
+    found = None if weights is None else jnp.shape(weights)
+    if found != shape:
         raise ValueError(
-            f"`weights` (=None) must be given for `combine` (={combine!r}), of shape "
-            f"{shape}."
-        )
-    weights = jnp.asarray(weights)
-    if weights.shape != shape:
-        raise ValueError(
-            f"`weights` (shape {weights.shape}) must have shape {shape} for `combine` "
+            f"`weights` (shape {found}) must have shape {shape} for `combine` "
             f"(={combine!r})."
         )
-    return weights
+    return None if weights is None else jnp.asarray(weights)
 
 
 def _responses(

@@ -37,12 +37,7 @@ def fill_by_winograd(
 ) -> Float[Array, "n h w c_out"]:
     """Returns the map: open tiles in detail, the others filled by their mean.
 
-    Args:
-        padded: Images with the tiling's padding.
-        filters: The core's filters, as `transform_filters` returns them.
-        gate: True for open tiles, of which there are at most `capacity`.
-        tiling: Geometry of the tiles, for which `fits` is true.
-        capacity: Number of tiles that are gathered and computed.
+    It is `fill_open` for a tiling that fits, with Winograd's filters for the core.
     """
     c_out = filters[0][0].shape[1]
 

@@ -43,13 +43,7 @@ def check_factors(
     groups: int,
     channels: int | None = None,
 ) -> None:
-    """Raises ValueError unless the factors fit each other, and an input.
-
-    Args:
-        factors: Factors of one kernel.
-        groups: Groups of the convolution.
-        channels: The input's channels, or None for any.
-    """
+    """Raises ValueError unless the factors fit each other, and an input's channels."""
     shapes = {name: np.shape(factor) for name, factor in factors._asdict().items()}
     found = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
     axes = [len(shape) for shape in shapes.values()]
@@ -79,11 +73,7 @@ def pointwise(
 ) -> Float[Array, "*batch c_out"]:
     """Applies a 1x1 convolution as a product of matrices.
 
-    Args:
-        x: Images, or any array with channels last.
-        kernel: A 1x1 kernel without its first two axes, [c_in / groups, c_out].
-        groups: Number of groups of channels that do not mix.
-        precision: The product's precision, as `jax.numpy.einsum` takes it.
+    The kernel comes without its first two axes, [c_in / groups, c_out].
     """
     if groups == 1:
         return mix_channels(x, kernel, precision=precision)

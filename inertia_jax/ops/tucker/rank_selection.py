@@ -122,13 +122,8 @@ def kept_energy(
 
     HOSVD keeps the leading block of the core of full rank, and its factors are
     orthonormal, so what `(rank_in, rank_out)` keeps is the energy of that block:
-    exactly, not by the sum of the two tails that bounds it.
-
-    Args:
-        core: Core that `tucker2` returns at full rank.
-
-    Returns:
-        Shares in [0, 1]; entry [i, j] is that of ranks (i + 1, j + 1).
+    exactly, not by the sum of the two tails that bounds it. The core is the one that
+    `tucker2` returns at full rank; entry [i, j] is the share of ranks (i + 1, j + 1).
     """
     energy = np.sum(np.asarray(core, np.float64) ** 2, axis=(0, 1))
     kept = energy.cumsum(0).cumsum(1)

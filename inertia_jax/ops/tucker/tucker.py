@@ -112,12 +112,7 @@ def _tucker2(
 
     if groups == 1:  # A loop of one takes three times as long to compile.
         return one_group(kernel)
-    return _stacked(lax.map(one_group, split_groups(kernel, groups)))
-
-
-def _stacked(factors: Tucker2Factors) -> Tucker2Factors:
-    """Turns factors of groups [g, ...] into those of a grouped convolution."""
-    u_in, core, u_out = factors
+    u_in, core, u_out = lax.map(one_group, split_groups(kernel, groups))
     core = jnp.moveaxis(core, 0, 3)
     return Tucker2Factors(
         u_in.reshape(-1, u_in.shape[2]),
@@ -215,9 +210,7 @@ def tucker2_conv(
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])
-    u_in, core, u_out = map(jnp.asarray, factors)
-    parts = factor_kernels(Tucker2Factors(u_in, core, u_out), groups=groups)
-    first, core, last = map(jnp.asarray, parts)
+    first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
     x = pointwise(x, first[0, 0], groups=groups)
     x = conv2d(
         x, core, strides=strides, padding=padding, dilation=dilation, groups=groups

@@ -13,9 +13,7 @@ from inertia_jax.ops.precision import at_least_float32
 def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int]:
     """Returns the largest (rank_in, rank_out) that a kernel's unfoldings can have.
 
-    Args:
-        kernel_shape: The kernel's shape, [kh, kw, c_in / groups, c_out].
-        groups: Groups of the convolution; the ranks are those of one group.
+    The shape is [kh, kw, c_in / groups, c_out]; the ranks are those of one group.
     """
     kh, kw, c_in, c_out = kernel_shape
     c_out //= groups
