@@ -30,10 +30,10 @@ class Wrapper(nn.Module):
 
 
 def on_scope(model: nn.Module, scope: Any) -> nn.Module:
-    """Returns the model where a module that wraps it stands, under its own paths.
+    """Returns the model in the scope of a module that wraps it, under its own paths.
 
-    Not `nn.share_scope`, which leaves the paths of modules that are fields of the
-    model, as those of `nn.Sequential`, below the name of the wrapper's field.
+    `nn.share_scope` would leave the paths of modules that are fields of the model, such
+    as those of `nn.Sequential`, below the name of the wrapper's field.
     """
     return model.clone(parent=scope, _deep_clone=True)
 
@@ -44,8 +44,8 @@ def on_calls(
     """Lets a function answer every layer's call inside a `with` block.
 
     Args:
-        answer: Takes (module, path, call, args, kwargs) and returns the output, which
-            is `call(*args, **kwargs)` unless it is to differ. Methods other than
+        answer: A function of (module, path, call, args, kwargs) that returns the
+            output: `call(*args, **kwargs)`, or what takes its place. Methods other than
             `__call__` are left alone.
     """
 
@@ -66,7 +66,7 @@ class Call:
 
     Attributes:
         module: The layer; None for one whose operations are not counted.
-        input_shape: [n, h, w, c_in].
+        input_shape: The input's shape, [n, h, w, c_in].
         output_shape: The output's shape, of one image.
         again: Further calls of the same layer.
     """
@@ -95,8 +95,9 @@ def record_calls(
     Nothing is computed.
 
     Args:
-        model: Called as `model(images)`, with `train=False` where it takes `train`.
-        shape: [h, w, c] of one image, or the shape of a batch.
+        model: A network, called as `model(images)`, with `train=False` where it takes
+            `train`.
+        shape: Shape of one image [h, w, c], or of a batch.
     """
     calls: dict[str, Call] = {}
     # Inside `nn.scan` and its like, a layer is traced anew, below a scope of its own.
@@ -107,7 +108,7 @@ def record_calls(
         output = call(*args, **kwargs)
         known = calls.get(path)
         if not isinstance(module, _COUNTED):
-            # Keeps the order of the computation; dropped if it owns nothing.
+            # The entry keeps the order of the computation.
             calls.setdefault(path, Call(None, (), ()))
         elif known is before:  # no replacement of the layer was recorded inside it
             x = first_argument(args, kwargs)
@@ -156,10 +157,10 @@ def takes_train(model: nn.Module) -> bool:
 
 
 def evaluating(model: nn.Module) -> dict[str, Any]:
-    """Returns what a network is called with to evaluate, besides images."""
+    """Returns the keyword arguments that a network is evaluated with."""
     return {"train": False} if takes_train(model) else {}
 
 
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Returns what a layer is called on, whether by place or by name."""
+    """Returns the input of a layer, whether it is passed by place or by name."""
     return args[0] if args else next(iter(kwargs.values()))

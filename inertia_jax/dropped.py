@@ -1,4 +1,4 @@
-"""The rules of a plan that do not stand where they match: which, where and why."""
+"""The rules of a plan that are not used at layers that they match, and the reasons."""
 
 import dataclasses
 import fnmatch
@@ -15,14 +15,14 @@ from inertia_jax.plan.specs import Spec, stays_dense
 
 @dataclasses.dataclass(frozen=True)
 class DroppedRule:
-    """A rule of a plan that does not stand at a layer, or at any.
+    """A rule of a plan that is not used at a layer that it matches, or at any.
 
     Attributes:
         glob: The rule's glob.
-        spec: What the rule has for the layers that it matches.
+        spec: The rule's spec.
         path: The layer, which is dense, or has a dense core; "" for a rule that wins at
             none of the layers that it matches.
-        reason: Why the spec does not stand there.
+        reason: The reason why the spec is not used there.
     """
 
     glob: str
@@ -42,7 +42,7 @@ class DroppedRule:
 def dropped_rules(
     model: nn.Module, image_shape: tuple[int, ...]
 ) -> tuple[DroppedRule, ...]:
-    """Returns the rules of a model's plan that do not stand where they match.
+    """Returns the rules of a model's plan that are not used at layers they match.
 
     An inertial convolution falls back to the ordinary one where its core is larger than
     the network's filters, and, in the tiled reading, where the network has strides. A
@@ -50,8 +50,8 @@ def dropped_rules(
     once. Nothing is computed.
 
     Args:
-        model: A network with a plan; any other has dropped nothing.
-        image_shape: [h, w, c].
+        model: A network; one without a plan has dropped nothing.
+        image_shape: Shape of one image, [h, w, c].
     """
     plan = plan_of(model)
     if plan is None or not plan.rules:

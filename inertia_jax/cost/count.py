@@ -29,12 +29,13 @@ def count_cost(
     A convolution costs `h_out w_out c_out kh kw c_in / groups` MACs an image, a linear
     layer `c_in c_out` a row, a factorised one the sum of its parts. Any Linen model
     whose convolutions are `nn.Conv`, `InertialConv`, `Tucker2Conv` or `LowRankConv` and
-    whose linear layers are `nn.Dense` is counted, a layer that is called twice twice
-    (but once inside `nn.scan`, `nn.remat` and their like, with what its kernels hold);
-    parameters count whatever holds them.
+    whose linear layers are `nn.Dense` is counted. A layer that is called twice counts
+    twice, but once inside `nn.scan`, `nn.remat` and their like, with what its kernels
+    hold. Parameters count in every layer, of whatever kind.
 
     Args:
-        model: Called as `model(images)`, with `train=False` where it takes `train`.
+        model: A network, called as `model(images)`, with `train=False` where it takes
+            `train`.
         input_shape: Shape of one image [h, w, c], or of a batch [n, h, w, c]; MACs are
             those of one image either way.
         gate_rates: Share of open gates of inertial layers by path, as evaluation
@@ -151,7 +152,7 @@ def _count_layer(
 
 
 def _inside(path: str) -> str:
-    """Returns what paths inside a layer begin with; the network itself has none."""
+    """Returns the beginning of paths inside a layer; it is empty for the network."""
     return f"{path}/" if path else ""
 
 
@@ -163,10 +164,10 @@ def _expected_rate(threshold: Threshold) -> float:
 
 
 def _outputs(call: Call) -> int:
-    """Returns how many numbers all calls of a layer give."""
+    """Returns the number of outputs of all calls of a layer."""
     return sum(math.prod(one.output_shape) for one in call.every)
 
 
 def _taps(kernel: Any) -> int:
-    """Each output sums over all but the last axis of the kernel [.., c_out]."""
+    """Returns the number of terms of each output, for a kernel [.., c_out]."""
     return math.prod(kernel.shape[:-1])

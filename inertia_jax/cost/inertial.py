@@ -20,15 +20,15 @@ def count_inertial(
 
     The window reading computes everything whatever the gates do, so its MACs do not
     depend on the rate. In the tiled reading one core evaluation is computed for every
-    tile, and n^2 - 1 more for each open one: n^2 in bfloat16, and, which is not counted
-    so, in float32 on GPUs and TPUs, whose products are narrower. A compiled ladder
-    takes a whole capacity: the one that holds the mean rate is counted, though a batch,
-    or on CPU a chunk of one, may need the next.
+    tile, and n^2 - 1 more for each open one, or n^2 more in bfloat16. (GPUs and TPUs,
+    whose products are narrower, compute n^2 in float32 as well; this is not counted.) A
+    compiled ladder takes a whole capacity. The one that holds the mean rate is counted,
+    though a batch, or on CPU a chunk of one, may need the next.
 
     Args:
         layer: The layer.
-        input_shape: [n, h, w, c_in].
-        output_shape: [h_out, w_out, c_out] of one image.
+        input_shape: The input's shape, [n, h, w, c_in].
+        output_shape: The shape of one image's output, [h_out, w_out, c_out].
         gate_rate: Share of open gates, in [0, 1].
     """
     spec, c_in = layer.spec, input_shape[-1]
@@ -70,7 +70,7 @@ def _count_window(
     positions, strides = output_shape[:2], stride_pair(layer.strides)
     regions = math.prod(positions)
     m, k = spec.core_size, spec.region_size - spec.core_size
-    # A product and a sum a term, or a sum alone where all weigh the same.
+    # Each term takes a product and a sum, or a sum alone where all weigh the same.
     per_term = 2 if spec.combine.startswith("weighted") else 1
     by_input = spec.combine not in ("max", "weighted_channel") and strides != (1, 1)
     if by_input or spec.combine == "weighted_input":

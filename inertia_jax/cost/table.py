@@ -10,10 +10,10 @@ from inertia_jax.layers.kinds import KindName
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs.
+    """The cost of one layer.
 
     Attributes:
-        path: Where the layer stands, e.g. `layer1_0/conv1`.
+        path: The layer's path, e.g. `layer1_0/conv1`.
         kind: `conv`, `inertial`, `tucker2`, `low_rank`, `dense`, or `other` for layers
             counted by parameters alone.
         output_shape: Shape of one image's output; empty for `other`.
@@ -22,13 +22,13 @@ class LayerCost:
             gate rate: core evaluations of an inertial layer, closed tiles' included.
         dense_macs: MACs of the dense convolution that the layer replaces.
         core_macs: MACs of an inertial layer with every gate closed.
-        ladder_macs: MACs of the capacity that holds the gate rate: what a compiled
-            tiled layer multiplies in evaluation, unless a batch has more open tiles.
+        ladder_macs: MACs of the capacity that holds the gate rate, which a compiled
+            tiled layer takes in evaluation unless a batch has more open tiles.
         other_ops: Additions, differences, magnitudes and products of friction, box
             means and joins, which no core's MACs contain; two count as one MAC.
         gate_rate: Share of open gates that `macs` is counted at.
         ranks: (rank_in, rank_out) of a Tucker-2 layer, (rank,) of two factors.
-        note: Why the layer is not what the plan has for it.
+        note: The reason why the layer is not what the plan has for it.
     """
 
     path: str
@@ -47,7 +47,7 @@ class LayerCost:
 
 @dataclasses.dataclass(frozen=True)
 class CostTable:
-    """What a network costs; prints as a table.
+    """The cost of a network, which prints as a table.
 
     Attributes:
         rows: One a layer that has parameters, in the order of the computation.
@@ -67,12 +67,12 @@ class CostTable:
 
     @property
     def dense_macs(self) -> int:
-        """The same with the dense convolutions that other kinds replace."""
+        """MACs of the network with the dense convolutions that other kinds replace."""
         return sum(_or(row.dense_macs, row.macs) for row in self.rows)
 
     @property
     def ladder_macs(self) -> int:
-        """What compiled evaluation multiplies, capacities included."""
+        """MACs of compiled evaluation, which takes whole capacities."""
         return sum(_or(row.ladder_macs, row.macs) for row in self.rows)
 
     @property
@@ -86,28 +86,28 @@ class CostTable:
         return self.macs + math.ceil(self.other_ops / 2)
 
     def __str__(self) -> str:
-        gated = any(row.gate_rate is not None for row in self.rows)
-        ranked = any(row.ranks for row in self.rows)
-        noted = any(row.note for row in self.rows)
+        has_gates = any(row.gate_rate is not None for row in self.rows)
+        has_ranks = any(row.ranks for row in self.rows)
+        has_notes = any(row.note for row in self.rows)
         columns: dict[str, Callable[[LayerCost], str]] = {
             "layer": lambda r: r.path,
             "output": lambda r: "x".join(map(str, r.output_shape)),
         }
-        if ranked:
+        if has_ranks:
             columns["ranks"] = lambda r: ",".join(map(str, r.ranks))
         columns["parameters"] = lambda r: f"{r.params:,}"
-        if gated or ranked:
+        if has_gates or has_ranks:
             columns["dense MACs"] = lambda r: f"{_or(r.dense_macs, r.macs):,}"
-        if gated:
+        if has_gates:
             columns["core MACs"] = lambda r: _number(r.core_macs)
             columns["gate rate"] = lambda r: (
                 "" if r.gate_rate is None else f"{r.gate_rate:.3f}"
             )
         columns["MACs"] = lambda r: f"{r.macs:,}"
-        if gated:
+        if has_gates:
             columns["as compiled"] = lambda r: f"{_or(r.ladder_macs, r.macs):,}"
             columns["other ops"] = lambda r: _number(r.other_ops or None)
-        if noted:
+        if has_notes:
             columns[""] = lambda r: f"  stays dense: {r.note}" if r.note else ""
         totals = {
             "layer": "total",
@@ -121,13 +121,13 @@ class CostTable:
         last = tuple(totals.get(name, "") for name in columns)
         text = aligned([tuple(columns), *body, last], left=2)
         share = self.total_macs / max(1, self.dense_macs)
-        if gated:
+        if has_gates:
             compiled = (self.ladder_macs + self.other_ops / 2) / max(1, self.dense_macs)
             text += (
                 f"\n{self.total_macs:,} MACs with two other ops counted as one, "
                 f"{share:.3f} of the dense network's; as compiled {compiled:.3f}"
             )
-        elif ranked:
+        elif has_ranks:
             text += f"\n{share:.3f} of the dense network's MACs"
         return text
 

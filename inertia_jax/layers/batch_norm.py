@@ -48,7 +48,7 @@ class BatchNormToTrain(nn.Module):
         if self.axis_name is not None and not self.is_initializing():
             moments = lax.pmean(moments, self.axis_name)
         mean = moments[0]
-        # Rounding may leave less than nothing.
+        # Rounding may make the difference negative.
         variance = jnp.maximum(0.0, moments[1] - mean * mean)
         if not self.is_initializing():
             keep = self.momentum

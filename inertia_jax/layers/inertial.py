@@ -20,7 +20,7 @@ from inertia_jax.ops.inertial.tiles import Tiling, make_tiling
 from inertia_jax.ops.inertial.window import inertial_conv, weights_shape
 from inertia_jax.plan.specs import Fixed, Inertial, Learned, Threshold, fields_as
 
-# Names of what a layer sows and of its running mean, for those who read them.
+# Names of the values that a layer sows, and of its running mean.
 GATE_RATE, FRICTION = "gate_rate", "friction"
 FRICTION_MEAN = "friction_mean"
 
@@ -29,7 +29,7 @@ _MOMENTUM = 0.9
 
 
 class InertialConv(nn.Module):
-    """An inertial convolution, used like `nn.Conv` of two dimensions.
+    """An inertial convolution, which is used like `nn.Conv` of two dimensions.
 
     Parameters: `kernel` [m, m, c_in, features] (half the features for `stack`), `bias`,
     `weights` of the weighted joins, `threshold` if learned. Other thresholds are in the
@@ -42,8 +42,8 @@ class InertialConv(nn.Module):
     `relative` move them. Before the first training batch, a `Rate` threshold is 0 and
     a `relative` friction is divided by 1.
 
-    Attributes other than these are the fields of `Inertial`, and mean the same; see
-    there. `from_spec` copies them over.
+    The other attributes are the fields of `Inertial`, and mean the same. `from_spec`
+    copies them from a spec.
 
     Attributes:
         features: Number of output channels.
@@ -89,7 +89,7 @@ class InertialConv(nn.Module):
 
     @property
     def spec(self) -> Inertial:
-        """What a plan says where this layer stands."""
+        """The spec that a plan has for this layer."""
         return Inertial(**fields_as(Inertial, self))
 
     @classmethod
@@ -144,7 +144,7 @@ class InertialConv(nn.Module):
         friction = None
         if train or spec.relative or spec.reading == "window":
             friction = self._friction(x, measure, relative=spec.relative, train=train)
-        # Where it is None, the operation takes it itself, chunk by chunk, in the cache.
+        # If friction is None, the operation computes it, chunk by chunk, in the cache.
         threshold = self._threshold(spec.threshold, friction, train=train)
         common: dict[str, Any] = {
             "threshold": threshold,
@@ -183,8 +183,8 @@ class InertialConv(nn.Module):
         )
         if shape is None:
             return None
-        weighed = n * n - 1 if spec.zero_middle else n * n
-        init = nn.initializers.constant(1 / weighed)
+        num_weights = n * n - 1 if spec.zero_middle else n * n
+        init = nn.initializers.constant(1 / num_weights)
         weights = self.param("weights", init, shape, self.param_dtype)
         if spec.zero_middle:
             middle = (n - 1) // 2
@@ -222,8 +222,8 @@ class InertialConv(nn.Module):
         mean = lax.stop_gradient(friction).mean()
         if self.axis_name is not None:
             mean = lax.pmean(mean, self.axis_name)
-        running.value = _moved(running.value, mean)
-        # Where every region is flat there is nothing to divide by.
+        running.value = _running_mean(running.value, mean)
+        # If every region is flat, the mean is 0, and friction stays as it is.
         return friction / jnp.where(mean > 0, mean, 1)
 
     def _threshold(
@@ -244,9 +244,9 @@ class InertialConv(nn.Module):
         value = rate_threshold(
             friction, threshold.target, axis_name=self.axis_name
         ).astype(dtype)
-        stored.value = _moved(stored.value, value)
+        stored.value = _running_mean(stored.value, value)
         return value
 
 
-def _moved(running: Array, value: Array) -> Array:
+def _running_mean(running: Array, value: Array) -> Array:
     return _MOMENTUM * running + (1 - _MOMENTUM) * value

@@ -1,4 +1,4 @@
-"""What each kind of layer is made of: its spec, its parts, and its kernel.
+"""The kinds of layers: the spec, the parts and the kernel of each.
 
 Whoever asks what a layer is asks here; nothing else tests for a layer's class. A new
 kind of layer needs its Linen module and, for a plan to name it, a spec in `specs.Spec`
@@ -31,11 +31,12 @@ KindName = Literal["conv", "inertial", "tucker2", "low_rank", "dense", "other"]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a kind of layer is made of.
+    """The spec, the parts and the factors of a kind of layer.
 
     Attributes:
         name: The kind, as the table of costs has it.
-        spec: What a plan says where such a layer stands; None: no plan speaks of it.
+        spec: The class of a plan's spec for such a layer, or None for a layer that no
+            plan chooses.
         parts: Names of the layers that it consists of, in the order of computation. The
             first and last are 1x1, the last has the bias; one between is `core`.
         ranks: Names of its ranks, fields of the spec and of the layer.
@@ -92,7 +93,7 @@ def ranks_of(module: Any) -> tuple[int, ...]:
 
 
 def spec_of(module: Any) -> Any:
-    """Returns what a plan says where this convolution stands.
+    """Returns the spec that a plan has for this convolution.
 
     Raises:
         ValueError: The layer is no convolution.
@@ -101,7 +102,7 @@ def spec_of(module: Any) -> Any:
     if spec is None:
         raise ValueError(f"`module` (={type(module).__name__}) must be a convolution.")
     if spec is Conv:
-        # The network's own filters, whose side a plan does not name.
+        # A plan does not name the side of the network's own filters.
         return Conv()
     return spec(**fields_as(spec, module))
 
@@ -126,12 +127,12 @@ def linear_parts(module: Any) -> tuple[str, ...]:
     The convolution itself is "", where it has no parts.
     """
     kind = kind_of(module)
-    # What a subclass computes is not known.
+    # A subclass may compute anything.
     if kind.spec is None or type(module) not in KINDS:
         return ()
     parts, core = kind.parts or ("",), core_of(spec_of(module))
     if isinstance(core, Inertial):
-        # Friction is taken of what the parts before the core put out.
+        # Friction depends on the output of the parts before the core.
         parts = parts[parts.index("core") :] if kind.parts else parts
         return parts[1:] if core.combine == "max" else parts
     return parts

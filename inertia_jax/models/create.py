@@ -55,12 +55,12 @@ def create_model(
         width: Multiplies every number of channels, > 0; 1 is the published network.
         stem: `cifar` or `imagenet`; the latter for `resnet18` alone.
         shortcut: `A` (padding) or `B` (1x1 convolution), for `resnet20` to `resnet56`.
-        plan: Which kind of convolution stands where; None means `Conv` everywhere.
+        plan: The plan that chooses the convolutions; None means `Conv` everywhere.
         dtype: Type of the computation: bfloat16, float32 or float64.
             Parameters are float32, or float64 with float64.
         axis_name: Mesh axis over which BatchNorm statistics are averaged.
         strict: Whether a layer that cannot be what the plan has for it is refused
-            instead of staying dense; see `dropped_rules`.
+            instead of staying dense (`dropped_rules` lists these layers).
 
     Returns:
         A Linen module: `model.apply(variables, x_nhwc, train=False) -> logits`. With
@@ -163,7 +163,7 @@ def init_variables(
 
     Args:
         model: Any Linen module that takes images and `train`.
-        key: For the parameters.
+        key: The key that the parameters are drawn with.
         shape: Image shape [h, w, c]; None means the one the network was made for.
     """
     images = jnp.zeros((1, *(shape or input_shape(model))), jnp.float32)

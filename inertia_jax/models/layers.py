@@ -86,12 +86,12 @@ class Dropout(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Makes a network's layers, every one of them with the same settings.
+    """The settings of a network, and a maker of its layers.
 
     Called inside `nn.compact`; layers become children of `parent` under `name`.
 
     Attributes:
-        plan: Which kind of convolution stands where.
+        plan: The plan that chooses the convolutions.
         dtype: Type of the computation; parameters are float32, or float64 for float64.
         axis_name: Mesh axis over which BatchNorm statistics are averaged.
         train: Whether the network is called to train.
@@ -206,7 +206,7 @@ class Layers:
 
 
 def _standing(spec: Spec, path: str, kernel_size: int, strides: int) -> Spec:
-    """Returns what stands at a layer: what the plan has, or what it falls back to."""
+    """Returns the spec of a layer: the plan's, or the one that it falls back to."""
     if stays_dense(spec, kernel_size=kernel_size, strides=strides):
         if isinstance(spec, Tucker2):
             return dataclasses.replace(spec, core=Conv())

@@ -1,4 +1,4 @@
-"""What all networks have in common."""
+"""The base class of all networks."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class Network(nn.Module, kw_only=True):
     Attributes:
         num_classes: Outputs.
         width: Multiplies every number of channels.
-        plan: Which kind of convolution stands where.
+        plan: The plan that chooses the convolutions.
         dtype: Type of the computation.
         axis_name: Mesh axis over which BatchNorm statistics are averaged.
     """
@@ -33,7 +33,7 @@ class Network(nn.Module, kw_only=True):
 
     @nn.nowrap
     def make_layers(self, train: bool) -> Layers:
-        """Returns what makes the network's layers."""
+        """Returns the maker of the network's layers."""
         return Layers(self.plan, self.dtype, self.axis_name, train)
 
     @nn.nowrap

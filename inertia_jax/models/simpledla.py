@@ -12,7 +12,7 @@ from inertia_jax.models.resnet import BasicBlock
 
 
 class Root(nn.Module):
-    """Joins two maps: concatenation, 1x1 convolution, BatchNorm, ReLU.
+    """The join of two maps: concatenation, 1x1 convolution, BatchNorm, ReLU.
 
     Attributes:
         features: Output channels.

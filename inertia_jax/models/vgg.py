@@ -28,7 +28,7 @@ class VGG16(Network):
                 f"`x` (shape {x.shape}) must be at least 32 x 32 for VGG16."
             )
         make = self.make_layers(train)
-        index = 0  # of the layer in PyTorch's Sequential, ReLU and pooling included
+        index = 0  # The index in PyTorch's Sequential also counts ReLU and pooling.
         for stage in _STAGES:
             for channels in stage:
                 name, norm = f"features_{index}", f"features_{index + 1}"

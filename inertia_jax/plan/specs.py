@@ -1,4 +1,4 @@
-"""What can stand at a layer of a network: kinds of convolution, kinds of threshold."""
+"""The kinds of convolution that can stand at a layer, and the kinds of threshold."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal, get_origin
@@ -73,7 +73,7 @@ class Learned:
 
     Attributes:
         init: Its value before training, in the units of the friction.
-        per_channel: One threshold an output channel instead of one a layer.
+        per_channel: Whether each output channel has its own threshold.
     """
 
     init: float = 0.1
@@ -89,8 +89,8 @@ class Rate:
     """A threshold set so that a given share of the gates opens.
 
     Attributes:
-        target: Share of open gates, in (0, 1]: a batch quantile while training, its
-            running mean in evaluation.
+        target: Share of open gates, in (0, 1]. The threshold is a quantile of the
+            batch in training, and the running mean of it in evaluation.
     """
 
     target: float
@@ -126,20 +126,20 @@ class Inertial:
     Attributes:
         core_size: Side m of the core filter, >= 1.
         region_size: Side d of the region, > `core_size`.
-        reading: `window`, one region an output position, or `tiled`, one region a
+        reading: `window`, one region per output position, or `tiled`, one region per
             tile of (d - m + 1)^2 outputs (stride 1 only).
-        metric: How the periphery is compared with the reference; `random` is a
-            control whose gates know nothing of the image.
+        metric: Measure of the difference between periphery and reference; `random` is
+            a control whose gates do not depend on differences.
         reference: The region's middle pixel, or the mean of its core patch.
-        relative: Divide friction by its mean: the batch's while training, its running
-            mean in evaluation.
-        combine: How the window reading joins the shifted core responses.
-        zero_middle: Hold the middle one of the weights of `combine="weighted"` at 0.
-        low: What fills a tile of low friction: its mean output, or one sample.
-        threshold: Where the gate opens; one a channel in the window reading alone.
+        relative: Whether friction is divided by its mean: the batch's mean in
+            training, the running mean in evaluation.
+        combine: Join of the shifted core responses in the window reading.
+        zero_middle: Whether the middle weight of `combine="weighted"` is held at 0.
+        low: Value that fills a tile of low friction: its mean output, or one sample.
+        threshold: Threshold of the gate; one per channel in the window reading alone.
         gate_gradient: `none`, or `ste` (straight-through).
         slope: Steepness of the sigmoid behind the straight-through gradient, > 0.
-        channel_stride: Take friction on every `channel_stride`-th channel, >= 1.
+        channel_stride: Step over the channels that friction reads, >= 1.
         capacities: Shares of open tiles that evaluation of the tiled reading is
             compiled for, rising to 1; None computes every tile.
     """
@@ -181,15 +181,18 @@ class Inertial:
             object.__setattr__(self, "capacities", shares)
         if self.zero_middle and self.combine != "weighted":
             raise ValueError(
-                f"`zero_middle` (=True) must go with `combine` (={self.combine!r}) "
-                f"'weighted'."
+                f"`zero_middle` (=True) must be False unless `combine` "
+                f"(={self.combine!r}) is 'weighted'."
             )
         if self.reading == "window" and self.low != "mean":
-            raise ValueError(f"`low` (={self.low!r}) is of the tiled reading alone.")
+            raise ValueError(
+                f"`low` (={self.low!r}) must be 'mean' in the window reading."
+            )
         if self.reading == "tiled":
             if self.combine != "mean":
                 raise ValueError(
-                    f"`combine` (={self.combine!r}) is of the window reading alone."
+                    f"`combine` (={self.combine!r}) must be 'mean' in the "
+                    f"tiled reading."
                 )
             if isinstance(self.threshold, Learned) and self.threshold.per_channel:
                 raise ValueError(
@@ -205,7 +208,7 @@ class Tucker2:
     Attributes:
         rank_in: Channels between the first 1x1 and the core, >= 1.
         rank_out: Channels between the core and the last 1x1, >= 1.
-        core: What the core convolution is.
+        core: Spec of the core convolution.
     """
 
     rank_in: int

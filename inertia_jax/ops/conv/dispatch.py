@@ -3,9 +3,9 @@
 On CPU, the convolution and, in training, both of its gradients take Winograd's form
 where it is quicker. Where it is not, the kernel's gradient is matrix products, the
 gradient of a strided convolution's images is one convolution of unit stride per phase,
-and the rest is XLA's. On other platforms everything is XLA's. Everywhere, so are the
-window reading of inertial convolutions and the gradients of the tiled reading, since
-both promise forward mode in training as well.
+and the rest is XLA's. On other platforms everything is XLA's. The window reading of
+inertial convolutions and the gradients of the tiled reading take XLA's forms on every
+platform, since both promise forward mode in training as well.
 
 XLA's forms also serve batches of symbolic size, images on explicit meshes, and images
 of another type than the kernel. Winograd's form and the products loop over images, so

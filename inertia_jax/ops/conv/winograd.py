@@ -169,7 +169,7 @@ def _transform_input(x: Array, padding: Pads) -> Planes:
     (top, bottom), (left, right) = padding
     height = x.shape[1] + top + bottom - 2
     width = x.shape[2] + left + right - 2
-    # Where outputs are odd in number, zeros fill the last tile.
+    # If the number of outputs is odd, zeros fill the last tile.
     around = ((top, bottom + height % 2), (left, right + width % 2))
     return transform_tiles(pad_image(x, around))
 

@@ -50,7 +50,7 @@ def friction(
 ) -> Float[Array, "n h_out w_out"]:
     """Returns how much each region's periphery P differs from its reference r.
 
-    With means over the channels c and, but for `max`, over the pixels q of P:
+    Means are taken over the channels c and, except for `max`, over the pixels q of P:
 
         l1     mean_q,c |x_q - r|
         l2     mean_q,c (x_q - r)^2
@@ -70,7 +70,7 @@ def friction(
         metric: `l1`, `l2` or `max`; `random` is a control, noise in [0, 1) that is
             hashed from the reference pixel and the region's place.
         reference: `center` or `core_mean`.
-        channel_stride: Step over the channels, >= 1: every so many are compared.
+        channel_stride: Step over the channels that are compared, >= 1.
 
     Returns:
         Friction >= 0, in float32, or float64 for float64; in the units of `x`, squared

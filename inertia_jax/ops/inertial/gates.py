@@ -111,7 +111,7 @@ def rate_threshold(
         too_many = over_devices(open_here, lax.psum) > most
         return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
 
-    # Where fewer than the share exceed even the lowest friction, that is the threshold.
+    # If fewer than the share exceed even the lowest friction, `below` is the result.
     below = low - (high - low) * 2**-20
     return lax.fori_loop(0, 32, halve, (below, high))[1]
 

@@ -85,7 +85,7 @@ def spread(
 def tile_means(
     high: Float[Array, "n h w c"], tiling: Tiling
 ) -> Float[Array, "n rows columns c"]:
-    """Returns what fills a closed tile, from the outputs of all tiles."""
+    """Returns the values that fill closed tiles, from the outputs of all tiles."""
     n = tiling.tile_size
     if tiling.low == "sample":
         return high[:, (n - 1) // 2 :: n, (n - 1) // 2 :: n]
@@ -99,7 +99,7 @@ def fill_low(
     core: Float[Array, "m m c_in c_out"],
     tiling: Tiling,
 ) -> Float[Array, "n rows columns c_out"]:
-    """Returns what fills a closed tile, from one core evaluation per tile.
+    """Returns the values that fill closed tiles, from one core evaluation per tile.
 
     The result is in float32 at least.
     """
@@ -169,7 +169,7 @@ def fill_open(
 
 
 class OpenTiles(NamedTuple):
-    """Places of open tiles, each int32 [capacity]; those left over are out of range.
+    """Places of open tiles, each int32 [capacity]; surplus entries are out of range.
 
     Attributes:
         tile: Number of the tile, counted over all images.

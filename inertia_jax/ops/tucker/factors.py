@@ -15,9 +15,9 @@ class Tucker2Factors(NamedTuple):
     """A kernel as `core` with a factor on each side; groups lie one below the other.
 
     Attributes:
-        u_in: Factor of the input channels, [c_in, r_in], with rows group after group.
+        u_in: Factor of the input channels, [c_in, r_in], with rows by group.
         core: Kernel of a convolution of `groups`, [kh, kw, r_in, groups * r_out].
-        u_out: Factor of the output channels, [c_out, r_out], with rows alike.
+        u_out: Factor of the output channels, [c_out, r_out], with rows by group.
     """
 
     u_in: Float[Array, "c_in r_in"]
@@ -29,8 +29,8 @@ class LowRankFactors(NamedTuple):
     """A 1x1 kernel as a product of two; groups lie one below the other.
 
     Attributes:
-        left: Factor of the input channels, [c_in, r], with rows group after group.
-        right: Factor of the output channels, [c_out, r], with rows alike.
+        left: Factor of the input channels, [c_in, r], with rows by group.
+        right: Factor of the output channels, [c_out, r], with rows by group.
     """
 
     left: Float[Array, "c_in r"]

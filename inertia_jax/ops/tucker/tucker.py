@@ -142,10 +142,10 @@ def _hooi(
         carry: tuple[Array, Array, Array, Array, Array],
     ) -> tuple[Array, Array, Array, Array, Array]:
         step, u_in, u_out, error, _ = carry
-        seen = precise_einsum("hwio,ir->hwro", kernel, u_in)
-        new_out = left_singular(unfold_out(seen))[0][:, : u_out.shape[1]]
-        seen = precise_einsum("hwio,os->hwis", kernel, new_out)
-        new_in = left_singular(unfold_in(seen))[0][:, : u_in.shape[1]]
+        projection = precise_einsum("hwio,ir->hwro", kernel, u_in)
+        new_out = left_singular(unfold_out(projection))[0][:, : u_out.shape[1]]
+        projection = precise_einsum("hwio,os->hwis", kernel, new_out)
+        new_in = left_singular(unfold_in(projection))[0][:, : u_in.shape[1]]
         new_error = relative_error(new_in, new_out)
         better = new_error < error
         return (
