@@ -128,27 +128,22 @@ def _count_layer(
     if not call.is_factorised:
         return 0, {}
     fields: dict[str, Any] = {"ranks": ranks_of(module)}
-    macs = 0
+    macs = macs_of_core = 0
     for name in kind_of(module).parts:
-        part = calls.get(f"{_inside(path)}{name}")
+        place = f"{_inside(path)}{name}"
+        part = calls.get(place)
         if part is None:
             continue
         if isinstance(part.module, InertialConv):
-            more, fields_of_core = _count_layer(
-                f"{_inside(path)}{name}", part, calls, {}, rates
-            )
+            macs_of_core, fields_of_core = _count_layer(place, part, calls, {}, rates)
             del fields_of_core["dense_macs"]
             fields |= fields_of_core
-            # The factors are computed whatever the gates do.
-            for key in ("core_macs", "ladder_macs"):
-                fields[key] -= more
         else:
-            more = _outputs(part) * _taps(leaves[f"{name}/kernel"])
-        macs += more
-    for key in ("core_macs", "ladder_macs"):
-        if key in fields:
-            fields[key] += macs
-    return macs, fields
+            macs += _outputs(part) * _taps(leaves[f"{name}/kernel"])
+    # The factors are computed whatever the gates do.
+    for key in fields.keys() & {"core_macs", "ladder_macs"}:
+        fields[key] += macs
+    return macs + macs_of_core, fields
 
 
 def _inside(path: str) -> str:

@@ -23,13 +23,8 @@ def count_inertial(
     tile, and n^2 - 1 more for each open one, or n^2 more in bfloat16. (GPUs and TPUs,
     whose products are narrower, compute n^2 in float32 as well; this is not counted.) A
     compiled ladder takes a whole capacity. The one that holds the mean rate is counted,
-    though a batch, or on CPU a chunk of one, may need the next.
-
-    Args:
-        layer: The layer.
-        input_shape: The input's shape, [n, h, w, c_in].
-        output_shape: The shape of one image's output, [h_out, w_out, c_out].
-        gate_rate: Share of open gates, in [0, 1].
+    though a batch, or on CPU a chunk of one, may need the next. Inputs have the shape
+    [n, h, w, c_in], the output of one image has [h_out, w_out, c_out].
     """
     spec, c_in = layer.spec, input_shape[-1]
     taps = spec.core_size**2 * c_in * layer.core_features

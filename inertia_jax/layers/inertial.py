@@ -42,19 +42,14 @@ class InertialConv(nn.Module):
     `relative` move them. Before the first training batch, a `Rate` threshold is 0 and
     a `relative` friction is divided by 1.
 
-    The other attributes are the fields of `Inertial`, and mean the same. `from_spec`
-    copies them from a spec.
+    Attributes that are not listed are those of `nn.Conv`, or the fields of `Inertial`,
+    which `from_spec` copies from a spec.
 
     Attributes:
         features: Number of output channels.
         strides: Distance between outputs, in pixels; 1 for the tiled reading.
         padding: Zeros around the image: of the region in the window reading, of the
             m x m convolution in the tiled one.
-        use_bias: Whether a bias is added to the output.
-        dtype: Type of the computation; None: that of the input and the parameters.
-        param_dtype: Type of the parameters.
-        kernel_init: Initialiser of the core.
-        bias_init: Initialiser of the bias.
         axis_name: Mesh axis over whose devices `Rate` and `relative` take the friction
             together.
 

@@ -19,7 +19,8 @@ class LowRankConv(nn.Module):
     """A 1x1 convolution as two, used like `nn.Conv` of two dimensions.
 
     Children: `left`, from the input channels to `rank` a group, with strides and
-    padding; `right`, from there to the features, with the bias.
+    padding; `right`, from there to the features, with the bias. Attributes that are not
+    listed are those of `nn.Conv`, for both children.
 
     Attributes:
         features: Output channels.
@@ -28,12 +29,6 @@ class LowRankConv(nn.Module):
         strides: Strides of the first, as `nn.Conv` has them.
         padding: Padding of the first, as `nn.Conv` has it.
         feature_group_count: Groups of channels that do not mix, in both.
-        use_bias: Whether a bias is added to the output.
-        dtype: Type of the computation; None: that of the input and the parameters.
-        param_dtype: Type of the parameters.
-        kernel_init: Initialiser of both kernels.
-        bias_init: Initialiser of the bias.
-        precision: Precision of both products, as `nn.Conv` has it.
 
     Raises:
         ValueError: A rank outside its range, or groups that do not divide the channels.

@@ -15,17 +15,8 @@ from inertia_jax.ops.tucker.factors import pointwise
 class Pointwise(nn.Module):
     """A 1x1 convolution as a product of matrices.
 
-    Parameters: `kernel` [1, 1, c_in / feature_group_count, features] and `bias`.
-
-    Attributes:
-        features: Output channels.
-        use_bias: Whether a bias is added.
-        feature_group_count: Groups of channels that do not mix.
-        dtype: Type of the computation; None: that of the input and the parameters.
-        param_dtype: Type of the parameters.
-        kernel_init: Initialiser of the kernel.
-        bias_init: Initialiser of the bias.
-        precision: Precision of the product, as `nn.Conv` has it.
+    Parameters: `kernel` [1, 1, c_in / feature_group_count, features] and `bias`. The
+    attributes are those of `nn.Conv`.
     """
 
     features: int

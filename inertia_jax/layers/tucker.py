@@ -26,24 +26,20 @@ class Tucker2Conv(nn.Module):
     convolution between the ranks, with these strides, padding and dilation; `u_out`,
     1x1 to the features, with the bias. Zero padding commutes with a 1x1 convolution
     without bias, so any padding that `nn.Conv` takes stays exact. Called with `train`,
-    it has reverse-mode gradients alone (`ops.conv_layers`).
+    it has reverse-mode gradients alone. Attributes that are not listed are those of
+    `nn.Conv`, for all three children.
 
     Attributes:
         features: Output channels.
         kernel_size: Sides of the core, or one of a square one.
         rank_in: Channels before the core, of each group, in [1, c_in / groups], and at
-            most what the kernel's unfolding can have (`ops.unfold.max_ranks`).
+            most what the kernel's unfolding can have (`max_ranks`).
         rank_out: Channels after the core, of each group, in [1, features / groups], and
             at most what the unfolding can have.
         strides: Strides of the core, as `nn.Conv` has them.
         padding: Padding of the core, as `nn.Conv` has it.
         kernel_dilation: Dilation of the core, as `nn.Conv` has it.
         feature_group_count: Groups of channels that do not mix, in all three.
-        use_bias: Whether a bias is added to the output.
-        dtype: Type of the computation; None: that of the input and the parameters.
-        param_dtype: Type of the parameters.
-        kernel_init: Initialiser of each of the three kernels.
-        bias_init: Initialiser of the bias.
         precision: Precision of all three products, as `nn.Conv` has it; None with an
             inertial core.
         core: A `Conv`, or an `Inertial` whose `core_size` is `kernel_size`; in the

@@ -64,7 +64,7 @@ def create_model(
 
     Returns:
         A Linen module: `model.apply(variables, x_nhwc, train=False) -> logits`. With
-        `train=True` it has reverse-mode gradients alone (`ops.conv_layers`).
+        `train=True` it has reverse-mode gradients alone.
 
     Raises:
         ValueError: An argument outside its range, a plan whose glob matches no

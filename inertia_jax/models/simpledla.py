@@ -12,12 +12,7 @@ from inertia_jax.models.resnet import BasicBlock
 
 
 class Root(nn.Module):
-    """The join of two maps: concatenation, 1x1 convolution, BatchNorm, ReLU.
-
-    Attributes:
-        features: Output channels.
-        layers: Settings of the network.
-    """
+    """The join of two maps: concatenation, 1x1 convolution, BatchNorm, ReLU."""
 
     features: int
     layers: Layers

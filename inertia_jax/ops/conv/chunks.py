@@ -10,13 +10,10 @@ from jax import Array, lax
 
 
 def map_chunks(function: Callable[[Any], Any], x: Any, *, size: int, y: Any) -> Any:
-    """Applies a function of images to `size` of them at a time.
+    """Applies a function that works image by image to `size` images at a time.
 
-    Args:
-        function: Takes the arrays of up to `size` images, and works image by image.
-        x: The images and what belongs to each, a tree of arrays [n, ...].
-        size: Images of a chunk, >= 1.
-        y: The shapes and types [n, ...] that the function returns for all images.
+    Both `x` and the result are trees of arrays [n, ...]; `y` holds the shapes and types
+    of the result for all images.
     """
     n = jax.tree.leaves(x)[0].shape[0]
     if size >= n:
@@ -38,13 +35,9 @@ def map_chunks(function: Callable[[Any], Any], x: Any, *, size: int, y: Any) -> 
 def sum_chunks(
     function: Callable[..., Any], *arrays: Array, size: int, zero: Any
 ) -> Any:
-    """Sums what a function returns for `size` images at a time.
+    """Returns the sum of a function's results for `size` images at a time.
 
-    Args:
-        function: Takes the arrays of up to `size` images.
-        arrays: Arrays [n, ...].
-        size: Images of a chunk, >= 1.
-        zero: The sum over no images, in the types that the function returns.
+    `zero` is the sum over no images, in the types that the function returns.
     """
     n = arrays[0].shape[0]
     if size >= n:

@@ -19,15 +19,10 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 def pair(
     value: Any, name: str = "value", *, least: int | None = None
 ) -> tuple[int, int]:
-    """Returns `value` as (vertical, horizontal).
-
-    Args:
-        value: One integer, or two.
-        name: The argument's name, for the message.
-        least: The smallest value that both may have, or None for any.
+    """Returns one integer, or two, as (vertical, horizontal).
 
     Raises:
-        ValueError: `value` is neither, or is below `least`.
+        ValueError: `value` is neither, or is below `least`; the message has `name`.
     """
     try:
         sizes = [operator.index(size) for size in np.atleast_1d(np.asarray(value))]

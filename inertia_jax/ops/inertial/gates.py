@@ -85,12 +85,8 @@ def rate_threshold(
     """Returns the lowest threshold that at most a share of the friction exceeds.
 
     Bisection finds it to 2^-32 of the friction's range; sorting takes 25 times as long
-    on CPU (25 ms, not 1, at [128,32,32]). It has no gradient.
-
-    Args:
-        friction: Friction of every region.
-        rate: The share, in (0, 1]; 1 opens every gate.
-        axis_name: Mesh axis over whose devices friction is taken together.
+    on CPU (25 ms, not 1, at [128,32,32]). It has no gradient. The share is in (0, 1],
+    and 1 opens every gate. Friction is taken over the devices of a mesh axis together.
     """
     friction = lax.stop_gradient(friction)
     if rate == 1:

@@ -19,12 +19,7 @@ CHUNK_BYTES = 2**20
 
 
 class PerImage(NamedTuple):
-    """Images and what is known of each: both are cut into chunks alike.
-
-    Attributes:
-        x: Images.
-        friction: Friction of their tiles, or None where it is yet to be computed.
-    """
+    """Images, and the friction of their tiles, or None where it is to be computed."""
 
     x: Float[Array, "n h w c_in"]
     friction: Float[Array, "n rows columns"] | None

@@ -169,13 +169,9 @@ def fill_open(
 
 
 class OpenTiles(NamedTuple):
-    """Places of open tiles, each int32 [capacity]; surplus entries are out of range.
+    """Places of open tiles; surplus entries are out of range.
 
-    Attributes:
-        tile: Number of the tile, counted over all images.
-        image: Number of the tile's image.
-        row: The tile's row among the tiles of its image.
-        column: The tile's column among the tiles of its image.
+    Tiles are counted over all images, rows and columns within the tile's image.
     """
 
     tile: Int[Array, " capacity"]
