@@ -138,9 +138,9 @@ class InertialConv(nn.Module):
         }
         friction = None
         if train or spec.relative or spec.reading == "window":
-            friction = self._friction(x, measure, relative=spec.relative, train=train)
+            friction = self._friction(x, measure, train=train)
         # If friction is None, the operation computes it, chunk by chunk, in the cache.
-        threshold = self._threshold(spec.threshold, friction, train=train)
+        threshold = self._threshold(friction, train=train)
         common: dict[str, Any] = {
             "threshold": threshold,
             "padding": self.padding,
@@ -197,9 +197,7 @@ class InertialConv(nn.Module):
             low=self.spec.low,
         )
 
-    def _friction(
-        self, x: Array, measure: dict[str, Any], *, relative: bool, train: bool
-    ) -> Array:
+    def _friction(self, x: Array, measure: dict[str, Any], *, train: bool) -> Array:
         strides, padding = stride_pair(self.strides), self.padding
         if self.reading == "tiled":
             tiling = self.tiling((x.shape[1], x.shape[2]))
@@ -208,7 +206,7 @@ class InertialConv(nn.Module):
         friction = region_friction(
             x, core_size=self.core_size, strides=strides, padding=padding, **measure
         )
-        if not relative:
+        if not self.relative:
             return friction
         ones = lambda: jnp.ones((), friction.dtype)  # noqa: E731
         running = self.variable("batch_stats", FRICTION_MEAN, ones)
@@ -221,10 +219,8 @@ class InertialConv(nn.Module):
         # If every region is flat, the mean is 0, and friction stays as it is.
         return friction / jnp.where(mean > 0, mean, 1)
 
-    def _threshold(
-        self, threshold: Threshold, friction: Array | None, *, train: bool
-    ) -> Array:
-        dtype = self.param_dtype
+    def _threshold(self, friction: Array | None, *, train: bool) -> Array:
+        threshold, dtype = self.threshold, self.param_dtype
         if isinstance(threshold, Learned):
             shape = (self.core_features,) if threshold.per_channel else ()
             init = nn.initializers.constant(threshold.init)

@@ -86,7 +86,7 @@ def create_model(
     is_cifar_resnet = name.startswith("resnet") and name != "resnet18"
     if shortcut != "A" and not is_cifar_resnet:
         raise ValueError(f"`shortcut` (={shortcut!r}) must be A for {name}.")
-    if _dtype_name(dtype) not in _DTYPES:
+    if dtype not in map(jnp.dtype, _DTYPES):
         raise ValueError(f"`dtype` (={dtype}) must be one of {', '.join(_DTYPES)}.")
     options = {}
     if name == "resnet18":
@@ -104,13 +104,6 @@ def create_model(
     if model.plan.rules:
         _check_plan(model, strict=strict)
     return model
-
-
-def _dtype_name(dtype: Any) -> str | None:
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return None
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:

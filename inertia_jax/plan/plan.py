@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, get_args
@@ -85,17 +86,16 @@ class Plan:
     def without_ladders(self) -> "Plan":
         """Returns the plan with `capacities=None`: the same outputs, compiled sooner.
 
-        Where a network runs a few times only, ladders save less than compiling them
-        takes.
+        If a network runs a few times only, ladders save less time than they take to
+        compile.
         """
-        return self._with_inertial(
-            lambda spec: dataclasses.replace(spec, capacities=None)
-        )
+        without = functools.partial(dataclasses.replace, capacities=None)
+        return self._with_inertial(without)
 
     def with_fixed_thresholds(self) -> "Plan":
-        """Returns the plan where no batch moves a threshold, in training mode either.
+        """Returns the plan whose thresholds no batch moves, not even in training mode.
 
-        Values are variables and stay; learned ones stay learned.
+        Their values are variables and stay; learned thresholds stay learned.
         """
 
         def fixed(spec: Inertial) -> Inertial:

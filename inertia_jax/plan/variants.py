@@ -40,9 +40,9 @@ def published_variant(
 
     Args:
         name: The variant's name.
-        in_channels: C, of the layer's input, >= 1.
-        core_size: m.
-        region_size: d.
+        in_channels: Number of channels of the layer's input, >= 1.
+        core_size: Side m of the core.
+        region_size: Side d of the region.
         threshold: Threshold of the summed friction; if learned, its first value.
         slope: Slope of the straight-through sigmoid over the summed friction.
         **changes: Fields of `Inertial` that differ from the published ones.
@@ -56,18 +56,17 @@ def published_variant(
     check_sizes(core_size=core_size, region_size=region_size)
     offsets = periphery_offsets(core_size=core_size, region_size=region_size)
     terms = len(offsets) * in_channels
-    is_learned = name not in ("original", "mod1", "mod6", "spconv2d")
-    per_channel = name in ("mod7", "mod8", "mod9")
     mean_threshold: Threshold = Fixed(threshold / terms)
-    if is_learned:
+    if name not in ("original", "mod1", "mod6", "spconv2d"):
+        per_channel = name in ("mod7", "mod8", "mod9")
         mean_threshold = Learned(threshold / terms, per_channel=per_channel)
-    weighted = name not in ("original", "mod1", "mod2")
+    is_weighted = name not in ("original", "mod1", "mod2")
     spec = Inertial(
         core_size,
         region_size,
         metric="l1" if name in ("original", "mod1") else "l2",
-        combine="weighted" if weighted else "mean",
-        zero_middle=weighted and name != "mod5",
+        combine="weighted" if is_weighted else "mean",
+        zero_middle=is_weighted and name != "mod5",
         threshold=mean_threshold,
         gate_gradient="ste" if name in ("mod2", "mod5") else "none",
         slope=slope * terms,

@@ -55,15 +55,6 @@ def check_core(x: Array, core: Array, *, region_size: int) -> None:
         )
 
 
-def check_threshold(threshold: Array, *, core_features: int) -> None:
-    """Raises ValueError unless `threshold` is one number, or one per core channel."""
-    if threshold.shape not in ((), (core_features,)):
-        raise ValueError(
-            f"`threshold` (shape {threshold.shape}) must be one number, or "
-            f"{core_features}, one per core channel."
-        )
-
-
 def check_capacities(capacities: Sequence[float | int] | None) -> None:
     """Raises ValueError unless `capacities` is None or rises within (0, 1] to 1."""
     if capacities is None:

@@ -20,7 +20,6 @@ from inertia_jax.ops.inertial.settings import (
     check_choice,
     check_core,
     check_slope,
-    check_threshold,
 )
 from inertia_jax.ops.inertial.views import (
     region_grid,
@@ -122,7 +121,11 @@ def inertial_conv(
     check_core(x, core, region_size=region_size)
     check_choice("combine", combine, Combine)
     check_choice("gate_gradient", gate_gradient, GateGradient)
-    check_threshold(threshold, core_features=core.shape[-1])
+    if threshold.shape not in ((), core.shape[3:]):
+        raise ValueError(
+            f"`threshold` (shape {threshold.shape}) must be one number, or "
+            f"{core.shape[3]}, one per core channel."
+        )
     check_slope(slope)
     m, d = core.shape[0], region_size
     weights = _check_weights(weights, combine, core, steps=d - m + 1)
@@ -239,13 +242,11 @@ def _responses(
         for size, s in zip(output_size, strides, strict=True)
     ]
     core_map = conv2d(x[:, : spans[0], : spans[1]], core, padding="VALID")
-    (low,) = shifted_views(
-        core_map, [(k // 2, k // 2)], output_size=output_size, strides=strides
+    views = functools.partial(
+        shifted_views, core_map, output_size=output_size, strides=strides
     )
+    (low,) = views([(k // 2, k // 2)])
     if combine == "max":
-        views = shifted_views(
-            core_map, square_offsets(k + 1), output_size=output_size, strides=strides
-        )
-        return low, functools.reduce(jnp.maximum, views)
+        return low, functools.reduce(jnp.maximum, views(square_offsets(k + 1)))
     high = sum_views(core_map, weights, side=k + 1)
     return low, high[:, :: strides[0], :: strides[1]]
