@@ -1,6 +1,7 @@
 """The kinds of convolution that can stand at a layer, and the kinds of threshold."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_origin
 
 from inertia_jax.ops.inertial.settings import (
@@ -157,7 +158,7 @@ class Inertial:
     gate_gradient: GateGradient = "none"
     slope: float = 10.0
     channel_stride: int = 1
-    capacities: tuple[float, ...] | None = (1 / 16, 1 / 8, 3 / 16, 5 / 16, 1 / 2, 1)
+    capacities: Sequence[float] | None = (1 / 16, 1 / 8, 3 / 16, 5 / 16, 1 / 2, 1)
 
     def __post_init__(self) -> None:
         _set_integer(self, "core_size", 1)
