@@ -41,7 +41,7 @@ class Kind:
             first and last are 1x1, the last has the bias; one between is `core`.
         ranks: Names of its ranks, fields of the spec and of the layer.
         factors: Class of the tuple of its factors, in the order of `parts`.
-        to_kernel: Multiplies these factors out, `to_kernel(factors, groups=groups)`.
+        to_kernel: Their product as a function, `to_kernel(factors, groups=groups)`.
     """
 
     name: KindName

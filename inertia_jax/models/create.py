@@ -51,8 +51,8 @@ def create_model(
 
     Args:
         name: One of `MODEL_NAMES`.
-        num_classes: Outputs, >= 1.
-        width: Multiplies every number of channels, > 0; 1 is the published network.
+        num_classes: Number of outputs, >= 1.
+        width: Factor of every number of channels, > 0; 1 is the published network.
         stem: `cifar` or `imagenet`; the latter for `resnet18` alone.
         shortcut: `A` (padding) or `B` (1x1 convolution), for `resnet20` to `resnet56`.
         plan: The plan that chooses the convolutions; None means `Conv` everywhere.
@@ -78,7 +78,7 @@ def create_model(
     if plan is not None and not isinstance(plan, Plan):
         raise ValueError(f"`plan` (={plan!r}) must be an inertia_jax.Plan, or None.")
     if not 0 < width < float("inf"):
-        raise ValueError(f"`width` (={width}) must be > 0.")
+        raise ValueError(f"`width` (={width}) must be > 0 and finite.")
     check_choice("stem", stem, Literal["cifar", "imagenet"])
     check_choice("shortcut", shortcut, Literal["A", "B"])
     if stem != "cifar" and name != "resnet18":

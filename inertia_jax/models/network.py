@@ -18,8 +18,8 @@ class Network(nn.Module, kw_only=True):
     """A network whose convolutions a plan chooses.
 
     Attributes:
-        num_classes: Outputs.
-        width: Multiplies every number of channels.
+        num_classes: Number of outputs.
+        width: Factor of every number of channels.
         plan: The plan that chooses the convolutions.
         dtype: Type of the computation.
         axis_name: Mesh axis over which BatchNorm statistics are averaged.
