@@ -26,11 +26,12 @@ class Totals(struct.PyTreeNode):
             for none.
     """
 
-    loss: Array
-    correct: Array
-    count: Array
-    gate_rate: Array
-    bad_step: Array
+    # These are arrays on devices, NumPy's, or the shapes of either.
+    loss: Any
+    correct: Any
+    count: Any
+    gate_rate: Any
+    bad_step: Any
 
     @classmethod
     def zeros(cls) -> "Totals":
@@ -68,7 +69,7 @@ class TrainState(struct.PyTreeNode):
         averages: Averages of `variables` over the steps; None where none are taken.
     """
 
-    step: Array
+    step: Any
     params: Any
     collections: dict[str, Any]
     opt_state: optax.OptState
@@ -112,7 +113,7 @@ def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) 
     rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     moved = optax.incremental_update(variables, averages, rate)
 
-    def choose(old: Array, new: Array, mean: Array) -> Array:
+    def choose(old: Any, new: Any, mean: Any) -> Array:
         # Rounding must not move what stays: frozen parameters, fixed thresholds.
         return jnp.where(new == old, old, mean.astype(old.dtype))
 
