@@ -1,11 +1,11 @@
 """The forms of convolutions on a grid of ranks, and the choice of all together."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.compression.sites import Factorised, Site
@@ -19,13 +19,7 @@ _RANK_STEPS = 64
 
 
 class Forms(NamedTuple):
-    """What one convolution may become.
-
-    Attributes:
-        specs: The forms.
-        costs: The cost of each form.
-        errors: The error of each form.
-    """
+    """The forms that one convolution may take, and the cost and error of each."""
 
     specs: tuple[Conv | Factorised, ...]
     costs: np.ndarray
@@ -43,19 +37,13 @@ class Forms(NamedTuple):
 
 
 def lower_hull(
-    costs: Float[ArrayLike, "k"] | Sequence[float],
-    errors: Float[ArrayLike, "k"] | Sequence[float],
+    costs: Float[np.ndarray, "k"], errors: Float[np.ndarray, "k"]
 ) -> list[int]:
     """Returns which points lie on the lower convex hull, by rising cost.
 
     From the cheapest point to that of least error, every step buys less error for its
     cost than the one before: the points that some price of cost makes the best.
-
-    Args:
-        costs: The cost of each choice.
-        errors: The error of each choice.
     """
-    costs, errors = np.asarray(costs, np.float64), np.asarray(errors, np.float64)
     hull: list[int] = []
     for i in np.lexsort((errors, costs)):
         if hull and errors[i] >= errors[hull[-1]]:
@@ -92,25 +80,19 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
             energy[: len(spectrum)] += spectrum.astype(np.float64) ** 2
         kept = np.cumsum(energy)
         kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
-        factors = tuple(LowRank(rank) for rank in ranks)
-        return _with_macs(site, factors, 1 - kept[np.asarray(ranks) - 1])
-    full = tucker2(
-        kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
-    )
-    # Each group's core has energy of its own; groups share their ranks.
-    cores = np.asarray(split_groups(full.core, site.groups), np.float64)
-    kept = kept_energy(np.sqrt(np.sum(cores**2, axis=0)))
-    pairs = [
-        (r_in, r_out)
-        for r_in in _steps(most_in, round_to)
-        for r_out in _steps(most_out, round_to)
-    ]
-    errors = np.array([1 - kept[i - 1, o - 1] for i, o in pairs])
-    specs = tuple(Tucker2(i, o, core=site.core) for i, o in pairs)
-    return _with_macs(site, specs, errors)
-
-
-def _with_macs(site: Site, specs: tuple[Factorised, ...], errors: np.ndarray) -> Forms:
+        specs: tuple[Factorised, ...] = tuple(LowRank(rank) for rank in ranks)
+        errors = 1 - kept[np.asarray(ranks) - 1]
+    else:
+        full = tucker2(
+            kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
+        )
+        # Each group's core has energy of its own; groups share their ranks.
+        cores = np.asarray(split_groups(full.core, site.groups), np.float64)
+        kept = kept_energy(np.sqrt(np.sum(cores**2, axis=0)))
+        steps = _steps(most_in, round_to), _steps(most_out, round_to)
+        pairs = list(itertools.product(*steps))
+        specs = tuple(Tucker2(*ranks, core=site.core) for ranks in pairs)
+        errors = np.array([1 - kept[i - 1, o - 1] for i, o in pairs])
     return Forms(specs, np.array([site.macs(spec) for spec in specs], float), errors)
 
 
@@ -142,11 +124,7 @@ def all_forms(
 
 
 def make_choices(forms: Forms) -> Forms:
-    """Returns the present form and those that are worth their cost, which falls.
-
-    Args:
-        forms: What `all_forms` returns.
-    """
+    """Returns the present form and those worth their cost, by falling cost."""
     hull = lower_hull(forms.costs, forms.errors)[::-1]
     # The present form is kept in front where a cheaper one has no error either.
     return forms.take(dict.fromkeys([0, *hull]))
@@ -190,9 +168,7 @@ def allocate(
 
 
 def spend_rest(
-    specs: Mapping[str, Conv | Factorised],
-    forms: Mapping[str, Forms],
-    rest: float,
+    specs: Mapping[str, Conv | Factorised], forms: Mapping[str, Forms], rest: float
 ) -> dict[str, Conv | Factorised]:
     """Returns better forms, also such off the hull, for what is left of a budget.
 

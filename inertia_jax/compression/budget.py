@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from inertia_jax.calls import Network
 from inertia_jax.compression.allocation import (
     Forms,
     all_forms,
@@ -35,8 +36,8 @@ Costs = dict[str, Callable[[Conv | Factorised], float]]
 
 def choose_ranks(
     budget: Budget,
-    now: tuple[nn.Module, Mapping[str, Any]],
-    dense: tuple[nn.Module, Mapping[str, Any]],
+    now: Network,
+    dense: Network,
     kernels: Mapping[str, WeighedKernel],
     batches: list[np.ndarray],
     *,
@@ -46,14 +47,14 @@ def choose_ranks(
     """Returns the form of every convolution.
 
     Args:
-        budget: The share of the dense network's cost to keep to.
-        now: The network as it is, and its variables.
-        dense: The network with its factors multiplied out, and its variables.
-        kernels: The convolutions that may change, by path, as they stand.
+        budget: The share of the dense network's cost that may be taken.
+        now: The network as it is.
+        dense: The network with its factors multiplied out.
+        kernels: The convolutions that may change, by path.
         batches: Batches of the network's inputs; without any, the relative errors of
             the kernels are summed.
         image_shape: [h, w, c].
-        round_to: Ranks become multiples of it.
+        round_to: The number that ranks become multiples of.
 
     Raises:
         ValueError: A budget that no ranks can meet; says the least possible.
@@ -71,8 +72,8 @@ def choose_ranks(
             path: (site.macs if budget.of == "macs" else site.params)
             for path, site in sites.items()
         }
-    total = _cost(budget, *dense, image_shape)
-    present = total if now[0] is dense[0] else _cost(budget, *now, image_shape)
+    total = _cost(budget, dense, image_shape)
+    present = total if now[0] is dense[0] else _cost(budget, now, image_shape)
     # The layers' times may sum to more than the network's; shares are of the larger.
     total = max(total, sum(cost_of(Conv()) for cost_of in costs.values()))
     # The present cost of the network contains that of the layers.
@@ -91,7 +92,7 @@ def choose_ranks(
         )
     errors = {path: lambda lost: lost for path in sites}
     if batches:
-        errors = _measured_errors(*dense, kernels, grids, batches)
+        errors = _measured_errors(dense, kernels, grids, batches)
     forms = {
         path: all_forms(site, grids[path], cost_of=costs[path], error_of=errors[path])
         for path, site in sites.items()
@@ -102,18 +103,11 @@ def choose_ranks(
     return spend_rest(specs, forms, budget.share * total - fixed - taken)
 
 
-def _cost(
-    budget: Budget,
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    image_shape: tuple[int, ...],
-) -> float:
+def _cost(budget: Budget, network: Network, image_shape: tuple[int, ...]) -> float:
     """Returns the cost of a whole network, in the units of the budget."""
     if budget.of == "latency":
-        return model_latency_ms(
-            model, variables, image_shape, batch_size=budget.batch_size
-        )
-    table = count_cost(model, image_shape)
+        return model_latency_ms(*network, image_shape, batch_size=budget.batch_size)
+    table = count_cost(network[0], image_shape)
     return float(table.macs if budget.of == "macs" else table.params)
 
 
@@ -134,23 +128,21 @@ def _latencies(
 ) -> Costs:
     """Returns each layer's time by form, in milliseconds."""
     dtype = getattr(model, "dtype", None) or jnp.float32
-    measured: dict[Any, float] = {}
+    measured: dict[Any, dict[Any, float]] = {}
     costs: Costs = {}
     for path, site in sites.items():
+        # Layers of one geometry are measured once.
+        times = measured.setdefault(site.geometry, {})
         wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
-        missing = [spec for spec in wanted if (site.geometry, spec) not in measured]
-        found = site_latencies_ms(
-            site, missing, batch_size=budget.batch_size, dtype=dtype
-        )
-        measured |= {(site.geometry, s): t for s, t in zip(missing, found, strict=True)}
-        times = {spec: measured[site.geometry, spec] for spec in wanted}
+        new = [spec for spec in wanted if spec not in times]
+        found = site_latencies_ms(site, new, batch_size=budget.batch_size, dtype=dtype)
+        times.update(zip(new, found, strict=True))
         costs[path] = times.__getitem__
     return costs
 
 
 def _measured_errors(
-    model: nn.Module,
-    variables: Mapping[str, Any],
+    dense: Network,
     kernels: Mapping[str, WeighedKernel],
     grids: Mapping[str, Forms],
     batches: list[np.ndarray],
@@ -160,7 +152,7 @@ def _measured_errors(
     One layer at a time is replaced by the dense kernel that its factors stand for, so
     that nothing compiles anew; between the probes the divergence is interpolated.
     """
-    divergence = divergence_of(model, variables, batches)
+    divergence = divergence_of(*dense, batches)
     functions: dict[str, Callable[[np.ndarray], Any]] = {}
     for path, layer in kernels.items():
         specs, _, lost = grids[path].hull()
@@ -169,12 +161,10 @@ def _measured_errors(
         points = [(0.0, 0.0)]
         for i in sorted(probes, key=lambda i: lost[i]):
             spec: Any = specs[i]  # a grid has no dense form
-            # By HOSVD: which layers matter shows without HOOI's last improvement.
-            kernel = layer.dense_kernel(spec)
-            leaves = {"kernel": jnp.asarray(kernel, layer.site.kernel.dtype)}
-            changed = with_leaves(
-                variables, {path: {**leaves_at(variables, path), **leaves}}
-            )
+            # HOSVD is enough: HOOI changes little in which layers matter.
+            kernel = jnp.asarray(layer.dense_kernel(spec), layer.site.kernel.dtype)
+            leaves = {**leaves_at(dense[1], path), "kernel": kernel}
+            changed = with_leaves(dense[1], {path: leaves})
             # Noise must not make a larger error look like a smaller one.
             worst = max(points[-1][1], divergence(changed))
             points.append((float(lost[i]), worst))

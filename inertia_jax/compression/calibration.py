@@ -15,6 +15,7 @@ from jaxtyping import Float
 from inertia_jax.calls import check_in_view, first_argument, on_calls, takes_train
 from inertia_jax.compression.sites import Site
 from inertia_jax.layers.inertial import FRICTION_MEAN
+from inertia_jax.ops.precision import at_least_float32
 
 # The ridge added to the eigenvalues, relative to their mean. Without it, directions
 # that inputs hardly use would blow up when the weighing is undone.
@@ -59,18 +60,15 @@ def apply_as_trained(
     """Returns outputs under the batch's own statistics, and all that the call changed.
 
     BatchNorm's statistics are those that recalibration will give: an error that only
-    shifts or scales a channel does not count.
+    shifts or scales a channel does not count. What has changed are `batch_stats` and
+    `thresholds`; the `intermediates` that layers sowed are returned with them.
 
     Args:
         model: The network.
         variables: Its variables.
         images: A batch of its inputs.
-        train: What the model is called with. None: whether it has BatchNorm; a model
-            whose call has no `train` is called without, and changes nothing.
-
-    Returns:
-        (outputs, changed): `changed` has `batch_stats` and `thresholds` after the call,
-        and the `intermediates` that layers sowed.
+        train: The mode to call the model in. None: training mode if it has BatchNorm; a
+            model whose call has no `train` is called without, and changes nothing.
     """
     if train is None:
         if not takes_train(model):
@@ -96,12 +94,6 @@ def input_moments(
 
     The moments are not centred: an error of the mean is an error like any other.
 
-    Args:
-        model: The dense network.
-        variables: Its variables.
-        sites: The layers.
-        batches: Batches of its inputs.
-
     Raises:
         ValueError: Inputs that are not finite, or a layer inside `nn.scan` or its like.
     """
@@ -117,7 +109,7 @@ def input_moments(
                 x = jnp.asarray(first_argument(args, kwargs))
                 groups = sites[path].groups
                 rows = x.reshape(-1, groups, x.shape[-1] // groups)
-                rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+                rows = rows.astype(at_least_float32(rows.dtype))
                 products = jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
                 # A layer may be called more than once.
                 before, count = found.get(path, (0.0, 0))
@@ -145,14 +137,11 @@ def weighing(
     moment: Float[np.ndarray, "g c c"],
 ) -> tuple[Float[np.ndarray, "g c c"], Float[np.ndarray, "g c c"]]:
     """Returns the square root of each second moment, and the inverse of that root."""
-    roots, inverses = [], []
-    for group in moment:
-        values, vectors = np.linalg.eigh(group)
-        least = _RIDGE * max(values.mean(), np.finfo(np.float64).tiny)
-        root = np.sqrt(np.maximum(values, 0) + least)
-        roots.append(vectors * root @ vectors.T)
-        inverses.append(vectors / root @ vectors.T)
-    return np.stack(roots), np.stack(inverses)
+    values, vectors = np.linalg.eigh(moment)
+    means = np.maximum(values.mean(-1, keepdims=True), np.finfo(np.float64).tiny)
+    root = np.sqrt(np.maximum(values, 0) + _RIDGE * means)[:, None]
+    transposed = vectors.swapaxes(1, 2)
+    return vectors * root @ transposed, vectors / root @ transposed
 
 
 def reference_outputs(
@@ -177,7 +166,7 @@ def divergence(
 
     KL(p || q) = sum p (log p - log q), p the reference's softmax and q the other's.
     """
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    wide = at_least_float32(logits.dtype)
     p = jax.nn.log_softmax(reference.astype(wide))
     q = jax.nn.log_softmax(logits.astype(wide))
     return (jnp.exp(p) * (p - q)).sum(-1)
@@ -190,11 +179,6 @@ def divergence_of(
 
     The distance is the mean `divergence` from the network as it is. Other variables of
     the same shapes compile nothing anew.
-
-    Args:
-        model: The network.
-        variables: Its variables as they are.
-        batches: Batches of its inputs.
 
     Raises:
         ValueError: Outputs that are not finite.

@@ -16,6 +16,7 @@ from inertia_jax.compression.recalibrate import recalibrate_batch_norm
 from inertia_jax.compression.thresholds import ThresholdSearch
 from inertia_jax.cost.count import count_cost
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
+from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import Plan, plan_of
 from inertia_jax.plan.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python
 
@@ -92,19 +93,20 @@ def make_inertial(
     state = ThresholdSearch(model, variables, specs, images, batch_size).run(macs)
 
     rules: list[tuple[str, Inertial]] = []
-    thresholds: dict[tuple[str, ...], Any] = {}
-    wide = jnp.promote_types(model.dtype, jnp.float32)
+    thresholds: dict[str, Any] = {}
+    wide = at_least_float32(model.dtype)
     for path, spec in specs.items():
-        rate, threshold = state.rates[path], state.thresholds[path]
+        rate = state.rates[path]
         if rate == 1:
             continue
         target = Rate(rate) if rate else Fixed(CLOSED)
         rules.append((path, dataclasses.replace(spec, threshold=target)))
-        thresholds[(*path.split("/"), "threshold")] = jnp.asarray(threshold, wide)
+        thresholds[f"{path}/threshold"] = jnp.asarray(state.thresholds[path], wide)
     if not rules:
         return model, dict(variables)
     inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
-    changed = {**variables, "thresholds": traverse_util.unflatten_dict(thresholds)}
+    nested = traverse_util.unflatten_dict(thresholds, sep="/")
+    changed = {**variables, "thresholds": nested}
     if "batch_stats" not in variables:
         return inertial, changed
     # Recalibration uses the measured thresholds, not the quantiles of each batch.

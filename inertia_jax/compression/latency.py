@@ -24,19 +24,17 @@ from inertia_jax.ops.tucker.factors import (
 from inertia_jax.ops.tucker.low_rank import low_rank_conv
 from inertia_jax.plan.specs import Conv, LowRank
 
+# Rounds of measurement, after one to warm up.
 _REPEATS = 7
 # A call is repeated until it takes this long, so that the clock does not matter.
 _LEAST_S = 0.002
 
 
-def time_interleaved(
-    calls: Sequence[Callable[[], Any]], *, repeats: int = _REPEATS
-) -> list[float]:
+def time_interleaved(calls: Sequence[Callable[[], Any]]) -> list[float]:
     """Returns the median time of each call, in milliseconds, all in alternation.
 
     Args:
         calls: Functions that return arrays, which are waited for.
-        repeats: Rounds of measurement, after one to warm up.
     """
     counts = []
     for call in calls:
@@ -46,7 +44,7 @@ def time_interleaved(
         once = max(time.perf_counter() - start, 1e-7)
         counts.append(max(1, min(100, round(_LEAST_S / once))))
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         for call, count, found in zip(calls, counts, times, strict=True):
             start = time.perf_counter()
             for _ in range(count):
@@ -62,7 +60,6 @@ def site_latencies_ms(
     *,
     batch_size: int,
     dtype: Any = jnp.float32,
-    repeats: int = _REPEATS,
 ) -> list[float]:
     """Returns the time of a convolution in several forms, in milliseconds a call.
 
@@ -71,12 +68,10 @@ def site_latencies_ms(
         specs: The forms.
         batch_size: Images a call.
         dtype: The type of images and weights.
-        repeats: Rounds of measurement, as for `time_interleaved`.
     """
     key = jax.random.key(0)
     images = [
-        jax.random.normal(key, (batch_size, *input_shape), dtype)
-        for input_shape, _ in site.calls
+        jax.random.normal(key, (batch_size, *shape), dtype) for shape, _ in site.calls
     ]
     calls = []
     for spec in specs:
@@ -85,7 +80,7 @@ def site_latencies_ms(
         ]
         forward = jax.jit(functools.partial(_forward, site, spec))
         calls += [functools.partial(forward, x, kernels) for x in images]
-    times = time_interleaved(calls, repeats=repeats)
+    times = time_interleaved(calls)
     # A layer that is called several times takes the time of all its calls.
     each = len(images)
     return [sum(times[i : i + each]) for i in range(0, len(times), each)]
@@ -124,7 +119,6 @@ def model_latency_ms(
     image_shape: tuple[int, ...],
     *,
     batch_size: int,
-    repeats: int = _REPEATS,
 ) -> float:
     """Returns the time of a network's evaluation, in milliseconds a call.
 
@@ -134,11 +128,10 @@ def model_latency_ms(
         variables: Its variables.
         image_shape: [h, w, c].
         batch_size: Images a call.
-        repeats: Rounds of measurement, as for `time_interleaved`.
     """
     images = jnp.asarray(
         np.random.default_rng(0).standard_normal((batch_size, *image_shape)),
         jnp.float32,
     )
     forward = jax.jit(lambda v, x: model.apply(v, x, **evaluating(model)))
-    return time_interleaved([lambda: forward(variables, images)], repeats=repeats)[0]
+    return time_interleaved([lambda: forward(variables, images)])[0]

@@ -12,6 +12,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from inertia_jax.layers.inertial import InertialConv
+from inertia_jax.ops.precision import at_least_float32
 
 # Errors below this share of the dense outputs' square are rounding in float32. In a
 # narrower type the share is the square of its precision.
@@ -35,24 +36,20 @@ class LayerIO(NamedTuple):
 class LayerFit:
     """A layer by itself, whose parts are fitted one at a time."""
 
-    def __init__(self, module: Any, others: Mapping[str, Leaves]) -> None:
+    def __init__(self, module: Any, others: Mapping[str, Any]) -> None:
         """Takes the layer outside its network, to compute in float32 or wider.
 
         Args:
             module: The layer as it stands in the network.
-            others: Its variables other than parameters, by collection.
+            others: Its variables other than parameters.
         """
         dtype = jnp.dtype(module.dtype or module.param_dtype)
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = at_least_float32(dtype)
         changes: dict[str, Any] = {"parent": None, "name": None, "dtype": wide}
         if isinstance(module, InertialConv):
             changes["capacities"] = None  # ladders are not for gradients
         self._module = module.clone(**changes)
-        self._others = {
-            collection: traverse_util.unflatten_dict(dict(leaves), sep="/")
-            for collection, leaves in others.items()
-            if leaves
-        }
+        self._others = dict(others)
         self._no_error = max(_NO_ERROR, float(jnp.finfo(dtype).eps) ** 2)
 
     def fit(

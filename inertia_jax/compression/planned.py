@@ -1,5 +1,6 @@
 """Any Linen model with factorised convolutions, without an edit of the model."""
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -9,7 +10,7 @@ from inertia_jax.layers.low_rank import LowRankConv
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.conv import pair
 from inertia_jax.plan.plan import Plan
-from inertia_jax.plan.specs import Conv, LowRank, Tucker2
+from inertia_jax.plan.specs import Conv, LowRank, Tucker2, fields_as
 
 
 class Planned(Wrapper):
@@ -50,59 +51,37 @@ class Planned(Wrapper):
                 return call(*args, **kwargs)
             replaced.add(module.path)
             # Its only argument, which `nn.Conv` calls `inputs`.
-            return factorised_like(module, spec)(*args, *kwargs.values())
+            return _factorised_like(module, spec)(*args, *kwargs.values())
 
         with on_calls(replace):
             return on_scope(self.unplanned, self.scope)(*args, **kwargs)
 
 
-def factorised_like(
-    module: nn.Conv, spec: Conv | Tucker2 | LowRank | Any
-) -> Tucker2Conv | LowRankConv:
-    """Returns the layer that takes the place of an `nn.Conv`, on its scope.
-
-    Raises:
-        ValueError: See `Planned`.
-    """
-    reason = cannot_factorise(module)
+def _factorised_like(module: nn.Conv, spec: Any) -> Tucker2Conv | LowRankConv:
+    """Returns the layer that takes the place of an `nn.Conv`, on its scope."""
     path = "/".join(module.path)
-    if reason is not None:
+    if reason := cannot_factorise(module):
         raise ValueError(f"`plan` has {spec} at {path!r}, which {reason}.")
     if module.scope is None:
         raise ValueError(f"{path!r} must be called inside `apply` or `init`.")
-    common: dict[str, Any] = {
-        "strides": module.strides,
-        "padding": module.padding,
-        "feature_group_count": module.feature_group_count,
-        "use_bias": module.use_bias,
-        "dtype": module.dtype,
-        "param_dtype": module.param_dtype,
-        "kernel_init": module.kernel_init,
-        "bias_init": module.bias_init,
-        "precision": module.precision,
-        # A layer called twice makes its parts twice, in the same places.
-        "parent": module.scope.rewound(),
-    }
+    cls: type[Tucker2Conv] | type[LowRankConv] = Tucker2Conv
     if isinstance(spec, LowRank):
         if pair(module.kernel_size) != (1, 1):
             raise ValueError(
                 f"`plan` has {spec} at {path!r}, whose filters are "
                 f"{module.kernel_size}; must be 1 x 1."
             )
-        return LowRankConv(module.features, spec.rank, **common)
-    if not isinstance(spec, Tucker2) or spec.core != Conv():
+        cls = LowRankConv
+    elif not isinstance(spec, Tucker2) or spec.core != Conv():
         raise ValueError(
             f"`plan` has {spec} at {path!r}; must be a Tucker2 with an ordinary core, "
             f"or a LowRank."
         )
-    return Tucker2Conv(
-        module.features,
-        module.kernel_size,
-        spec.rank_in,
-        spec.rank_out,
-        kernel_dilation=module.kernel_dilation,
-        **common,
-    )
+    names = [field.name for field in dataclasses.fields(cls)]
+    fields = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    # A layer called twice makes its parts twice, in the same places.
+    own = {"parent": module.scope.rewound(), "name": None}
+    return cls(**fields | fields_as(type(spec), spec) | own)
 
 
 def cannot_factorise(module: nn.Conv) -> str | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -112,20 +113,16 @@ def rounded(rank: int, most: int, multiple: int) -> int:
     return min(most, math.ceil(rank / multiple) * multiple)
 
 
-def make_spec(site: Site, rank_in: int, rank_out: int, round_to: int) -> Factorised:
-    """Returns a Tucker-2 form with ranks that are rounded up, and possible."""
-    most_in, most_out = max_ranks(site.kernel.shape, groups=site.groups)
-    return Tucker2(
-        rounded(max(1, rank_in), most_in, round_to),
-        rounded(max(1, rank_out), most_out, round_to),
-        core=site.core,
+def _make_spec(site: Site, ranks: Iterable[int], round_to: int) -> Factorised:
+    """Returns the form of one rank or two, rounded up to what is possible."""
+    positive = [max(1, rank) for rank in ranks]
+    most = max_ranks(site.kernel.shape, groups=site.groups)
+    if len(positive) == 1:
+        return LowRank(rounded(positive[0], min(most), round_to))
+    rank_in, rank_out = (
+        rounded(*pair, round_to) for pair in zip(positive, most, strict=True)
     )
-
-
-def low_rank_spec(site: Site, rank: int, round_to: int) -> Factorised:
-    """Returns two factors with a rank that is rounded up, and possible."""
-    most = min(max_ranks(site.kernel.shape, groups=site.groups))
-    return LowRank(rounded(max(1, rank), most, round_to))
+    return Tucker2(rank_in, rank_out, core=site.core)
 
 
 def rank_by_rule(
@@ -137,7 +134,7 @@ def rank_by_rule(
         rule: The rule.
         site: The convolution.
         kernel: Its kernel, weighed by its inputs where they are known.
-        round_to: Ranks become multiples of it, rounded up.
+        round_to: The number that ranks are rounded up to multiples of.
 
     Raises:
         ValueError: A plan whose ranks the layer cannot have.
@@ -146,30 +143,19 @@ def rank_by_rule(
         return _by_plan(rule, site)
     if isinstance(rule, Ratio):
         _, _, c_in, c_out = kernel.shape
-        rank_in = int(c_in * rule.ratio)
-        rank_out = int(c_out // site.groups * rule.ratio)
-        return make_spec(site, rank_in, rank_out, round_to)
-    groups = list(split_groups(kernel, site.groups))
-    # The group that needs most decides for all.
-    if site.is_pointwise:
+        ratios = (c_in * rule.ratio, c_out // site.groups * rule.ratio)
+        return _make_spec(site, map(int, ratios), round_to)
+    modes = 1 if site.is_pointwise else 2
+    ranks = []
+    for part in split_groups(kernel, site.groups):
         if isinstance(rule, Energy):
-            ranks = [energy_rank(mode_spectra(part)[0], rule.share) for part in groups]
+            spectra = mode_spectra(part)[:modes]
+            ranks.append([energy_rank(spectrum, rule.share) for spectrum in spectra])
         else:
-            ranks = [evbmf_rank(unfold_in(part)) for part in groups]
-        return low_rank_spec(site, max(ranks), round_to)
-    if isinstance(rule, Energy):
-        spectra = [mode_spectra(part) for part in groups]
-        pairs = [
-            (energy_rank(s_in, rule.share), energy_rank(s_out, rule.share))
-            for s_in, s_out in spectra
-        ]
-    else:
-        pairs = [
-            (evbmf_rank(unfold_in(part)), evbmf_rank(unfold_out(part)))
-            for part in groups
-        ]
-    ranks_in, ranks_out = zip(*pairs, strict=True)
-    return make_spec(site, max(ranks_in), max(ranks_out), round_to)
+            unfoldings = (unfold_in, unfold_out)[:modes]
+            ranks.append([evbmf_rank(unfold(part)) for unfold in unfoldings])
+    # The group that needs most decides for all.
+    return _make_spec(site, map(max, zip(*ranks, strict=True)), round_to)
 
 
 def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
@@ -198,5 +184,5 @@ def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
     if isinstance(spec, Tucker2):
         if spec.core not in (Conv(), site.core):
             raise ValueError(f"`ranks` has {spec}; its core must be {site.core}.")
-        return make_spec(site, spec.rank_in, spec.rank_out, 1)
+        return _make_spec(site, (spec.rank_in, spec.rank_out), 1)
     return site.core if isinstance(spec, Conv) else spec

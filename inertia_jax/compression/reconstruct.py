@@ -26,9 +26,10 @@ from inertia_jax.compression.calibration import (
     checked_images,
 )
 from inertia_jax.compression.layer_fit import LayerFit, LayerIO
-from inertia_jax.compression.sites import leaves_at, with_leaves
+from inertia_jax.compression.sites import leaves_at, subtree, with_leaves
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
+from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import without_ladders
 
 # A quarter is held out, and BatchNorm needs two images.
@@ -92,7 +93,13 @@ def reconstruct(
         Zhang et al., 2016, https://arxiv.org/abs/1505.06798, section 3.3 (asymmetric
         reconstruction)
     """
-    checked = _checked(images, iterations=iterations, batch_size=batch_size)
+    if iterations < 1:
+        raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
+    if batch_size < 2:
+        raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
+    checked = checked_images(images, "images")
+    if len(checked) < LEAST_IMAGES:
+        raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
     if batch_norm_paths(variables) != batch_norm_paths(dense[1]):
         raise ValueError(
             "`dense` must have BatchNorm where `model` has it; fold after fitting."
@@ -107,11 +114,8 @@ def reconstruct(
     calls_on = _recorder(tuple(modules), (model, variables), dense, fitting[0])
     changed = dict(variables)
     for path, module in modules.items():
-        others = {
-            collection: leaves_at({"params": tree}, path)
-            for collection, tree in changed.items()
-            if collection != "params"
-        }
+        others = {name: subtree(tree, path) for name, tree in changed.items()}
+        del others["params"]
         layer = LayerFit(module, others)
         leaves: Mapping[str, Any] = leaves_at(changed, path)
         calls = calls_on(fitting, path, changed)
@@ -120,18 +124,6 @@ def reconstruct(
             leaves = layer.fit(leaves, part, calls, calls_held_out, iterations)
         changed = with_leaves(changed, {path: leaves})
     return changed
-
-
-def _checked(images: Any, *, iterations: int, batch_size: int) -> np.ndarray:
-    """Returns the images as an array, all arguments checked."""
-    if iterations < 1:
-        raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
-    if batch_size < 2:
-        raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
-    checked = checked_images(images, "images")
-    if len(checked) < LEAST_IMAGES:
-        raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
-    return checked
 
 
 def _modules_to_fit(
@@ -143,17 +135,15 @@ def _modules_to_fit(
         ValueError: There is none.
     """
     calls, _ = record_calls(model, image_shape)
-
-    def is_part(path: str) -> bool:
-        whole = calls.get(path.rpartition("/")[0])
-        return whole is not None and whole.is_factorised
-
+    inside = {path for path, call in calls.items() if call.is_factorised}
     modules = {
         path: call.module
         for path, call in calls.items()
-        if path and fnmatch.fnmatchcase(path, layers) and not is_part(path)
+        if path
+        and fnmatch.fnmatchcase(path, layers)
+        and path.rpartition("/")[0] not in inside
+        and linear_parts(call.module)
     }
-    modules = {path: module for path, module in modules.items() if linear_parts(module)}
     if not modules:
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution that can be fitted."
@@ -196,9 +186,7 @@ def _recorder(
         for batch in batches:
             x, y = inputs(variables, batch)[path], outputs(dense[1], batch)[path]
             pairs += map(LayerIO, x, y)
-        if not all(
-            bool(jnp.isfinite(x).all() & jnp.isfinite(y).all()) for x, y in pairs
-        ):
+        if not all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(pairs)):
             raise ValueError(
                 f"inputs and outputs of {path!r} must be finite; some are not."
             )
@@ -251,7 +239,7 @@ def _calls_of(
             depth[path] -= 1
             if not depth[path]:
                 x = jnp.asarray(first_argument(args, kwargs))
-                wide = jnp.promote_types(x.dtype, jnp.float32)
+                wide = at_least_float32(x.dtype)
                 pair = (x.astype(wide), output.astype(wide))
                 found[path].append(pair if which is None else pair[which])
             return output

@@ -16,7 +16,7 @@ from inertia_jax.calls import record_calls
 from inertia_jax.compression.planned import cannot_factorise
 from inertia_jax.layers.kinds import dense_kernel, kind_of, spec_of
 from inertia_jax.ops.conv.conv import pair
-from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.plan import Plan, plan_of
 from inertia_jax.plan.specs import Conv, Inertial, LowRank, Tucker2, core_of
 
 Factorised = Tucker2 | LowRank
@@ -34,12 +34,11 @@ class Site:
         strides: Vertical and horizontal.
         padding: The layer's padding, in the layer's own form.
         dilation: Vertical and horizontal.
-        input_shape: Shape of one image [h, w, c_in].
-        output_shape: Its output's shape [h_out, w_out, c_out].
+        calls: Shapes of input [h, w, c_in] and output [h_out, w_out, c_out] of every
+            call, for one image.
         spec: The form of the layer.
         core: The ordinary convolution of that place, with the filters that the plan
             has for it.
-        again: Input and output shape of each further call of the layer.
     """
 
     path: str
@@ -48,11 +47,9 @@ class Site:
     strides: tuple[int, int]
     padding: Any
     dilation: tuple[int, int]
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    spec: Conv | Tucker2 | LowRank
+    calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    spec: Conv | Factorised
     core: Conv
-    again: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def is_pointwise(self) -> bool:
@@ -62,13 +59,8 @@ class Site:
     @property
     def geometry(self) -> tuple[Any, ...]:
         """Everything that the time of the layer depends on, besides its form."""
-        shapes = (self.kernel.shape, self.groups, self.input_shape, self.output_shape)
-        return (*shapes, self.again, self.strides, self.dilation, str(self.padding))
-
-    @property
-    def calls(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        """Input and output shape of every call."""
-        return ((self.input_shape, self.output_shape), *self.again)
+        steps = (self.strides, self.dilation, str(self.padding))
+        return (self.kernel.shape, self.groups, self.calls, *steps)
 
     def macs(self, spec: Conv | Factorised) -> int:
         """Returns the multiply-accumulates of an image in this form."""
@@ -107,30 +99,25 @@ def find_sites(
 ) -> dict[str, Site]:
     """Returns the convolutions that can be factorised, by path, first to last.
 
-    Args:
-        model: Called as `model(images)`, with `train=False` where it takes `train`.
-        variables: Its variables.
-        image_shape: [h, w, c].
-
     Raises:
         ValueError: A kernel that is not finite, or variables of another network.
     """
     calls, expected = record_calls(model, image_shape)
     expected = meta.unbox(expected)
+    plan = plan_of(model) or Plan()
     inside = {path for path, call in calls.items() if call.is_factorised}
     sites = {}
     for path, call in calls.items():
         # A plan has no name for the network itself.
-        if not path or path.rpartition("/")[0] in inside:
+        is_part = path.rpartition("/")[0] in inside
+        if not path or is_part or not _has_kernel(call.module):
             continue
-        if not _has_kernel(call.module):
-            continue
-        leaves = leaves_at(variables, path)
+        module, leaves = call.module, leaves_at(variables, path)
         _check_leaves(path, leaves, leaves_at(expected, path))
-        module = call.module
         kernel = np.asarray(jax.device_get(dense_kernel(module, leaves)))
         if not np.isfinite(kernel).all():
             raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
+        core = core_of(plan.spec(path))
         sites[path] = Site(
             path=path,
             kernel=kernel,
@@ -138,11 +125,9 @@ def find_sites(
             strides=pair(module.strides or 1),
             padding=module.padding,
             dilation=pair(getattr(module, "kernel_dilation", None) or 1),
-            input_shape=tuple(call.input_shape[1:]),
-            output_shape=tuple(call.output_shape),
+            calls=tuple((c.input_shape[1:], c.output_shape) for c in call.every),
             spec=spec_of(module),
-            core=_core(model, path),
-            again=tuple((a.input_shape[1:], a.output_shape) for a in call.again),
+            core=core if isinstance(core, Conv) else Conv(),
         )
     return sites
 
@@ -160,23 +145,24 @@ def _check_leaves(
             )
 
 
-def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns the parameters of a layer, those of its parts as `PART/kernel`."""
-    node: Any = variables.get("params", {})
+def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Returns a layer's variables in one collection; none are an empty dictionary."""
+    node: Any = collection
     for name in path.split("/"):
         node = node.get(name, {}) if isinstance(node, Mapping) else {}
-    return traverse_util.flatten_dict(dict(node), sep="/") if node else {}
+    return dict(node)
+
+
+def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Returns the parameters of a layer, those of its parts as `PART/kernel`."""
+    params = subtree(variables.get("params", {}), path)
+    return traverse_util.flatten_dict(params, sep="/")
 
 
 def with_leaves(
     variables: Mapping[str, Any], changed: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Returns variables with other parameters at some layers.
-
-    Args:
-        variables: Variables as `model.init` gives them.
-        changed: By layer path, parameters as `leaves_at` names them.
-    """
+    """Returns variables with other parameters, as `leaves_at` names them, by path."""
     flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     kept = {
         name: leaf
@@ -186,13 +172,6 @@ def with_leaves(
     for path, leaves in changed.items():
         kept |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
     return {**variables, "params": traverse_util.unflatten_dict(kept, sep="/")}
-
-
-def _core(model: nn.Module, path: str) -> Conv:
-    plan = getattr(model, "plan", None)
-    spec = plan.spec(path) if isinstance(plan, Plan) else Conv()
-    core = core_of(spec)
-    return core if isinstance(core, Conv) else Conv()
 
 
 def _has_kernel(module: Any) -> bool:

@@ -18,7 +18,6 @@ from inertia_jax.compression.calibration import (
     reference_outputs,
 )
 from inertia_jax.cost.count import count_cost
-from inertia_jax.cost.table import CostTable
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
@@ -30,14 +29,14 @@ _BISECTIONS = 6
 
 @dataclasses.dataclass(frozen=True)
 class SearchState:
-    """Thresholds, and what they do to the calibration images.
+    """Each layer's threshold, and what they do to the calibration images.
 
     Attributes:
-        thresholds: Each layer's threshold, by path.
+        thresholds: The thresholds, by path.
         rates: Measured shares of open tiles, by path.
         divergence: Mean Kullback-Leibler divergence from the dense network, in nats.
         frictions: The frictions of each layer's tiles, sorted, by path.
-        cost: MACs of the whole network, an image.
+        cost: MACs of the whole network, for one image.
     """
 
     thresholds: dict[str, float]
@@ -60,13 +59,6 @@ class ThresholdSearch:
     ) -> None:
         """Runs the dense network once, and counts what rates would save.
 
-        Args:
-            model: The trained network, dense.
-            variables: Its variables.
-            specs: The inertial form of each layer, by path.
-            images: The network's inputs.
-            batch_size: Images a call; images that fill no whole batch are left out.
-
         Raises:
             ValueError: Outputs that are not finite.
         """
@@ -75,13 +67,20 @@ class ThresholdSearch:
         self._variables = variables
         self._batches = [jnp.asarray(batch) for batch in batched(images, batch_size)]
         self._dense = reference_outputs(model, variables, self._batches)
-        shape = images.shape[1:]
-        self._dense_cost = count_cost(model, shape)
-        closed = count_cost(self._model, shape, gate_rates=dict.fromkeys(specs, 0.0))
-        opened = count_cost(self._model, shape)
-        self._costs = _layer_costs(self._dense_cost, closed, opened, specs)
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
+        shape = images.shape[1:]
+        closed = dict.fromkeys(specs, 0.0)
+        self._dense_cost = count_cost(model, shape)
+        # Each layer's MACs dense, with every tile closed, and with every tile open.
+        self._costs: dict[str, list[float]] = {path: [] for path in specs}
+        for row in (
+            *self._dense_cost.rows,
+            *count_cost(self._model, shape, gate_rates=closed).rows,
+            *count_cost(self._model, shape).rows,
+        ):
+            if row.path in specs:
+                self._costs[row.path].append(row.macs + row.other_ops / 2)
 
     def _forward(
         self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
@@ -105,8 +104,9 @@ class ThresholdSearch:
             jax.device_get(self._apply(self._variables, arrays, batch, dense))
             for batch, dense in zip(self._batches, self._dense, strict=True)
         ]
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        divergences, gate_rates, frictions = joined
+        divergences, gate_rates, frictions = jax.tree.map(
+            lambda *leaves: np.concatenate(leaves), *parts
+        )
         rates = {path: float(gate_rates[path].mean()) for path in self._paths}
         return SearchState(
             thresholds=thresholds,
@@ -163,22 +163,13 @@ class ThresholdSearch:
                 heapq.heappush(queue, (score, path))
                 continue
             if tried.cost <= budget:
-                return self._up_to(state, tried, path, levels[path], budget)
+                break
             state = tried
             levels[path] += 1
             if levels[path] + 1 < len(_RATES):
                 heapq.heappush(queue, (score, path))
-
-    def _up_to(
-        self,
-        state: SearchState,
-        tried: SearchState,
-        path: str,
-        level: int,
-        budget: float,
-    ) -> SearchState:
-        """Returns the last move, made only as far as the budget asks."""
-        high, low = _RATES[level], _RATES[level + 1]
+        # The last move is made only as far as the budget asks.
+        high, low = _RATES[levels[path] : levels[path] + 2]
         for _ in range(_BISECTIONS):
             middle = (high + low) / 2
             between = self.with_rate(state, path, middle)
@@ -187,20 +178,3 @@ class ThresholdSearch:
             else:
                 high = middle
         return tried
-
-
-def _layer_costs(
-    dense: CostTable, closed: CostTable, opened: CostTable, specs: dict[str, Inertial]
-) -> dict[str, tuple[float, float, float]]:
-    """Returns each layer's MACs dense, with every tile closed, and with every open."""
-    rows = {row.path: row for row in dense.rows}
-    ends = zip(closed.rows, opened.rows, strict=True)
-    return {
-        low.path: (
-            rows[low.path].macs,
-            low.macs + low.other_ops / 2,
-            high.macs + high.other_ops / 2,
-        )
-        for low, high in ends
-        if low.path in specs
-    }

@@ -4,8 +4,6 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -16,7 +14,6 @@ from inertia_jax.compression.planned import Planned
 from inertia_jax.compression.ranks import Budget, RankRule, rank_by_rule
 from inertia_jax.compression.sites import Site, find_sites, leaves_at, with_leaves
 from inertia_jax.compression.weighed_kernel import WeighedKernel
-from inertia_jax.layers.kinds import bias_of
 from inertia_jax.models.create import image_shape_of
 from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.plan import Plan, plan_of
@@ -86,10 +83,11 @@ def compress(
     """
     _check_options(ranks, round_to, batch_size)
     images = None if calibration is None else checked_images(calibration)
-    shape = _image_shape(model, image_shape, images)
+    if image_shape is None and images is not None:
+        image_shape = images.shape[1:]
+    shape = image_shape_of(model, image_shape)
     every = find_sites(model, variables, shape)
-    sites = _wanted_sites(every, layers, keep_stem)
-    _check_globs(ranks, every)
+    sites = _wanted_sites(every, ranks, layers, keep_stem)
 
     dense = _multiplied_out(model, variables, every)
     batches = [] if images is None else batched(images, batch_size)
@@ -107,16 +105,13 @@ def compress(
             round_to=round_to,
         )
     else:
-        specs = {
-            path: rank_by_rule(ranks, site, kernels[path].kernel, round_to=round_to)
-            for path, site in sites.items()
-        }
-        if only_cheaper and not isinstance(ranks, Plan):
-            specs = {
-                path: spec
-                for path, spec in specs.items()
-                if sites[path].macs(spec) < sites[path].macs(sites[path].spec)
-            }
+        any_cost = not only_cheaper or isinstance(ranks, Plan)
+        specs = {}
+        for path, site in sites.items():
+            kernel = kernels[path].kernel
+            spec = rank_by_rule(ranks, site, kernel, round_to=round_to)
+            if any_cost or site.macs(spec) < site.macs(site.spec):
+                specs[path] = spec
 
     changed = {path: s for path, s in specs.items() if s != sites[path].spec}
     leaves = {
@@ -139,27 +134,19 @@ def _check_options(ranks: Any, round_to: int, batch_size: int) -> None:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
 
 
-def _check_globs(ranks: RankRule | Budget, sites: Mapping[str, Site]) -> None:
-    """Raises ValueError if an explicit rule matches no convolution."""
-    for glob, _ in ranks.rules if isinstance(ranks, Plan) else ():
-        if not fnmatch.filter(sites, glob):
-            raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
-
-
 def _wanted_sites(
-    every: Mapping[str, Site], layers: str, keep_stem: bool
+    every: Mapping[str, Site], ranks: RankRule | Budget, layers: str, keep_stem: bool
 ) -> dict[str, Site]:
-    """Returns the convolutions that may change.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Returns the convolutions that may change; every glob must match one."""
     sites = list(every.items())[1 if keep_stem else 0 :]
     wanted = {p: site for p, site in sites if fnmatch.fnmatchcase(p, layers)}
     if not wanted:
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution that can be factorised."
         )
+    for glob, _ in ranks.rules if isinstance(ranks, Plan) else ():
+        if not fnmatch.filter(every, glob):
+            raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
     return wanted
 
 
@@ -184,7 +171,7 @@ def decompress(
         ValueError: A factorised layer whose core is inertial, which no dense kernel
             equals.
     """
-    shape = _image_shape(model, image_shape, None)
+    shape = image_shape_of(model, image_shape)
     plan = plan_of(model)
     for _, spec in plan.rules if plan is not None else ():
         if isinstance(spec, Tucker2) and not isinstance(spec.core, Conv):
@@ -200,22 +187,11 @@ def _multiplied_out(
     for path, site in sites.items():
         if isinstance(site.spec, Conv):
             continue
+        kernel = WeighedKernel(site)
         leaves = leaves_at(variables, path)
-        dtype = next(iter(leaves.values())).dtype
-        bias = bias_of(leaves)
-        changed[path] = {"kernel": jnp.asarray(site.kernel, dtype)}
-        if bias is not None:
-            changed[path]["bias"] = bias
+        changed[path] = kernel.parameters(Conv(), leaves, method="hosvd")
         specs[path] = site.core
     return _with_rules(model, specs), with_leaves(variables, changed)
-
-
-def _image_shape(
-    model: nn.Module, given: tuple[int, ...] | None, images: np.ndarray | None
-) -> tuple[int, ...]:
-    if given is None and images is not None:
-        return images.shape[1:]
-    return image_shape_of(model, given)
 
 
 def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:

@@ -34,12 +34,7 @@ class WeighedKernel:
     def __init__(
         self, site: Site, moment: Float[np.ndarray, "g c c"] | None = None
     ) -> None:
-        """Weighs the kernel.
-
-        Args:
-            site: The convolution.
-            moment: Second moment of its inputs, group by group; None: not known.
-        """
+        """Weighs the kernel by the second moment of the inputs, if that is known."""
         self.site = site
         dtype = np.promote_types(site.kernel.dtype, np.float32)
         self.kernel = np.asarray(site.kernel, dtype)

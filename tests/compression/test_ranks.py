@@ -197,8 +197,7 @@ def site(shape, *, groups=1):
         strides=(1, 1),
         padding="SAME",
         dilation=(1, 1),
-        input_shape=(8, 8, groups * shape[2]),
-        output_shape=(8, 8, shape[3]),
+        calls=(((8, 8, groups * shape[2]), (8, 8, shape[3])),),
         spec=ij.Conv(),
         core=ij.Conv(),
     )
