@@ -24,7 +24,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inertia_jax.atomic import appearing
-from inertia_jax.metadata import Metadata, describe, load_model
+from inertia_jax.metadata import Metadata, describe, load_description
 
 
 class CheckpointDamagedError(ValueError):
@@ -126,7 +126,8 @@ def load_checkpoint(
         OSError: A file could not be read.
     """
     verify_checkpoint(path)
-    return load_model(path), load_arrays(path)["variables"]
+    model, _ = load_description(path)
+    return model, load_arrays(path)["variables"]
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -140,14 +140,12 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     """
     flat = traverse_util.flatten_dict(dict(variables))
     expected = traverse_util.flatten_dict(abstract_variables(model))
-    differing = sorted(
-        "/".join(path)
-        for path in {*flat, *expected}
-        if path not in flat
-        or path not in expected
-        or _gives(flat[path]) != _gives(expected[path])
+    found, wanted = (
+        {(path, _gives(leaf)) for path, leaf in leaves.items()}
+        for leaves in (flat, expected)
     )
-    if differing:
+    if found != wanted:
+        differing = sorted({"/".join(path) for path, _ in found ^ wanted})
         raise ValueError(f"`variables` do not belong to `model`: {differing}.")
     return {
         torch_key(path[1:]): _transposed(np.asarray(value), to_torch_layout=True)
@@ -189,12 +187,11 @@ def _read(source: str | pathlib.Path | Mapping[str, Any]) -> dict[str, np.ndarra
     bad = [key for key, value in loaded.items() if not hasattr(value, "shape")]
     if bad:
         raise ValueError(f"the weights hold {bad[:5]}, which must be arrays.")
-    arrays = {}
-    for name, value in loaded.items():
-        name = name.removeprefix("module.")
-        if not name.endswith("num_batches_tracked"):
-            arrays[name] = _to_numpy(value)
-    return arrays
+    return {
+        name.removeprefix("module."): _to_numpy(value)
+        for name, value in loaded.items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 def _read_file(path: pathlib.Path) -> Mapping[str, Any]:

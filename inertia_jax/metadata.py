@@ -96,11 +96,6 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
     return json.dumps(description, indent=1, default=_jsonable)
 
 
-def load_model(path: str | os.PathLike[str]) -> nn.Module:
-    """Returns the network, with its plan; does not check the hashes."""
-    return _make_model(_read_description(path))
-
-
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     """Reads the description of a checkpoint; does not check the hashes.
 
@@ -108,47 +103,34 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         FileNotFoundError: There is no checkpoint at `path`.
         ValueError: Its description is broken, or of another version.
     """
-    return _make_metadata(path, _read_description(path))
+    return load_description(path)[1]
 
 
 def load_description(path: str | os.PathLike[str]) -> tuple[nn.Module, Metadata]:
-    """Reads both, the network and what its checkpoint says of itself, but no arrays.
+    """Reads the network, with its plan, and its description, but no arrays.
 
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
         ValueError: Its description is broken, or of another version.
     """
     description = _read_description(path)
-    return _make_model(description), _make_metadata(path, description)
-
-
-def _make_model(description: dict[str, Any]) -> nn.Module:
-    plan = Plan.from_json(json.dumps(description["plan"]))
-    return create_model(plan=plan, **description["model"])
-
-
-def _make_metadata(
-    path: str | os.PathLike[str], description: dict[str, Any]
-) -> Metadata:
-    preprocessing = description["preprocessing"]
+    preprocessing = None
     try:
-        return Metadata(
-            preprocessing=_read_preprocessing(preprocessing) if preprocessing else None,
-            class_names=tuple(description["class_names"]),
-            info=dict(description["info"]),
-        )
+        if description["preprocessing"]:
+            fields = description["preprocessing"]
+            height, width, channels = fields["image_shape"]
+            preprocessing = Preprocessing(
+                image_shape=(height, width, channels),
+                mean=tuple(fields["mean"]),
+                std=tuple(fields["std"]),
+                resize=fields["resize"],
+            )
+        names, info = tuple(description["class_names"]), dict(description["info"])
+        plan = Plan.from_json(json.dumps(description["plan"]))
+        model = create_model(plan=plan, **description["model"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
-
-
-def _read_preprocessing(fields: dict[str, Any]) -> Preprocessing:
-    height, width, channels = fields["image_shape"]
-    return Preprocessing(
-        image_shape=(height, width, channels),
-        mean=tuple(fields["mean"]),
-        std=tuple(fields["std"]),
-        resize=fields["resize"],
-    )
+    return model, Metadata(preprocessing, names, info)
 
 
 def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:

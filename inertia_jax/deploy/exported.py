@@ -83,11 +83,8 @@ class ExportedNetwork:
                 not made for.
         """
         images = images if isinstance(images, Array) else np.asarray(images)
-        any_number = self.input_shape[0] is None and len(images)
-        if images.shape != (
-            len(images) if any_number else self.input_shape[0],
-            *self.input_shape[1:],
-        ):
+        number = self.input_shape[0] or len(images)
+        if number == 0 or images.shape != (number, *self.input_shape[1:]):
             shown = ("n >= 1" if s is None else str(s) for s in self.input_shape)
             raise ValueError(
                 f"`images` (shape {images.shape}) must be [{', '.join(shown)}]."

@@ -107,16 +107,15 @@ def fold_batch_norm(
     if isinstance(model, Folded):
         return model, dict(variables)
     shape = image_shape_of(model, image_shape)
-    trace = trace_layers(model, shape, kinds=KINDS)
+    trace = trace_layers(model, shape)
     flat = traverse_util.flatten_dict(dict(variables))
     folded, kept = [], []
     for path, norm in trace.norms.items():
-        layer = trace.layer_before(path)
+        layer = trace.layer_before.get(path)
         if layer is None:
             kept.append((path, "does not follow one layer that nothing else uses"))
             continue
-        module = trace.layers[layer]
-        reason = _cannot_fold(module, norm) or _merge(flat, layer, module, path, norm)
+        reason = _merge(flat, layer, trace.layers[layer], path, norm)
         if reason is None:
             folded.append((layer, path))
         else:
@@ -146,15 +145,6 @@ def _as_normalised(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
     return x.astype(module.dtype or jnp.result_type(x, *weights))
 
 
-def _cannot_fold(layer: Any, norm: nn.BatchNorm) -> str | None:
-    """Returns why a BatchNorm cannot be merged, its numbers apart; None if it can."""
-    if norm.axis != -1:
-        return f"normalises axis {norm.axis}, not the channels"
-    if isinstance(layer, InertialConv) and layer.combine == "stack":
-        return "follows combine='stack', whose filters serve two channels each"
-    return None
-
-
 def _kernel_ndim(layer: Any) -> int:
     if isinstance(layer, nn.Dense):
         return 2
@@ -175,6 +165,11 @@ def _merge(
     Raises:
         ValueError: `flat` lacks a variable of either.
     """
+    combine = layer.combine if isinstance(layer, InertialConv) else None
+    if norm.axis != -1:
+        return f"normalises axis {norm.axis}, not the channels"
+    if combine == "stack":
+        return "follows combine='stack', whose filters serve two channels each"
 
     def wide(place: tuple[str, ...]) -> np.ndarray:
         if place not in flat:
@@ -193,7 +188,7 @@ def _merge(
     kernel = wide(kernel_at)
     if scale.ndim != 1 or kernel.ndim != _kernel_ndim(layer):
         return "holds the variables of several layers"
-    if isinstance(layer, InertialConv) and layer.combine == "max" and scale.min() < 0:
+    if combine == "max" and scale.min() < 0:
         return "follows combine='max' and has a negative scale"
     shift = scale * ((wide(bias_at) if layer.use_bias else 0) - mean)
     if norm.use_bias:

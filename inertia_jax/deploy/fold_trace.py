@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from inertia_jax.calls import evaluating, on_calls
+from inertia_jax.layers.kinds import KINDS
 
 _MARK = "inertia_jax.deploy.fold"
 
@@ -21,29 +22,18 @@ class NormTrace:
     """A network's layers and its BatchNorm, and which follows which.
 
     Attributes:
-        layers: Layers of the kinds that were asked for, by path.
+        layers: Layers of a kind in `KINDS`, by path.
         norms: BatchNorm layers, by path.
-        follows: The layer whose output, used nowhere else, a BatchNorm is called on, by
-            path; one entry a call.
-        calls: How often each path is called.
+        layer_before: By a BatchNorm's path, that of the layer whose output it alone
+            uses; both are called once.
     """
 
     layers: dict[str, Any]
     norms: dict[str, nn.BatchNorm]
-    follows: dict[str, str]
-    calls: collections.Counter[str]
-
-    def layer_before(self, norm: str) -> str | None:
-        """Returns the path of the layer whose output only this BatchNorm uses."""
-        layer = self.follows.get(norm)
-        if layer is None or self.calls[layer] != 1 or self.calls[norm] != 1:
-            return None
-        return layer
+    layer_before: dict[str, str]
 
 
-def trace_layers(
-    model: nn.Module, image_shape: tuple[int, ...], *, kinds: Iterable[type]
-) -> NormTrace:
+def trace_layers(model: nn.Module, image_shape: tuple[int, ...]) -> NormTrace:
     """Returns which BatchNorm is called on the output of which layer.
 
     Outputs of layers and inputs of BatchNorm are given names in the trace, in which
@@ -52,9 +42,7 @@ def trace_layers(
     Args:
         model: Called as `model(images)`, with `train=False` where it takes `train`.
         image_shape: [h, w, c].
-        kinds: Classes of layers that are looked at.
     """
-    kinds = frozenset(kinds)
     layers: dict[str, Any] = {}
     norms: dict[str, nn.BatchNorm] = {}
     outputs: dict[str, Any] = {}
@@ -68,7 +56,7 @@ def trace_layers(
         output = call(*args, **kwargs)
         # A replacement layer is called, and marked, inside the replaced one, under the
         # same path.
-        if type(module) not in kinds or outputs.get(path) is output:
+        if type(module) not in KINDS or outputs.get(path) is output:
             return output
         layers[path] = module.copy(parent=None)
         outputs[path] = checkpoint_name(output, f"{_MARK}:layer:{path}")
@@ -94,7 +82,12 @@ def trace_layers(
                 made_by[id(eqn.outvars[0])] = path
             elif uses[id(eqn.invars[0])] == 1 and id(eqn.invars[0]) in made_by:
                 follows[path] = made_by[id(eqn.invars[0])]
-    return NormTrace(layers, norms, follows, calls)
+    layer_before = {
+        norm: layer
+        for norm, layer in follows.items()
+        if calls[norm] == calls[layer] == 1
+    }
+    return NormTrace(layers, norms, layer_before)
 
 
 def _read_mark(eqn: Any) -> tuple[str, str, str]:
