@@ -6,8 +6,8 @@ A checkpoint is a directory:
     metadata.json   architecture, plan, preprocessing, class names, `info`
     manifest.json   SHA-256 of every other file
 
-It appears under its name in one rename, complete, or not at all. Orbax restores flipped
-bits without a word, so the hashes are written after its commit and checked on load.
+It appears under its name in one rename, whole or not at all. Orbax does not notice
+flipped bits, so the hashes are written after its commit and checked on load.
 """
 
 import hashlib
@@ -46,9 +46,9 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint; it appears at `path` whole or not at all.
 
-    With several processes, either one calls and writes all of it, or all call with
-    `together`. Then each writes its share of the arrays, and when all have written, the
-    first one commits: it writes the description and the hashes of everybody's files,
+    With several processes, either one process calls and writes everything, or all call
+    with `together`. Then each writes its share of the arrays. When all have written,
+    the first process commits: it writes the description and the hashes of all files,
     and gives the directory its name.
 
     Args:
@@ -56,9 +56,9 @@ def save_checkpoint(
         model: A network that `create_model` makes; its plan is stored.
         variables: Its variables.
         metadata: The description to store beside the arrays.
-        training: Nested dictionaries of arrays that training goes on from.
-        together: Every process calls, at its own time and from any thread, with the
-            same arrays and a `path` on a file system that all share.
+        training: Nested dictionaries of arrays that training continues from.
+        together: Whether all processes call. Each does so at its own time and from any
+            thread, with the same arrays and a `path` on a file system that all share.
 
     Raises:
         FileExistsError: Something exists at `path`.
@@ -94,7 +94,7 @@ def save_checkpoint(
 
 
 def _on_each_process(tree: Any) -> Any:
-    """Returns host arrays as global ones, which orbax divides among the processes."""
+    """Returns host arrays as global arrays, which orbax divides among the processes."""
     devices: dict[int, jax.Device] = {}
     for device in jax.devices():
         devices.setdefault(device.process_index, device)
@@ -112,7 +112,7 @@ def _on_each_process(tree: Any) -> Any:
 def load_checkpoint(
     path: str | os.PathLike[str],
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Reads a checkpoint, every file of it checked against its SHA-256.
+    """Checks every file of a checkpoint against its SHA-256, and reads the checkpoint.
 
     Args:
         path: The directory.
@@ -134,7 +134,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads `{"variables": ..., "training": ...}` as NumPy arrays, unverified."""
     path = pathlib.Path(path).absolute() / "arrays"
     with _checkpointer(jax.process_index(), name="read") as checkpointer:
-        # To host memory: the devices that wrote may not exist here.
+        # Arrays go to host memory, since the devices that wrote may not exist here.
         tree = checkpointer.metadata(path).item_metadata.tree
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         return checkpointer.restore(
@@ -150,7 +150,8 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
-        CheckpointDamagedError: A file is missing, surplus or altered; says which.
+        CheckpointDamagedError: A file is missing, surplus or altered; the message says
+            which.
         OSError: A file could not be read, so that its content is unknown.
     """
     path = pathlib.Path(path)
@@ -168,8 +169,8 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def _checkpointer(*processes: int, name: str) -> ocp.Checkpointer:
-    # No other process is waited for. The barriers go through `jax.distributed`, not
-    # through the devices, which training uses at the same time.
+    # Only these processes wait for each other. Their barriers go through
+    # `jax.distributed`, not through the devices, which training uses at the same time.
     options = ocp.options.MultiprocessingOptions(
         primary_host=processes[0],
         active_processes=set(processes),

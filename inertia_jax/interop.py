@@ -1,4 +1,4 @@
-"""PyTorch weights in and out, by renaming and transposing alone."""
+"""Reads and writes PyTorch weights, by renaming and transposing alone."""
 
 import pathlib
 import re
@@ -24,9 +24,9 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# The parts of a factorised convolution, which PyTorch has as a Sequential.
+# The parts of a factorised convolution, which is a Sequential in PyTorch.
 _PARTS = {part: str(i) for kind in KINDS.values() for i, part in enumerate(kind.parts)}
-# Variables of an inertial convolution beside its core, which PyTorch's networks lack.
+# Variables of an inertial convolution besides its core, which PyTorch's networks lack.
 _INERTIAL_LEAVES = ("threshold", "weights", FRICTION_MEAN)
 # Keys under which training scripts nest a network's weights.
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -42,7 +42,7 @@ def torch_key(path: Sequence[str]) -> str:
     """
     *modules, leaf = path
     dotted = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
-    # Only what owns a leaf is such a part: SimpleDLA has blocks `left` and `right`.
+    # A part owns its leaf. SimpleDLA's blocks `left` and `right` own none.
     dotted[-1:] = [_PARTS.get(name, name) for name in dotted[-1:]]
     return ".".join([*dotted, _LEAVES.get(leaf, leaf)])
 
@@ -64,14 +64,14 @@ def load_torch(
     the same size; thresholds that the file lacks keep their first values.
 
     Args:
-        model: The network the weights belong to.
+        model: The network that the weights belong to.
         path_or_state_dict: A `.pth` or `.pt` file (needs PyTorch, and is read with
             `weights_only=True`), a `.safetensors` file, or a mapping of arrays.
-        reinitialise: Prefixes of keys to draw anew instead, e.g. `("fc",)` for a new
-            head; theirs may be missing or of another shape.
-        key: For the layers drawn anew; required with `reinitialise`.
-        image_shape: [h, w, c]; None means the shape the network was published for. The
-            sizes of `lenet`'s weights depend on it.
+        reinitialise: Prefixes of keys to draw anew, e.g. `("fc",)` for a new head. In
+            the file these weights may be missing or have another shape.
+        key: The key for the layers drawn anew; required with `reinitialise`.
+        image_shape: The shape [h, w, c] of an input. None: the one that the network was
+            published for. The sizes of `lenet`'s weights depend on it.
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, and `thresholds` of an inertial network.
@@ -132,7 +132,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     `num_batches_tracked`, which BatchNorm ignores at a fixed momentum, is left out.
 
     Args:
-        model: The network the variables belong to.
+        model: The network that the variables belong to.
         variables: Variables as `model.init` gives them.
 
     Raises:
@@ -154,7 +154,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
 
 
 def _gives(leaf: Any) -> tuple[int, ...]:
-    """Returns axes and outputs; what a layer takes may go by its images."""
+    """Returns a leaf's number of axes, and its outputs: inputs may depend on images."""
     shape = np.shape(leaf)
     return (len(shape), *shape[-1:])
 
@@ -175,7 +175,7 @@ def _axes(ndim: int, *, to_torch_layout: bool) -> tuple[int, ...]:
 
 def _transposed(value: np.ndarray, *, to_torch_layout: bool) -> np.ndarray:
     axes = _axes(value.ndim, to_torch_layout=to_torch_layout)
-    # A copy, since PyTorch warns of arrays that cannot be written.
+    # PyTorch warns of arrays that cannot be written, so this is a copy.
     return np.array(np.transpose(value, axes), order="C")
 
 
@@ -213,7 +213,7 @@ def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
         ) from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # PyTorch raises whatever its unpickler stumbles over in a damaged file.
+    # On a damaged file, PyTorch raises whatever error its unpickler meets.
     except Exception as error:
         raise ValueError(f"{path} holds no PyTorch weights: {error}") from error
     if not isinstance(loaded, Mapping):

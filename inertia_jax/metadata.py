@@ -24,7 +24,7 @@ class Preprocessing:
     """How images become the network's input: `(pixels / 255 - mean) / std`.
 
     Attributes:
-        image_shape: [h, w, c] of the network's input.
+        image_shape: The shape [h, w, c] of the network's input.
         mean: The mean of each channel, of pixels in [0, 1].
         std: The standard deviation of each channel, of pixels in [0, 1].
         resize: The side that images are resized to before the centre is cut out. None:
@@ -68,7 +68,7 @@ class Metadata:
     Attributes:
         preprocessing: How images become the network's input.
         class_names: A name for each class, or none at all.
-        info: Whatever the writer added, e.g. step, metrics and configuration; JSON.
+        info: Further facts, e.g. step, metrics and configuration, as JSON.
     """
 
     preprocessing: Preprocessing | None = None

@@ -1,1 +1,1 @@
-"""Trained networks made smaller or faster: (model, variables) -> (model, variables)."""
+"""Compression of trained networks: (model, variables) -> (model, variables)."""

@@ -1,4 +1,4 @@
-"""The forms of convolutions on a grid of ranks, and the choice of all together."""
+"""Forms of each convolution on a grid of ranks, and the joint choice of all forms."""
 
 import itertools
 import math
@@ -39,10 +39,11 @@ class Forms(NamedTuple):
 def lower_hull(
     costs: Float[np.ndarray, "k"], errors: Float[np.ndarray, "k"]
 ) -> list[int]:
-    """Returns which points lie on the lower convex hull, by rising cost.
+    """Returns the indices of the points on the lower convex hull, by rising cost.
 
-    From the cheapest point to that of least error, every step buys less error for its
-    cost than the one before: the points that some price of cost makes the best.
+    These are the points that are best at some price per unit of cost, from the cheapest
+    to the one of least error. Every step along them removes less error for its cost
+    than the step before.
     """
     hull: list[int] = []
     for i in np.lexsort((errors, costs)):
@@ -62,13 +63,13 @@ def lower_hull(
 def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
     """Returns the forms with ranks on a grid of at most 64 steps a side.
 
-    Costs are MACs; errors are the shares of the kernel's energy that are lost, in
+    Costs are MACs. Errors are the shares of the kernel's energy that are lost, in
     [0, 1].
 
     Args:
         site: The convolution.
         kernel: Its kernel, weighed by its inputs where those are known.
-        round_to: Ranks are multiples of it, or the most there can be.
+        round_to: The number that every rank but the largest is a multiple of.
     """
     _, _, c_in, c_out = kernel.shape
     most_in, most_out = max_ranks(kernel.shape, groups=site.groups)
@@ -86,7 +87,7 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
         full = tucker2(
             kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
         )
-        # Each group's core has energy of its own; groups share their ranks.
+        # Groups share their ranks, so the energies of their cores are summed.
         cores = np.asarray(split_groups(full.core, site.groups), np.float64)
         kept = kept_energy(np.sqrt(np.sum(cores**2, axis=0)))
         steps = _steps(most_in, round_to), _steps(most_out, round_to)
@@ -114,8 +115,8 @@ def all_forms(
     Args:
         site: The convolution.
         grid: Its forms, with the shares of energy that they lose.
-        cost_of: The cost of a form, in the units of the budget.
-        error_of: What is to be made small, as a function of lost shares of energy.
+        cost_of: The function from a form to its cost, in the units of the budget.
+        error_of: The function from lost shares of energy to the error to minimise.
     """
     specs = (site.spec, *grid.specs)
     costs = np.array([cost_of(spec) for spec in specs], float)
@@ -126,7 +127,7 @@ def all_forms(
 def make_choices(forms: Forms) -> Forms:
     """Returns the present form and those worth their cost, by falling cost."""
     hull = lower_hull(forms.costs, forms.errors)[::-1]
-    # The present form is kept in front where a cheaper one has no error either.
+    # The present form comes first even where a cheaper one has no error either.
     return forms.take(dict.fromkeys([0, *hull]))
 
 
@@ -135,11 +136,12 @@ def allocate(
 ) -> dict[str, Conv | Factorised]:
     """Returns the forms of least summed error within a budget that can be met.
 
-    Errors are taken for additive. On hulls, the best is to take steps to cheaper forms
-    in the order of error added for cost saved, until the budget is met.
+    Errors of different layers are assumed to add up. On convex hulls the optimum is
+    found by steps to cheaper forms, in the order of error added for cost saved, until
+    the budget is met.
 
     Args:
-        choices: What `make_choices` returns for each convolution.
+        choices: The result of `make_choices` for each convolution.
         fixed: The cost of everything else.
         budget: The cost allowed for everything.
 
@@ -160,7 +162,7 @@ def allocate(
         total -= saved
     if total > budget * (1 + 1e-12):
         raise ValueError(f"`budget` (={budget}) must be at least {total}.")
-    # The last step may have saved more than was asked for: give back what fits.
+    # The last step may have saved more than needed, so steps that fit are undone.
     for _, path, i, saved in sorted(steps, reverse=True):
         if at[path] == i and total + saved <= budget:
             at[path], total = i - 1, total + saved
@@ -170,15 +172,15 @@ def allocate(
 def spend_rest(
     specs: Mapping[str, Conv | Factorised], forms: Mapping[str, Forms], rest: float
 ) -> dict[str, Conv | Factorised]:
-    """Returns better forms, also such off the hull, for what is left of a budget.
+    """Returns better forms, on the hull or off it, for what is left of a budget.
 
-    Again and again, every layer looks for its best form among those it can afford, and
-    the layer that gains most takes it.
+    In each round the best affordable form of every layer is found, and the layer that
+    gains most takes its form. The rounds end when no layer gains.
 
     Args:
         specs: The forms chosen so far.
         forms: All forms of each convolution.
-        rest: What is left of the budget.
+        rest: The part of the budget that is not spent.
     """
     at = {path: forms[path].specs.index(spec) for path, spec in specs.items()}
     while True:

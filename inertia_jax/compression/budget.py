@@ -1,4 +1,4 @@
-"""All ranks of a network together, for the least error within a budget."""
+"""Chooses all ranks of a network jointly, for the least error within a budget."""
 
 import functools
 import math
@@ -74,9 +74,10 @@ def choose_ranks(
         }
     total = _cost(budget, dense, image_shape)
     present = total if now[0] is dense[0] else _cost(budget, now, image_shape)
-    # The layers' times may sum to more than the network's; shares are of the larger.
+    # Layers measured one by one may take longer than the whole network. The share is
+    # taken of the larger total.
     total = max(total, sum(cost_of(Conv()) for cost_of in costs.values()))
-    # The present cost of the network contains that of the layers.
+    # The present cost of the network contains the cost of the layers.
     taken = sum(cost_of(sites[path].spec) for path, cost_of in costs.items())
     fixed = max(0.0, present - taken)
     least = fixed + sum(
@@ -84,7 +85,7 @@ def choose_ranks(
         for path, cost_of in costs.items()
     )
     if least > budget.share * total * (1 + 1e-12):
-        # Rounded up: the share that is named must be one that can be met.
+        # The share is rounded up, because the share that is named must be reachable.
         share = math.ceil(1e4 * least / total) / 1e4
         raise ValueError(
             f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
@@ -112,7 +113,7 @@ def _cost(budget: Budget, network: Network, image_shape: tuple[int, ...]) -> flo
 
 
 def _thinned(site: Site, grid: Forms) -> Forms:
-    """Returns a few of the forms of least error for their MACs."""
+    """Returns a few forms on the hull that take fewer MACs than the dense one."""
     hull = grid.hull()
     hull = hull.take(np.flatnonzero(hull.costs < site.macs(Conv())).tolist())
     count = len(hull.specs)
@@ -126,7 +127,7 @@ def _latencies(
     sites: Mapping[str, Site],
     grids: Mapping[str, Forms],
 ) -> Costs:
-    """Returns each layer's time by form, in milliseconds."""
+    """Returns, for each layer, the time in milliseconds as a function of the form."""
     dtype = getattr(model, "dtype", None) or jnp.float32
     measured: dict[Any, dict[Any, float]] = {}
     costs: Costs = {}
@@ -147,16 +148,16 @@ def _measured_errors(
     grids: Mapping[str, Forms],
     batches: list[np.ndarray],
 ) -> dict[str, Callable[[np.ndarray], Any]]:
-    """Returns each layer's divergence of the outputs by the share of energy lost.
+    """Returns, for each layer, the outputs' divergence by the share of energy lost.
 
-    One layer at a time is replaced by the dense kernel that its factors stand for, so
-    that nothing compiles anew; between the probes the divergence is interpolated.
+    One layer at a time gets the dense kernel that its factors stand for, so that
+    nothing compiles anew. Between the probes the divergence is interpolated.
     """
     divergence = divergence_of(*dense, batches)
     functions: dict[str, Callable[[np.ndarray], Any]] = {}
     for path, layer in kernels.items():
         specs, _, lost = grids[path].hull()
-        # A layer without a cheaper form has none to probe.
+        # A layer without a cheaper form has nothing to probe.
         probes = {int(np.argmin(np.abs(lost - p))) for p in _PROBES if specs}
         points = [(0.0, 0.0)]
         for i in sorted(probes, key=lambda i: lost[i]):
@@ -165,11 +166,11 @@ def _measured_errors(
             kernel = jnp.asarray(layer.dense_kernel(spec), layer.site.kernel.dtype)
             leaves = {**leaves_at(dense[1], path), "kernel": kernel}
             changed = with_leaves(dense[1], {path: leaves})
-            # Noise must not make a larger error look like a smaller one.
+            # Noise must not make a larger loss look better than a smaller one.
             worst = max(points[-1][1], divergence(changed))
             points.append((float(lost[i]), worst))
         x, y = np.array(points).T
-        if x[-1] < 1:  # beyond the last probe, in proportion
+        if x[-1] < 1:  # beyond the last probe the divergence grows in proportion
             x, y = np.append(x, 1.0), np.append(y, y[-1] / max(x[-1], 1e-12))
         functions[path] = functools.partial(np.interp, xp=x, fp=y)
     return functions

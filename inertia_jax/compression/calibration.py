@@ -1,4 +1,4 @@
-"""Calibration images: the moments of each layer's inputs, and how outputs diverge."""
+"""Measurements on calibration images: moments of inputs, divergence of outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,21 +59,23 @@ def apply_as_trained(
 ) -> tuple[Any, Mapping[str, Any]]:
     """Returns outputs under the batch's own statistics, and all that the call changed.
 
-    BatchNorm's statistics are those that recalibration will give: an error that only
-    shifts or scales a channel does not count. What has changed are `batch_stats` and
+    BatchNorm's statistics are then those that recalibration will give, so an error that
+    only shifts or scales a channel does not count. The call changes `batch_stats` and
     `thresholds`; the `intermediates` that layers sowed are returned with them.
 
     Args:
         model: The network.
         variables: Its variables.
         images: A batch of its inputs.
-        train: The mode to call the model in. None: training mode if it has BatchNorm; a
-            model whose call has no `train` is called without, and changes nothing.
+        train: Whether the model is called in training mode. None: it is if it has
+            BatchNorm; a model whose call has no `train` is called without it, and
+            changes nothing.
     """
     if train is None:
         if not takes_train(model):
             return model.apply(variables, images), {}
-        # The mean friction alone is no reason for train mode, which has dropout on.
+        # Dropout is on in training mode, so only BatchNorm is a reason for it; the mean
+        # friction is none.
         train = bool(batch_norm_paths(variables))
     return model.apply(
         variables,
@@ -92,7 +94,7 @@ def input_moments(
 ) -> dict[str, Float[np.ndarray, "g c c"]]:
     """Returns the mean of x x^T over each layer's inputs, for every group of channels.
 
-    The moments are not centred: an error of the mean is an error like any other.
+    The moments are not centred, because an error of the mean is an error too.
 
     Raises:
         ValueError: Inputs that are not finite, or a layer inside `nn.scan` or its like.
@@ -111,7 +113,7 @@ def input_moments(
                 rows = x.reshape(-1, groups, x.shape[-1] // groups)
                 rows = rows.astype(at_least_float32(rows.dtype))
                 products = jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
-                # A layer may be called more than once.
+                # A layer may be called more than once, so its calls are summed.
                 before, count = found.get(path, (0.0, 0))
                 found[path] = (before + products, count + len(rows))
             return call(*args, **kwargs)
@@ -147,7 +149,7 @@ def weighing(
 def reference_outputs(
     model: nn.Module, variables: Mapping[str, Any], batches: Sequence[ArrayLike]
 ) -> list[Array]:
-    """Returns what a network puts out on each batch of calibration images.
+    """Returns the network's outputs on each batch of calibration images.
 
     Raises:
         ValueError: Outputs that are not finite.
@@ -175,10 +177,10 @@ def divergence(
 def divergence_of(
     model: nn.Module, variables: Mapping[str, Any], batches: list[np.ndarray]
 ) -> Callable[[Mapping[str, Any]], float]:
-    """Returns a function from other variables to how far they move the outputs.
+    """Returns a function that measures how far other variables move the outputs.
 
-    The distance is the mean `divergence` from the network as it is. Other variables of
-    the same shapes compile nothing anew.
+    It returns the mean `divergence` from the outputs under `variables`. Other variables
+    of the same shapes compile nothing anew.
 
     Raises:
         ValueError: Outputs that are not finite.

@@ -1,4 +1,4 @@
-"""Post-training inertia: a trained network made inertial, without training it again."""
+"""Post-training inertia: makes a trained network inertial without further training."""
 
 import dataclasses
 import fnmatch
@@ -38,46 +38,48 @@ def make_inertial(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Makes a trained network's convolutions inertial, in the tiled reading.
 
-    With every tile open the network is the one it was. From there the thresholds are
-    chosen greedily: every step lowers the rate of open tiles in the layer where that
-    moves the outputs least for the MACs it saves. Outputs move by the mean
-    Kullback-Leibler divergence from the softmax of the network as it was. Labels are
-    not needed. A layer of rate 1 stays an ordinary convolution.
+    With every tile open the network computes what it did before. From there the
+    thresholds are chosen greedily: every step lowers the rate of open tiles in the
+    layer where that moves the outputs least for the MACs it saves. The distance that
+    outputs move is the mean Kullback-Leibler divergence from the softmax of the
+    original network. Labels are not needed. A layer of rate 1 stays an ordinary
+    convolution.
 
-    Filled tiles vary less, which BatchNorm's old statistics take for a change of scale:
-    that is most of the damage. So thresholds are chosen under the statistics of the
-    images at hand, and the statistics are recalibrated in the end
+    Filled tiles vary less than computed ones. Under BatchNorm's old statistics this is
+    a change of scale, and most of the damage. So thresholds are chosen under the
+    statistics of the calibration images, and the statistics are recalibrated at the end
     (`recalibrate_batch_norm`).
 
-    Returns thresholds as variables, which evaluation uses as they are; the plan has
-    each layer's rate as `Rate`, so that fine-tuning holds it.
+    Thresholds become variables, which evaluation uses as they are. The plan has each
+    layer's rate as `Rate`, so that fine-tuning holds it.
 
     Args:
         model: A network of this library.
         variables: Its trained variables.
-        macs: Share of the network's MACs to take, in (0, 1], on the calibration
-            images: `CostTable.total_macs`, so friction and box means at two operations
-            for one MAC. A compiled ladder rounds open tiles up, see `ladder_macs`.
-        calibration: Some hundred of the network's inputs, normalised, as evaluation
-            will see them: they choose the thresholds.
-        recalibration: Some thousand inputs as training saw them, with its crops and
-            flips, for BatchNorm: plain images alone cost a CIFAR-10 ResNet20 four
-            points, even left dense. None takes `calibration`.
-        layers: Glob over the paths of the convolutions that may become inertial.
+        macs: The share of the network's MACs to take on the calibration images, in
+            (0, 1]. They are `CostTable.total_macs`, which counts two operations of
+            friction and box means as one MAC. A compiled ladder rounds the number of
+            open tiles up, see `ladder_macs`.
+        calibration: Some hundred of the network's inputs, normalised as for evaluation.
+            The thresholds are chosen on them.
+        recalibration: Some thousand inputs for BatchNorm, with the crops and flips of
+            the training. Recalibration on plain images alone costs a CIFAR-10 ResNet20
+            four points, even a dense one. None: the images of `calibration`.
+        layers: A glob over the paths of the convolutions that may become inertial.
         tile_size: Side n of a tile, >= 2.
         metric: The measure of friction, as in `Inertial`.
-        reference: What friction is measured against, as in `Inertial`.
-        low: How a closed tile is filled, as in `Inertial`.
+        reference: The value that friction is measured against, as in `Inertial`.
+        low: The filling of a closed tile, as in `Inertial`.
         channel_stride: The step between channels that friction reads, as in `Inertial`.
-        batch_size: Images a call; images that fill no whole batch are left out.
+        batch_size: Images per call; images that fill no whole batch are left out.
 
     Returns:
         (model, variables) of the inertial network.
 
     Raises:
-        ValueError: A share that no rates can meet (says the least possible), a glob
-            that matches no convolution that can be tiled, a network that is inertial
-            already, or outputs that are not finite.
+        ValueError: A share that no rates can meet (the message says the least
+            possible), a glob that matches no convolution that can be tiled, a network
+            that is inertial already, or outputs that are not finite.
     """
     macs = as_python(macs)
     _check_options(model, macs, tile_size, batch_size)
@@ -146,12 +148,12 @@ def _tileable(
         if row.kind != "conv" or not fnmatch.fnmatchcase(row.path, layers):
             continue
         side = params[f"{row.path}/kernel"].shape[0]
-        # Friction of a 1x1 convolution costs about as much as tiles can save.
+        # The friction of a 1x1 convolution costs about as much as closed tiles save.
         if side > 1:
             region = side + tile_size - 1
             specs[row.path] = Inertial(side, region, threshold=Fixed(OPEN), **options)
-    tried = model.clone(plan=Plan((*specs.items(), *model.plan.rules)))
-    rows = count_cost(tried, image_shape).rows
+    trial = model.clone(plan=Plan((*specs.items(), *model.plan.rules)))
+    rows = count_cost(trial, image_shape).rows
     inertial = {row.path for row in rows if row.kind == "inertial"}
     if not inertial:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How long a convolution takes on this machine, in one form or another."""
+"""Measures the time of a convolution on this machine, in one form or another."""
 
 import functools
 import statistics
@@ -26,15 +26,15 @@ from inertia_jax.plan.specs import Conv, LowRank
 
 # Rounds of measurement, after one to warm up.
 _REPEATS = 7
-# A call is repeated until it takes this long, so that the clock does not matter.
+# A call is repeated until it takes this long, so that the clock's steps do not matter.
 _LEAST_S = 0.002
 
 
 def time_interleaved(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Returns the median time of each call, in milliseconds, all in alternation.
+    """Returns the median time of each call, in milliseconds, all called in turn.
 
     Args:
-        calls: Functions that return arrays, which are waited for.
+        calls: Functions that return arrays; the time ends when the arrays are ready.
     """
     counts = []
     for call in calls:
@@ -61,12 +61,12 @@ def site_latencies_ms(
     batch_size: int,
     dtype: Any = jnp.float32,
 ) -> list[float]:
-    """Returns the time of a convolution in several forms, in milliseconds a call.
+    """Returns the time of a convolution in several forms, in milliseconds per call.
 
     Args:
-        site: The convolution, for its shapes; weights are random.
+        site: The convolution, whose shapes are used; weights are random.
         specs: The forms.
-        batch_size: Images a call.
+        batch_size: Images per call.
         dtype: The type of images and weights.
     """
     key = jax.random.key(0)
@@ -81,7 +81,7 @@ def site_latencies_ms(
         forward = jax.jit(functools.partial(_forward, site, spec))
         calls += [functools.partial(forward, x, kernels) for x in images]
     times = time_interleaved(calls)
-    # A layer that is called several times takes the time of all its calls.
+    # The time of a layer that is called several times is that of all its calls.
     each = len(images)
     return [sum(times[i : i + each]) for i in range(0, len(times), each)]
 
@@ -90,9 +90,9 @@ def _forward(
     site: Site, spec: Conv | Factorised, x: jax.Array, kernels: list[jax.Array]
 ) -> jax.Array:
     groups = site.groups
-    # The time depends on how much surrounds the image, not on what it is.
+    # The time depends on the width of the padding, not on its values.
     wrapped = site.padding in ("CIRCULAR", "REFLECT")
-    # Layers take this form, which differs from `conv2d` on CPU.
+    # Layers compute with this function, which differs from `conv2d` on CPU.
     convolve = functools.partial(
         conv_for_linen,
         window_strides=site.strides,
@@ -120,14 +120,14 @@ def model_latency_ms(
     *,
     batch_size: int,
 ) -> float:
-    """Returns the time of a network's evaluation, in milliseconds a call.
+    """Returns the time of a network's evaluation, in milliseconds per call.
 
     Args:
         model: A network called as `model(images)`, with `train=False` where it takes
             `train`.
         variables: Its variables.
         image_shape: [h, w, c].
-        batch_size: Images a call.
+        batch_size: Images per call.
     """
     images = jnp.asarray(
         np.random.default_rng(0).standard_normal((batch_size, *image_shape)),

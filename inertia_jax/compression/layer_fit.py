@@ -1,4 +1,4 @@
-"""The kernels of one layer, fitted by least squares to given outputs."""
+"""Fits the kernels of one layer to given outputs by least squares."""
 
 import functools
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from jax.flatten_util import ravel_pytree
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.ops.precision import at_least_float32
 
-# Errors below this share of the dense outputs' square are rounding in float32. In a
-# narrower type the share is the square of its precision.
+# Squared errors below this share of the dense outputs' squares are rounding in float32.
+# In a narrower type the share is the square of the type's precision.
 _NO_ERROR = 1e-9
 
 Leaves = Mapping[str, Any]
@@ -25,8 +25,8 @@ class LayerIO(NamedTuple):
     """One call of a layer on one batch.
 
     Attributes:
-        x: What the layer is called on, in the compressed network.
-        y: What the dense layer puts out, in the dense network.
+        x: The layer's input in the compressed network.
+        y: The dense layer's output in the dense network.
     """
 
     x: Array
@@ -34,7 +34,7 @@ class LayerIO(NamedTuple):
 
 
 class LayerFit:
-    """A layer by itself, whose parts are fitted one at a time."""
+    """A layer outside its network, whose parts are fitted one at a time."""
 
     def __init__(self, module: Any, others: Mapping[str, Any]) -> None:
         """Takes the layer outside its network, to compute in float32 or wider.
@@ -47,7 +47,7 @@ class LayerFit:
         wide = at_least_float32(dtype)
         changes: dict[str, Any] = {"parent": None, "name": None, "dtype": wide}
         if isinstance(module, InertialConv):
-            changes["capacities"] = None  # ladders are not for gradients
+            changes["capacities"] = None  # ladders are for evaluation alone
         self._module = module.clone(**changes)
         self._others = dict(others)
         self._no_error = max(_NO_ERROR, float(jnp.finfo(dtype).eps) ** 2)
@@ -62,14 +62,14 @@ class LayerFit:
     ) -> Leaves:
         """Returns the layer's parameters, one part of them fitted.
 
-        Steps after the one with the least error on held-out inputs are dropped.
+        The result is that of the step with the least error on the held-out calls.
 
         Args:
             leaves: The layer's parameters, those of its parts as `PART/kernel`.
-            part: One of `kinds.linear_parts`.
-            calls: Calls that the part is fitted to.
-            held_out: Calls whose error says when to stop.
-            iterations: Largest number of steps.
+            part: The name of the part, one of `kinds.linear_parts`.
+            calls: The calls that the part is fitted to.
+            held_out: The calls whose error chooses the step.
+            iterations: The largest number of steps.
         """
         names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
         wide = calls[0].x.dtype
@@ -78,7 +78,7 @@ class LayerFit:
         }
         flat, unravel = ravel_pytree(start)
         rest = {name: leaf for name, leaf in leaves.items() if name not in start}
-        # A bias that is not fitted is a constant, which the linear map leaves out.
+        # A bias that is not fitted is a constant, so the linear map leaves it out.
         unbiased = {
             name: jnp.zeros_like(leaf) if name.endswith("bias") else leaf
             for name, leaf in rest.items()
@@ -112,7 +112,7 @@ class LayerFit:
                 best, least = step.copy(), found
 
         b = total([slope(start, *one) for one in calls]) / -2
-        # Imported here: it takes a quarter of a second, and few runs need it.
+        # This import takes a quarter of a second, and few runs need it.
         from scipy.sparse.linalg import LinearOperator, cg
 
         operator = LinearOperator((flat.size,) * 2, matvec=matvec, dtype=flat.dtype)
@@ -126,7 +126,7 @@ class LayerFit:
         }
 
 
-# Compiled once for all layers of one form.
+# The following functions are compiled once for all layers of one form.
 
 
 def _apply(module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array) -> Array:
@@ -146,7 +146,7 @@ _slope = jax.jit(jax.grad(_squared_error, argnums=3), static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _normal(module: Any, others: Any, rest: Leaves, fitted: Leaves, x: Array) -> Leaves:
-    """Returns the normal equations' matrix, A^T A, times some parameters."""
+    """Returns the matrix of the normal equations, A^T A, times the parameters."""
     out, transpose = jax.vjp(lambda f: _apply(module, others, rest, f, x), fitted)
     (product,) = transpose(out)
     return dict(product)

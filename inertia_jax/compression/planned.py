@@ -1,4 +1,4 @@
-"""Any Linen model with factorised convolutions, without an edit of the model."""
+"""Puts factorised convolutions into any Linen model, without editing the model."""
 
 import dataclasses
 from typing import Any
@@ -17,19 +17,19 @@ class Planned(Wrapper):
     """A model of `nn.Conv` layers, some of which a plan replaces.
 
     Variables have the names that the model itself gives them, except in the layers that
-    the plan replaces by a `Tucker2Conv` or `LowRankConv`.
-    Every call of such a layer is intercepted (`flax.linen.intercept_methods`).
+    the plan replaces by a `Tucker2Conv` or `LowRankConv`. Every call of such a layer is
+    intercepted (`flax.linen.intercept_methods`).
 
     Attributes:
         unplanned: Any Linen model.
-        plan: Which of its `nn.Conv` layers become `Tucker2` (with an ordinary core) or
-            `LowRank`.
+        plan: The forms of its `nn.Conv` layers: `Tucker2` with an ordinary core,
+            `LowRank`, or `Conv` for those that stay.
 
     Raises:
         ValueError: A rule of another kind, or for a layer that cannot be factorised.
     """
 
-    # Not `model`: children of a model that has such a field would share the name.
+    # A field `model` would clash with children of that name in the wrapped model.
     unplanned: nn.Module
     plan: Plan = Plan()
 
@@ -39,7 +39,7 @@ class Planned(Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.plan
-        # The parts of a layer that was put in place of another are nn.Conv, too.
+        # The parts of a replacement layer are nn.Conv layers too.
         replaced: set[tuple[str, ...]] = set()
 
         def replace(
@@ -50,7 +50,7 @@ class Planned(Wrapper):
             if type(module) is not nn.Conv or is_part or spec == Conv():
                 return call(*args, **kwargs)
             replaced.add(module.path)
-            # Its only argument, which `nn.Conv` calls `inputs`.
+            # The only argument may come by its name in `nn.Conv`, `inputs`.
             return _factorised_like(module, spec)(*args, *kwargs.values())
 
         with on_calls(replace):

@@ -26,7 +26,7 @@ def _set_share(rule: object, name: str) -> None:
 class Ratio:
     """The rule that ranks are `max(1, int(channels * ratio))` everywhere.
 
-    1x1 convolutions become Tucker-2, too.
+    1x1 convolutions become Tucker-2 too.
 
     Attributes:
         ratio: The share of the channels, in (0, 1].
@@ -40,7 +40,9 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Energy:
-    """The least ranks that keep a share of each unfolding's squared singular values.
+    """The rule of least ranks that keep a share of each unfolding's energy.
+
+    The energy is the sum of the squared singular values.
 
     Attributes:
         share: The share to keep, in (0, 1].
@@ -54,7 +56,9 @@ class Energy:
 
 @dataclasses.dataclass(frozen=True)
 class Evbmf:
-    """The ranks that empirical variational Bayes finds in each unfolding, at least 1.
+    """The rule that ranks are those that empirical variational Bayes finds, at least 1.
+
+    It is applied to each unfolding of the kernel.
 
     References:
         Kim et al., 2016, https://arxiv.org/abs/1511.06530, section 3.2
@@ -63,15 +67,16 @@ class Evbmf:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """All ranks together, for the least error at a share of the network's cost.
+    """The rule that all ranks together have the least error at a share of the cost.
 
     One of the three shares must be given.
 
     Attributes:
         macs: The share of the dense network's multiply-accumulates, in (0, 1].
-        params: The share of its parameters.
-        latency: The share of its time on this machine, layer by layer as measured.
-        batch_size: Images a call where latency is measured.
+        params: The share of its parameters, in (0, 1].
+        latency: The share of its time on this machine, in (0, 1], measured layer by
+            layer.
+        batch_size: Images per call where latency is measured, >= 1.
     """
 
     macs: float | None = None
@@ -91,12 +96,12 @@ class Budget:
 
     @property
     def of(self) -> str:
-        """`macs`, `params` or `latency`."""
+        """The name of the given share: `macs`, `params` or `latency`."""
         return next(iter(self._given))
 
     @property
     def share(self) -> float:
-        """The share to keep."""
+        """The share of the cost that may be taken."""
         return next(iter(self._given.values()))
 
     @property
@@ -114,7 +119,7 @@ def rounded(rank: int, most: int, multiple: int) -> int:
 
 
 def _make_spec(site: Site, ranks: Iterable[int], round_to: int) -> Factorised:
-    """Returns the form of one rank or two, rounded up to what is possible."""
+    """Returns the form with one rank or two, each rounded up as far as possible."""
     positive = [max(1, rank) for rank in ranks]
     most = max_ranks(site.kernel.shape, groups=site.groups)
     if len(positive) == 1:
@@ -154,7 +159,7 @@ def rank_by_rule(
         else:
             unfoldings = (unfold_in, unfold_out)[:modes]
             ranks.append([evbmf_rank(unfold(part)) for unfold in unfoldings])
-    # The group that needs most decides for all.
+    # The group that needs the highest rank decides for all groups.
     return _make_spec(site, map(max, zip(*ranks, strict=True)), round_to)
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm recalibration: running statistics of a network that has changed."""
+"""BatchNorm recalibration: new running statistics for a network that has changed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,18 +22,18 @@ def recalibrate_batch_norm(
     *,
     batch_size: int = 128,
 ) -> dict[str, Any]:
-    """Returns variables whose `batch_stats` are those of `images`, measured anew.
+    """Returns variables whose `batch_stats` are measured anew on `images`.
 
-    Every layer normalises with its batch's own statistics meanwhile, as in training.
-    Means are averaged over the batches; variances are those of all images together:
-    the mean variance inside batches plus the variance of their means.
+    While they are measured, every layer normalises with its batch's own statistics, as
+    in training. Means are averaged over the batches. Variances are those of all images
+    together: the mean variance inside batches plus the variance of their means.
 
     Args:
         model: A network that is called as `model(images, train=True)`.
         variables: Its variables; all but `batch_stats` are kept.
         images: The network's inputs, normalised as in training; images that fill no
             whole batch are left out.
-        batch_size: Images a batch, >= 2.
+        batch_size: Images per batch, >= 2.
 
     Raises:
         ValueError: No `batch_stats`, fewer than two images, or statistics that are not
@@ -57,9 +57,9 @@ def recalibrate_batch_norm(
         start = {**variables, "batch_stats": start}
         return apply_as_trained(model, start, batch, train=True)[1]["batch_stats"]
 
-    # A step moves statistics s to a s + (1 - a) b, where b are the batch's own. Steps
-    # from 0 and from 1 show a, so that no layer need say its momentum. On blank images
-    # b is small, and the difference exact.
+    # A step moves statistics s to a s + (1 - a) b, where b are the batch's own. The
+    # difference of steps from 1 and from 0 is a, so that no layer need say its
+    # momentum. On blank images b is small, and the difference is exact.
     old = jax.tree.map(jnp.asarray, variables["batch_stats"])
     zeros = jax.tree.map(jnp.zeros_like, old)
     ones = jax.tree.map(jnp.ones_like, zeros)
@@ -69,7 +69,7 @@ def recalibrate_batch_norm(
     )
 
     def batch_statistics(moved: Array, kept: Array, old: Array) -> Array:
-        # Statistics that training does not move stay.
+        # Statistics that training does not move stay as they are.
         return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)
 
     measured = [

@@ -34,7 +34,7 @@ from inertia_jax.plan.plan import without_ladders
 
 # A quarter is held out, and BatchNorm needs two images.
 LEAST_IMAGES = 8
-# The most that one program returns of a batch: all of it is held at once.
+# The most bytes that one program returns for a batch; they are all held at once.
 _PROGRAM_BYTES = 1 << 29
 
 
@@ -50,44 +50,45 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Fits the kernels of a compressed network to the outputs of the dense one.
 
-    Layer after layer, first to last, by least squares over images and positions:
+    Layers are fitted from first to last, by least squares over images and positions:
 
         W <- argmin_W  sum_i || f(x_i; W) - y_i ||^2
 
     where y_i are the dense layer's outputs in the dense network, and x_i the inputs of
     the layer in the compressed network. Earlier layers have been fitted already, so a
-    layer also makes up for what those before it lost. f is linear in a kernel, so that
-    a few steps of conjugate gradients, from the kernel as it is, go most of the way. A
-    quarter of the images is held out, to choose after how many steps to stop: a kernel
-    that no step improves there stays. The factors of a layer are fitted one after
-    another. Layers whose gates choose a maximum (`combine="max"`) are left as they are,
-    and so are factors before an inertial core.
+    layer also makes up for the errors of those before it. The output f is linear in a
+    kernel, so that a few steps of conjugate gradients, from the present kernel, remove
+    most of the error. A quarter of the images is held out and chooses the number of
+    steps; a kernel that no step improves there stays as it is. The factors of a layer
+    are fitted one after another. Layers whose gates choose a maximum (`combine="max"`)
+    are left as they are, and so are factors before an inertial core.
 
-    Labels are not needed. BatchNorm normalises with the statistics of each batch
-    meanwhile; `recalibrate_batch_norm` comes after. Thresholds and the mean of relative
-    friction stay as they are stored; rates of open gates follow the layers' inputs, by
-    little.
+    Labels are not needed. During the fit BatchNorm normalises with the statistics of
+    each batch, so call `recalibrate_batch_norm` afterwards. Thresholds and the mean of
+    relative friction stay as they are stored. Rates of open gates change a little with
+    the layers' inputs.
 
     Args:
         model: A network that `compress` or `make_inertial` returned.
         variables: Its variables.
         dense: (model, variables) of the network that it was made from.
-        images: Some thousand of the network's inputs, as training saw them, at least
-            8. Images that fill no whole batch, of those held out or of the others, are
-            left out. Inputs and outputs of one layer are in memory for all images.
-        layers: Glob over the paths of the convolutions that may change. Layers that
-            already put out what the dense ones do stay bit for bit.
-        iterations: The most steps of conjugate gradients for each factor, >= 1.
-        batch_size: Images a call, >= 2; a quarter of all if that is less.
+        images: Some thousand of the network's inputs as in training, at least 8. Those
+            held out and the others are cut into batches apart; images that fill no
+            whole batch are left out. Inputs and outputs of one layer are in memory for
+            all images.
+        layers: A glob over the paths of the convolutions that may change. Layers whose
+            outputs equal those of the dense layers stay bit for bit.
+        iterations: The largest number of conjugate gradient steps per factor, >= 1.
+        batch_size: Images per call, >= 2; a quarter of all images if that is less.
 
     Returns:
         Variables with other kernels, and biases where layers have them.
 
     Raises:
-        ValueError: A glob that matches no convolution, one inside `nn.scan`, `nn.remat`
-            or their like, a dense network that has other layers, other shapes or
-            BatchNorm elsewhere, too few images, or images or outputs that are not
-            finite.
+        ValueError: A glob that matches no convolution, a convolution inside `nn.scan`,
+            `nn.remat` or their like, a dense network that has other layers, other
+            shapes or BatchNorm elsewhere, too few images, or images or outputs that are
+            not finite.
 
     References:
         Zhang et al., 2016, https://arxiv.org/abs/1505.06798, section 3.3 (asymmetric
@@ -97,20 +98,20 @@ def reconstruct(
         raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
     if batch_size < 2:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
-    checked = checked_images(images, "images")
-    if len(checked) < LEAST_IMAGES:
-        raise ValueError(f"`images` (={len(checked)}) must be at least {LEAST_IMAGES}.")
+    images = checked_images(images, "images")
+    if len(images) < LEAST_IMAGES:
+        raise ValueError(f"`images` (={len(images)}) must be at least {LEAST_IMAGES}.")
     if batch_norm_paths(variables) != batch_norm_paths(dense[1]):
         raise ValueError(
             "`dense` must have BatchNorm where `model` has it; fold after fitting."
         )
-    num_held_out = len(checked) // 4
+    num_held_out = len(images) // 4
     size = min(batch_size, num_held_out)
-    fitting = batched(checked[:-num_held_out], size)
-    held_out = batched(checked[-num_held_out:], size)
+    fitting = batched(images[:-num_held_out], size)
+    held_out = batched(images[-num_held_out:], size)
 
     model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
-    modules = _modules_to_fit(model, checked.shape[1:], layers)
+    modules = _modules_to_fit(model, images.shape[1:], layers)
     calls_on = _recorder(tuple(modules), (model, variables), dense, fitting[0])
     changed = dict(variables)
     for path, module in modules.items():
@@ -156,12 +157,12 @@ def _recorder(
 ) -> Callable[[list[np.ndarray], str, Mapping[str, Any]], list[LayerIO]]:
     """Returns a function from batches, a layer and variables to the layer's calls.
 
-    One program serves many layers: to compile one for each takes longer than to compute
-    the layers after it in vain.
+    One program serves many layers. It also computes the layers after the wanted one,
+    which takes less time than compiling a program for each layer.
 
     Raises:
-        ValueError: The dense network has no such layers, or other shapes of outputs.
-            The function raises it where inputs or outputs are not finite.
+        ValueError: The dense network lacks one of the layers, or its outputs have other
+            shapes. The function raises it if inputs or outputs are not finite.
     """
     calls = jax.eval_shape(_calls_of(paths, compressed[0]), compressed[1], batch)
     targets = jax.eval_shape(_calls_of(paths, dense[0]), dense[1], batch)
@@ -196,7 +197,7 @@ def _recorder(
 
 
 def _groups(calls: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Returns layers in groups whose calls take `_PROGRAM_BYTES` of a batch at most."""
+    """Returns layers in groups whose calls take at most `_PROGRAM_BYTES` per batch."""
     groups: list[tuple[str, ...]] = []
     held = 0
     for path, pairs in calls.items():
@@ -212,13 +213,10 @@ def _groups(calls: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _calls_of(
     paths: tuple[str, ...], model: nn.Module, *, which: int | None = None
 ) -> Callable[[Mapping[str, Any], Array], dict[str, list[Any]]]:
-    """Returns a function from variables and a batch to every call of some layers.
+    """Returns a function from variables and a batch to the calls of some layers.
 
-    Args:
-        paths: The layers' paths.
-        model: Their network.
-        which: 0 for the calls' inputs, 1 for their outputs, None for pairs of both; in
-            float32 or wider.
+    These are the calls' inputs for `which=0`, their outputs for `which=1`, and pairs of
+    both for None, in float32 or wider.
     """
 
     def calls(variables: Mapping[str, Any], batch: Array) -> dict[str, list[Any]]:
@@ -229,7 +227,7 @@ def _calls_of(
         def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
             check_in_view(module, roots, is_wanted=path in found)
             if isinstance(module, InertialConv):
-                # As in evaluation: no batch moves a threshold.
+                # In evaluation mode no batch moves a threshold.
                 kwargs = {**kwargs, "train": False}
             if path not in found:
                 return call(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The convolutions of a network that can be factorised, and what each form costs."""
+"""The convolutions of a network that can be factorised, and the cost of each form."""
 
 import dataclasses
 import math
@@ -28,12 +28,12 @@ class Site:
 
     Attributes:
         path: The layer's path.
-        kernel: The dense one [kh, kw, c_in / groups, c_out], multiplied out where the
-            layer is factorised.
-        groups: Number of groups of channels.
-        strides: Vertical and horizontal.
+        kernel: The dense kernel [kh, kw, c_in / groups, c_out], multiplied out where
+            the layer is factorised.
+        groups: The number of groups of channels.
+        strides: The vertical and the horizontal stride.
         padding: The layer's padding, in the layer's own form.
-        dilation: Vertical and horizontal.
+        dilation: The vertical and the horizontal dilation.
         calls: Shapes of input [h, w, c_in] and output [h_out, w_out, c_out] of every
             call, for one image.
         spec: The form of the layer.
@@ -53,7 +53,7 @@ class Site:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether the filters are 1 x 1, of the network itself."""
+        """Whether the filters are 1 x 1, and no plan gave them this size."""
         return self.kernel.shape[:2] == (1, 1) and self.core == Conv()
 
     @property
@@ -63,13 +63,13 @@ class Site:
         return (self.kernel.shape, self.groups, self.calls, *steps)
 
     def macs(self, spec: Conv | Factorised) -> int:
-        """Returns the multiply-accumulates of an image in this form."""
+        """Returns the multiply-accumulates per image in this form."""
         return sum(
             positions * math.prod(kernel) for positions, kernel in self._parts(spec)
         )
 
     def params(self, spec: Conv | Factorised) -> int:
-        """Returns the parameters in this form, without the bias."""
+        """Returns the number of parameters in this form, without the bias."""
         return sum(math.prod(kernel) for _, kernel in self._parts(spec))
 
     def kernel_shapes(self, spec: Conv | Factorised) -> list[tuple[int, ...]]:
@@ -77,7 +77,7 @@ class Site:
         return [kernel for _, kernel in self._parts(spec)]
 
     def _parts(self, spec: Conv | Factorised) -> list[tuple[int, tuple[int, ...]]]:
-        """Returns at how many positions each kernel is applied, and its shape."""
+        """Returns the number of positions and the shape of each kernel in turn."""
         kh, kw, c_in, c_out = self.kernel.shape
         before = sum(math.prod(into[:2]) for into, _ in self.calls)
         after = sum(math.prod(out[:2]) for _, out in self.calls)
@@ -135,7 +135,7 @@ def find_sites(
 def _check_leaves(
     path: str, leaves: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError unless a layer's parameters are there, in its shapes."""
+    """Raises ValueError unless a layer has all its parameters, in their shapes."""
     for name, leaf in expected.items():
         found = np.shape(leaves[name]) if name in leaves else "missing"
         if found != tuple(leaf.shape):
@@ -146,7 +146,7 @@ def _check_leaves(
 
 
 def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns a layer's variables in one collection; none are an empty dictionary."""
+    """Returns a layer's variables in one collection, {} if it has none there."""
     node: Any = collection
     for name in path.split("/"):
         node = node.get(name, {}) if isinstance(node, Mapping) else {}
@@ -162,7 +162,7 @@ def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
 def with_leaves(
     variables: Mapping[str, Any], changed: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Returns variables with other parameters, as `leaves_at` names them, by path."""
+    """Returns variables with other parameters (as from `leaves_at`) at some paths."""
     flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     kept = {
         name: leaf
@@ -175,7 +175,7 @@ def with_leaves(
 
 
 def _has_kernel(module: Any) -> bool:
-    """Returns whether a layer is, or stands in for, a convolution of one kernel."""
+    """Returns whether a layer computes what a convolution of one kernel can."""
     if kind_of(module).parts:
         return not isinstance(core_of(spec_of(module)), Inertial)
     return type(module) is nn.Conv and cannot_factorise(module) is None

@@ -1,4 +1,4 @@
-"""Chooses thresholds layer by layer, by what closing tiles does to the outputs."""
+"""Chooses thresholds layer by layer, by the effect of closed tiles on the outputs."""
 
 import dataclasses
 import heapq
@@ -22,14 +22,14 @@ from inertia_jax.layers.inertial import FRICTION, GATE_RATE
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
 
-# The shares of open tiles at which a layer is tried, one after the other.
+# The shares of open tiles that are tried for a layer, in this order.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
 _BISECTIONS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchState:
-    """Each layer's threshold, and what they do to the calibration images.
+    """The layers' thresholds, and their effect on the calibration images.
 
     Attributes:
         thresholds: The thresholds, by path.
@@ -47,7 +47,7 @@ class SearchState:
 
 
 class ThresholdSearch:
-    """Tries thresholds, which are variables, so that one compiled call serves all."""
+    """A search for thresholds. They are variables, so one compiled call serves all."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class ThresholdSearch:
         images: np.ndarray,
         batch_size: int,
     ) -> None:
-        """Runs the dense network once, and counts what rates would save.
+        """Runs the dense network once, and counts the MACs of each layer at its rates.
 
         Raises:
             ValueError: Outputs that are not finite.
@@ -126,7 +126,7 @@ class ThresholdSearch:
         return total
 
     def with_rate(self, state: SearchState, path: str, rate: float) -> SearchState:
-        """Returns the state after one layer's threshold was set for a rate."""
+        """Returns the state with one layer's threshold set for a rate."""
         threshold = CLOSED
         if rate == 1:
             threshold = OPEN
@@ -135,7 +135,11 @@ class ThresholdSearch:
         return self.measure({**state.thresholds, path: threshold})
 
     def run(self, macs: float) -> SearchState:
-        """Lowers rates until the network takes at most the share `macs`."""
+        """Lowers rates until the network takes at most the share `macs` of its MACs.
+
+        Raises:
+            ValueError: A share that no rates can meet.
+        """
         budget = macs * self._dense_cost.macs
         state = self.measure(dict.fromkeys(self._paths, OPEN))
         if state.cost <= budget:
@@ -148,23 +152,23 @@ class ThresholdSearch:
                 f"tile closed."
             )
         levels = dict.fromkeys(self._paths, 0)
-        # Scores grow stale as other layers change; the best is measured again before it
-        # is taken, and put back if another one has become better.
+        # Scores grow stale as other layers change. So the best one is measured again
+        # before it is taken, and is put back if another one has become better.
         queue = [(-np.inf, path) for path in self._paths]
         while True:
             _, path = heapq.heappop(queue)
-            tried = self.with_rate(state, path, _RATES[levels[path] + 1])
-            while tried.cost >= state.cost and levels[path] + 2 < len(_RATES):
+            trial = self.with_rate(state, path, _RATES[levels[path] + 1])
+            while trial.cost >= state.cost and levels[path] + 2 < len(_RATES):
                 levels[path] += 1  # friction costs more than this rate saves
-                tried = self.with_rate(state, path, _RATES[levels[path] + 1])
-            saved = max(state.cost - tried.cost, 1e-9)
-            score = (tried.divergence - state.divergence) / saved
+                trial = self.with_rate(state, path, _RATES[levels[path] + 1])
+            saved = max(state.cost - trial.cost, 1e-9)
+            score = (trial.divergence - state.divergence) / saved
             if queue and score > queue[0][0]:
                 heapq.heappush(queue, (score, path))
                 continue
-            if tried.cost <= budget:
+            if trial.cost <= budget:
                 break
-            state = tried
+            state = trial
             levels[path] += 1
             if levels[path] + 1 < len(_RATES):
                 heapq.heappush(queue, (score, path))
@@ -174,7 +178,7 @@ class ThresholdSearch:
             middle = (high + low) / 2
             between = self.with_rate(state, path, middle)
             if between.cost <= budget:
-                low, tried = middle, between
+                low, trial = middle, between
             else:
                 high = middle
-        return tried
+        return trial

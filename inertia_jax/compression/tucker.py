@@ -36,47 +36,48 @@ def compress(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Factorises the convolutions of a trained network.
 
-    A convolution becomes 1x1, core, 1x1 (`Tucker2`); a 1x1 convolution two of them
-    (`LowRank`), but with `Ratio`, which makes all of them Tucker-2. The ranks stand in
-    the new model's plan. Nothing is trained: `recalibrate_batch_norm` and fine-tuning
-    come after.
+    A convolution becomes a 1x1 convolution, a core and a 1x1 convolution (`Tucker2`). A
+    1x1 convolution becomes two 1x1 convolutions (`LowRank`), except with `Ratio`, which
+    makes every convolution Tucker-2. The ranks stand in the new model's plan. Nothing
+    is trained: call `recalibrate_batch_norm` and fine-tune afterwards.
 
     With calibration images, a kernel's error is weighed by the layer's inputs: for
     inputs of second moment M = E[x x^T], over channels, M^(1/2) K is factorised and
-    M^(-1/2) multiplied into U_in. A `Budget` then chooses all ranks together for the
+    M^(-1/2) is multiplied into U_in. A `Budget` then chooses all ranks together for the
     least summed divergence of the network's outputs, measured for each layer at several
-    ranks. Without images it chooses them for the least sum of relative errors.
+    ranks. Without images it minimises the sum of relative errors.
 
-    A network that is compressed already is compressed again from its factors multiplied
-    out, and shares stay those of the dense network.
+    A network that is already compressed is compressed again from its factors multiplied
+    out. Shares remain shares of the dense network.
 
     Args:
         model: A network of this library, or any Linen model made of `nn.Conv`, which
             comes back as `Planned`. Inertial layers are left as they are.
         variables: Its trained variables.
-        ranks: `Ratio`, `Energy`, `Evbmf`, `Budget`, or explicit ones: a `Plan` of
-            `Tucker2`, `LowRank` and `Conv` by glob.
+        ranks: A rule (`Ratio`, `Energy`, `Evbmf` or `Budget`), or explicit ranks: a
+            `Plan` of `Tucker2`, `LowRank` and `Conv` by glob.
         method: `hosvd`, or `hooi`, which is slower and never worse; see `ops.tucker2`.
         calibration: Some hundred of the network's inputs, normalised.
-        layers: Glob over the paths of the convolutions that may change.
+        layers: A glob over the paths of the convolutions that may change.
         keep_stem: Whether the first convolution is left as it is.
-        only_cheaper: Whether a convolution is left as it is that would not get cheaper
-            in MACs. It has no effect on explicit ranks, nor on a `Budget`, which never
-            takes a form that is dearer in what it counts.
-        round_to: Ranks become multiples of it, rounded up, for the hardware's sake; not
-            with explicit ranks.
-        image_shape: [h, w, c] that MACs are counted at; None: that of `calibration`, or
-            the one that a network of this library was published for.
-        batch_size: Calibration images a call; images that fill no whole batch are left
-            out.
+        only_cheaper: Whether a convolution stays as it is if its new form would not
+            take fewer MACs. It has no effect on explicit ranks, nor on a `Budget`,
+            which never takes a form that costs more in the budget's units.
+        round_to: The number that ranks are rounded up to multiples of, to suit the
+            hardware; it must be 1 with explicit ranks.
+        image_shape: The shape [h, w, c] that MACs are counted at. None: that of
+            `calibration`, or the one that a network of this library was published for.
+        batch_size: Calibration images per call; images that fill no whole batch are
+            left out.
 
     Returns:
         (model, variables) of the compressed network.
 
     Raises:
-        ValueError: A budget that no ranks can meet (says the least possible), a glob
-            that matches no convolution, ranks outside their range, kernels or images
-            that are not finite, or no `image_shape` where it is needed.
+        ValueError: A budget that no ranks can meet (the message says the least
+            possible), a glob that matches no convolution, ranks outside their range,
+            kernels or images that are not finite, or no `image_shape` where it is
+            needed.
 
     References:
         Kim et al., 2016, https://arxiv.org/abs/1511.06530
@@ -161,7 +162,8 @@ def decompress(
     Args:
         model: A network that `compress` returned.
         variables: Its variables.
-        image_shape: [h, w, c]; None: as for `compress`.
+        image_shape: The shape [h, w, c] of an input. None: the one that a network of
+            this library was published for.
 
     Returns:
         (model, variables) of a network of ordinary convolutions, with the same outputs
@@ -195,7 +197,7 @@ def _multiplied_out(
 
 
 def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:
-    """Returns the model with `rules` in place of what its plan had for those layers."""
+    """Returns the model with these rules in place of its plan's for the same layers."""
     if not rules:
         return model
     plan = plan_of(model)

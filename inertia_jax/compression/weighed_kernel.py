@@ -1,4 +1,4 @@
-"""One convolution: from a kernel, weighed by its inputs, to the factors' parameters."""
+"""A kernel weighed by its layer's inputs, and the parameters of its factors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +23,12 @@ from inertia_jax.plan.specs import Conv, LowRank
 
 
 class WeighedKernel:
-    """A convolution with its kernel weighed by the inputs it sees.
+    """A convolution with its kernel weighed by the layer's inputs.
 
     Attributes:
         site: The convolution.
-        kernel: M^(1/2) K over the input channels [kh, kw, c_in / groups, c_out], M the
-            second moment of the inputs; K itself where they are not known.
+        kernel: M^(1/2) K over the input channels, [kh, kw, c_in / groups, c_out]. M is
+            the second moment of the inputs; without it, the kernel is K itself.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class WeighedKernel:
     def factors(
         self, spec: Factorised, *, method: Method = "hosvd"
     ) -> Tucker2Factors | LowRankFactors:
-        """Returns the kernel's factors, the weighing undone.
+        """Returns the kernel's factors, with the weighing undone.
 
         Args:
-            spec: Their ranks.
-            method: See `ops.tucker2`.
+            spec: The form with the factors' ranks.
+            method: The method of `ops.tucker2`.
         """
         groups = self.site.groups
         if isinstance(spec, LowRank):
@@ -76,7 +76,7 @@ class WeighedKernel:
         if self._inverse is None:
             return three
         u_in = np.asarray(three.u_in)
-        # Orthonormal again, so that fine-tuning starts well conditioned.
+        # U_in is made orthonormal again, so that fine-tuning starts well conditioned.
         q, r = np.linalg.qr(self._inverse @ u_in.reshape(groups, -1, u_in.shape[1]))
         return three._replace(
             u_in=jnp.asarray(q.reshape(-1, q.shape[2]), u_in.dtype),
@@ -95,14 +95,14 @@ class WeighedKernel:
 
         Args:
             spec: The form.
-            leaves: Its present parameters, which give the type and the bias.
-            method: See `ops.tucker2`.
+            leaves: The layer's present parameters, which give the type and the bias.
+            method: The method of `ops.tucker2`.
         """
         dtype, bias = next(iter(leaves.values())).dtype, bias_of(leaves)
         parts: tuple[str, ...] = ("",)
         kernels: tuple[Any, ...] = (self.site.kernel,)
         if not isinstance(spec, Conv):
-            # On the host, or each reshape of each shape is compiled for itself.
+            # On devices, each reshape of each shape would be compiled by itself.
             factors = jax.device_get(self.factors(spec, method=method))
             kernels = factor_kernels(factors, groups=self.site.groups)
             parts = tuple(f"{part}/" for part in kind_of(spec).parts)

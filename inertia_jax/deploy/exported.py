@@ -1,20 +1,21 @@
 """Exported networks: one file that needs JAX alone to run.
 
-A file is a zip archive of two members, stored and not compressed:
+A file is a zip archive of two members, stored without compression:
 
-    network         what `jax.export` serialises: the function, weights inside
+    network         the function with its weights, as `jax.export` serialises it
     metadata.json   shape and type of the images, class names, `info`
 
-and its comment is the SHA-256 of all before it. So it also runs without this library:
+The archive's comment is the SHA-256 of all bytes before it. A file also runs without
+this library:
 
     archive = zipfile.ZipFile(path)
     logits = jax.export.deserialize(archive.read("network")).call(images)
 
 (`jax.export` needs the package flatbuffers to read it, as it does to write.)
 
-Weights are constants of the function, not a second argument: nobody can pair it with
-others, and XLA arranges them when it compiles (ResNet18 at batch 1 on a CPU core: 12.1
-ms a call against 14.1, for 0.8 s of compilation against 0.5).
+Weights are constants of the function, not a second argument. So they cannot be mixed
+up, and XLA arranges them when it compiles (ResNet18 at batch 1 on a CPU core: 12.1 ms
+per call against 14.1, for 0.8 s of compilation against 0.5).
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from inertia_jax.atomic import appearing
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _FORMAT = 1
 _HASH_LENGTH = 64
-# The flatbuffer that `jax.export` writes counts its bytes in 31 bits, and some of them
+# The flatbuffer that `jax.export` writes counts its bytes in 31 bits. Some of the bytes
 # are not the program's.
 _MOST_BYTES = 2**31 - 2**24
 
@@ -51,14 +52,15 @@ class ExportDamagedError(ValueError):
 class ExportedNetwork:
     """A network from a file, called on images.
 
-    It is compiled anew for every number of images that it has not seen.
+    It is compiled anew for every new number of images.
 
     Attributes:
-        input_shape: [n, h, w, c] of the images; n is None where any number will do.
-        input_dtype: Type of the images, e.g. `uint8`.
+        input_shape: The shape [n, h, w, c] of the images; n is None where any number of
+            images will do.
+        input_dtype: The type of the images, e.g. `uint8`.
         class_names: A name for each class, or none at all.
         platforms: The platforms it runs on, some of `PLATFORMS`.
-        info: Additions of the writer.
+        info: Further facts from whoever wrote the file.
         function: The function from images to logits, for use inside other JAX
             functions; it has no derivative.
     """
@@ -76,7 +78,7 @@ class ExportedNetwork:
         """Returns logits.
 
         Args:
-            images: Raw pixels or normalised, as the file was made for.
+            images: Raw or normalised pixels, whichever the file was made for.
 
         Raises:
             ValueError: Images of another shape or type, or a platform that the file was
@@ -119,19 +121,19 @@ def save_exported(
     """Writes a function of images to a file that needs JAX alone.
 
     None of the platforms need be present. The file appears at `path` whole or not at
-    all. JAX promises to read it for six months of later versions: the checkpoint stays
-    the form to keep.
+    all. JAX promises that its versions of the next six months read it, so keep the
+    checkpoint for longer times.
 
     Args:
         path: The file to make.
         function: A function from images [n, h, w, c] to logits, e.g. `lambda x:
             model.apply(variables, x)`. Arrays that it closes over go into the file.
-        image_shape: [h, w, c].
+        image_shape: The shape [h, w, c] of an image.
         image_dtype: The images' type.
-        batch_size: Images a call; None: any number, a symbolic size.
+        batch_size: Images per call. None: any number, a symbolic size.
         platforms: The platforms it shall run on, some of `PLATFORMS`.
         class_names: A name for each class.
-        info: Further facts to store beside it; JSON.
+        info: Further facts to store beside it, as JSON.
 
     Raises:
         FileExistsError: Something exists at `path`.
@@ -181,14 +183,14 @@ def save_exported(
         archive.writestr("metadata.json", text)
         archive.comment = b"0" * _HASH_LENGTH
     with appearing(path) as partial, partial.open("wb") as stream:
-        # Given back before the buffer goes, which it would outlive from Python 3.13 on.
+        # The view is closed first: from Python 3.13 on it would outlive the buffer.
         with buffer.getbuffer() as whole, whole[:-_HASH_LENGTH] as content:
             stream.write(content)
             stream.write(hashlib.sha256(content).hexdigest().encode())
 
 
 def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
-    """Reads an exported network, the file checked against its SHA-256.
+    """Checks a file against its SHA-256 and reads the exported network in it.
 
     Args:
         path: The file.

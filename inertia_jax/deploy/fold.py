@@ -1,4 +1,4 @@
-"""BatchNorm merged into the convolution before it: the same function, fewer layers."""
+"""Merges BatchNorm into the convolution before it: same function, fewer layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,14 @@ from inertia_jax.models.create import image_shape_of
 class Folded(Wrapper):
     """A network in evaluation mode without the BatchNorm that its kernels contain.
 
-    Variables are those of the network, under the same names, but for the parameters and
-    statistics of the merged BatchNorm layers, which are gone, and a bias in each layer
-    that one was merged into.
+    Variables have the same names as those of the network. The parameters and statistics
+    of the merged BatchNorm layers are gone, and each layer that one was merged into has
+    a bias.
 
     Attributes:
         unfolded: The network.
         folded: Pairs of paths, a layer and the BatchNorm merged into it.
-        kept: Pairs of a BatchNorm's path and why it could not be merged.
+        kept: Pairs of a BatchNorm's path and the reason why it could not be merged.
 
     Raises:
         ValueError: The network is called in training mode.
@@ -53,8 +53,8 @@ class Folded(Wrapper):
                     raise ValueError(_no_training(self.unfolded))
                 return _as_normalised(module, args[0] if args else kwargs["x"])
             if type(module) in KINDS and path in layers and not module.use_bias:
-                # Made anew in the same place, so that a model's own code, which knows
-                # of no bias, need not change.
+                # A layer with a bias takes this one's place, so that the model's code,
+                # which knows of no bias, need not change.
                 layer = module.clone(parent=module.scope.rewound(), use_bias=True)
                 return layer(*args, **kwargs)
             return call(*args, **kwargs)
@@ -76,26 +76,26 @@ def fold_batch_norm(
         g (K x + b - mu) / sqrt(v + epsilon) + h = (s K) x + (s (b - mu) + h),
         s = g / sqrt(v + epsilon)
 
-    so that kernel and bias take it in: those of `nn.Conv` and `nn.Dense`, those of the
-    last factor of a Tucker-2 or low-rank convolution, whatever its core, and those of
-    an inertial core. Friction is taken of the input, so that gates stay as they are (up
-    to the rounding of that input), and detail, where it is linear in the core, scales
-    with it. A BatchNorm stays, and `model.kept` says why, after
+    so that kernel and bias can contain it. These are the kernel and bias of `nn.Conv`
+    and `nn.Dense`, of the last factor of a Tucker-2 or low-rank convolution with any
+    core, and of an inertial core. Friction is measured on the input, so gates stay as
+    they are (up to the rounding of that input). Detail that is linear in the core
+    scales with it. A BatchNorm stays, and `model.kept` says why, after
 
     - an inertial convolution with `combine="max"`, where a scale is negative;
-    - one with `combine="stack"`, where two channels share a filter;
-    - anything but the output of one such layer that nothing else uses, be it called
-      twice, or inside `nn.scan` or `nn.vmap`.
+    - an inertial convolution with `combine="stack"`, where two channels share a filter;
+    - anything else than one such layer whose output nothing else uses, also if the
+      layer is called twice, or inside `nn.scan` or `nn.vmap`.
 
     The model is not edited: its trace shows which layer each BatchNorm follows.
-    Checkpoints hold networks that can be trained on; fold after loading one.
+    Checkpoints hold networks that can be trained further; fold after loading one.
 
     Args:
-        model: Called as `model(images)`, with `train=False` where it takes `train`; one
-            that is folded comes back as it is.
+        model: A network called as `model(images)`, with `train=False` where it takes
+            `train`; one that is folded comes back as it is.
         variables: Its trained variables; they are not changed.
-        image_shape: [h, w, c] of an input; None: the one that a network of this library
-            was published for.
+        image_shape: The shape [h, w, c] of an input. None: the one that a network of
+            this library was published for.
 
     Returns:
         (model, variables) of the same function in evaluation mode, up to rounding.
@@ -160,10 +160,10 @@ def _merge(
     norm_path: str,
     norm: nn.BatchNorm,
 ) -> str | None:
-    """Merges a BatchNorm into `flat`, or returns why it cannot be, and changes nothing.
+    """Merges a BatchNorm into `flat`, or changes nothing and returns why it cannot be.
 
     Raises:
-        ValueError: `flat` lacks a variable of either.
+        ValueError: `flat` lacks a variable of the layer or of the BatchNorm.
     """
     combine = layer.combine if isinstance(layer, InertialConv) else None
     if norm.axis != -1:

@@ -1,4 +1,4 @@
-"""Which BatchNorm directly follows which layer, read off a network's trace."""
+"""Finds the layer that each BatchNorm directly follows, from a network's trace."""
 
 import collections
 import dataclasses
@@ -22,10 +22,10 @@ class NormTrace:
     """A network's layers and its BatchNorm, and which follows which.
 
     Attributes:
-        layers: Layers of a kind in `KINDS`, by path.
-        norms: BatchNorm layers, by path.
-        layer_before: By a BatchNorm's path, that of the layer whose output it alone
-            uses; both are called once.
+        layers: The layers of a kind in `KINDS`, by path.
+        norms: The BatchNorm layers, by path.
+        layer_before: The path of the layer before a BatchNorm, by the BatchNorm's path.
+            Both are called once, and nothing else uses the layer's output.
     """
 
     layers: dict[str, Any]
@@ -36,12 +36,8 @@ class NormTrace:
 def trace_layers(model: nn.Module, image_shape: tuple[int, ...]) -> NormTrace:
     """Returns which BatchNorm is called on the output of which layer.
 
-    Outputs of layers and inputs of BatchNorm are given names in the trace, in which
-    every use of an array shows. Nothing is computed.
-
-    Args:
-        model: Called as `model(images)`, with `train=False` where it takes `train`.
-        image_shape: [h, w, c].
+    Outputs of layers and inputs of BatchNorm are given names in the trace, which shows
+    every use of an array. Nothing is computed.
     """
     layers: dict[str, Any] = {}
     norms: dict[str, nn.BatchNorm] = {}
