@@ -27,7 +27,7 @@ def user_input() -> Iterator[None]:
 
 @contextlib.contextmanager
 def needs_torch(package: str = "PyTorch") -> Iterator[None]:
-    """Says what to install where an import for `--against torch` fails."""
+    """Says what to install if an import for `--against torch` fails."""
     try:
         yield
     except ImportError as error:

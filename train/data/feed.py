@@ -18,7 +18,7 @@ from train.data import Split
 from train.keys import run_keys
 from train.machine.parallel import Parallel
 
-# Steps of a call on any platform but CPU, where a call has one.
+# Most steps in a call on GPU and TPU; on CPU a call has one.
 _STEPS_PER_CALL = 100
 # Bytes of a chunk on each device; two chunks are in memory at once.
 _STREAMED_BYTES = 2**28

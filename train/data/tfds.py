@@ -20,7 +20,7 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
     """Reads any TFDS image classification set, kept decoded.
 
     The first use downloads and prepares it into array_record files, which needs
-    TensorFlow and the network; later uses need neither, nor TFDS. If images differ in
+    TensorFlow and a network; later uses need neither, nor TFDS. If images differ in
     size, all are brought to `image_size`; otherwise they stay as stored.
 
     Raises:

@@ -73,7 +73,7 @@ def joined(options: Processes, *, saves_on_sigterm: bool = True) -> Iterator[Non
             it, the signal ends the process.
 
     Raises:
-        UsageError: The others cannot be joined. (Where process 0 is there and another
+        UsageError: The others cannot be joined. (If process 0 is there and another
             never comes, JAX itself ends those that wait, with exit code 134.)
     """
     if options.coordinator is None:
