@@ -205,13 +205,23 @@ def test_a_latency_budget_measures(monkeypatch):
 def test_a_latency_budget_runs_on_the_clock(monkeypatch):
     from inertia_jax.compression import budget
 
+    clock, shown = budget.site_latencies_ms, {}
+
+    def measured(site, specs, **options):
+        shown[site.path] = clock(site, specs, **options)
+        return shown[site.path]
+
     monkeypatch.setattr(budget, "_TIMED_FORMS", 2)
+    monkeypatch.setattr(budget, "site_latencies_ms", measured)
     model = ij.create_model("lenet", width=0.25)
     variables = ij.init_variables(model, KEY)
-    # All there is: whatever the clock shows, nothing need change.
+    # Nothing need change for all of the time, whatever the clock shows.
     all_of_it = ij.Budget(latency=1.0, batch_size=4)
-    found = ij.compress(model, variables, ranks=all_of_it, layers="conv2")
-    assert found[0] is model
+    found, _ = ij.compress(model, variables, ranks=all_of_it, layers="conv2")
+    assert found is model
+    assert list(shown) == ["conv2"]
+    assert len(shown["conv2"]) > 1
+    assert all(0 < ms < 10_000 for ms in shown["conv2"])
 
 
 def test_explicit_ranks_go_where_their_globs_say(network):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inertia_jax.metadata import Metadata
+from inertia_jax import load_checkpoint
+from inertia_jax.metadata import Metadata, load_metadata
 from inertia_jax.models.create import abstract_variables
 from train.config import Config
 from train.config_file import config_to_json
@@ -26,7 +27,7 @@ from train.fit.checks import (
 from train.fit.teacher import load_teacher
 from train.keys import run_keys
 from train.machine.parallel import AXIS, Parallel
-from train.networks import make_model, make_preprocessing, read_network
+from train.networks import make_model, make_preprocessing
 from train.run.checkpoints import find_checkpoint
 from train.step.distill import Distillation
 from train.step.objective import Objective
@@ -173,27 +174,30 @@ class Trainer:
 
         Raises:
             UsageError: There is no checkpoint, or it has another network or another
-                normalisation, or it does not say its normalisation.
+                normalisation.
         """
         if self.config.init is None:
             return state
-        network = read_network(find_checkpoint(self.config.init))
+        path = find_checkpoint(self.config.init)
+        with user_input():
+            model, variables = load_checkpoint(path)
+            metadata = load_metadata(path)
         if jax.process_count() > 1:
-            check_same_everywhere(network.path, network.variables)
-        warn_of_other_names(self.data, network.class_names)
-        own, theirs = self.preprocessing, network.preprocessing
-        if (own.mean, own.std) != (theirs.mean, theirs.std):
+            check_same_everywhere(path, variables)
+        warn_of_other_names(self.data, metadata.class_names)
+        own, theirs = self.preprocessing, metadata.preprocessing
+        if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
             raise UsageError(
                 f"`init` (={self.config.init}) was trained with `mean` {theirs.mean} "
                 f"and `std` {theirs.std}; the run has {own.mean} and {own.std}."
             )
-        if network.model != self.model:
+        if model != self.model:
             raise UsageError(
                 f"`init` (={self.config.init}) has another network than `model` and "
-                f"the data's {self.data.num_classes} classes say: {network.model} "
-                f"there, {self.model} here."
+                f"the data's {self.data.num_classes} classes say: {model} there, "
+                f"{self.model} here."
             )
-        return self.parallel.replicate(state.with_variables(network.variables))
+        return self.parallel.replicate(state.with_variables(variables))
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""
