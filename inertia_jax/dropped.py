@@ -56,7 +56,8 @@ def dropped_rules(
     plan = plan_of(model)
     if plan is None or not plan.rules:
         return ()
-    return find_dropped(plan, find_convolutions(record_calls(model, image_shape)[0]))
+    calls, _ = record_calls(without_ladders(model), image_shape)
+    return find_dropped(plan, find_convolutions(calls))
 
 
 def find_convolutions(calls: Mapping[str, Call]) -> dict[str, Any]:

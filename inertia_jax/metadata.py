@@ -103,7 +103,7 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         FileNotFoundError: There is no checkpoint at `path`.
         ValueError: Its description is broken, or of another version.
     """
-    return load_description(path)[1]
+    return _make_metadata(path, _read_description(path))
 
 
 def load_description(path: str | os.PathLike[str]) -> tuple[nn.Module, Metadata]:
@@ -114,6 +114,17 @@ def load_description(path: str | os.PathLike[str]) -> tuple[nn.Module, Metadata]
         ValueError: Its description is broken, or of another version.
     """
     description = _read_description(path)
+    try:
+        plan = Plan.from_json(json.dumps(description["plan"]))
+        model = create_model(plan=plan, **description["model"])
+    except TypeError as error:
+        raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
+    return model, _make_metadata(path, description)
+
+
+def _make_metadata(
+    path: str | os.PathLike[str], description: dict[str, Any]
+) -> Metadata:
     preprocessing = None
     try:
         if description["preprocessing"]:
@@ -126,11 +137,9 @@ def load_description(path: str | os.PathLike[str]) -> tuple[nn.Module, Metadata]
                 resize=fields["resize"],
             )
         names, info = tuple(description["class_names"]), dict(description["info"])
-        plan = Plan.from_json(json.dumps(description["plan"]))
-        model = create_model(plan=plan, **description["model"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
-    return model, Metadata(preprocessing, names, info)
+    return Metadata(preprocessing, names, info)
 
 
 def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Parameters and multiply-accumulates of a network, layer by layer."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from flax import linen as nn
 from flax import traverse_util
@@ -14,8 +15,8 @@ from inertia_jax.cost.table import CostTable, LayerCost
 from inertia_jax.dropped import find_convolutions, find_dropped
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of, ranks_of
-from inertia_jax.plan.plan import Plan, plan_of
-from inertia_jax.plan.specs import Fixed, Rate, Threshold
+from inertia_jax.plan.plan import Plan, plan_of, without_ladders
+from inertia_jax.plan.specs import Fixed, Inertial, Rate, Threshold
 
 
 def count_cost(
@@ -54,11 +55,18 @@ def count_cost(
         raise ValueError(
             f"`input_shape` (={input_shape}) must be (h, w, c) or (n, h, w, c)."
         )
-    calls, variables = record_calls(model, shape)
+    # Ladders take most of the time to trace and hold the same layers.
+    calls, variables = record_calls(without_ladders(model), shape)
     rates = dict(gate_rates or {})
     _check_rates(rates, calls)
     dense, notes = {}, {}
     plan = plan_of(model)
+    for path, call in calls.items():
+        if plan is not None and isinstance(call.module, InertialConv):
+            # A plan that makes inertial layers has their capacities.
+            spec = cast(Inertial, plan.gates(path))
+            layer = call.module.clone(capacities=spec.capacities, parent=None)
+            calls[path] = dataclasses.replace(call, module=layer)
     if plan is not None and plan.rules:
         plain = count_cost(model.clone(plan=Plan()), shape)
         dense = {row.path: row.macs for row in plain.rows}

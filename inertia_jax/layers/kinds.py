@@ -1,12 +1,10 @@
 """The kinds of layers: the spec, the parts and the kernel of each.
 
-Whoever asks what a layer is asks here; nothing else tests for a layer's class. A new
-kind of layer needs its Linen module and, for a plan to name it, a spec in `specs.Spec`
-whose fields are fields of the module under the same names. One entry in `KINDS` then
-makes the layer known to costs, folding, reconstruction, checkpoints of PyTorch and
-compression; `models.layers.Layers.conv` says how a plan makes one. A factorisation that
-`compress` is to choose needs its mathematics besides: `Site.kernel_shapes`, and a rule
-in `ranks`.
+Costs, folding, reconstruction and checkpoints of PyTorch ask here what a layer is made
+of. A new kind of layer needs its Linen module and, for a plan to name it, a spec in
+`specs.Spec` whose fields are fields of the module under the same names. One entry in
+`KINDS` then makes the layer known to all of them; `models.layers.Layers.conv` says how
+a plan makes one. `docs/architecture.md` lists what `compress` needs besides.
 """
 
 import dataclasses

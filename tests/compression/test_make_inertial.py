@@ -211,6 +211,7 @@ def test_networks_without_batch_norm_keep_their_share_of_open_tiles(lenet):
     np.testing.assert_allclose(rate, spec.threshold.target, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

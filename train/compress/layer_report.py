@@ -11,7 +11,7 @@ from flax import linen as nn
 from inertia_jax.compression.latency import site_latencies_ms
 from inertia_jax.compression.sites import Site, find_sites
 from inertia_jax.cost.table import aligned
-from inertia_jax.plan.specs import LowRank, Tucker2
+from inertia_jax.layers.kinds import ranks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def report_layers(
             LayerReport(
                 path=path,
                 shape=old.kernel.shape,
-                ranks=_ranks(new),
+                ranks=ranks_of(new.spec),
                 energy=_energy(old, new),
                 params=(old.params(old.spec), new.params(new.spec)),
                 macs=(old.macs(old.spec), new.macs(new.spec)),
@@ -83,12 +83,6 @@ def report_layers(
             )
         )
     return rows
-
-
-def _ranks(site: Site) -> tuple[int, ...]:
-    if isinstance(site.spec, Tucker2):
-        return (site.spec.rank_in, site.spec.rank_out)
-    return (site.spec.rank,) if isinstance(site.spec, LowRank) else ()
 
 
 def _energy(old: Site, new: Site) -> float:
