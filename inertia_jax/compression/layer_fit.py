@@ -33,97 +33,81 @@ class LayerIO(NamedTuple):
     y: Array
 
 
-class LayerFit:
-    """A layer outside its network, whose parts are fitted one at a time."""
+def fit_part(
+    module: Any,
+    others: Mapping[str, Any],
+    leaves: Leaves,
+    part: str,
+    calls: list[LayerIO],
+    held_out: list[LayerIO],
+    iterations: int,
+) -> Leaves:
+    """Returns a layer's parameters, one part of them fitted in float32 or wider.
 
-    def __init__(self, module: Any, others: Mapping[str, Any]) -> None:
-        """Takes the layer outside its network, to compute in float32 or wider.
+    The result is that of the step with the least error on the held-out calls.
 
-        Args:
-            module: The layer as it stands in the network.
-            others: Its variables other than parameters.
-        """
-        dtype = jnp.dtype(module.dtype or module.param_dtype)
-        wide = at_least_float32(dtype)
-        changes: dict[str, Any] = {"parent": None, "name": None, "dtype": wide}
-        if isinstance(module, InertialConv):
-            changes["capacities"] = None  # ladders are for evaluation alone
-        self._module = module.clone(**changes)
-        self._others = dict(others)
-        self._no_error = max(_NO_ERROR, float(jnp.finfo(dtype).eps) ** 2)
+    Args:
+        module: The layer as it stands in the network.
+        others: Its variables other than parameters.
+        leaves: Its parameters, those of its parts as `PART/kernel`.
+        part: The name of the part, one of `kinds.linear_parts`.
+        calls: The calls that the part is fitted to.
+        held_out: The calls whose error chooses the step.
+        iterations: The largest number of steps.
+    """
+    dtype, wide = jnp.dtype(module.dtype or module.param_dtype), calls[0].x.dtype
+    changes: dict[str, Any] = {"parent": None, "name": None}
+    changes["dtype"] = at_least_float32(dtype)
+    if isinstance(module, InertialConv):
+        changes["capacities"] = None  # ladders are not for gradients
+    module = module.clone(**changes)
+    names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
+    start = {name: jnp.asarray(leaves[name], wide) for name in names if name in leaves}
+    flat, unravel = ravel_pytree(start)
+    rest = {name: leaf for name, leaf in leaves.items() if name not in start}
+    # A bias that is not fitted is a constant, so the linear map leaves it out.
+    unbiased = {
+        name: jnp.zeros_like(leaf) if name.endswith("bias") else leaf
+        for name, leaf in rest.items()
+    }
 
-    def fit(
-        self,
-        leaves: Leaves,
-        part: str,
-        calls: list[LayerIO],
-        held_out: list[LayerIO],
-        iterations: int,
-    ) -> Leaves:
-        """Returns the layer's parameters, one part of them fitted.
+    def total(trees: list[Any]) -> np.ndarray:
+        return np.sum([np.asarray(ravel_pytree(t)[0]) for t in trees], axis=0)
 
-        The result is that of the step with the least error on the held-out calls.
+    def matvec(vector: np.ndarray) -> np.ndarray:
+        step = unravel(jnp.asarray(vector, flat.dtype))
+        return total([_normal(module, others, unbiased, step, x) for x, _ in calls])
 
-        Args:
-            leaves: The layer's parameters, those of its parts as `PART/kernel`.
-            part: The name of the part, one of `kinds.linear_parts`.
-            calls: The calls that the part is fitted to.
-            held_out: The calls whose error chooses the step.
-            iterations: The largest number of steps.
-        """
-        names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
-        wide = calls[0].x.dtype
-        start = {
-            name: jnp.asarray(leaves[name], wide) for name in names if name in leaves
-        }
-        flat, unravel = ravel_pytree(start)
-        rest = {name: leaf for name, leaf in leaves.items() if name not in start}
-        # A bias that is not fitted is a constant, so the linear map leaves it out.
-        unbiased = {
-            name: jnp.zeros_like(leaf) if name.endswith("bias") else leaf
-            for name, leaf in rest.items()
-        }
-        normal = functools.partial(_normal, self._module, self._others, unbiased)
-        error = functools.partial(_squared_error, self._module, self._others, rest)
-        slope = functools.partial(_slope, self._module, self._others, rest)
+    def error_held_out(step: np.ndarray) -> float:
+        moved = unravel(flat + jnp.asarray(step, flat.dtype))
+        errors = [_squared_error(module, others, rest, moved, *io) for io in held_out]
+        return float(np.sum(jax.device_get(errors), dtype=np.float64))
 
-        def total(trees: list[Any]) -> np.ndarray:
-            return np.sum([np.asarray(ravel_pytree(t)[0]) for t in trees], axis=0)
+    best = np.zeros(flat.size, flat.dtype)
+    least = error_held_out(best)
+    squares = float(sum(jnp.square(y).sum() for _, y in held_out))
+    if least <= max(_NO_ERROR, float(jnp.finfo(dtype).eps) ** 2) * squares:
+        return leaves
 
-        def matvec(vector: np.ndarray) -> np.ndarray:
-            step = unravel(jnp.asarray(vector, flat.dtype))
-            return total([normal(step, x) for x, _ in calls])
+    def keep_if_better(step: np.ndarray) -> None:
+        nonlocal best, least
+        found = error_held_out(step)
+        if found < least:
+            best, least = step.copy(), found
 
-        def error_held_out(step: np.ndarray) -> float:
-            moved = unravel(flat + jnp.asarray(step, flat.dtype))
-            errors = jax.device_get([error(moved, *one) for one in held_out])
-            return float(np.sum(errors, dtype=np.float64))
+    b = total([_slope(module, others, rest, start, *io) for io in calls]) / -2
+    # This import takes a quarter of a second, and few runs need it.
+    from scipy.sparse.linalg import LinearOperator, cg
 
-        best = np.zeros(flat.size, flat.dtype)
-        least = error_held_out(best)
-        squares = float(sum(jnp.square(y).sum() for _, y in held_out))
-        if least <= self._no_error * squares:
-            return leaves
-
-        def keep_if_better(step: np.ndarray) -> None:
-            nonlocal best, least
-            found = error_held_out(step)
-            if found < least:
-                best, least = step.copy(), found
-
-        b = total([slope(start, *one) for one in calls]) / -2
-        # This import takes a quarter of a second, and few runs need it.
-        from scipy.sparse.linalg import LinearOperator, cg
-
-        operator = LinearOperator((flat.size,) * 2, matvec=matvec, dtype=flat.dtype)
-        cg(operator, b, maxiter=iterations, rtol=1e-6, callback=keep_if_better)
-        if not best.any():
-            return leaves
-        fitted = unravel(flat + jnp.asarray(best, flat.dtype))
-        return {**leaves} | {
-            name: value.astype(jnp.asarray(leaves[name]).dtype)
-            for name, value in fitted.items()
-        }
+    operator = LinearOperator((flat.size,) * 2, matvec=matvec, dtype=flat.dtype)
+    cg(operator, b, maxiter=iterations, rtol=1e-6, callback=keep_if_better)
+    if not best.any():
+        return leaves
+    fitted = unravel(flat + jnp.asarray(best, flat.dtype))
+    return dict(leaves) | {
+        name: value.astype(jnp.asarray(leaves[name]).dtype)
+        for name, value in fitted.items()
+    }
 
 
 # The following functions are compiled once for all layers of one form.

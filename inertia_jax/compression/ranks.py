@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from inertia_jax.compression.sites import Factorised, Site
+from inertia_jax.layers.kinds import kind_of, ranks_of
 from inertia_jax.ops.tucker.rank_selection import energy_rank, evbmf_rank, mode_spectra
 from inertia_jax.ops.tucker.unfold import max_ranks, split_groups, unfold_in, unfold_out
 from inertia_jax.plan.plan import Plan
@@ -119,7 +120,7 @@ def rounded(rank: int, most: int, multiple: int) -> int:
 
 
 def _make_spec(site: Site, ranks: Iterable[int], round_to: int) -> Factorised:
-    """Returns the form with one rank or two, each rounded up as far as possible."""
+    """Returns the form with one rank or two, rounded up and within their limits."""
     positive = [max(1, rank) for rank in ranks]
     most = max_ranks(site.kernel.shape, groups=site.groups)
     if len(positive) == 1:
@@ -168,26 +169,22 @@ def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
         return site.spec
     spec = plan.spec(site.path)
     kh, kw, c_in, c_out = site.kernel.shape
-    limits: dict[str, int] = {}
-    if isinstance(spec, Tucker2):
-        limits = {"rank_in": c_in, "rank_out": c_out // site.groups}
-    elif isinstance(spec, LowRank):
-        if not site.is_pointwise:
-            raise ValueError(
-                f"`ranks` has {spec} at {site.path!r}, whose filters are {kh} x {kw}; "
-                f"must be 1 x 1."
-            )
-        limits = {"rank": min(c_in, c_out // site.groups)}
-    elif not isinstance(spec, Conv):
+    if not isinstance(spec, Conv | Tucker2 | LowRank):
         raise ValueError(f"`ranks` has {spec}; must hold Tucker2, LowRank and Conv.")
-    for name, most in limits.items():
-        rank = getattr(spec, name)
-        if rank > most:
+    if isinstance(spec, LowRank) and not site.is_pointwise:
+        raise ValueError(
+            f"`ranks` has {spec} at {site.path!r}, whose filters are {kh} x {kw}; "
+            f"must be 1 x 1."
+        )
+    c_out //= site.groups
+    limits = {"rank_in": c_in, "rank_out": c_out, "rank": min(c_in, c_out)}
+    for name, rank in zip(kind_of(spec).ranks, ranks_of(spec), strict=True):
+        if rank > (most := limits[name]):
             raise ValueError(
                 f"`{name}` (={rank}) of {site.path!r} must be in [1, {most}]."
             )
     if isinstance(spec, Tucker2):
         if spec.core not in (Conv(), site.core):
             raise ValueError(f"`ranks` has {spec}; its core must be {site.core}.")
-        return _make_spec(site, (spec.rank_in, spec.rank_out), 1)
+        return _make_spec(site, ranks_of(spec), 1)
     return site.core if isinstance(spec, Conv) else spec

@@ -25,7 +25,7 @@ from inertia_jax.compression.calibration import (
     batched,
     checked_images,
 )
-from inertia_jax.compression.layer_fit import LayerFit, LayerIO
+from inertia_jax.compression.layer_fit import LayerIO, fit_part
 from inertia_jax.compression.sites import leaves_at, subtree, with_leaves
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
@@ -117,12 +117,13 @@ def reconstruct(
     for path, module in modules.items():
         others = {name: subtree(tree, path) for name, tree in changed.items()}
         del others["params"]
-        layer = LayerFit(module, others)
         leaves: Mapping[str, Any] = leaves_at(changed, path)
         calls = calls_on(fitting, path, changed)
         calls_held_out = calls_on(held_out, path, changed)
         for part in linear_parts(module):
-            leaves = layer.fit(leaves, part, calls, calls_held_out, iterations)
+            leaves = fit_part(
+                module, others, leaves, part, calls, calls_held_out, iterations
+            )
         changed = with_leaves(changed, {path: leaves})
     return changed
 

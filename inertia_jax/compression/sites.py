@@ -113,7 +113,13 @@ def find_sites(
         if not path or is_part or not _has_kernel(call.module):
             continue
         module, leaves = call.module, leaves_at(variables, path)
-        _check_leaves(path, leaves, leaves_at(expected, path))
+        for name, leaf in leaves_at(expected, path).items():
+            found = np.shape(leaves[name]) if name in leaves else "missing"
+            if found != tuple(leaf.shape):
+                raise ValueError(
+                    f"`variables` do not belong to `model`: {path}/{name} is {found}, "
+                    f"must be {tuple(leaf.shape)}."
+                )
         kernel = np.asarray(jax.device_get(dense_kernel(module, leaves)))
         if not np.isfinite(kernel).all():
             raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
@@ -130,19 +136,6 @@ def find_sites(
             core=core if isinstance(core, Conv) else Conv(),
         )
     return sites
-
-
-def _check_leaves(
-    path: str, leaves: Mapping[str, Any], expected: Mapping[str, Any]
-) -> None:
-    """Raises ValueError unless a layer has all its parameters, in their shapes."""
-    for name, leaf in expected.items():
-        found = np.shape(leaves[name]) if name in leaves else "missing"
-        if found != tuple(leaf.shape):
-            raise ValueError(
-                f"`variables` do not belong to `model`: {path}/{name} is {found}, must "
-                f"be {tuple(leaf.shape)}."
-            )
 
 
 def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:

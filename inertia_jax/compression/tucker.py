@@ -174,8 +174,7 @@ def decompress(
             equals.
     """
     shape = image_shape_of(model, image_shape)
-    plan = plan_of(model)
-    for _, spec in plan.rules if plan is not None else ():
+    for _, spec in (plan_of(model) or Plan()).rules:
         if isinstance(spec, Tucker2) and not isinstance(spec.core, Conv):
             raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
     return _multiplied_out(model, variables, find_sites(model, variables, shape))

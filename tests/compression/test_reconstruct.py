@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 import inertia_jax as ij
-from inertia_jax.compression.layer_fit import LayerFit, LayerIO
+from inertia_jax.compression.layer_fit import LayerIO, fit_part
 from inertia_jax.models.resnet_cifar import CifarResNet
 
 KEY = jax.random.key(0)
@@ -116,7 +116,7 @@ def test_a_part_becomes_the_least_squares_solution(layer, part):
     seen = [LayerIO(jnp.asarray(x[i : i + 2]), target[i : i + 2]) for i in (0, 2)]
     others = {name: tree for name, tree in variables.items() if name != "params"}
     # What is held out is what it is fitted to: no step is dropped.
-    fitted = LayerFit(layer, others).fit(start, part, seen, seen, 400)
+    fitted = fit_part(layer, others, start, part, seen, seen, 400)
     names = [f"{part}/{name}".lstrip("/") for name in ("kernel", "bias")]
     names = [name for name in names if name in start]
     assert {n for n in start if fitted[n] is not start[n]} == set(names)
