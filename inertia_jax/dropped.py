@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from inertia_jax.calls import Call, record_calls
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of
-from inertia_jax.plan.plan import Plan, plan_of
+from inertia_jax.plan.plan import Plan, plan_of, without_ladders
 from inertia_jax.plan.specs import Spec, stays_dense
 
 

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
@@ -16,7 +16,7 @@ from inertia_jax.dropped import find_convolutions, find_dropped
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of, ranks_of
 from inertia_jax.plan.plan import Plan, plan_of, without_ladders
-from inertia_jax.plan.specs import Fixed, Inertial, Rate, Threshold
+from inertia_jax.plan.specs import Fixed, Rate, Threshold
 
 
 def count_cost(
@@ -62,9 +62,8 @@ def count_cost(
     dense, notes = {}, {}
     plan = plan_of(model)
     for path, call in calls.items():
-        if plan is not None and isinstance(call.module, InertialConv):
-            # A plan that makes inertial layers has their capacities.
-            spec = cast(Inertial, plan.gates(path))
+        spec = plan.gates(path) if plan is not None else None
+        if spec is not None and isinstance(call.module, InertialConv):
             layer = call.module.clone(capacities=spec.capacities, parent=None)
             calls[path] = dataclasses.replace(call, module=layer)
     if plan is not None and plan.rules:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from inertia_jax.metadata import Preprocessing
-from train.data import augment
 from train.config import Data
+from train.data import augment
 
 FLOAT32 = jnp.dtype("float32")
 RNG = np.random.default_rng(0)
