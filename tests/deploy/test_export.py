@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import inertia_jax as ij
+from inertia_jax import atomic
 from inertia_jax.deploy import exported
 from inertia_jax.metadata import Metadata, Preprocessing
 from inertia_jax.models.create import abstract_variables
@@ -150,15 +151,22 @@ def test_the_file_runs_with_jax_alone(checkpoint, file, tmp_path, subprocess_env
     )
     assert done.returncode == 0, done.stderr
     assert_close(np.load(tmp_path / "logits.npy"), logits(checkpoint, images))
-    # Nor does the reader itself need more.
-    tree = ast.parse(pathlib.Path(exported.__file__).read_text())
-    imported = {
-        (alias.name if isinstance(node, ast.Import) else node.module).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
-    assert imported <= {"jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
+    # Nor does the reader itself need more, or the one module of ours that it imports.
+    alone = {"jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
+    ours = imported_by(exported) - alone
+    assert ours == {"inertia_jax.atomic"}
+    assert imported_by(atomic) <= alone
+
+
+def imported_by(module):
+    """Returns the modules that one imports: ours in full, of others the package."""
+    names = set()
+    for node in ast.walk(ast.parse(pathlib.Path(module.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {n if n.startswith("inertia_jax") else n.split(".")[0] for n in names}
 
 
 def test_folding_is_an_option_and_shows_in_the_file(checkpoint, file, tmp_path):
