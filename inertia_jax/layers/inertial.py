@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import Array, lax
@@ -219,7 +220,7 @@ class InertialConv(nn.Module):
         # If every region is flat, the mean is 0, and friction stays as it is.
         return friction / jnp.where(mean > 0, mean, 1)
 
-    def _threshold(self, friction: Array | None, *, train: bool) -> Array:
+    def _threshold(self, friction: Array | None, *, train: bool) -> Array | np.ndarray:
         threshold, dtype = self.threshold, self.param_dtype
         if isinstance(threshold, Learned):
             shape = (self.core_features,) if threshold.per_channel else ()

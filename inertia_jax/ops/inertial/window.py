@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -174,7 +174,7 @@ def inertial_conv(
     return InertialOutput(y, gate, friction)
 
 
-def as_friction(friction: ArrayLike, shape: tuple[int, ...]) -> Array:
+def as_friction(friction: ArrayLike, shape: tuple[Any, ...]) -> Array:
     """Returns known friction as friction is computed: in float32 at least.
 
     Raises:
