@@ -172,7 +172,7 @@ class InertialConv(nn.Module):
             y = y + bias.reshape(1, 1, 1, -1)
         return y.reshape(*batch, *y.shape[1:])
 
-    def _weights(self, spec: Inertial, c_in: int) -> Array | None:
+    def _weights(self, spec: Inertial, c_in: int) -> Array | np.ndarray | None:
         n = spec.region_size - spec.core_size + 1
         shape = weights_shape(
             spec.combine, steps=n, c_in=c_in, core_features=self.core_features
