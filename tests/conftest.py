@@ -33,6 +33,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # Types and shapes are not checked at run time in these, for these reasons.
 UNCHECKED = {
     "inertia_jax.plan": "makes its own types of what people write, such as lists",
+    "train.config": "says itself what is wrong with an option",
 }
 # Before anything of the library is imported.
 jaxtyping.install_import_hook(
