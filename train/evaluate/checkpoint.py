@@ -45,7 +45,7 @@ def evaluate_network(
     """
     source = source or network.source
     if source is None:
-        raise UsageError(f"{network.path} names no data; --data names them.")
+        raise UsageError(f"{network.path} names no data; say which with --data.")
     return evaluator_for(network, source, settings)(network.variables)
 
 
