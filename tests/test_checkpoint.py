@@ -29,6 +29,7 @@ def saved(tmp_path):
     return path, model, variables
 
 
+@pytest.mark.slow
 def test_a_checkpoint_rebuilds_model_and_variables(saved):
     path, model, variables = saved
     loaded_model, loaded = ij.load_checkpoint(path)
@@ -41,6 +42,7 @@ def test_a_checkpoint_rebuilds_model_and_variables(saved):
     np.testing.assert_array_equal(training["opt_state"]["1"]["m"], np.ones(3))
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_noticed(saved):
     path, _, _ = saved
     rng = np.random.default_rng(0)
@@ -59,6 +61,7 @@ def test_any_flipped_bit_is_noticed(saved):
     ij.load_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["missing", "surplus", "no manifest"])
 def test_missing_and_surplus_files_are_noticed(saved, change):
     path, _, _ = saved
@@ -103,6 +106,7 @@ def test_a_failed_read_is_not_damage(saved, monkeypatch):
         ij.load_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["[]", "{}", "", '{"format": 1, "info": {}}'])
 def test_a_broken_description_is_said_so(saved, text):
     path, _, _ = saved

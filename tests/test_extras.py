@@ -104,6 +104,7 @@ print(layer.init_with_output(jax.random.key(0), images)[0].shape)
 """
 
 
+@pytest.mark.slow
 def test_the_library_computes_without_an_extra(tmp_path):
     params, *shape = Environment("", tmp_path).run("-c", LIBRARY).split()
     assert params == "269722"
@@ -129,6 +130,7 @@ print("\\n", requests, events["/jax/compilation_cache/cache_hits"])
 """
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path):
     environment = Environment("train", tmp_path)
     for start in ("first", "second"):
@@ -138,6 +140,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
         assert hits == (requests if start == "second" else 0)
 
 
+@pytest.mark.slow
 def test_tfds_trains_on_a_set_that_it_prepares(tmp_path):
     environment = Environment("tfds", tmp_path)
     cache = tmp_path / "data"
@@ -171,6 +174,7 @@ tensorly.set_backend("pytorch")
 """
 
 
+@pytest.mark.slow
 def test_torch_imports_weights_and_is_measured_beside(tmp_path):
     environment = Environment("torch", tmp_path)
     weights = tmp_path / "resnet20.pth"

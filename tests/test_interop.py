@@ -32,12 +32,14 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, dict(a), dict(b))
 
 
+@pytest.mark.slow
 def test_there_and_back_is_the_same(model, variables, state):
     assert_equal(ij.load_torch(model, state), variables)
     assert state["layer2.0.shortcut.0.weight"].shape == (8, 4, 1, 1)
     assert state["linear.weight"].shape == (10, 16)
 
 
+@pytest.mark.slow
 def test_names_and_shapes_are_torchvisions():
     file = shared_file("reference/torchvision_resnet18_state_dict.json")
     theirs = {
@@ -61,6 +63,7 @@ def test_files_of_every_kind_are_read(model, variables, state, tmp_path):
         assert_equal(ij.load_torch(model, tmp_path / name), variables)
 
 
+@pytest.mark.slow
 def test_pytorch_takes_what_we_export():
     torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
     from train.benchmark.torch_models import TORCH_MODELS

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_library_alone_and_imports(tmp_path, subprocess_env):
     pytest.importorskip("setuptools", minversion="77", reason="needs setuptools")
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "-w", str(tmp_path)]

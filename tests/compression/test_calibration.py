@@ -50,6 +50,7 @@ def test_divergence_is_computed_in_float32():
     np.testing.assert_allclose(found, [expected], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "is_training"),
     [

@@ -108,6 +108,7 @@ def test_ratio_gives_the_published_ranks_of_resnet18():
     assert found["layer4_0/downsample_0"] == ij.Tucker2(51, 102)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "method"), [(ij.Ratio(1.0), "hooi"), (ij.Energy(1.0), "hosvd")], ids=str
 )
@@ -122,6 +123,7 @@ def test_full_rank_is_the_same_network(network, rule, method):
     assert_same_outputs(network, (model, variables), noise(4, *SHAPE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("of", "share"), [("macs", 0.7), ("params", 0.4)])
 def test_a_budget_is_met_and_used(network, dense_cost, of, share):
     model, variables = ij.compress(*network, ranks=ij.Budget(**{of: share}))
@@ -149,6 +151,7 @@ def relative_errors(model, variables, network):
     )
 
 
+@pytest.mark.slow
 def test_a_budget_loses_less_than_a_ratio_of_the_same_macs(network, dense_cost):
     uniform = ij.compress(*network, ranks=ij.Ratio(0.5))
     share = ij.count_cost(uniform[0], SHAPE).macs / dense_cost.macs
@@ -159,6 +162,7 @@ def test_a_budget_loses_less_than_a_ratio_of_the_same_macs(network, dense_cost):
     assert ours < 0.7 * relative_errors(*uniform, network)
 
 
+@pytest.mark.slow
 def test_hooi_is_no_worse_a_network_than_hosvd(network, budgeted):
     plan = ij.Plan(budgeted[0].plan.rules)
     hooi = ij.compress(*network, ranks=plan, method="hooi")
@@ -167,6 +171,7 @@ def test_hooi_is_no_worse_a_network_than_hosvd(network, budgeted):
     assert error < relative_errors(*budgeted, network)
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met_names_the_least(network, dense_cost):
     with pytest.raises(ValueError, match=r"`macs` \(=0.001\) must be at least") as e:
         ij.compress(*network, ranks=ij.Budget(macs=0.001))
@@ -179,6 +184,7 @@ def test_a_budget_that_cannot_be_met_names_the_least(network, dense_cost):
         ij.compress(*network, ranks=ij.Budget(macs=least - 2e-4))
 
 
+@pytest.mark.slow
 def test_a_latency_budget_measures(monkeypatch):
     """With a clock that shows MACs, the ranks are what a MAC budget gives."""
     from inertia_jax.compression import budget
@@ -202,6 +208,7 @@ def test_a_latency_budget_measures(monkeypatch):
     assert 0.3 * total < cost <= 0.5 * total
 
 
+@pytest.mark.slow
 def test_a_latency_budget_runs_on_the_clock(monkeypatch):
     from inertia_jax.compression import budget
 
@@ -290,6 +297,7 @@ def with_nan(variables, *path):
     return {**variables, "params": traverse_util.unflatten_dict(flat)}
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused(network):
     model, variables = network
     broken = with_nan(variables, "layer2_0", "conv1", "kernel")
@@ -378,6 +386,7 @@ def test_decompress_is_the_inverse(network, budgeted):
     assert ij.decompress(*network)[0] is network[0]
 
 
+@pytest.mark.slow
 def test_inertial_cores_are_left_alone_and_have_no_dense_kernel():
     core = ij.Inertial(3, 4, reading="tiled")
     plan = ij.Plan((("conv2", ij.Tucker2(4, 5, core=core)),))
@@ -394,6 +403,7 @@ def test_inertial_cores_are_left_alone_and_have_no_dense_kernel():
         ij.compress(model, variables, ranks=ij.Ratio(0.5), layers="conv2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [1, 5])
 def test_filters_of_another_size_keep_it(side):
     plan = ij.Plan((("conv2", ij.Conv(kernel_size=side)),))
@@ -437,6 +447,7 @@ class TwoLayers(nn.Module):
         return x.reshape(x.shape[0], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "size"), [(1, 3), (2, 3), (1, 1), (2, 1)])
 def test_images_show_which_directions_matter(groups, size):
     model = TwoLayers(groups, size)
@@ -462,6 +473,7 @@ def test_images_show_which_directions_matter(groups, size):
     assert seeing < 5e-3
 
 
+@pytest.mark.slow
 def test_images_choose_the_ranks_of_a_budget():
     model = ij.create_model("lenet", width=0.25)
     network = model, ij.init_variables(model, KEY)
@@ -546,6 +558,7 @@ def foreign(request):
 compress_foreign = functools.partial(ij.compress, image_shape=(16, 16, 3))
 
 
+@pytest.mark.slow
 def test_a_foreign_network_at_full_rank_is_the_same(foreign):
     model, variables = compress_foreign(
         *foreign, ranks=ij.Ratio(1.0), only_cheaper=False
@@ -569,6 +582,7 @@ def test_a_foreign_network_at_full_rank_is_the_same(foreign):
     assert kernels(back[1]).keys() == old.keys()
 
 
+@pytest.mark.slow
 def test_a_foreign_network_trains_on(foreign):
     model, variables = compress_foreign(*foreign, ranks=ij.Ratio(0.5))
     assert model.plan.rules
@@ -593,6 +607,7 @@ def test_a_foreign_network_trains_on(foreign):
         assert all(np.abs(node[p]["kernel"]).max() > 0 for p in ("u_in", "u_out"))
 
 
+@pytest.mark.slow
 def test_a_foreign_network_is_counted_and_kept_to_a_budget(foreign):
     total = ij.count_cost(foreign[0], (16, 16, 3)).macs
     for calibration in (None, noise(4, 16, 16, 3)):
@@ -651,6 +666,7 @@ class _Auxiliary(nn.Module):
         return x.mean((1, 2))
 
 
+@pytest.mark.slow
 def test_what_evaluation_does_not_use_is_kept():
     x = noise(2, 8, 8, 4)
     variables = _Auxiliary().init(KEY, x, train=True)
@@ -664,6 +680,7 @@ def test_what_evaluation_does_not_use_is_kept():
     assert model.plan.rules
 
 
+@pytest.mark.slow
 def test_variables_of_another_network_are_refused():
     model = ij.create_model("resnet20", width=0.25)
     wide = ij.init_variables(ij.create_model("resnet20", width=0.5), KEY)
@@ -694,6 +711,7 @@ def test_planned_refuses_what_it_cannot_do(rule, message):
         jax.eval_shape(model.init, KEY, noise(1, 16, 16, 3))
 
 
+@pytest.mark.slow
 def test_a_depthwise_convolution_stays_within_a_latency_budget():
     """It has no cheaper form, and none is timed."""
 

@@ -60,6 +60,7 @@ def test_recalibrated_statistics_are_those_of_all_images():
     )
 
 
+@pytest.mark.slow
 def test_mean_friction_is_recalibrated_too():
     layer = ij.InertialConv(2, 1, 3, relative=True)
     x = smooth_images(8, 8, 2)
@@ -121,6 +122,7 @@ def rates_of(model):
     return {p: t.target if isinstance(t, ij.Rate) else 0.0 for p, t in rates.items()}
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_and_used(dense, made):
     model, variables, images = made
     allowed = MACS * ij.count_cost(dense[0], (16, 16, 3)).macs
@@ -153,6 +155,7 @@ def test_only_layers_of_the_glob_change_and_keep_their_rate(dense, made):
     assert thresholds.keys() == {f"{path}/threshold" for path, _ in model.plan.rules}
 
 
+@pytest.mark.slow
 def test_with_every_tile_open_it_is_the_dense_network(dense, made):
     model, variables, images = made
     opened = jax.tree.map(lambda t: jnp.full_like(t, -1), variables["thresholds"])
@@ -164,6 +167,7 @@ def test_with_every_tile_open_it_is_the_dense_network(dense, made):
     assert not np.allclose(jax.jit(model.apply)(variables, images), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_matter_are_closed_first(dense):
     images = smooth_images(8, 16, 3)
     model, _ = ij.make_inertial(*dense, macs=0.96, calibration=images, layers="layer1*")
@@ -180,6 +184,7 @@ def lenet():
     return model, ij.init_variables(model, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_nothing_changes_where_everything_may_stay(lenet):
     images = smooth_images(4, 28, 1)
     model, variables = ij.make_inertial(*lenet, macs=1.0, calibration=images)
@@ -187,6 +192,7 @@ def test_nothing_changes_where_everything_may_stay(lenet):
     jax.tree.map(np.testing.assert_array_equal, variables, dict(lenet[1]))
 
 
+@pytest.mark.slow
 def test_an_impossible_budget_names_the_least_share(lenet):
     images = smooth_images(4, 28, 1)
     with pytest.raises(ValueError, match="every tile closed") as error:
@@ -199,6 +205,7 @@ def test_an_impossible_budget_names_the_least_share(lenet):
     np.testing.assert_allclose(named, cost.total_macs / cost.dense_macs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_networks_without_batch_norm_keep_their_share_of_open_tiles(lenet):
     images = smooth_images(8, 28, 1)
     model, variables = ij.make_inertial(
@@ -233,6 +240,7 @@ def test_bad_arguments_are_refused(lenet, options, message):
         ij.make_inertial(*lenet, **arguments)
 
 
+@pytest.mark.slow
 def test_networks_that_cannot_be_made_inertial_are_refused(lenet):
     model, variables = lenet
     images = np.ones((2, 28, 28, 1))

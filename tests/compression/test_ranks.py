@@ -116,6 +116,7 @@ def brute_force_evbmf_rank(matrix):
     return rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("short", "long", "rank", "noise"),
     [
@@ -135,6 +136,7 @@ def test_evbmf_minimises_the_free_energy(short, long, rank, noise):
         assert ops.evbmf_rank(matrix) == brute_force_evbmf_rank(matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(20, 24), (20, 40), (20, 100)])
 def test_evbmf_minimises_the_free_energy_near_its_threshold(shape):
     found, expected = [], []

@@ -104,6 +104,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer, part", LAYERS.values(), ids=list(LAYERS))
 def test_a_part_becomes_the_least_squares_solution(layer, part):
     x = smooth(4, 8, 8, 6)
@@ -134,6 +135,7 @@ def test_a_part_becomes_the_least_squares_solution(layer, part):
     )
 
 
+@pytest.mark.slow
 def test_gates_are_those_of_the_network():
     """A closed tile of `low="sample"` is wrong in another way than an open one."""
     x = np.tile(smooth(6, 8, 8, 2), (4, 1, 1, 1))
@@ -158,6 +160,7 @@ def test_gates_are_those_of_the_network():
     )
 
 
+@pytest.mark.slow
 def test_what_lies_before_is_made_up_for(two_convs):
     dense, compressed = two_convs
     fitting, other = smooth(128, 8, 8, 4), smooth(32, 8, 8, 4, seed=2)
@@ -173,6 +176,7 @@ def test_what_lies_before_is_made_up_for(two_convs):
     assert whole < 0.9 * start
 
 
+@pytest.mark.slow
 def test_one_program_is_compiled_for_all_layers_unless_they_see_much(
     two_convs, monkeypatch
 ):
@@ -197,6 +201,7 @@ def test_one_program_is_compiled_for_all_layers_unless_they_see_much(
         np.testing.assert_allclose(flat(apart)[name], leaf, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_that_do_no_good_elsewhere_are_dropped(two_convs):
     dense, compressed = two_convs
     # What is held out has other outputs than anything the first three teach.
@@ -213,6 +218,7 @@ def test_a_network_that_lost_nothing_stays_bit_for_bit(two_convs, dtype):
     jax.tree.map(np.testing.assert_array_equal, same, dense[1])
 
 
+@pytest.mark.slow
 def test_an_inertial_network_is_its_own_target(resnet):
     """Batches move no threshold, neither in the one nor in the other."""
     spec = ij.Inertial(3, 4, reading="tiled", threshold=ij.Rate(0.5))
@@ -223,6 +229,7 @@ def test_an_inertial_network_is_its_own_target(resnet):
     jax.tree.map(np.testing.assert_array_equal, same, network[1])
 
 
+@pytest.mark.slow
 def test_types_of_parameters_are_kept(two_convs):
     dense, compressed = two_convs
     model = ij.Planned(TwoConvs(dtype=jnp.bfloat16), compressed[0].plan)
@@ -240,6 +247,7 @@ def resnet():
     return model, ij.init_variables(model, KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tucker2", "inertial", "both"])
 def test_outputs_of_a_network_come_nearer(resnet, method):
     images, other = smooth(128, 16, 16, 3), smooth(32, 16, 16, 3, seed=2)

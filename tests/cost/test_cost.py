@@ -90,6 +90,7 @@ def test_a_layer_by_itself_is_counted():
     assert ij.count_cost(strided, (8, 8, 8)).rows[0].kind == "inertial"
 
 
+@pytest.mark.slow
 def test_a_layer_with_closed_gates_is_counted_closed():
     spec = ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed.CLOSED)
     plan = ij.Plan((("layer2_1/conv?", spec),))

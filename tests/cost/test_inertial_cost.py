@@ -166,6 +166,7 @@ def test_a_rate_is_counted_at_its_target_unless_measured(model):
     assert rows[1].macs == 144 * 9 * 8 * 16 * (1 + 3 / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rates", "message"),
     [

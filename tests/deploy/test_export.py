@@ -91,6 +91,7 @@ def file(checkpoint, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_any_number_of_raw_pixels_gives_the_checkpoints_logits(checkpoint, file):
     network = ij.load_exported(file)
     assert network.input_shape == (None, 8, 8, 3)
@@ -109,6 +110,7 @@ def test_any_number_of_raw_pixels_gives_the_checkpoints_logits(checkpoint, file)
     assert_close(jax.jit(lambda x: 2 * network.function(x))(images), 2 * expected)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_did(checkpoint, tmp_path, capsys):
     out = tmp_path / "network.ijx"
     arguments = ["--input", "float32", "--batch-size", "2", "--platforms", "cpu"]
@@ -140,6 +142,7 @@ np.save(out, network.call(np.load(images)))
 """
 
 
+@pytest.mark.slow
 def test_the_file_runs_with_jax_alone(checkpoint, file, tmp_path, subprocess_env):
     images = pixels(4)
     np.save(tmp_path / "images.npy", images)
@@ -181,6 +184,7 @@ def test_folding_is_an_option_and_shows_in_the_file(checkpoint, file, tmp_path):
     assert (norms(file), norms(out)) == (0, 19)
 
 
+@pytest.mark.slow
 def test_resizing_happens_inside(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", resize=12)
     for name, options, shape in (
@@ -195,6 +199,7 @@ def test_resizing_happens_inside(tmp_path):
         assert_close(network(images), logits(checkpoint, images))
 
 
+@pytest.mark.slow
 def test_bfloat16_halves_the_file(checkpoint, file, tmp_path):
     out = tmp_path / "network.ijx"
     arguments = ["--dtype", "bfloat16", "--out", str(out)]
@@ -210,6 +215,7 @@ def test_bfloat16_halves_the_file(checkpoint, file, tmp_path):
     assert saved == pytest.approx(2 * kernels, rel=0.1)
 
 
+@pytest.mark.slow
 def test_inertial_and_compressed_networks(tmp_path, capsys):
     rules = (("layer1_0/conv1", TILED), ("layer2*conv1", ij.Tucker2(2, 2)))
     checkpoint = make_checkpoint(tmp_path / "checkpoint", rules)

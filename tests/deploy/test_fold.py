@@ -69,6 +69,7 @@ def check(model, shape, *, kept=(), rtol=1e-9, dtype=np.float64, **options):
     return folded, merged
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "options", "side", "count"),
@@ -123,6 +124,7 @@ class Block(nn.Module):
         return nn.relu(layers.norm(self, "bn", y))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("kind", PLANS)
 def test_every_kind_of_convolution_is_folded(kind):
@@ -170,6 +172,7 @@ def test_what_is_not_exact_keeps_its_batch_norm():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_plan_of_many_kinds_is_folded():
     tiled = inertial(3, 4, reading="tiled", capacities=None)  # sooner compiled
@@ -222,6 +225,7 @@ def test_a_foreign_network_is_folded():
             folded.apply(merged, images((8, 7, 3)), *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_float32_and_bfloat16():
     check(
         ij.create_model("resnet20", width=0.2), (8, 8, 3), dtype=np.float32, rtol=1e-5
@@ -344,6 +348,7 @@ class Given(nn.Module):
         return nn.Dense(self.classes)(network(self.layers(x), train=training))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_modules_that_are_fields_keep_their_paths():
     norm = nn.BatchNorm(use_running_average=True)
@@ -371,6 +376,7 @@ def test_errors_say_what_is_wrong():
         ij.save_checkpoint("never-made", folded, merged)
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_equal_networks(monkeypatch, capsys):
     monkeypatch.setattr(bench_infer, "_TUCKER", ("ratio 0.2",))
     monkeypatch.setattr(bench_infer, "_RATES", ())

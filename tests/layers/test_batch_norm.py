@@ -53,6 +53,7 @@ def types(tree):
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 @pytest.mark.parametrize("shape", [(8, 5, 6, 7), (64, 3)])
 def test_everything_is_as_flax_has_it(shape, mean):
@@ -140,6 +141,7 @@ def test_devices_share_statistics_and_their_gradients(spread, x64):
     )
 
 
+@pytest.mark.slow
 def test_forward_mode_and_second_gradients_are_flaxs(x64):
     state = variables(5, np.float64)
     x = images(4, 3, 3, 5, dtype=np.float64)

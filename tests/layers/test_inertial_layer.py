@@ -59,6 +59,7 @@ def raw_friction(layer, x):
 # The operation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -104,6 +105,7 @@ def test_a_layer_is_its_operation_with_its_variables(options):
     close(sown["gate_rate"], output.gate.reshape(6, -1).mean(1))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_variables():
     layer = ij.InertialConv(4, **TILED, dtype=jnp.bfloat16, threshold=ij.Learned(0.5))
     x = normal(2, 6, 6, 3)
@@ -115,6 +117,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_variables():
 # Variables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -142,6 +145,7 @@ def test_variables_lie_in_their_collections(options, expected):
         np.testing.assert_array_equal(flat[path], np.float32(value))
 
 
+@pytest.mark.slow
 @READINGS
 def test_rate_opens_its_share_and_keeps_the_running_mean(reading):
     layer = ij.InertialConv(4, **reading, threshold=ij.Rate(0.3))
@@ -161,6 +165,7 @@ def test_rate_opens_its_share_and_keeps_the_running_mean(reading):
     np.testing.assert_allclose(sown["gate_rate"].mean(), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @READINGS
 def test_rate_1_opens_every_gate(reading):
     layer = ij.InertialConv(4, **reading, threshold=ij.Rate(1.0))
@@ -170,6 +175,7 @@ def test_rate_1_opens_every_gate(reading):
     assert evaluate(layer, variables, x)[1]["gate_rate"].mean() == 1
 
 
+@pytest.mark.slow
 def test_relative_friction_is_divided_by_its_mean():
     layer = ij.InertialConv(4, **WINDOW, relative=True)
     x = normal(4, 8, 8, 3)
@@ -185,6 +191,7 @@ def test_relative_friction_is_divided_by_its_mean():
     np.testing.assert_array_equal(sown["friction"], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate_gradient", ["none", "ste"])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_the_gate_rate_has_the_straight_through_gradient(gate_gradient, per_channel):
@@ -205,6 +212,7 @@ def test_the_gate_rate_has_the_straight_through_gradient(gate_gradient, per_chan
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_threshold_does_not_compile_anew():
     layer = ij.InertialConv(4, **TILED)
     x = normal(2, 8, 8, 3)
@@ -223,6 +231,7 @@ def test_another_threshold_does_not_compile_anew():
     assert not np.allclose(*ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
 @READINGS
 def test_eight_devices_look_at_all_frictions(reading, parallel, x64):

@@ -41,6 +41,7 @@ def test_every_spec_has_a_kind_whose_layer_has_its_fields():
             assert {*kind.ranks} <= fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_parts_are_the_layers_own_in_order(name):
     layer = LAYERS[name]

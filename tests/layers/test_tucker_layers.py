@@ -111,6 +111,7 @@ def test_low_rank_conv_at_full_rank_is_nn_conv(case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer", [ij.Tucker2Conv(6, 3, 2, 3), ij.LowRankConv(6, 3)], ids=["tucker2", "two"]
 )
@@ -170,6 +171,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "path", "shape"), NETWORKS, ids=str)
 def test_every_network_takes_factors_and_counts_them(name, options, path, shape):
     dense = ij.create_model(name, **options)
@@ -236,6 +238,7 @@ def planned_lenet(spec):
     return ij.create_model("lenet", width=0.25, plan=ij.Plan((("conv2", spec),)))
 
 
+@pytest.mark.slow
 def test_an_inertial_core_with_open_gates_is_the_ordinary_core():
     x = images(2, 28, 28, 1)
     ordinary = planned_lenet(ij.Tucker2(4, 5))
@@ -310,6 +313,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(a[name], b[name])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_back_plan_and_weights(network, tmp_path):
     model, variables = network
     ij.save_checkpoint(tmp_path / "checkpoint", model, variables)
@@ -342,6 +346,7 @@ def test_blocks_named_as_parts_keep_their_names():
     assert "layer3.left.shortcut.0.1.weight" in keys
 
 
+@pytest.mark.slow
 def test_a_sequential_of_pytorch_gives_the_same():
     torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
     model = ij.create_model("lenet", plan=ij.Plan((("conv2", ij.Tucker2(7, 9)),)))

@@ -36,6 +36,7 @@ def output_shapes(model, shape):
     return shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "vgg16", "simpledla", "resnet20", "lenet"]
 )

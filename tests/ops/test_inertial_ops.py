@@ -368,6 +368,7 @@ def test_window_reading_has_the_derivatives_of_its_definition(combine, strides, 
     check_grads(f, (x, core, weights), 1, ("fwd", "rev"), 1e-6, 1e-6, eps=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "threshold"),
     [
@@ -438,6 +439,7 @@ def test_hard_gate_opens_for_nan():
 OPS = (ops.inertial_conv, ops.inertial_conv_tiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_jit_and_pmap_change_no_result(op, x64):
     x = np.random.default_rng(4).normal(size=(16, 7, 6, 2))
@@ -449,6 +451,7 @@ def test_jit_and_pmap_change_no_result(op, x64):
     close(jax.tree.map(lambda a: a.reshape(16, *a.shape[2:]), split), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["center", "core_mean"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_friction_keeps_its_digits(metric, reference):
@@ -468,6 +471,7 @@ def test_friction_keeps_its_digits(metric, reference):
     close(inside, friction_of(x, 5, 3, **settings), rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_bfloat16_outputs_keep_their_type(op):
     x, core = IMAGES.astype(jnp.bfloat16), CORE.astype(jnp.bfloat16)
@@ -483,6 +487,7 @@ def test_bfloat16_outputs_keep_their_type(op):
 # NaN, the control, what is refused, what is compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "reference", "metric"),
     [

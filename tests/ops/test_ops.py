@@ -18,6 +18,7 @@ def reference(x, kernel, strides, padding, dilation, groups):
     return convolve(x, kernel, (strides, strides), pads, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
 def test_conv2d_and_its_derivatives_equal_xlas(case, x64):
     size, c_in, c_out, k, strides, padding, dilation, groups = case

@@ -41,6 +41,7 @@ def test_hosvd_is_what_its_definition_says(x64):
         np.testing.assert_allclose(gram, np.eye(len(gram)), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_iterations", [1, 4, 100])
 def test_hooi_is_tensorlys_at_as_many_iterations(num_iterations, x64):
     reason = "needs TensorLy: the extra `torch`"
@@ -70,6 +71,7 @@ def test_hooi_is_tensorlys_at_as_many_iterations(num_iterations, x64):
     np.testing.assert_allclose(ops.tucker2_to_kernel(factors), theirs, **close)
 
 
+@pytest.mark.slow
 def test_hooi_is_never_worse_than_hosvd():
     for seed, ranks in enumerate([(1, 1), (2, 5), (5, 2), (6, 8)] * 3):
         kernel = normal(3, 3, 6, 8, seed=seed, dtype=np.float32)
@@ -111,6 +113,7 @@ def test_hooi_stops_at_its_tolerance(x64):
     assert few - all_of_them < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
 def test_full_rank_is_the_dense_convolution(case, x64):
     size, c_in, c_out, k, strides, padding, dilation, groups = case
@@ -130,6 +133,7 @@ def test_full_rank_is_the_dense_convolution(case, x64):
     )
 
 
+@pytest.mark.slow
 def test_tucker2_conv_equals_pytorchs_dense_convolution():
     torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
     x = normal(2, 9, 9, 4, seed=1, dtype=np.float32)
@@ -149,6 +153,7 @@ def test_tucker2_conv_equals_pytorchs_dense_convolution():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_groups_are_factorised_one_by_one(x64):
     kernel = normal(3, 3, 4, 10)
     whole = ops.tucker2(kernel, rank_in=2, rank_out=3, groups=2, method="hooi")
@@ -170,6 +175,7 @@ def test_groups_are_factorised_one_by_one(x64):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "groups", "expected"),
     [
@@ -316,6 +322,7 @@ def test_low_rank_is_the_truncated_svd_of_each_group(groups, x64):
         np.testing.assert_allclose(a.T @ a, b.T @ b, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("strides", [1, 2, (2, 1)])
 def test_low_rank_conv_and_its_gradients_are_those_of_its_kernel(strides, groups, x64):

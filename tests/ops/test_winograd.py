@@ -29,6 +29,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 20])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_convolution_and_its_gradients(case, chunk_bytes, monkeypatch, x64):
@@ -59,6 +60,7 @@ def test_rounding_is_that_of_the_direct_sum(x64):
     assert ours < 2 * theirs < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_all_go_under_jit_and_vmap(which, monkeypatch, x64):
     monkeypatch.setattr(winograd, "_CHUNK_BYTES", 1)

@@ -44,6 +44,7 @@ def layer(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_variant_equals_its_formula_in_value_and_gradient(name, x64):
     rng = np.random.default_rng(0)

@@ -110,6 +110,7 @@ def test_a_suite_prints_and_records_what_it_found(
             assert any(name in line and ms in line for line in said.splitlines())
 
 
+@pytest.mark.slow
 def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     out = tmp_path / "record.json"
     assert main(["benchmark", *NARROW, "--out", str(out)]) == 0
@@ -128,6 +129,7 @@ def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     assert flops[0] == pytest.approx(3 * flops[1])
 
 
+@pytest.mark.slow
 def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_ops, "STAGES", ((8, 4),))
     out = tmp_path / "record.json"
@@ -153,6 +155,7 @@ def test_operations_are_timed_beside_each_other(tmp_path, capsys, monkeypatch):
     assert ("conv 3x3, PyTorch" in times) == ("--against" in command)
 
 
+@pytest.mark.slow
 def test_the_loop_is_timed_beside_its_bare_steps(tmp_path, capsys):
     out = tmp_path / "record.json"
     command = ["benchmark", "--suite", "loop", "--config", "configs/quickstart.py"]
@@ -237,6 +240,7 @@ def test_calls_are_in_turn_and_the_first_round_is_not_timed(monkeypatch):
     assert times == {"a": [7000, 9000], "b": [5000, 11000]}
 
 
+@pytest.mark.slow
 def test_factors_by_tensorly_in_pytorch_give_the_same_logits():
     reason = "needs PyTorch and TensorLy: the extra `torch`"
     pytest.importorskip("tensorly", reason=reason)

@@ -32,6 +32,7 @@ def reduced_bytes(hlo: str) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parallel", "sync_batch_norm"),
     [
@@ -123,6 +124,7 @@ def test_efficiency_falls_with_devices_and_rises_with_overlap_and_batch():
     assert at(8, step=dataclasses.replace(step, norms=0)) > at(8)
 
 
+@pytest.mark.slow
 def test_the_document_holds_the_tables_of_the_program():
     text = (ROOT / "docs" / "scaling.md").read_text().split(MARKER)[1]
     assert text.strip() == tables(list(all_steps()))

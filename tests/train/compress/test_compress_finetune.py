@@ -31,6 +31,7 @@ def compressed(run, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_compressed_checkpoint_evaluates_by_itself(run, compressed, tmp_path, capsys):
     found = evaluate(compressed, tmp_path)
     printed = capsys.readouterr().out
@@ -60,6 +61,7 @@ def test_compress_says_what_it_cannot_do(run, options, message, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_finetuning_holds_the_rate_and_logs_it(compressed, tmp_path, capsys):
     workdir = tmp_path / "tuned"
     # On the data that the checkpoint names.

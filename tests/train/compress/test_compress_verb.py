@@ -43,6 +43,7 @@ def compressed(run, tmp_path_factory):
     return out, json.loads(record.read_text())
 
 
+@pytest.mark.slow
 def test_the_record_says_what_the_checkpoint_is(compressed, tmp_path):
     out, record = compressed
     model, _ = ij.load_checkpoint(out)
@@ -59,6 +60,7 @@ def test_the_record_says_what_the_checkpoint_is(compressed, tmp_path):
     assert test["stages"]["raw"]["top1"] < test["stages"]["recalibrated"]["top1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -80,6 +82,7 @@ def test_kernels_are_fitted_to_the_dense_layers(run, how, tmp_path):
         assert top1[0] < top1[1] < top1[2] - 0.2
 
 
+@pytest.mark.slow
 def test_evaluation_beside_another_checkpoint(compressed, run, tmp_path, capsys):
     out, record = compressed
     file = tmp_path / "evaluation.json"
@@ -112,6 +115,7 @@ def test_layer_rows_add_up(compressed):
     assert dense < record["dense_macs"]  # the linear layer is no convolution
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_a_layer(run, tmp_path, capsys):
     arguments = ["--ranks", "ratio:0.5", "--no-weigh", "--recalibration-images", "0"]
     out = tmp_path / "out"
@@ -129,6 +133,7 @@ def test_the_table_has_a_row_a_layer(run, tmp_path, capsys):
     assert " ms" not in printed
 
 
+@pytest.mark.slow
 def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_path):
     out, _ = compressed
     again, record = tmp_path / "again", tmp_path / "record.json"
@@ -150,6 +155,7 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
     assert ij.load_checkpoint(next(steps))[0].plan == model.plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -236,6 +242,7 @@ def test_training_inputs_come_in_the_order_of_the_draw():
     assert list(numbers) != sorted(numbers)
 
 
+@pytest.mark.slow
 def test_fine_tuning_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["--ranks", "ratio:0.5", "--no-weigh", *IMAGES, "--out", str(out)]
@@ -258,6 +265,7 @@ def test_fine_tuning_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys
     assert "step 3 of 22" in printed.out + printed.err
 
 
+@pytest.mark.slow
 def test_layers_that_their_plan_left_dense_are_named(tmp_path, capsys):
     plan = ij.Plan((("layer2_0/conv1", ij.Inertial(3, 4, reading="tiled")),))
     model = ij.create_model("resnet20", width=0.25, plan=plan)

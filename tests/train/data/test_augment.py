@@ -57,6 +57,7 @@ def test_normalise_equals_numpys():
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "size"), [((12, 10), 20), ((40, 30), 15)])
 def test_resize_equals_pillows(stored, size):
     # Smooth, since Pillow rounds its weights and its result to 8 bits.
@@ -87,6 +88,7 @@ def test_resized_crop_equals_pillows():
         np.testing.assert_allclose(ours_one[4:-4, 4:-4], theirs[4:-4, 4:-4], atol=1.01)
 
 
+@pytest.mark.slow
 def test_boxes_have_the_stated_area_and_ratio():
     keys = jax.random.split(jax.random.key(0), 2000)
     top, left, height, width = np.asarray(augment.draw_boxes(keys, (32, 32))).T
@@ -104,6 +106,7 @@ def make_augmentation(**options):
     return augment.Augmentation(preprocessing, Data(**options), FLOAT32)
 
 
+@pytest.mark.slow
 def test_training_images_depend_on_their_key_alone():
     augmentation = make_augmentation()
     keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
@@ -187,6 +190,7 @@ def test_evaluation_resizes_and_cuts_the_centre():
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_random_parts_are_brought_to_the_input_size():
     preprocessing = Preprocessing((16, 16, 3), (0.5,) * 3, (0.25,) * 3)
     augmentation = augment.Augmentation(

@@ -226,6 +226,7 @@ def run_python(code, *args, env):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_tfds_prepares_with_tensorflow_and_reads_without(
     name, tmp_path, subprocess_env
@@ -269,6 +270,7 @@ load_data(f"tfds:{sys.argv[1]}", cache_dir=sys.argv[2], image_size=None)
 """
 
 
+@pytest.mark.slow
 def test_tfds_without_a_network_says_what_to_do(tmp_path, subprocess_env):
     for package in ("tensorflow", "tensorflow_datasets", "array_record"):
         pytest.importorskip(package, reason="needs TFDS: the extra `tfds`")

@@ -17,6 +17,7 @@ from train.step.train_step import gate_rates
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_flip_test_is_the_mean_by_hand(dtype, tmp_path):
     spec = ij.Inertial(1, 4, threshold=ij.Fixed(0.4))

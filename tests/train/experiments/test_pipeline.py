@@ -54,6 +54,7 @@ def last(run):
     return max((run / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_stages_are_those_of_the_original_and_a_control(done):
     _, record = done
     names = [stage["name"] for stage in record["stages"]]
@@ -102,6 +103,7 @@ def test_fine_tuning_moves_the_factors(done):
         assert (before[part]["kernel"] != after[part]["kernel"]).any()
 
 
+@pytest.mark.slow
 def test_networks_are_compressed_as_the_verb_compresses(done, tmp_path):
     workdir, _ = done
     out = tmp_path / "compressed"
@@ -113,6 +115,7 @@ def test_networks_are_compressed_as_the_verb_compresses(done, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, both[0][1], both[1][1])
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing(done, capsys):
     workdir, record = done
     steps = sorted(path.name for path in workdir.glob("*/checkpoints/*"))
@@ -129,6 +132,7 @@ def test_other_settings_in_the_same_place_are_refused(done, capsys):
     assert "other settings; nothing was changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_weights_in_the_same_place_are_refused(done, tmp_path, capsys):
     workdir, _ = done
     other = tmp_path / "other.safetensors"
@@ -174,6 +178,7 @@ def test_weights_are_asked_for_and_rules_are_checked_first(tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_compressing_in_rounds(done, weights, tmp_path):
     record = tmp_path / "record.json"
     options = ["--ranks", "ratio:0.6", "ratio:0.3", "--no-control", "--distill"]

@@ -33,6 +33,7 @@ sweep = Sweep((dense, gated), seeds=(1, 2))
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     file, out = tmp_path / "some.py", tmp_path / "records.jsonl"
     file.write_text(SWEEP)
@@ -92,6 +93,7 @@ def test_a_file_of_something_else_is_left_alone(text, tmp_path, capsys):
     assert out.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path, capsys):
     file, out = tmp_path / "some.py", tmp_path / "records.jsonl"
     worse = "sweep = Sweep((dataclasses.replace(dense, name='bad', optimizer="
@@ -107,6 +109,7 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(tmp_path, capsys):
     assert main([*command, "--only", "dense"]) == 0
 
 
+@pytest.mark.slow
 def test_a_sweeps_networks_are_timed_beside_each_other(tmp_path, capsys):
     file, out = tmp_path / "some.py", tmp_path / "record.json"
     file.write_text(SWEEP)

@@ -58,6 +58,7 @@ def run(data, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_it_promises(run, data):
     lines = read_metrics(run)
     kinds = [line["kind"] for line in lines]
@@ -128,6 +129,7 @@ def uninterrupted(data, tmp_path_factory):
     return arguments, env, workdir
 
 
+@pytest.mark.slow
 def test_ten_random_kills_change_no_bit(uninterrupted, tmp_path):
     arguments, env, whole = uninterrupted
     workdir = tmp_path / "run"
@@ -411,6 +413,7 @@ def test_a_bad_config_file_is_one_error(code, message, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_in_a_directory(run, data, capsys):
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -436,6 +439,7 @@ def test_other_data_under_the_same_name_is_noticed(run, data, tmp_path, capsys):
     assert "num_train: 165 there, 150 here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_infinite_loss_stops_and_keeps_the_last_good_checkpoint(
     data, tmp_path, capsys
 ):
@@ -467,6 +471,7 @@ def fill(disk, process):
     process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error(uninterrupted, data, tmp_path):
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("needs root, to mount a small disk")
@@ -520,6 +525,7 @@ def test_evaluate_refuses_what_does_not_fit(run, data, tmp_path, capsys):
     assert "`python -m train import` makes one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_real_resnet20_is_imported_and_scores_what_it_should(tmp_path, capsys):
     pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
     weights = shared_file("weights/resnet20_cifar10.pth")

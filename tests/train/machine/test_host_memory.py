@@ -121,6 +121,7 @@ def test_other_c_libraries_are_left_alone(restarts, version, monkeypatch):
     assert not restarts
 
 
+@pytest.mark.slow
 def test_the_program_starts_itself_again_and_says_what_it_would(tmp_path):
     """Each start of an interpreter leaves its setting and process in a file."""
     asks = host_memory._SWITCH.is_file() and "[madvise]" in (

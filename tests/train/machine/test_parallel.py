@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("optimised")
 
 
 # On images of 16 x 16: at 32 x 32 the steps take longer than compiling them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_devices", "parallel", "memory_share", "steps_per_call"),
     [
@@ -52,11 +53,13 @@ def one_device():
         return train_steps(make_config(), synthetic_set(16), 1, 20)
 
 
+@pytest.mark.slow
 def test_the_result_depends_on_the_seed(x64, one_device):
     values = train_steps(make_config(seed=2), synthetic_set(16), 1, 20)
     assert relative(values, one_device) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parallel"),
     [
@@ -80,6 +83,7 @@ def test_one_step_in_float32_agrees(name, parallel, quick_compile):
     assert relative(eight - start, one - start) < 1e-2
 
 
+@pytest.mark.slow
 def test_dropout_and_adadelta_agree_over_devices(x64, quick_compile):
     config = dataclasses.replace(
         make_config(),
@@ -94,11 +98,13 @@ def test_dropout_and_adadelta_agree_over_devices(x64, quick_compile):
     )
 
 
+@pytest.mark.slow
 def test_unsynchronised_batch_norm_differs_over_devices(x64, one_device):
     config = make_config(sync_batch_norm=False)
     assert relative(train_steps(config, synthetic_set(16), 8, 20), one_device) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla"])
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
 def test_every_step_lowers_for_tpu(name, parallel):
@@ -114,6 +120,7 @@ def test_every_step_lowers_for_tpu(name, parallel):
     assert "all_reduce" in exported.mlir_module()
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_with_float32_parameters(quick_compile):
     config = make_config("bfloat16")
     trainer = Trainer(config, synthetic_set(16))
@@ -156,6 +163,7 @@ def test_calls_are_as_long_as_the_platform_takes_them():
     assert choose(streamed, asked=11, batch_size=16_000) == 10
 
 
+@pytest.mark.slow
 def test_the_step_compiles_once(quick_compile):
     trainer = Trainer(make_config("float32"), synthetic_set(16))
     state = trainer.init_state()

@@ -79,6 +79,7 @@ def one_process():
         return train_steps(make_config(), synthetic_set(16), 1, _STEPS)
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_agree_with_one(
     tmp_path, one_process, subprocess_env
 ):
@@ -169,6 +170,7 @@ def assert_same_run(workdir, whole):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_one_killed_then_four_stopped_then_one(
     command, whole, tmp_path, subprocess_env
 ):
@@ -205,6 +207,7 @@ def test_two_processes_one_killed_then_four_stopped_then_one(
     assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_tune_a_checkpoint_as_one(whole, tmp_path, subprocess_env):
     command = ["finetune", str(whole), "--teacher", str(whole), "--epochs", "1"]
     command += ["--freeze", "conv1", "--batch-size", "8"]
