@@ -168,6 +168,7 @@ def from_checkpoint(
             shortcut=getattr(model, "shortcut", Model.shortcut),
             dtype=np.dtype(model.dtype).name,
             plan=model.plan.to_json(),
+            strict=config.model.strict and bool(model.plan.rules),
         ),
         data=dataclasses.replace(
             data,

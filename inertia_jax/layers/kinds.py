@@ -125,8 +125,8 @@ def linear_parts(module: Any) -> tuple[str, ...]:
     The convolution itself is "", where it has no parts.
     """
     kind = kind_of(module)
-    # A subclass may compute anything.
-    if kind.spec is None or type(module) not in KINDS:
+    # A subclass of Flax's convolution may compute anything.
+    if kind.spec is None or (kind.spec is Conv and type(module) is not nn.Conv):
         return ()
     parts, core = kind.parts or ("",), core_of(spec_of(module))
     if isinstance(core, Inertial):

@@ -41,7 +41,10 @@ class Parallel:
         """Puts a copy of every array on every device; all processes pass the same."""
         # `device_put` would send the whole tree to every process, to compare.
         sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.make_array_from_process_local_data(sharding, tree)
+        # An array that lies on the devices of all processes already is read here.
+        return jax.make_array_from_process_local_data(
+            sharding, jax.tree.map(np.asarray, tree)
+        )
 
     @property
     def own(self) -> tuple[int, ...]:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from inertia_jax.ops.conv.chunks import map_chunks
 from inertia_jax.ops.conv.dispatch import filters_for_cpu
 from inertia_jax.ops.inertial.tiles import Tiling
 
@@ -49,14 +49,21 @@ def with_ladder(
         def compute_chunk(chunk: PerImage) -> Result:
             return sparse(chunk, core, threshold, filters, is_exact=True)
 
-        n, side, (rows, columns) = x.shape[0], tiling.tile_size, tiling.tiles
-        shape = (n, rows * side, columns * side, core.shape[-1])
-        y = (
-            jax.ShapeDtypeStruct(shape, x.dtype),
-            jax.ShapeDtypeStruct((n, rows, columns), threshold.dtype),
-        )
+        # Not `map_chunks`: outputs may vary over other devices than the images do.
+        n = x.shape[0]
         size = max(1, min(n, CHUNK_BYTES * n // x.nbytes))
-        return map_chunks(compute_chunk, images, size=size, y=y)
+        count = n // size
+        chunks = jax.tree.map(
+            lambda a: a[: count * size].reshape(count, size, *a.shape[1:]), images
+        )
+        done = jax.tree.map(
+            lambda a: a.reshape(count * size, *a.shape[2:]),
+            lax.map(compute_chunk, chunks),
+        )
+        if count * size == n:
+            return done
+        rest = compute_chunk(jax.tree.map(lambda a: a[count * size :], images))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), done, rest)
 
     @jax.custom_batching.custom_vmap
     def ladder(images: PerImage, core: Array, threshold: Array) -> Result:

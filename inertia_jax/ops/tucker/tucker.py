@@ -210,7 +210,8 @@ def tucker2_conv(
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])
-    first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
+    factors = Tucker2Factors(*map(jnp.asarray, factors))
+    first, core, last = factor_kernels(factors, groups=groups)
     x = pointwise(x, first[0, 0], groups=groups)
     x = conv2d(
         x, core, strides=strides, padding=padding, dilation=dilation, groups=groups
