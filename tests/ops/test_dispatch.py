@@ -361,3 +361,21 @@ def test_no_images_have_no_gradient():
         lambda kernel: conv2d_to_train(x, kernel, (1, 1), ((1, 1), (1, 1))).sum()
     )(kernel)
     np.testing.assert_array_equal(gradient, np.zeros_like(kernel))
+
+
+def test_chunks_of_tiles_go_inside_shard_map_with_spread_filters(monkeypatch):
+    monkeypatch.setattr(ladder, "CHUNK_BYTES", 1)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 4, 6)).astype(np.float32)
+
+    def tiles(x, kernel):
+        return ij.ops.inertial_conv_tiled(
+            x, kernel, region_size=4, threshold=1.2, capacities=(0.25, 0.5, 1)
+        ).y
+
+    mesh = jax.make_mesh((2,), ("a",), (AxisType.Auto,), devices=jax.devices()[:2])
+    filters = PartitionSpec(None, None, None, "a")
+    specs = {"in_specs": (PartitionSpec(), filters), "out_specs": filters}
+    spread = jax.jit(jax.shard_map(tiles, mesh=mesh, **specs))
+    np.testing.assert_allclose(spread(x, kernel), tiles(x, kernel), atol=1e-5)
