@@ -104,11 +104,10 @@ class TrainStep:
             loss, gate_rate = losses.mean(), jnp.zeros(())
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
-            held = [
-                rate
-                for path, rate in rates.items()
-                if is_held(self.model.plan.gates(path))
-            ]
+            held = []
+            if self.objective.gate_budget is not None:
+                gates = self.model.plan.gates
+                held = [rate for path, rate in rates.items() if is_held(gates(path))]
             loss = self.objective.loss(loss, logits, teacher_logits, held)
             return loss, (collections, losses, logits, gate_rate)
 
