@@ -63,6 +63,7 @@ class Pair(nn.Module):
         return make.conv(self, "second", x, 6, 3, strides=2, padding=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("inertial", "conv"),
     [
@@ -102,6 +103,7 @@ def test_strided_layers_stay_dense_under_tiles_and_say_so():
 # Weights in and out
 
 
+@pytest.mark.slow
 def test_dense_weights_fit_a_tiled_network():
     dense = ij.create_model("lenet", width=0.2)
     variables = ij.init_variables(dense, jax.random.key(0))

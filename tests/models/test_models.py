@@ -35,6 +35,7 @@ def test_deeper_cifar_resnets_have_the_published_size(name, params):
     assert ij.count_cost(ij.create_model(name), (32, 32, 3)).params == params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla", "resnet20"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_networks_run_in_every_type(name, dtype):
@@ -109,6 +110,7 @@ def _batch(dtype):
     return images, rng.integers(10, size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla"])
 def test_logits_equal_pytorchs_in_float32(name):

@@ -52,6 +52,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ours", [conv2d_to_train, conv2d_to_apply])
 def test_outputs_and_gradients_are_xlas_under_jit(
@@ -69,6 +70,7 @@ def test_outputs_and_gradients_are_xlas_under_jit(
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [CASES[0], CASES[2], CASES[6]], ids=["unit", "strided", "1x1"]
 )
@@ -134,6 +136,7 @@ def lowered(platform, width, size, *, train):
     return export.export(function, platforms=[platform])(*arguments).mlir_module()
 
 
+@pytest.mark.slow
 def test_networks_take_products_in_training_on_cpu_alone(monkeypatch):
     monkeypatch.setattr(conv_grad, "_CHUNK_BYTES", 1)
     # Nineteen convolutions are loops over chunks of images, on no other platform.
@@ -143,6 +146,7 @@ def test_networks_take_products_in_training_on_cpu_alone(monkeypatch):
         assert "stablehlo.while" not in text(platform)
 
 
+@pytest.mark.slow
 def test_networks_convolve_without_zeros_in_training_on_cpu_alone():
     # Two convolutions of stride 2 are four phases each; elsewhere outputs are dilated.
     text = functools.partial(lowered, width=0.2, size=8, train=True)
@@ -151,6 +155,7 @@ def test_networks_convolve_without_zeros_in_training_on_cpu_alone():
     assert text("tpu").count(dilated) == text("cuda").count(dilated) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_networks_take_winograds_form_on_cpu_alone(train):
     # Five convolutions have 64 channels in and out, and unit stride.
@@ -229,6 +234,7 @@ def test_batches_spread_explicitly_are_xlas(kernel_size, strides, all_forms, x64
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "size"), [(24, (8, 8)), (37, (7, 8))])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
 @pytest.mark.parametrize("low", ["mean", "sample"])
@@ -318,6 +324,7 @@ def test_gradients_have_the_types_of_what_they_are_of(dtypes, strides, x64):
     assert tuple(str(gradient.dtype) for gradient in gradients) == dtypes
 
 
+@pytest.mark.slow
 def test_evaluation_mode_keeps_forward_mode():
     model = ij.create_model("lenet", width=0.1)
     variables = ij.init_variables(model, jax.random.key(0), (12, 12, 1))

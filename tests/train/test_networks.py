@@ -66,6 +66,7 @@ def openings(monkeypatch):
     return reads, restores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "options", "reads"),
     [

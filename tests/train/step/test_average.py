@@ -113,6 +113,7 @@ def four_steps(num_devices, **options):
     return [np.asarray(jax.flatten_util.ravel_pytree(tree)[0]) for tree in trees]
 
 
+@pytest.mark.slow
 def test_eight_devices_that_stream_agree_with_one(x64):
     one = four_steps(1)
     assert relative(*one) > 1e-3
@@ -143,6 +144,7 @@ def run(fit, one_device, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(fit, run, tmp_path, monkeypatch):
     command = [*fit, "--workdir", str(tmp_path / "run"), "--resume"]
     stop_at(5, monkeypatch)  # in the second epoch of three

@@ -100,6 +100,7 @@ def taught(teacher, weight, temperature, **options):
     return variables, *states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("weight", "temperature"), [(0.3, 2.0), (1.0, 4.0)])
 def test_the_step_follows_both_losses_and_reports_one(weight, temperature, smoothing):
@@ -189,6 +190,7 @@ def one_device(teacher):
         return train_steps(student(teacher), IMAGES, 1, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_devices", "parallel", "steps_per_call"),
     [(8, "pmap", 2), (8, "shard_map", 1), (1, "shard_map", 2)],
@@ -201,6 +203,7 @@ def test_four_steps_agree_over_devices(
     assert relative(values, one_device) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_teacher_is_an_argument_that_is_kept(x64, teacher):
     config = student(teacher, parallel="shard_map")
     trainer = Trainer(config, IMAGES, jax.devices()[:1])
@@ -282,6 +285,7 @@ def finetuned(finetune, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_finetuning_learns_the_teachers_answers(finetune, finetuned, teacher):
     arrays = final_arrays(finetuned)
     model, start = ij.load_checkpoint(finetune[0])

@@ -59,6 +59,7 @@ def test_a_threshold_moves_to_meet_the_budget(first):
     assert state.params["gated"]["threshold"] != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate_budget", [None, 0.2])
 def test_the_threshold_follows_loss_and_budget_alone(gate_budget):
     model = gated(1.0)
@@ -96,6 +97,7 @@ def test_the_threshold_follows_loss_and_budget_alone(gate_budget):
 STE = {"gate_gradient": "ste", "relative": True, "metric": "l2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "gate_budget"),
     [
