@@ -82,7 +82,8 @@ def reconstruct(
         batch_size: Images per call, >= 2; a quarter of all images if that is less.
 
     Returns:
-        Variables with other kernels, and biases where layers have them.
+        Variables with other kernels, and biases where layers have them. Those that were
+        fitted are float32 or wider, also where they were narrower.
 
     Raises:
         ValueError: A glob that matches no convolution, a convolution inside `nn.scan`,

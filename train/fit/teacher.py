@@ -17,6 +17,7 @@ from train.errors import UsageError
 from train.networks import read_network
 from train.run.checkpoints import find_checkpoint
 from train.step.distill import Distillation
+from train.step.state import training_dtype, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ def load_teacher(
     distillation = Distillation(
         model, weight=config.distill_weight, temperature=config.distill_temperature
     )
-    return Teacher(distillation, network.variables, hash_variables(network.variables))
+    # BatchNorm would take roots of narrow statistics in their type.
+    variables = widened(network.variables, training_dtype(model))
+    return Teacher(distillation, variables, hash_variables(network.variables))
 
 
 def hash_variables(variables: dict[str, Any]) -> str:

@@ -197,11 +197,13 @@ class Trainer:
                 f"the data's {self.data.num_classes} classes say: {model} there, "
                 f"{self.model} here."
             )
-        return self.parallel.replicate(state.with_variables(variables))
+        state = state.with_variables(variables)
+        return self.parallel.replicate(state.widened(self.model))
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""
-        return self.parallel.replicate(restore_state(template, arrays))
+        state = restore_state(template, arrays)
+        return self.parallel.replicate(state.widened(self.model))
 
     def train_call(self, state: TrainState, inputs: Any) -> tuple[TrainState, Any]:
         """Takes the steps of one call and returns (state, totals); consumes `state`."""

@@ -11,6 +11,7 @@ from flax import serialization, struct
 from jax import Array
 
 from inertia_jax import init_variables
+from inertia_jax.ops.precision import at_least_float32
 from train.step.trainable import split_params
 
 
@@ -94,6 +95,20 @@ class TrainState(struct.PyTreeNode):
         averages = None if self.averages is None else jax.tree.map(jnp.copy, variables)
         return self.replace(params=params, collections=collections, averages=averages)
 
+    def widened(self, model: nn.Module) -> "TrainState":
+        """Returns the state in the types that training keeps it in.
+
+        They are float32, or float64 where the network computes in it: narrower weights,
+        such as imported ones, would not move by steps below their precision.
+        """
+        dtype = training_dtype(model)
+        return self.replace(
+            params=widened(self.params, dtype),
+            collections=widened(self.collections, dtype),
+            opt_state=widened(self.opt_state, dtype),
+            averages=widened(self.averages, dtype),
+        )
+
     def with_moved_averages(self, decay: float) -> "TrainState":
         """Returns the state after a step with its averages, if any, moved along."""
         if self.averages is None:
@@ -102,6 +117,20 @@ class TrainState(struct.PyTreeNode):
             self.averages, self.variables, decay=decay, step=self.step - 1
         )
         return self.replace(averages=averages)
+
+
+def training_dtype(model: nn.Module) -> jnp.dtype:
+    """Returns the type of what a network learns, whatever type it computes in."""
+    return at_least_float32(getattr(model, "dtype", None) or jnp.float32)
+
+
+def widened(tree: Any, dtype: jnp.dtype) -> Any:
+    """Returns arrays whose real numbers are all of one type; integers stay."""
+
+    def convert(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(convert, tree)
 
 
 def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) -> Any:
@@ -125,6 +154,7 @@ def init_state(
 ) -> TrainState:
     """Draws the first variables with `key`; everything else starts at zero."""
     variables = init_variables(model, key, image_shape)
+    variables = widened(variables, training_dtype(model))
     moving, _ = split_params(variables["params"], update.trained)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -64,6 +64,7 @@ class TrainStep:
             positions: The examples' positions in the global batch.
             teacher: The teacher's variables; None without a teacher.
         """
+        state = state.widened(self.model)
         if indices.shape[0] == 1:
             # A scan is avoided: XLA's gradients of convolutions on CPU are slow in it.
             state = self.step(state, images, labels, indices[0], positions, teacher)
