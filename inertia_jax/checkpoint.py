@@ -24,7 +24,12 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inertia_jax.atomic import appearing
-from inertia_jax.metadata import Metadata, describe, load_description
+from inertia_jax.metadata import (
+    Metadata,
+    describe,
+    find_checkpoint,
+    load_description,
+)
 
 
 class CheckpointDamagedError(ValueError):
@@ -115,7 +120,7 @@ def load_checkpoint(
     """Checks every file of a checkpoint against its SHA-256, and reads the checkpoint.
 
     Args:
-        path: The directory.
+        path: The checkpoint, or a run, of which the best checkpoint is taken.
 
     Returns:
         (model, variables), ready for `model.apply(variables, images)`.
@@ -125,6 +130,7 @@ def load_checkpoint(
         CheckpointDamagedError: A file is missing, surplus or altered.
         OSError: A file could not be read.
     """
+    path = find_checkpoint(path)
     verify_checkpoint(path)
     model, _ = load_description(path)
     return model, load_arrays(path)["variables"]

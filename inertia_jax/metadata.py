@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,10 +100,14 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     """Reads the description of a checkpoint; does not check the hashes.
 
+    Args:
+        path: The checkpoint, or a run, of which the best checkpoint is taken.
+
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
         ValueError: Its description is broken, or of another version.
     """
+    path = find_checkpoint(path)
     return _make_metadata(path, _read_description(path))
 
 
@@ -120,6 +125,55 @@ def load_description(path: str | os.PathLike[str]) -> tuple[nn.Module, Metadata]
     except TypeError as error:
         raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
     return model, _make_metadata(path, description)
+
+
+def checkpoint_path(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Returns where the checkpoint of a step lies in a run's `checkpoints`."""
+    return directory / f"step_{step:08d}"
+
+
+def latest_steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps that have a checkpoint, in order."""
+    if not directory.is_dir():
+        return []
+    found = (re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def best_step(directory: pathlib.Path) -> int | None:
+    """Returns the earliest step of the highest evaluated top-1."""
+    best: tuple[float, int] | None = None
+    for step in latest_steps(directory):
+        try:
+            info = load_metadata(checkpoint_path(directory, step)).info
+            evaluation = info.get("evaluation")
+            if not evaluation:
+                continue  # saved inside an epoch
+            top1 = float(evaluation["top1"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged
+        if best is None or top1 > best[0]:
+            best = (top1, step)
+    return best[1] if best else None
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns a checkpoint: `path` itself, or a run's best, or its latest.
+
+    Raises:
+        FileNotFoundError: There is neither a checkpoint nor a run at `path`.
+    """
+    path = pathlib.Path(path).expanduser()
+    if (path / "arrays").is_dir() or (path / "metadata.json").is_file():
+        return path
+    directory = path if path.name == "checkpoints" else path / "checkpoints"
+    steps = latest_steps(directory)
+    if not steps:
+        raise FileNotFoundError(
+            f"there is no checkpoint at {path}, and no run that has one."
+        )
+    best = best_step(directory)
+    return checkpoint_path(directory, best if best is not None else steps[-1])
 
 
 def _make_metadata(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -73,6 +74,39 @@ def test_missing_and_surplus_files_are_noticed(saved, change):
         (path / "manifest.json").unlink()
     with pytest.raises(ij.CheckpointDamagedError):
         ij.load_checkpoint(path)
+
+
+def test_a_run_is_read_by_its_best_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = ij.create_model("lenet", width=0.05)
+    first = ij.init_variables(model, jax.random.key(0), (8, 8, 1))
+    for step, top1 in ((10, 0.5), (20, 0.9), (30, 0.7), (35, None)):
+        variables = jax.tree.map(lambda leaf, step=step: leaf + step, first)
+        evaluation = {"evaluation": top1 and {"top1": top1}}
+        path = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
+        metadata = Metadata(None, (), {"step": step, **evaluation})
+        ij.save_checkpoint(path, model, variables, metadata=metadata)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for place in (
+        tmp_path / "run",
+        checkpoints,
+        "~/run",
+        checkpoints / "step_00000020",
+    ):
+        loaded_model, loaded = ij.load_checkpoint(place)
+        assert loaded_model == model
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a, b + 20), loaded, first
+        )
+        assert ij.load_metadata(place).info["step"] == 20
+    # Without an evaluation it is the latest; one that is named is taken as it is.
+    assert ij.load_metadata(checkpoints / "step_00000035").info["step"] == 35
+    for step in (10, 20, 30):
+        shutil.rmtree(checkpoints / f"step_{step:08d}")
+    assert ij.load_metadata("~/run").info["step"] == 35
+    for read in (ij.load_checkpoint, ij.load_metadata):
+        with pytest.raises(FileNotFoundError, match="and no run that has one"):
+            read(tmp_path / "nothing")
 
 
 def test_nothing_is_overwritten(saved):

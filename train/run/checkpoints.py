@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import pathlib
-import re
 import shutil
 import sys
 from typing import Any
@@ -14,8 +13,9 @@ from flax import linen as nn
 
 from inertia_jax import CheckpointDamagedError, save_checkpoint
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays, verify_checkpoint
-from inertia_jax.metadata import Metadata, load_metadata
-from train.errors import UsageError
+from inertia_jax.metadata import Metadata, best_step, checkpoint_path, latest_steps
+from inertia_jax.metadata import find_checkpoint as find_in_library
+from train.errors import UsageError, user_input
 
 _LATEST = 2
 
@@ -148,40 +148,10 @@ class Checkpoints:
                 path.rename(aside)
 
 
-def checkpoint_path(directory: pathlib.Path, step: int) -> pathlib.Path:
-    """Returns where the checkpoint of a step lies in a run's `checkpoints`."""
-    return directory / f"step_{step:08d}"
-
-
-def latest_steps(directory: pathlib.Path) -> list[int]:
-    """Returns the steps that have a checkpoint, in order."""
-    if not directory.is_dir():
-        return []
-    found = (re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir())
-    return sorted(int(match[1]) for match in found if match)
-
-
 def last_checkpoint(run: pathlib.Path) -> pathlib.Path:
     """Returns the latest checkpoint of a run that has some."""
     checkpoints = run / "checkpoints"
     return checkpoint_path(checkpoints, latest_steps(checkpoints)[-1])
-
-
-def best_step(directory: pathlib.Path) -> int | None:
-    """Returns the earliest step of the highest evaluated top-1."""
-    best: tuple[float, int] | None = None
-    for step in latest_steps(directory):
-        try:
-            info = load_metadata(checkpoint_path(directory, step)).info
-            evaluation = info.get("evaluation")
-            if not evaluation:
-                continue  # saved inside an epoch
-            top1 = float(evaluation["top1"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged
-        if best is None or top1 > best[0]:
-            best = (top1, step)
-    return best[1] if best else None
 
 
 def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
@@ -191,16 +161,10 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
         UsageError: There is neither a checkpoint nor a run at `path`.
     """
     path = pathlib.Path(path).expanduser()
-    if (path / "arrays").is_dir():
-        return path
-    directory = path if path.name == "checkpoints" else path / "checkpoints"
-    steps = latest_steps(directory)
-    if not steps:
-        if path.is_file():
-            raise UsageError(
-                f"{path} is a file, and no checkpoint; `python -m train import` makes "
-                f"one of PyTorch weights."
-            )
-        raise UsageError(f"there is no checkpoint at {path}, and no run that has one.")
-    best = best_step(directory)
-    return checkpoint_path(directory, best if best is not None else steps[-1])
+    if path.is_file():
+        raise UsageError(
+            f"{path} is a file, and no checkpoint; `python -m train import` makes "
+            f"one of PyTorch weights."
+        )
+    with user_input():
+        return find_in_library(path)
