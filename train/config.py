@@ -6,9 +6,19 @@ import math
 import typing
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from train.errors import UsageError
+
+# Options of data, as verbs have them whose options are not nested. Either spelling is
+# taken everywhere.
+SourceOption = Annotated[str | None, tyro.conf.arg(aliases=("--data.source",))]
+CacheDirOption = Annotated[str, tyro.conf.arg(aliases=("--data.cache-dir",))]
+CropPaddingOption = Annotated[
+    int | None, tyro.conf.arg(aliases=("--data.crop-padding",))
+]
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -48,9 +58,11 @@ def _check_range(
 class Data:
     """Images and what happens to them."""
 
-    source: str = "tfds:cifar10"
+    source: Annotated[str, tyro.conf.arg(aliases=("--data",))] = "tfds:cifar10"
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits."""
-    cache_dir: str = "~/.cache/inertia_jax"
+    cache_dir: Annotated[str, tyro.conf.arg(aliases=("--cache-dir",))] = (
+        "~/.cache/inertia_jax"
+    )
     """Directory in which downloaded and decoded sets are kept."""
     image_size: int | None = None
     """Side of the network's input, in pixels; None: as the images are stored."""
@@ -58,7 +70,7 @@ class Data:
     """Mean of each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = CIFAR_STD
     """Standard deviation of each channel, of pixels in [0, 1]."""
-    crop_padding: int = 4
+    crop_padding: Annotated[int, tyro.conf.arg(aliases=("--crop-padding",))] = 4
     """Pixels around a training image before a random crop of its own size."""
     crop_mode: Literal["zeros", "reflect"] = "zeros"
     """Content of these pixels: zeros, or the image mirrored at its edges."""

@@ -28,18 +28,52 @@ class NetworkDescription:
     info: Mapping[str, Any]
 
     @property
-    def trained_on(self) -> Data | None:
-        """Data and augmentation of the training; None if they are not recorded."""
-        recorded = self.info.get("config", {}).get("data")
-        if not recorded:
-            return None
+    def recorded_data(self) -> dict[str, Any]:
+        """Fields of `Data` that are recorded: those of the training, or of `compress`.
+
+        What `compress` was told about the data comes later than the training.
+        """
+        config, compressed = self.info.get("config"), self.info.get("compressed")
+        data = config.get("data") if isinstance(config, Mapping) else None
+        recorded = dict(data) if isinstance(data, Mapping) else {}
+        if isinstance(compressed, Mapping) and compressed.get("data"):
+            told = {"source": compressed["data"]} | {
+                name: compressed.get(name)
+                for name in ("cache_dir", "crop_padding", "flip")
+            }
+            recorded |= {name: v for name, v in told.items() if v is not None}
+        # A later version may have more fields.
         names = {field.name for field in dataclasses.fields(Data)}
+        return {name: value for name, value in recorded.items() if name in names}
+
+    @property
+    def trained_on(self) -> Data | None:
+        """Data and augmentation of the training; None if they are not recorded.
+
+        Where augmentation is not recorded, there is none; normalisation is then that
+        of the preprocessing.
+
+        Raises:
+            UsageError: They are recorded in another form.
+        """
+        if not self.recorded_data:
+            return None
         known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in recorded.items()
-            if name in names  # a later version may have more
+            "source": "",
+            "mean": self.preprocessing.mean,
+            "std": self.preprocessing.std,
+            "crop_padding": 0,
+            "flip": False,
         }
-        return Data(**({"source": ""} | known))
+        for name, value in self.recorded_data.items():
+            known[name] = tuple(value) if isinstance(value, list) else value
+        try:
+            return Data(**known)
+        except (TypeError, UsageError) as error:
+            raise UsageError(
+                f"{self.path} does not say in a known form what it was trained on: "
+                f"{error}"
+            ) from error
 
     @property
     def source(self) -> str | None:

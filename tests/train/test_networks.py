@@ -2,20 +2,27 @@
 
 import collections
 import dataclasses
+import importlib
 import pathlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tyro
 
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
+from train.compress.options import Compress
 from train.config import Config, Data, Model
 from train.config_file import config_to_json
 from train.errors import UsageError
 from train.networks import from_checkpoint, read_description, read_network
+from train.run.checkpoints import find_checkpoint
+from train.verbs.evaluate import Evaluate
+from train.verbs.fit import parse
+from train.verbs.sweep import SweepArguments
 
 pytestmark = pytest.mark.usefixtures("one_device")
 SHAPE = (8, 8, 1)
@@ -126,6 +133,119 @@ def test_a_checkpoint_without_preprocessing_is_refused(read, tmp_path):
     save(tmp_path / "plain", preprocessing=None)
     with pytest.raises(UsageError, match="plain has no preprocessing"):
         read(tmp_path / "plain")
+
+
+def test_what_compress_was_told_of_the_data_is_remembered(tmp_path):
+    info = {"compressed": {"data": "npz:there", "crop_padding": 3, "cache_dir": "c"}}
+    model, variables = save(tmp_path / "imported")
+    ij.save_checkpoint(
+        tmp_path / "small", model, variables, metadata=Metadata(SEEN, NAMES, info)
+    )
+    network = read_description(tmp_path / "small")
+    assert network.source == "npz:there"
+    told = Data("npz:there", "c", mean=(0.5,), std=(0.25,), crop_padding=3, flip=False)
+    assert network.trained_on == told
+    config = from_checkpoint(Config(), network, keep_data=False)
+    # The size is the network's, as of an imported one.
+    assert config.data == dataclasses.replace(told, image_size=8)
+    # Of what was recorded in training, the rest stays.
+    info["config"] = config_to_json(Config(data=dataclasses.replace(DATA, flip=True)))
+    ij.save_checkpoint(
+        tmp_path / "both", model, variables, metadata=Metadata(SEEN, NAMES, info)
+    )
+    both = read_description(tmp_path / "both").trained_on
+    new = {"source": "npz:there", "cache_dir": "c", "crop_padding": 3, "flip": True}
+    assert both == dataclasses.replace(DATA, **new)
+    info["compressed"]["data"] = None  # compressed without data
+    ij.save_checkpoint(
+        tmp_path / "blind", model, variables, metadata=Metadata(SEEN, NAMES, info)
+    )
+    blind = read_description(tmp_path / "blind").trained_on
+    assert blind == dataclasses.replace(DATA, flip=True)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {},
+        {"config": None},
+        {"config": "resnet"},
+        {"config": {"data": None}},
+        {"config": {"data": "cifar10"}},
+        {"config": {"data": {"folder": "x"}}},
+        {"compressed": True},
+    ],
+)
+def test_what_others_record_is_no_data(info, tmp_path):
+    model, variables = save(tmp_path / "plain")
+    metadata = Metadata(SEEN, NAMES, info)
+    ij.save_checkpoint(tmp_path / "foreign", model, variables, metadata=metadata)
+    network = read_description(tmp_path / "foreign")
+    assert network.trained_on is None and network.source is None
+    config = from_checkpoint(Config(), network, keep_data=False)
+    assert (config.data.source, config.data.image_size) == ("", 8)
+
+
+def test_what_is_half_recorded_is_not_guessed(tmp_path):
+    model, variables = save(tmp_path / "plain")
+    for name, data in (("half", {"source": "here"}), ("bad", {"crop_padding": "4"})):
+        metadata = Metadata(SEEN, NAMES, {"config": {"data": data}})
+        ij.save_checkpoint(tmp_path / name, model, variables, metadata=metadata)
+    network = read_description(tmp_path / "half")
+    own = Data("here", mean=(0.5,), std=(0.25,), crop_padding=0, flip=False)
+    assert network.trained_on == own
+    config = from_checkpoint(Config(), network, keep_data=False)
+    assert config.data == dataclasses.replace(own, image_size=8)
+    with pytest.raises(UsageError, match="bad does not say in a known form"):
+        _ = read_description(tmp_path / "bad").trained_on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["finetune", "evaluate"])
+def test_a_compressed_import_needs_its_data_said_once(verb, source, tmp_path, capsys):
+    save(tmp_path / "imported")
+    out = tmp_path / "small"
+    sizes = ["--calibration-images", "8", "--recalibration-images", "8"]
+    arguments = ["compress", str(tmp_path / "imported"), "--ranks", "ratio:0.5", *sizes]
+    # The spelling of `fit`.
+    arguments += ["--out", str(out), "--data.source", source]
+    assert main([*arguments, "--data.crop-padding", "1"]) == 0
+    options = ["--epochs", "1", "--batch-size", "8", "--workdir", str(tmp_path / "run")]
+    assert main([verb, str(out), *(options if verb == "finetune" else [])]) == 0
+    if verb == "finetune":
+        tuned = read_description(find_checkpoint(tmp_path / "run")).trained_on
+        assert tuned is not None
+        assert (tuned.source, tuned.crop_padding, tuned.flip) == (source, 1, False)
+
+
+@pytest.mark.parametrize("equals", [True, False])
+def test_what_is_the_same_has_the_same_names_everywhere(equals):
+    values = {"--data": "npz:x", "--cache-dir": "c", "--crop-padding": "3"}
+
+    def words(nested, count):
+        named = {
+            (f"--data.{name[2:]}" if nested else name): value
+            for name, value in list(values.items())[:count]
+        }
+        if nested:
+            named["--data.source"] = named.pop("--data.data")
+        pairs = [(name, value) for name, value in named.items()]
+        return [f"{n}={v}" for n, v in pairs] if equals else [*sum(pairs, ())]
+
+    for nested in (True, False):
+        fit = parse(words(nested, 3)).run.data
+        assert (fit.source, fit.cache_dir, fit.crop_padding) == ("npz:x", "c", 3)
+        small = tyro.cli(
+            Compress, args=["a", "--out", "b", "--ranks", "evbmf", *words(nested, 3)]
+        )
+        assert (small.data, small.cache_dir, small.crop_padding) == ("npz:x", "c", 3)
+        found = tyro.cli(Evaluate, args=["a", *words(nested, 2)])
+        assert (found.data, found.settings.cache_dir) == ("npz:x", "c")
+        sweep = ["a", "--out", "b", *words(nested, 1)]
+        assert tyro.cli(SweepArguments, args=sweep).data == "npz:x"
+        for module in ("loop", "sweep"):
+            suite = importlib.import_module(f"train.benchmark.{module}").Suite
+            assert tyro.cli(suite, args=words(nested, 1)).data == "npz:x"
 
 
 @pytest.mark.parametrize("keep_data", [True, False])

@@ -13,6 +13,7 @@ import jax
 
 from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import median_with_interval, spread_of, times_in_turn
+from train.config import SourceOption
 from train.config_file import load_config
 from train.data import load_configured
 from train.errors import UsageError
@@ -33,7 +34,7 @@ class Suite(BaseSuite):
 
     config: str = "configs/cifar10_resnet18_small.py"
     """File of the run's configuration."""
-    data: str | None = None
+    data: SourceOption = None
     """Source of the data; None: the configuration's own."""
     width: float | None = None
     """Width of the network; None: the configuration's own."""

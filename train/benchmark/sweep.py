@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from inertia_jax.cost.table import aligned
 from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import Calls, interleaved
-from train.config import Config
+from train.config import Config, SourceOption
 from train.data import ImageSet, load_configured
 from train.errors import UsageError
 from train.experiments.sweep import load_sweep, with_source
@@ -28,7 +28,7 @@ class Suite(BaseSuite):
 
     sweep: str = "configs/sweeps/mnist_inertial.py"
     """File of the sweep."""
-    data: str | None = None
+    data: SourceOption = None
     """Source of the data; None: the configurations' own."""
     batch_size: int = 64
     """Number of images of an evaluation."""

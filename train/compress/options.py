@@ -9,7 +9,7 @@ from inertia_jax.compression.reconstruct import LEAST_IMAGES
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.specs import Inertial
 from train.compress.rank_rules import parse_ranks
-from train.config import Data
+from train.config import CacheDirOption, CropPaddingOption, Data, SourceOption
 from train.errors import UsageError
 from train.run.outputs import check_output, check_output_file
 
@@ -59,10 +59,10 @@ class Compress:
     """Inertial: value that fills a tile of low friction."""
     channel_stride: int = Inertial.channel_stride
     """Inertial: distance between the channels on which friction is measured."""
-    data: str | None = None
+    data: SourceOption = None
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network
     was trained on."""
-    cache_dir: str = Data.cache_dir
+    cache_dir: CacheDirOption = Data.cache_dir
     """Directory in which decoded sets are kept."""
     calibration_images: int = 512
     """Number of training images that choose ranks or thresholds, not augmented."""
@@ -73,7 +73,7 @@ class Compress:
     """Number of training images on which every layer's kernels are fitted to the
     outputs of the dense layer, by least squares; a quarter of them say when to stop. 0:
     kernels are not fitted."""
-    crop_padding: int | None = None
+    crop_padding: CropPaddingOption = None
     """Padding of random crops in the training of the checkpoint; None: as the
     checkpoint says, 0 if it was imported."""
     flip: bool | None = None

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from train.config import Data
+from train.config import CacheDirOption, Data
 from train.data import ImageSet, load_data, warn_of_other_names
 from train.data.augment import Augmentation
 from train.data.feed import make_feed
@@ -19,7 +19,7 @@ from train.networks import NetworkDescription, TrainedNetwork
 class EvaluationSettings:
     """How test images are evaluated."""
 
-    cache_dir: str = Data.cache_dir
+    cache_dir: CacheDirOption = Data.cache_dir
     """Directory in which decoded sets are kept."""
     batch_size: int = 500
     """Images a step, over all devices."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from train.config import SourceOption
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.evaluate.evaluation import paired_difference
 from train.machine.processes import Processes, first_devices, joined
@@ -23,7 +24,7 @@ class Evaluate:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint, or run, of which the best checkpoint is taken."""
-    data: str | None = None
+    data: SourceOption = None
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network
     was trained on."""
     against: str | None = None

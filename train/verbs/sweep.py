@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from train.config import SourceOption
 from train.errors import DivergedError, UsageError, user_input
 from train.experiments.sweep import (
     append_record,
@@ -33,7 +34,7 @@ class SweepArguments:
     """Python file that defines `sweep`, a Sweep of train.experiments.sweep."""
     out: str
     """File of JSON lines, to which each run appends a record when it ends."""
-    data: str | None = None
+    data: SourceOption = None
     """Data that replace every run's `data.source`."""
     only: tuple[str, ...] = ()
     """Names of the runs to train; none: all of them."""
