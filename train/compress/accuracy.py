@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -14,17 +14,14 @@ from train.evaluate.evaluation import Evaluation, paired_difference
 from train.networks import NetworkDescription
 
 
-def evaluate_stages(
-    stages: Mapping[str, Network],
-    *,
-    description: NetworkDescription,
-    sources: Sequence[str],
-    cache_dir: str,
-) -> dict[str, list[Evaluation]]:
-    """Evaluates networks on every test set; equal models are compiled once.
+def stage_evaluator(
+    *, description: NetworkDescription, sources: Sequence[str], cache_dir: str
+) -> Callable[[Mapping[str, Network]], dict[str, list[Evaluation]]]:
+    """Returns a function that evaluates networks, by stage, on every test set.
+
+    Equal models are compiled once.
 
     Args:
-        stages: The networks, by the names of their stages.
         description: The description of the dense network, which holds for all of them.
         sources: The sources of the test sets.
         cache_dir: The directory in which decoded sets are kept.
@@ -36,10 +33,13 @@ def evaluate_stages(
         network = dataclasses.replace(description, model=model)
         return evaluator_for(network, source, settings)
 
-    return {
-        name: [evaluator(source, model)(variables) for source in sources]
-        for name, (model, variables) in stages.items()
-    }
+    def evaluate(stages: Mapping[str, Network]) -> dict[str, list[Evaluation]]:
+        return {
+            name: [evaluator(source, model)(variables) for source in sources]
+            for name, (model, variables) in stages.items()
+        }
+
+    return evaluate
 
 
 def compare_stages(

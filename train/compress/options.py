@@ -90,6 +90,8 @@ class Compress:
     """File to which costs and accuracies are written, as JSON."""
     seed: int = 1
     """Seed of the choice of images and of their augmentation."""
+    resume: bool = False
+    """Resume this compression where it was stopped, if there is one at OUT."""
 
     @property
     def is_inertial(self) -> bool:

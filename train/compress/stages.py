@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import json
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,11 +21,12 @@ from train.compress.accuracy import Network
 from train.compress.options import Compress
 from train.compress.rank_rules import parse_ranks
 from train.config import Data
+from train.config_file import differing_fields
 from train.data import Split, load_data
 from train.data.augment import Augmentation
 from train.data.training_inputs import training_inputs
 from train.errors import UsageError, user_input
-from train.networks import NetworkDescription, TrainedNetwork
+from train.networks import NetworkDescription, TrainedNetwork, read_network
 
 # The augmentation that imported weights are assumed to have been trained with.
 IMPORTED = Data(source="", crop_padding=0, flip=False)
@@ -103,8 +106,20 @@ def compressed_stages(
     return stages
 
 
-def save_compressed(args: Compress, dense: NetworkDescription, small: Network) -> None:
+def save_compressed(
+    args: Compress,
+    dense: NetworkDescription,
+    small: Network,
+    *,
+    results: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the compressed network's checkpoint.
+
+    Args:
+        args: The options, complete.
+        dense: The network before.
+        small: The network after.
+        results: What was measured, which `read_compressed` returns.
 
     Raises:
         UsageError: It cannot be written.
@@ -113,10 +128,31 @@ def save_compressed(args: Compress, dense: NetworkDescription, small: Network) -
         **dense.info,
         "evaluation": None,  # what is there is the dense network's
         "compressed": dataclasses.asdict(args),
+        "compression_results": results,
     }
     metadata = dataclasses.replace(dense.metadata, info=info)
     with user_input():
         save_checkpoint(args.out, *small, metadata=metadata)
+
+
+def read_compressed(args: Compress) -> tuple[Network, Mapping[str, Any]]:
+    """Returns the network that a compression has written, and what it had measured.
+
+    Raises:
+        UsageError: The checkpoint is not that of these options.
+    """
+    out = pathlib.Path(args.out)
+    network = read_network(out)
+    here = {**json.loads(json.dumps(dataclasses.asdict(args))), "resume": None}
+    there = {**network.info.get("compressed", {}), "resume": None}
+    results = network.info.get("compression_results")
+    differing = differing_fields(there, here)
+    if differing or results is None:
+        why = "; ".join(differing) or "it does not say what was measured"
+        raise UsageError(
+            f"`out` (={out}) is not of this compression; nothing was changed: {why}."
+        )
+    return (network.model, network.variables), results
 
 
 def _drawer(

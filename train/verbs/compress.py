@@ -1,7 +1,6 @@
 """`python -m train compress`: make a trained checkpoint smaller."""
 
 import dataclasses
-import functools
 import pathlib
 import shlex
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import tyro
 
 from inertia_jax import count_cost
-from train.compress.accuracy import Network, compare_stages, evaluate_stages, in_words
+from train.compress.accuracy import Network, compare_stages, in_words, stage_evaluator
 from train.compress.layer_report import format_layers, report_layers
 from train.compress.options import Compress, check_options, check_options_without_data
 from train.compress.rank_rules import plan_to_json
@@ -19,6 +18,7 @@ from train.compress.stages import (
     IMPORTED,
     compressed_stages,
     load_training_images,
+    read_compressed,
     save_compressed,
 )
 from train.config import FINETUNE, Config
@@ -42,35 +42,46 @@ def run(argv: Sequence[str]) -> int:
     args = tyro.cli(Compress, args=argv, prog="python -m train compress")
     check_options(args)
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
+    is_made = args.resume and out.exists()
     for place in (out, _tuned_beside(out)):
-        if place.exists() and (place == out or args.finetune_epochs):
+        is_written = place == out or args.finetune_epochs
+        if place.exists() and is_written and not is_made:
             raise UsageError(f"`out` (={place}) must not exist; nothing was changed.")
     network = read_network(path)
     dense = (network.model, network.variables)
     args = _completed(args, network)
     sources = () if args.data is None else (args.data, *args.also_test)
-    split = load_training_images(args, network)
-    evaluate = functools.partial(
-        evaluate_stages, description=network, sources=sources, cache_dir=args.cache_dir
+    evaluate = stage_evaluator(
+        description=network, sources=sources, cache_dir=args.cache_dir
     )
+    split = None if is_made else load_training_images(args, network)
     before = evaluate({"before": dense})["before"]
-    start = time.perf_counter()
-    with user_input():
-        stages = compressed_stages(args, network, split)
-    seconds = time.perf_counter() - start
-    small = next(reversed(stages.values()))
-    save_compressed(args, network, small)
+    if is_made:
+        small, results = read_compressed(args)
+    else:
+        start = time.perf_counter()
+        with user_input():
+            stages = compressed_stages(args, network, split)
+        seconds = time.perf_counter() - start
+        small = next(reversed(stages.values()))
+        tests = compare_stages(sources, before, evaluate(stages))
+        results = {"seconds": seconds, "tests": tests}
+        save_compressed(args, network, small, results=results)
+    tests = results["tests"]
     if args.finetune_epochs:
         config = _tuning_config(args, path, out)
-        result = fit(config, workdir=_tuned_beside(out), resume=False)
+        result = fit(config, workdir=_tuned_beside(out), resume=args.resume)
         if result.stopped_by is not None:
-            print(_resume_command(args, path, out, result))
+            print(_resume_command(argv, out, result))
             return exit_code(result)
         tuned = read_network(last_checkpoint(result.workdir))
         print(f"fine-tuned checkpoint {tuned.path}")
-        stages["fine-tuned"] = (tuned.model, tuned.variables)
-    tests = compare_stages(sources, before, evaluate(stages))
-    _report(args, network, small, tests=tests, seconds=seconds)
+        after = evaluate({"fine-tuned": (tuned.model, tuned.variables)})
+        for test, new in zip(
+            tests, compare_stages(sources, before, after), strict=True
+        ):
+            test["stages"] |= new["stages"]
+    _report(args, network, small, tests=tests, seconds=results["seconds"])
     return 0
 
 
@@ -173,19 +184,11 @@ def _tuned_beside(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}_finetuned")
 
 
-def _resume_command(
-    args: Compress, teacher: pathlib.Path, out: pathlib.Path, result: FitResult
-) -> str:
-    """Returns the command that resumes the fine-tuning after a signal stopped it."""
-    words: list[Any] = ["python", "-m", "train", "finetune", out, "--resume"]
-    words += ["--workdir", result.workdir, "--name", out.name]
-    words += ["--epochs", args.finetune_epochs, "--seed", args.seed]
-    words += ["--teacher", teacher.absolute(), "--data.source", args.data]
-    words += ["--data.cache-dir", args.cache_dir]
-    words += ["--data.flip" if args.flip else "--data.no-flip"]
-    words += ["--data.crop-padding", args.crop_padding or 0]
-    words += ["--optimizer.learning-rate", args.finetune_learning_rate]
+def _resume_command(argv: Sequence[str], out: pathlib.Path, result: FitResult) -> str:
+    """Returns the command that goes on after a signal stopped the fine-tuning."""
+    words = ["python", "-m", "train", "compress", *argv]
+    words += [] if "--resume" in argv else ["--resume"]
     return (
         f"stopped and saved at step {result.step}; the compressed checkpoint is {out}; "
-        f"this goes on with its fine-tuning:\n{shlex.join(map(str, words))}"
+        f"this goes on with its fine-tuning:\n{shlex.join(words)}"
     )

@@ -247,6 +247,7 @@ def test_fine_tuning_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys
     out = tmp_path / "out"
     arguments = ["--ranks", "ratio:0.5", "--no-weigh", *IMAGES, "--out", str(out)]
     arguments += ["--finetune-epochs", "2", "--seed", "3", "--cache-dir", str(tmp_path)]
+    arguments += ["--record", str(tmp_path / "record.json")]
     first = StopSignal.after_call
     calls = iter(range(10**6))
 
@@ -260,9 +261,22 @@ def test_fine_tuning_that_was_stopped_goes_on(run, tmp_path, monkeypatch, capsys
     assert "stopped and saved at step 3" in said[-2]
     command = shlex.split(said[-1])
     assert command[:3] == ["python", "-m", "train"]
-    assert main(command[3:]) == 0
+    other = [*command[3:], "--layers", "layer3*"]
+    assert main(other) == 2
+    assert "is not of this compression" in capsys.readouterr().err
+    record = tmp_path / "record.json"
+    assert main([*command[3:]]) == 0
     printed = capsys.readouterr()
     assert "step 3 of 22" in printed.out + printed.err
+    # All that a compression that was not stopped prints and records.
+    assert re.search(r"layer1_0/conv1 +3x3x6x6 +3,3", printed.out)
+    assert re.search(r"network: [\d,]+ -> [\d,]+ parameters", printed.out)
+    assert re.search(
+        r"before, raw [\d.]+% .*, recalibrated [\d.]+% .*, fine-tuned [\d.]+% ",
+        printed.out,
+    )
+    (test,) = json.loads(record.read_text())["tests"]
+    assert list(test["stages"]) == ["raw", "recalibrated", "fine-tuned"]
 
 
 @pytest.mark.slow
