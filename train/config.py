@@ -211,6 +211,8 @@ class Config:
     init: str | None = None
     """Checkpoint of the same network from which training starts, or a run, whose best
     is taken; None: random parameters."""
+    new_head: bool = False
+    """Draw the last layer anew, for the classes of these data, beside `init`."""
     train_only: tuple[str, ...] = ()
     """Globs over paths of parameters or layers: only these are trained; none: all."""
     freeze: tuple[str, ...] = ()
@@ -274,6 +276,7 @@ FINETUNE = Config(
 # first has no effect.
 _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("model.strict", "model.plan", lambda plan: plan != "[]"),
+    ("new_head", "init", lambda path: path is not None),
     ("distill_weight", "teacher", lambda path: path is not None),
     ("distill_temperature", "teacher", lambda path: path is not None),
     ("gate_penalty", "gate_budget", lambda budget: budget is not None),

@@ -174,6 +174,19 @@ def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Prepro
     return Preprocessing(shape, data.mean, data.std, data.eval_resize)
 
 
+def model_config(model: nn.Module, *, strict: bool = False) -> Model:
+    """Returns the configuration that makes a network."""
+    return Model(
+        name=model_name(model),
+        width=model.width,
+        stem=getattr(model, "stem", Model.stem),
+        shortcut=getattr(model, "shortcut", Model.shortcut),
+        dtype=np.dtype(model.dtype).name,
+        plan=model.plan.to_json(),
+        strict=strict,
+    )
+
+
 def from_checkpoint(
     config: Config, network: NetworkDescription, *, keep_data: bool
 ) -> Config:
@@ -189,20 +202,14 @@ def from_checkpoint(
     height, width, _ = preprocessing.image_shape
     # An imported network does not say whether its images were resized.
     image_size = height if height == width else None
-    if trained_on is not None:
+    if trained_on is not None and "image_size" in network.recorded_data:
         image_size = trained_on.image_size
     data = config.data if keep_data else (trained_on or Data(source=""))
     return dataclasses.replace(
         config,
         init=str(network.path.absolute()),
-        model=Model(
-            name=model_name(model),
-            width=model.width,
-            stem=getattr(model, "stem", Model.stem),
-            shortcut=getattr(model, "shortcut", Model.shortcut),
-            dtype=np.dtype(model.dtype).name,
-            plan=model.plan.to_json(),
-            strict=config.model.strict and bool(model.plan.rules),
+        model=model_config(
+            model, strict=config.model.strict and bool(model.plan.rules)
         ),
         data=dataclasses.replace(
             data,

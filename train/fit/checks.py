@@ -1,9 +1,11 @@
 """Checks before training: data and devices must suit the configuration."""
 
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from inertia_jax import Inertial, Rate
@@ -13,6 +15,23 @@ from train.errors import UsageError
 from train.fit.teacher import hash_variables
 from train.machine.processes import differing_process
 from train.step.objective import is_held
+
+
+def warn_of_unreached(config: Config) -> None:
+    """Warns on standard error of falls of the learning rate that come too late."""
+    optimizer = config.optimizer
+    name, epochs = "", list[int]()
+    if optimizer.schedule == "multistep":
+        name, epochs = "milestones", list(optimizer.milestones)
+    elif optimizer.schedule == "exponential":
+        name, epochs = "decay_epochs", [optimizer.decay_epochs]
+    late = [str(epoch) for epoch in epochs if epoch >= config.epochs]
+    if late and jax.process_index() == 0:
+        print(
+            f"warning: the learning rate does not fall after epoch {', '.join(late)} "
+            f"(`optimizer.{name}`): the run ends after epoch {config.epochs}.",
+            file=sys.stderr,
+        )
 
 
 def check_trainable(config: Config, data: ImageSet, num_devices: int) -> Split:

@@ -20,9 +20,12 @@ from inertia_jax.metadata import load_metadata
 from train.config import Config
 from train.config_file import config_to_json, differing_fields
 from train.data import ImageSet, load_configured
+from train.data.statistics import warn_of_normalisation
 from train.errors import UsageError
 from train.evaluate.evaluation import Evaluation
+from train.fit.checks import warn_of_unreached
 from train.fit.clock import TrainingClock
+from train.fit.initial import check_initial, verify_initial
 from train.fit.meter import Meter, progress_bar
 from train.fit.stop import StopSignal
 from train.fit.teacher import resolve_teacher
@@ -68,9 +71,17 @@ def fit(
     """
     config = resolve_teacher(config)
     directory = RunDirectory(workdir, config, resume=resume)
+    is_new = not directory.has_checkpoints
+    if is_new:
+        verify_initial(config)
+    warn_of_unreached(config)
     data = load_configured(config.data)
     _check_agreement(config, data)
+    if is_new:
+        check_initial(config, data)
     trainer = Trainer(config, data, devices)
+    whose = "the checkpoint" if config.init else "the configuration"
+    warn_of_normalisation(data, config.data.mean, config.data.std, whose=whose)
     state = trainer.init_state()
     directory.lock()
     checkpoints = Checkpoints(directory.checkpoints)

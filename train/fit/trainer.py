@@ -8,27 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inertia_jax import load_checkpoint
-from inertia_jax.metadata import Metadata, load_metadata
+from inertia_jax.metadata import Metadata
 from inertia_jax.models.create import abstract_variables
 from train.config import Config
 from train.config_file import config_to_json
-from train.data import ImageSet, warn_of_other_names
+from train.data import ImageSet
 from train.data.augment import Augmentation
 from train.data.feed import choose_steps_per_call, epoch_order, make_feed
-from train.errors import UsageError, user_input
+from train.errors import user_input
 from train.evaluate.evaluation import Evaluation, make_evaluator
-from train.fit.checks import (
-    check_float64,
-    check_gates,
-    check_same_everywhere,
-    check_trainable,
-)
+from train.fit.checks import check_float64, check_gates, check_trainable
+from train.fit.initial import read_initial
 from train.fit.teacher import load_teacher
 from train.keys import run_keys
 from train.machine.parallel import AXIS, Parallel
 from train.networks import make_model, make_preprocessing
-from train.run.checkpoints import find_checkpoint
 from train.step.distill import Distillation
 from train.step.objective import Objective
 from train.step.optimizer import make_optimizer, scale_learning_rate
@@ -173,31 +167,9 @@ class Trainer:
         """Returns the first state with the variables of `config.init`, if that is set.
 
         Raises:
-            UsageError: There is no checkpoint, or it has another network or another
-                normalisation.
+            UsageError: As `read_initial`.
         """
-        if self.config.init is None:
-            return state
-        path = find_checkpoint(self.config.init)
-        with user_input():
-            model, variables = load_checkpoint(path)
-            metadata = load_metadata(path)
-        if jax.process_count() > 1:
-            check_same_everywhere(path, variables)
-        warn_of_other_names(self.data, metadata.class_names)
-        own, theirs = self.preprocessing, metadata.preprocessing
-        if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
-            raise UsageError(
-                f"`init` (={self.config.init}) was trained with `mean` {theirs.mean} "
-                f"and `std` {theirs.std}; the run has {own.mean} and {own.std}."
-            )
-        if model != self.model:
-            raise UsageError(
-                f"`init` (={self.config.init}) has another network than `model` and "
-                f"the data's {self.data.num_classes} classes say: {model} there, "
-                f"{self.model} here."
-            )
-        state = state.with_variables(variables)
+        state = read_initial(self.config, self.data, self.model, state)
         return self.parallel.replicate(state.widened(self.model))
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:

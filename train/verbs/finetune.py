@@ -1,6 +1,9 @@
 """`python -m train finetune`: train a checkpoint's network further."""
 
 import dataclasses
+import os
+import pathlib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -48,6 +51,10 @@ def _run(argv: Sequence[str]) -> int:
         path = find_checkpoint(argv[0])
         network = read_description(path)
         default = from_checkpoint(default, network, keep_data=file is not None)
+        if file is None:
+            default = dataclasses.replace(
+                default, name=f"{default.name}_{_checkpoint_name(argv[0])}"
+            )
     args = tyro.cli(
         Finetune,
         default=Finetune(default, config=file),
@@ -63,8 +70,18 @@ def _run(argv: Sequence[str]) -> int:
     for name in _ITS_OWN:
         _check_kept(name, getattr(default.data, name), getattr(config.data, name))
     if not config.data.source:
-        raise UsageError(f"{path} names no data; say which with --data.source.")
+        raise UsageError(f"{path} names no data; say which with --data.")
     return args.train()
+
+
+def _checkpoint_name(given: str) -> str:
+    """Returns the name of a checkpoint or a run, by which its fine-tuning is called."""
+    path = pathlib.Path(os.path.abspath(pathlib.Path(given).expanduser()))
+    if path.name == "checkpoints":
+        path = path.parent
+    if re.fullmatch(r"step_\d+", path.name) and path.parent.name == "checkpoints":
+        return f"{path.parents[1].name}_{path.name}"
+    return path.name
 
 
 def _check_kept(name: str, own: Any, given: Any) -> None:

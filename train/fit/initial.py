@@ -1,0 +1,124 @@
+"""The checkpoint that a run starts from: checked before anything is compiled, read."""
+
+import dataclasses
+import pathlib
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+
+from inertia_jax import Plan
+from inertia_jax.checkpoint import load_arrays, verify_checkpoint
+from inertia_jax.metadata import load_description
+from inertia_jax.models.create import abstract_variables
+from train.config import Config
+from train.config_file import differing_fields
+from train.data import ImageSet, warn_of_other_names
+from train.errors import UsageError, user_input
+from train.fit.checks import check_same_everywhere
+from train.networks import make_preprocessing, model_config
+from train.run.checkpoints import find_checkpoint
+from train.step.state import TrainState
+
+
+def verify_initial(config: Config) -> None:
+    """Checks the files of `config.init`, if that is set.
+
+    Raises:
+        UsageError: There is no checkpoint, or it is damaged.
+    """
+    if config.init is not None:
+        with user_input():
+            verify_checkpoint(find_checkpoint(config.init))
+
+
+def check_initial(config: Config, data: ImageSet) -> pathlib.Path | None:
+    """Returns the checkpoint that a run starts from; None if it starts from none.
+
+    Raises:
+        UsageError: There is no checkpoint, or it has another network or another
+            normalisation.
+    """
+    if config.init is None:
+        return None
+    path, name = find_checkpoint(config.init), f"`init` (={config.init})"
+    with user_input():
+        model, metadata = load_description(path)
+        own = make_preprocessing(config.data, data.image_shape)
+    theirs = metadata.preprocessing
+    if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
+        raise UsageError(
+            f"{name} was trained with `mean` {theirs.mean} and `std` {theirs.std}; the "
+            f"run has {own.mean} and {own.std}."
+        )
+    there, here = model_config(model), config.model
+    plan = Plan.from_json(here.plan)
+    differing = differing_fields(
+        {**dataclasses.asdict(there), "plan": ""},
+        {**dataclasses.asdict(here), "plan": "", "strict": there.strict},
+    )
+    if plan != model.plan:  # whose texts are long
+        differing.append("plan")
+    if differing:
+        raise UsageError(
+            f"{name} has another network than `model`: {'; '.join(differing)}."
+        )
+    if not config.new_head:
+        if model.num_classes != data.num_classes:
+            raise UsageError(
+                f"{name} has {model.num_classes} classes, {data.name} has "
+                f"{data.num_classes}; --new-head draws a last layer for them."
+            )
+        warn_of_other_names(data, metadata.class_names)
+    if theirs is not None and theirs.image_shape != own.image_shape:
+        wanted = _shapes(model, theirs.image_shape)
+        if differing := differing_fields(wanted, _shapes(model, own.image_shape)):
+            raise UsageError(
+                f"{name} takes images of {theirs.image_shape}, the run has "
+                f"{own.image_shape}, for which layers have other sizes: {differing[0]}."
+            )
+    return path
+
+
+def read_initial(
+    config: Config, data: ImageSet, model: nn.Module, state: TrainState
+) -> TrainState:
+    """Returns the first state with the variables of `config.init`, if that is set.
+
+    With `config.new_head`, the last layer stays as `state` has it.
+
+    Raises:
+        UsageError: As `check_initial`, or the checkpoint is damaged.
+    """
+    path = check_initial(config, data)
+    if path is None:
+        return state
+    with user_input():
+        verify_checkpoint(path)
+        variables = load_arrays(path)["variables"]
+    if jax.process_count() > 1:
+        check_same_everywhere(path, variables)
+    if config.new_head:
+        shape = make_preprocessing(config.data, data.image_shape).image_shape
+        drawn = traverse_util.flatten_dict(state.variables)
+        kept = traverse_util.flatten_dict(variables)
+        kept |= {path: drawn[path] for path in head_paths(model, shape)}
+        variables = traverse_util.unflatten_dict(kept)
+    return state.with_variables(variables)
+
+
+def head_paths(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> set[tuple[str, ...]]:
+    """Returns the paths of the variables whose shapes depend on the classes."""
+    more = model.clone(num_classes=model.num_classes + 1)
+    ours, theirs = (_shapes(m, image_shape) for m in (model, more))
+    return {tuple(p.split("/")) for p in ours if ours[p] != theirs[p]}
+
+
+def _shapes(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> dict[str, tuple[int, ...]]:
+    variables = abstract_variables(model, image_shape)
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
