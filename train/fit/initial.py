@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -98,27 +99,34 @@ def read_initial(
         variables = load_arrays(path)["variables"]
     if jax.process_count() > 1:
         check_same_everywhere(path, variables)
+    drawn, kept = _flat(state.variables), _flat(variables)
     if config.new_head:
         shape = make_preprocessing(config.data, data.image_shape).image_shape
-        drawn = traverse_util.flatten_dict(state.variables)
-        kept = traverse_util.flatten_dict(variables)
-        kept |= {path: drawn[path] for path in head_paths(model, shape)}
-        variables = traverse_util.unflatten_dict(kept)
-    return state.with_variables(variables)
+        kept |= {name: drawn[name] for name in head_paths(model, shape)}
+    if differing := differing_fields(_shapes_of(kept), _shapes_of(drawn)):
+        raise UsageError(
+            f"`init` (={config.init}) has not the variables of its network: "
+            f"{'; '.join(differing[:3])}."
+        )
+    return state.with_variables(traverse_util.unflatten_dict(kept, sep="/"))
 
 
-def head_paths(
-    model: nn.Module, image_shape: tuple[int, int, int]
-) -> set[tuple[str, ...]]:
-    """Returns the paths of the variables whose shapes depend on the classes."""
+def head_paths(model: nn.Module, image_shape: tuple[int, int, int]) -> set[str]:
+    """Returns the `/` paths of the variables whose shapes depend on the classes."""
     more = model.clone(num_classes=model.num_classes + 1)
     ours, theirs = (_shapes(m, image_shape) for m in (model, more))
-    return {tuple(p.split("/")) for p in ours if ours[p] != theirs[p]}
+    return {path for path in ours if ours[path] != theirs[path]}
 
 
 def _shapes(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> dict[str, tuple[int, ...]]:
-    variables = abstract_variables(model, image_shape)
-    flat = traverse_util.flatten_dict(variables, sep="/")
+    return _shapes_of(_flat(abstract_variables(model, image_shape)))
+
+
+def _shapes_of(flat: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def _flat(variables: dict[str, Any]) -> dict[str, Any]:
+    return traverse_util.flatten_dict(variables, sep="/")

@@ -96,7 +96,7 @@ def test_a_new_head_is_drawn_and_everything_else_kept(
 def test_the_head_is_what_has_a_row_a_class(name):
     model = ij.create_model(name, width=0.1, num_classes=7)
     linear = "classifier" if name == "vgg16" else "linear"
-    paths = {"/".join(path) for path in head_paths(model, (32, 32, 3))}
+    paths = head_paths(model, (32, 32, 3))
     assert paths == {f"params/{linear}/kernel", f"params/{linear}/bias"}
 
 
@@ -148,6 +148,29 @@ def test_a_checkpoint_of_something_else_is_refused_in_a_line(
     assert main([*arguments, "--workdir", str(tmp_path / "run")]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v | {"sown": {"x": np.ones(2)}}, r"sown/x: \(2,\)"),
+        (lambda v: {"params": {**v["params"], "fc1": {}}}, "params/fc1/bias: None"),
+        (
+            lambda v: jax.tree.map(lambda leaf: leaf[:3], v),
+            r"params/conv2/bias: \(3,\) there, \(6,\) here",
+        ),
+    ],
+)
+def test_variables_of_another_network_are_refused(
+    change, message, checkpoint, sources, tmp_path, capsys
+):
+    model, variables = ij.load_checkpoint(checkpoint)
+    metadata = ij.load_metadata(checkpoint)
+    path = tmp_path / "foreign"
+    ij.save_checkpoint(path, model, change(variables), metadata=metadata)
+    assert finetune(path, sources[10], tmp_path / "run") == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert re.search(f"has not the variables of its network: .*{message}", line)
 
 
 def test_a_new_head_needs_a_checkpoint(sources, tmp_path, capsys):
