@@ -74,12 +74,12 @@ def fit(
     is_new = not directory.has_checkpoints
     if is_new:
         verify_initial(config)
-    warn_of_unreached(config)
     data = load_configured(config.data)
     _check_agreement(config, data)
     if is_new:
         check_initial(config, data)
     trainer = Trainer(config, data, devices)
+    warn_of_unreached(config)
     whose = "the checkpoint" if config.init else "the configuration"
     warn_of_normalisation(data, config.data.mean, config.data.std, whose=whose)
     state = trainer.init_state()
