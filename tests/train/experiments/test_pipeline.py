@@ -14,9 +14,9 @@ from train.__main__ import main
 pytestmark = pytest.mark.usefixtures("one_device")
 CONFIG = "configs/pipelines/cifar100_tucker.py"
 SMALL = [
-    *("--run.data.source", "digits", "--run.data.image-size", "32"),
+    *("--run.data.source", "digits", "--run.data.image-size", "16"),
     *("--run.data.mean", "0.3", "--run.data.std", "0.4"),
-    *("--run.data.eval-resize", "36", "--run.model.width", "0.1"),
+    *("--run.data.eval-resize", "18", "--run.model.width", "0.1"),
     *("--run.epochs", "1", "--head-epochs", "1"),
 ]
 
@@ -25,7 +25,7 @@ SMALL = [
 def weights(tmp_path_factory):
     """Weights of a narrow ResNet18 with torchvision's stem, keys and 1,000 classes."""
     model = ij.create_model("resnet18", num_classes=1000, width=0.1, stem="imagenet")
-    variables = ij.init_variables(model, jax.random.key(5), (32, 32, 1))
+    variables = ij.init_variables(model, jax.random.key(5), (16, 16, 1))
     file = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
     save_file(ij.to_torch(model, variables), file)
     return file
@@ -90,7 +90,7 @@ def test_only_the_head_is_new_and_only_the_head_is_trained(done, weights):
     assert moved == {"fc/kernel", "fc/bias"}
     assert flat["fc/kernel"].shape[1] == 10
     model = ij.create_model("resnet18", num_classes=1000, width=0.1, stem="imagenet")
-    original = ij.load_torch(model, weights, image_shape=(32, 32, 1))["params"]
+    original = ij.load_torch(model, weights, image_shape=(16, 16, 1))["params"]
     assert (original["conv1"]["kernel"] == imported["conv1"]["kernel"]).all()
 
 

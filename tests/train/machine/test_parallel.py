@@ -26,7 +26,7 @@ from train.machine.parallel import Parallel
 pytestmark = pytest.mark.usefixtures("optimised")
 
 
-# On images of 16 x 16: at 32 x 32 the steps take longer than compiling them.
+# On images of 8 x 8: on larger ones the steps take longer than compiling them.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_devices", "parallel", "memory_share", "steps_per_call"),
@@ -43,19 +43,19 @@ def test_twenty_steps_in_float64_agree(
     config = make_config(parallel=parallel, steps_per_call=steps_per_call)
     data = dataclasses.replace(config.data, memory_share=memory_share)
     config = dataclasses.replace(config, data=data)
-    values = train_steps(config, synthetic_set(16), num_devices, 20)
+    values = train_steps(config, synthetic_set(8), num_devices, 20)
     assert relative(values, one_device) < 1e-9
 
 
 @pytest.fixture(scope="module")
 def one_device():
     with jax.enable_x64(True):
-        return train_steps(make_config(), synthetic_set(16), 1, 20)
+        return train_steps(make_config(), synthetic_set(8), 1, 20)
 
 
 @pytest.mark.slow
 def test_the_result_depends_on_the_seed(x64, one_device):
-    values = train_steps(make_config(seed=2), synthetic_set(16), 1, 20)
+    values = train_steps(make_config(seed=2), synthetic_set(8), 1, 20)
     assert relative(values, one_device) > 0.1
 
 
@@ -101,7 +101,7 @@ def test_dropout_and_adadelta_agree_over_devices(x64, quick_compile):
 @pytest.mark.slow
 def test_unsynchronised_batch_norm_differs_over_devices(x64, one_device):
     config = make_config(sync_batch_norm=False)
-    assert relative(train_steps(config, synthetic_set(16), 8, 20), one_device) > 1e-6
+    assert relative(train_steps(config, synthetic_set(8), 8, 20), one_device) > 1e-6
 
 
 @pytest.mark.slow
