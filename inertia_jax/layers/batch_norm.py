@@ -7,6 +7,8 @@ from flax import linen as nn
 from jax import Array, lax
 from jaxtyping import Float
 
+from inertia_jax.ops.precision import at_least_float32
+
 
 class BatchNormToTrain(nn.Module):
     """Normalises by the statistics of the batch, as `nn.BatchNorm` in training does.
@@ -35,7 +37,7 @@ class BatchNormToTrain(nn.Module):
         scale = self.param("scale", ones, (channels,), self.param_dtype)
         bias = self.param("bias", zeros, (channels,), self.param_dtype)
 
-        wide = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        wide = x.astype(at_least_float32(self.dtype))
         axes = tuple(range(x.ndim - 1))
         moments = jnp.stack([wide.mean(axes), (wide * wide).mean(axes)])
         if self.axis_name is not None and not self.is_initializing():

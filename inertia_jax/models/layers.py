@@ -17,6 +17,7 @@ from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.low_rank import LowRankConv
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.dispatch import conv_for_linen
+from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import (
     Conv,
@@ -104,7 +105,7 @@ class Layers:
 
     @property
     def param_dtype(self) -> Any:
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return at_least_float32(self.dtype)
 
     def conv(
         self,

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
 from inertia_jax.metadata import Preprocessing
+from inertia_jax.ops.precision import at_least_float32
 from train.config import Data
 
 
@@ -164,7 +165,7 @@ def normalise(
     dtype: jnp.dtype,
 ) -> Float[Array, "n h w c"]:
     """Returns `(images / 255 - mean) / std`, computed in float32 at least."""
-    compute = jnp.promote_types(dtype, jnp.float32)
+    compute = at_least_float32(dtype)
     pixels = images.astype(compute) / 255
     offset, scale = jnp.array(mean, compute), jnp.array(std, compute)
     return ((pixels - offset[None, None, None]) / scale[None, None, None]).astype(dtype)

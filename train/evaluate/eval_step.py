@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jaxtyping import Int, UInt8
 
+from inertia_jax.ops.precision import at_least_float32
 from train.data.augment import Augmentation
 from train.machine.parallel import AXIS
 from train.step.objective import cross_entropy
@@ -45,7 +46,7 @@ def make_eval_call(
         targets = labels[indices]
         logits, rates = answer(variables, batch)
         if flip_test:
-            logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+            logits = logits.astype(at_least_float32(logits.dtype))
             mirrored = answer(variables, batch[:, :, ::-1])
             logits, rates = jax.tree.map(
                 lambda a, b: (a + b) / 2, (logits, rates), mirrored

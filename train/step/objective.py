@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from inertia_jax import Inertial, Rate
+from inertia_jax.ops.precision import at_least_float32
 from train.machine.parallel import AXIS
 from train.step.distill import Distillation, distillation_loss
 
@@ -17,7 +18,7 @@ def cross_entropy(
     logits: Float[Array, "n k"], labels: Int[Array, "n"], *, label_smoothing: float
 ) -> Float[Array, "n"]:
     """Returns each example's loss, in float32 at least."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(at_least_float32(logits.dtype))
     if not label_smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)

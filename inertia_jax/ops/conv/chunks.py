@@ -1,6 +1,5 @@
 """A few images at a time: loops whose intermediate results stay in the cache."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,24 +8,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def map_chunks(function: Callable[[Any], Any], x: Any, *, size: int, y: Any) -> Any:
+def map_chunks(
+    function: Callable[[Array], Array],
+    x: Array,
+    *,
+    size: int,
+    y: jax.ShapeDtypeStruct,
+) -> Array:
     """Applies a function that works image by image to `size` images at a time.
 
-    Both `x` and the result are trees of arrays [n, ...]; `y` holds the shapes and types
-    of the result for all images.
+    Both `x` and the result are arrays [n, ...]; `y` holds the shape and type of the
+    result for all images.
     """
-    n = jax.tree.leaves(x)[0].shape[0]
+    n = x.shape[0]
     if size >= n:
         return function(x)
 
-    def put(start: Array | int, count: int, y: Any) -> Any:
-        write = functools.partial(
-            lax.dynamic_update_slice_in_dim, start_index=start, axis=0
-        )
-        return jax.tree.map(write, y, function(_take(x, start, count)))
+    def put(start: Array | int, count: int, y: Array) -> Array:
+        chunk = function(lax.dynamic_slice_in_dim(x, start, count))
+        return lax.dynamic_update_slice_in_dim(y, chunk, start, axis=0)
 
-    varying = jax.tree.leaves(x)
-    out = jax.tree.map(lambda a: _varying_as(jnp.zeros(a.shape, a.dtype), *varying), y)
+    out = _varying_as(jnp.zeros(y.shape, y.dtype), x)
     out = lax.fori_loop(0, n // size, lambda i, out: put(i * size, size, out), out)
     rest = n % size
     return put(n - rest, rest, out) if rest else out
@@ -44,16 +46,13 @@ def sum_chunks(
         return function(*arrays)
 
     def add(start: Array | int, count: int, sums: Any) -> Any:
-        return jax.tree.map(jnp.add, sums, function(*_take(arrays, start, count)))
+        chunks = [lax.dynamic_slice_in_dim(a, start, count) for a in arrays]
+        return jax.tree.map(jnp.add, sums, function(*chunks))
 
     sums = jax.tree.map(lambda a: _varying_as(a, *arrays), zero)
     sums = lax.fori_loop(0, n // size, lambda i, sums: add(i * size, size, sums), sums)
     rest = n % size
     return add(n - rest, rest, sums) if rest else sums
-
-
-def _take(arrays: Any, start: Array | int, count: int) -> Any:
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, count), arrays)
 
 
 def _varying_as(start: Array, *arrays: Array) -> Array:

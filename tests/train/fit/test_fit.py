@@ -121,6 +121,8 @@ def uninterrupted(data, tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     cache = str(ROOT / ".pytest_cache" / "jax")
     env |= {"JAX_COMPILATION_CACHE_DIR": cache}
+    # Every run of it then executes the very same programs.
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     arguments = [*FIT, "--epochs", "30", "--checkpoint-steps", "3"]
     arguments += ["--data.source", data]
     process = start(["-m", "train", *arguments, "--workdir", str(workdir)], env)
