@@ -171,6 +171,22 @@ def test_hooi_is_no_worse_a_network_than_hosvd(network, budgeted):
     assert error < relative_errors(*budgeted, network)
 
 
+@pytest.mark.parametrize("ranks", [(3, 7), (8, 2)])
+def test_hooi_of_1x1_layers_keeps_unequal_ranks(network, ranks):
+    plan = ij.Plan((("layer2_0/shortcut_0", ij.Tucker2(*ranks)),))
+    hooi, hosvd = (
+        ij.compress(*network, ranks=plan, method=method) for method in ("hooi", "hosvd")
+    )
+    assert hooi[0].plan == hosvd[0].plan == plan
+    kernel = network[1]["params"]["layer2_0"]["shortcut_0"]["kernel"][0, 0]
+    tail = np.linalg.svd(kernel, compute_uv=False)[min(ranks) :]
+    for compressed in (hooi, hosvd):
+        # Both are the truncated SVD, up to float32's rounding.
+        error = relative_errors(*compressed, network)
+        expected = np.sum(tail**2) / np.sum(np.square(kernel))
+        np.testing.assert_allclose(error, expected, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.slow
 def test_a_budget_that_cannot_be_met_names_the_least(network, dense_cost):
     with pytest.raises(ValueError, match=r"`macs` \(=0.001\) must be at least") as e:

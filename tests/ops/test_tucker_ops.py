@@ -71,6 +71,93 @@ def test_hooi_is_tensorlys_at_as_many_iterations(num_iterations, x64):
     np.testing.assert_allclose(ops.tucker2_to_kernel(factors), theirs, **close)
 
 
+def ranks_apart(kh, kw, c_in, c_out):
+    """Ranks of which one exceeds kh kw times the other, if the channels suffice."""
+    if c_in > kh * kw:
+        return kh * kw + 1, 1
+    return 1, min(kh * kw + 1, c_out)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Trying to compute SVD with n_eigenvecs")
+def test_hooi_is_never_worse_than_hosvd_and_tensorlys_at_any_ranks(x64):
+    reason = "needs TensorLy: the extra `torch`"
+    decomposition = pytest.importorskip("tensorly.decomposition", reason=reason)
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1), (1, 1), (3, 3), (1, 3), (2, 2)] * 2
+    for i, size in enumerate([*sizes, (1, 1), (1, 2)]):
+        shape = (*size, *map(int, rng.integers(1, 13, size=2)))
+        ranks = tuple(int(rng.integers(1, channels + 1)) for channels in shape[2:])
+        # Every third pair is one that an iterate cannot have by itself.
+        rank_in, rank_out = ranks_apart(*shape) if i % 3 == 0 else ranks
+        kernel = normal(*shape, seed=i)
+        (core, (u_out, u_in)), _ = decomposition.partial_tucker(
+            np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)),
+            (rank_out, rank_in),
+            modes=[0, 1],
+            n_iter_max=100,
+            init="svd",
+            tol=0,
+        )
+        theirs = np.einsum("srhw,ir,os->hwio", core, u_in, u_out)
+        hosvd, hooi = (
+            ops.tucker2(
+                kernel,
+                rank_in=rank_in,
+                rank_out=rank_out,
+                method=method,
+                tolerance=0.0,
+            )
+            for method in ("hosvd", "hooi")
+        )
+        assert [f.shape for f in hooi] == [f.shape for f in hosvd]
+        for factor in (hooi.u_in, hooi.u_out):
+            np.testing.assert_allclose(
+                np.asarray(factor).T @ factor, np.eye(factor.shape[1]), **CLOSE
+            )
+        error = relative_error(ops.tucker2_to_kernel(hooi), kernel)
+        before = relative_error(ops.tucker2_to_kernel(hosvd), kernel)
+        assert error <= min(before, relative_error(theirs, kernel)) + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks"),
+    [((1, 1, 16, 8), (4, 3)), ((1, 2, 9, 4), (7, 2)), ((1, 2, 4, 9), (2, 7))],
+)
+def test_hooi_is_the_optimum_where_one_rank_exceeds_the_others_share(shape, ranks, x64):
+    kernel = normal(*shape)
+    factors = ops.tucker2(kernel, rank_in=ranks[0], rank_out=ranks[1], method="hooi")
+    expected = (shape[2:3] + ranks[:1], (*shape[:2], *ranks), shape[3:] + ranks[1:])
+    assert tuple(f.shape for f in factors) == expected
+    # The larger factor holds all that the smaller leaves: one truncated SVD is best.
+    axis = 3 if ranks[0] > ranks[1] else 2
+    unfolding = np.moveaxis(kernel, axis, 0).reshape(shape[axis], -1)
+    tail = np.linalg.svd(unfolding, compute_uv=False)[min(ranks) :]
+    missed = relative_error(ops.tucker2_to_kernel(factors), kernel)
+    np.testing.assert_allclose(
+        missed, np.linalg.norm(tail) / np.linalg.norm(kernel), **CLOSE
+    )
+
+
+@pytest.mark.slow
+def test_hooi_of_groups_and_its_derivative_at_ranks_apart(x64):
+    kernel, step = normal(1, 1, 5, 6), normal(1, 1, 5, 6, seed=1)
+
+    @jax.jit
+    def again(kernel):
+        factors = ops.tucker2(kernel, rank_in=3, rank_out=2, groups=2, method="hooi")
+        return ops.tucker2_to_kernel(factors, groups=2)
+
+    expected = [
+        (u[:, :2] * s[:2]) @ vt[:2]
+        for u, s, vt in map(np.linalg.svd, np.split(kernel[0, 0], 2, 1))
+    ]
+    np.testing.assert_allclose(again(kernel)[0, 0], np.hstack(expected), **CLOSE)
+    _, slope = jax.jvp(again, (kernel,), (step,))
+    difference = (again(kernel + 1e-6 * step) - again(kernel - 1e-6 * step)) / 2e-6
+    np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_hooi_is_never_worse_than_hosvd():
     for seed, ranks in enumerate([(1, 1), (2, 5), (5, 2), (6, 8)] * 3):

@@ -21,7 +21,7 @@ from inertia_jax.ops.tucker.factors import (
 from inertia_jax.ops.tucker.unfold import (
     as_wide_kernel,
     check_rank,
-    left_singular,
+    leading_singular,
     max_ranks,
     split_groups,
     unfold_in,
@@ -103,8 +103,8 @@ def _tucker2(
     num_iterations: int,
 ) -> Tucker2Factors:
     def one_group(kernel: Array) -> Tucker2Factors:
-        u_in = left_singular(unfold_in(kernel))[0][:, :rank_in]
-        u_out = left_singular(unfold_out(kernel))[0][:, :rank_out]
+        u_in = leading_singular(unfold_in(kernel), rank_in)
+        u_out = leading_singular(unfold_out(kernel), rank_out)
         if num_iterations:
             u_in, u_out = _hooi(kernel, u_in, u_out, num_iterations, tolerance)
         core = precise_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
@@ -126,6 +126,15 @@ def _hooi(
 ) -> tuple[Array, Array]:
     """Improves both factors in turn; the error can rise by rounding alone."""
     total = jnp.sum(kernel**2)
+    rank_in, rank_out = u_in.shape[1], u_out.shape[1]
+
+    def best_in(u_out: Array) -> Array:
+        projection = precise_einsum("hwio,os->hwis", kernel, u_out)
+        return leading_singular(unfold_in(projection), rank_in)
+
+    def best_out(u_in: Array) -> Array:
+        projection = precise_einsum("hwio,ir->hwro", kernel, u_in)
+        return leading_singular(unfold_out(projection), rank_out)
 
     def relative_error(u_in: Array, u_out: Array) -> Array:
         # ||K||^2 - ||core||^2 would cancel at high ranks; the difference does not.
@@ -142,10 +151,8 @@ def _hooi(
         carry: tuple[Array, Array, Array, Array, Array],
     ) -> tuple[Array, Array, Array, Array, Array]:
         step, u_in, u_out, error, _ = carry
-        projection = precise_einsum("hwio,ir->hwro", kernel, u_in)
-        new_out = left_singular(unfold_out(projection))[0][:, : u_out.shape[1]]
-        projection = precise_einsum("hwio,os->hwis", kernel, new_out)
-        new_in = left_singular(unfold_in(projection))[0][:, : u_in.shape[1]]
+        new_out = best_out(u_in)
+        new_in = best_in(new_out)
         new_error = relative_error(new_in, new_out)
         better = new_error < error
         return (
@@ -156,6 +163,10 @@ def _hooi(
             error,
         )
 
+    if rank_in >= kernel.shape[0] * kernel.shape[1] * rank_out:
+        # U_in can hold all that U_out leaves, so that HOSVD's U_out is the best. Where
+        # U_out can hold all that U_in leaves, the first iteration finds it.
+        u_in = best_in(u_out)
     start = relative_error(u_in, u_out)
     first = (jnp.int32(0), u_in, u_out, start, jnp.full_like(start, jnp.inf))
     _, u_in, u_out, _, _ = lax.while_loop(goes_on, improve, first)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.ops.precision import at_least_float32, precise_einsum
 
 
 def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int]:
@@ -33,6 +33,21 @@ def left_singular(
         matrix = jnp.linalg.qr(matrix.T, mode="r").T
     u, s, _ = jnp.linalg.svd(matrix, full_matrices=False)
     return u, s
+
+
+def leading_singular(matrix: Float[Array, "m n"], rank: int) -> Float[Array, "m rank"]:
+    """Returns the leading left singular vectors, `rank` of them, at most m.
+
+    A matrix with fewer columns has fewer singular vectors. They are completed by
+    orthonormal columns, whose products with the matrix are zero.
+    """
+    u = left_singular(matrix)[0][:, :rank]
+    if (found := u.shape[1]) == rank:
+        return u
+    # The derivative of a complete QR is unknown; that of this difference suffices.
+    rest = jnp.linalg.qr(lax.stop_gradient(u), mode="complete")[0][:, found:rank]
+    rest -= precise_einsum("mk,lk,lr->mr", u, u, rest)
+    return jnp.concatenate([u, rest], axis=1)
 
 
 def unfold_in(

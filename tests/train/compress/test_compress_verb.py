@@ -134,6 +134,24 @@ def test_the_table_has_a_row_a_layer(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_hooi_keeps_the_ranks_of_a_ratio_in_1x1_layers(tmp_path):
+    model = ij.create_model("resnet18", width=0.25)
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3)))
+    preprocessing = Preprocessing((8, 8, 3), (0.5,) * 3, (0.2,) * 3)
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    ij.save_checkpoint(checkpoint, model, variables, metadata=Metadata(preprocessing))
+    arguments = ["--ranks", "ratio:0.2", "--method", "hooi", "--layers", "*shortcut_0"]
+    assert main(["compress", str(checkpoint), *arguments, "--out", str(out)]) == 0
+    # `max(1, int(channels * ratio))`: one is twice the other, of 1 x 1 filters.
+    ranks = {path: (s.rank_in, s.rank_out) for path, s in read_rules(out)}
+    assert list(ranks.values()) == [(3, 6), (6, 12), (12, 25)]
+
+
+def read_rules(checkpoint):
+    return ij.load_checkpoint(checkpoint)[0].plan.rules
+
+
+@pytest.mark.slow
 def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_path):
     out, _ = compressed
     again, record = tmp_path / "again", tmp_path / "record.json"
