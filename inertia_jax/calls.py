@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from inertia_jax.layers.kinds import KINDS, kind_of
 from inertia_jax.layers.pointwise import Pointwise
@@ -18,6 +19,21 @@ from inertia_jax.layers.pointwise import Pointwise
 Network = tuple[nn.Module, Mapping[str, Any]]
 
 _COUNTED: tuple[type[nn.Module], ...] = (Pointwise, *KINDS)
+
+
+def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns variables as dictionaries of arrays.
+
+    Mappings of any class become dictionaries, such as `FrozenDict`. Boxes are opened,
+    such as the `nn.Partitioned` of `nn.with_partitioning`. The arrays stay themselves.
+    """
+
+    def plain(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        return {name: plain(child) for name, child in node.items()}
+
+    return dict(meta.unbox(plain(variables)))
 
 
 class Wrapper(nn.Module):

@@ -1,12 +1,15 @@
 """How a network's layers are called, and answered in their place."""
 
+import types
+
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 import inertia_jax as ij
-from inertia_jax.calls import on_calls
+from inertia_jax.calls import on_calls, plain_variables
 from inertia_jax.plan.plan import plan_of, without_ladders
 
 
@@ -51,3 +54,20 @@ def test_only_networks_by_plan_have_a_plan_without_ladders():
     plain = without_ladders(model)
     assert plain.plan == plan.without_ladders() != plan
     assert plan_of(Two()) is None and without_ladders(Two()) == Two()
+
+
+def test_plain_variables_are_dictionaries_of_the_same_arrays():
+    kernel, mean = np.ones((3, 3)), jnp.zeros(3)
+    boxed = nn.Partitioned(kernel, names=(None, "model"))
+    logical = nn.LogicallyPartitioned(mean, names=("channels",))
+    given = {
+        "params": flax.core.freeze({"a": {"kernel": boxed}, "b": {}}),
+        "batch_stats": types.MappingProxyType({"a": {"mean": logical}}),
+    }
+    for variables in (given, flax.core.freeze(given)):
+        found = plain_variables(variables)
+        assert found["params"]["a"]["kernel"] is kernel
+        assert found["batch_stats"]["a"]["mean"] is mean
+        nodes = (found, *found.values(), *found["params"].values())
+        assert all(type(node) is dict for node in nodes)
+    assert given["params"]["a"]["kernel"] is boxed
