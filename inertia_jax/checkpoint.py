@@ -24,6 +24,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inertia_jax.atomic import appearing
+from inertia_jax.calls import plain_variables
 from inertia_jax.metadata import (
     Metadata,
     describe,
@@ -74,9 +75,8 @@ def save_checkpoint(
     if path.exists():
         raise FileExistsError(f"`path` (={path}) must not exist; it was left as it is.")
     description = describe(model, metadata or Metadata())
-    tree = jax.tree.map(
-        np.asarray, {"variables": variables, "training": training or {}}
-    )
+    tree = {"variables": plain_variables(variables), "training": training or {}}
+    tree = jax.tree.map(np.asarray, tree)
     processes = range(jax.process_count()) if together else (jax.process_index(),)
     commits = jax.process_index() == processes[0]
     writer = "all" if together else None

@@ -13,6 +13,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
+from inertia_jax.calls import plain_variables
 from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.layers.kinds import KINDS
 from inertia_jax.models.create import abstract_variables, init_variables, input_shape
@@ -138,7 +139,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     Raises:
         ValueError: The variables do not belong to `model`.
     """
-    flat = traverse_util.flatten_dict(dict(variables))
+    flat = traverse_util.flatten_dict(plain_variables(variables))
     expected = traverse_util.flatten_dict(abstract_variables(model))
     found, wanted = (
         {(path, _gives(leaf)) for path, leaf in leaves.items()}

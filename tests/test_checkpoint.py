@@ -8,6 +8,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax.core import freeze
 
 import inertia_jax as ij
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays
@@ -41,6 +43,18 @@ def test_a_checkpoint_rebuilds_model_and_variables(saved):
     training = load_arrays(path)["training"]
     assert int(training["step"]) == 7
     np.testing.assert_array_equal(training["opt_state"]["1"]["m"], np.ones(3))
+
+
+def test_frozen_and_boxed_variables_are_stored_and_exported_plain(tmp_path):
+    model = ij.create_model("lenet", width=0.1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 28, 28, 1)))
+    plain = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    boxed = freeze(jax.tree.map(lambda leaf: nn.Partitioned(leaf, ()), plain))
+    ij.save_checkpoint(tmp_path / "checkpoint", model, boxed)
+    _, loaded = ij.load_checkpoint(tmp_path / "checkpoint")
+    jax.tree.map(np.testing.assert_array_equal, loaded, plain)
+    states = [ij.to_torch(model, variables) for variables in (boxed, plain)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Measurements on calibration images: moments of inputs, divergence of outputs."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from jaxtyping import Float
 
 from inertia_jax.calls import check_in_view, first_argument, on_calls, takes_train
 from inertia_jax.compression.sites import Site
-from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.ops.precision import at_least_float32
 
 # The ridge added to the eigenvalues, relative to their mean. Without it, directions
@@ -45,9 +45,16 @@ def batched(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def batch_norm_paths(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
-    """Returns the paths of BatchNorm's running statistics in `batch_stats`."""
+    """Returns the paths of BatchNorm's running statistics in `batch_stats`.
+
+    They are the `mean` and `var` of a module that has nothing else there. What other
+    modules have there, such as spectral normalisation, is none of BatchNorm's.
+    """
     stats = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
-    return {path for path in stats if path[-1] != FRICTION_MEAN}
+    names: dict[tuple[str, ...], set[str]] = collections.defaultdict(set)
+    for *module, name in stats:
+        names[tuple(module)].add(name)
+    return {path for path in stats if names[path[:-1]] == {"mean", "var"}}
 
 
 def apply_as_trained(

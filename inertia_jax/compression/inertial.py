@@ -11,8 +11,12 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from inertia_jax.calls import plain_variables
 from inertia_jax.compression.calibration import checked_images
-from inertia_jax.compression.recalibrate import recalibrate_batch_norm
+from inertia_jax.compression.recalibrate import (
+    recalibrate_batch_norm,
+    running_statistics,
+)
 from inertia_jax.compression.thresholds import ThresholdSearch
 from inertia_jax.cost.count import count_cost
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
@@ -81,7 +85,7 @@ def make_inertial(
             possible), a glob that matches no convolution that can be tiled, a network
             that is inertial already, or outputs that are not finite.
     """
-    macs = as_python(macs)
+    macs, variables = as_python(macs), plain_variables(variables)
     _check_options(model, macs, tile_size, batch_size)
     images = checked_images(calibration)
     options: dict[str, Any] = {
@@ -105,11 +109,11 @@ def make_inertial(
         rules.append((path, dataclasses.replace(spec, threshold=target)))
         thresholds[f"{path}/threshold"] = jnp.asarray(state.thresholds[path], wide)
     if not rules:
-        return model, dict(variables)
+        return model, variables
     inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
     nested = traverse_util.unflatten_dict(thresholds, sep="/")
     changed = {**variables, "thresholds": nested}
-    if "batch_stats" not in variables:
+    if not running_statistics(variables):
         return inertial, changed
     # Recalibration uses the measured thresholds, not the quantiles of each batch.
     still = inertial.clone(plan=inertial.plan.with_fixed_thresholds())

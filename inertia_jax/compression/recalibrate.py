@@ -12,7 +12,16 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.compression.calibration import apply_as_trained, batched
+from inertia_jax.calls import plain_variables
+from inertia_jax.compression.calibration import (
+    apply_as_trained,
+    batch_norm_paths,
+    batched,
+)
+from inertia_jax.layers.inertial import FRICTION_MEAN
+from inertia_jax.ops.precision import at_least_float32
+
+_Stats = dict[tuple[str, ...], Any]
 
 
 def recalibrate_batch_norm(
@@ -22,67 +31,89 @@ def recalibrate_batch_norm(
     *,
     batch_size: int = 128,
 ) -> dict[str, Any]:
-    """Returns variables whose `batch_stats` are measured anew on `images`.
+    """Returns variables whose running statistics are measured anew on `images`.
 
+    The statistics are `mean` and `var` of BatchNorm, and the mean of relative friction.
     While they are measured, every layer normalises with its batch's own statistics, as
     in training. Means are averaged over the batches. Variances are those of all images
-    together: the mean variance inside batches plus the variance of their means.
+    together: the mean variance inside batches plus the variance of their means. They
+    are measured in float32 or wider and stored in the type that they had.
+
+    The images must be as in training, cropped and mirrored. Plain ones cost a CIFAR-10
+    ResNet20 four points, although nothing else in it has changed.
 
     Args:
         model: A network that is called as `model(images, train=True)`.
-        variables: Its variables; all but `batch_stats` are kept.
-        images: The network's inputs, normalised as in training; images that fill no
-            whole batch are left out.
+        variables: Its variables; all others are kept, also those that other modules
+            have in `batch_stats`.
+        images: The network's inputs, augmented and normalised as in training; images
+            that fill no whole batch are left out.
         batch_size: Images per batch, >= 2.
 
     Raises:
-        ValueError: No `batch_stats`, fewer than two images, or statistics that are not
-            finite.
+        ValueError: No running statistics, fewer than two images, or statistics that are
+            not finite.
 
     References:
         Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167, algorithm 2
     """
-    if not variables.get("batch_stats"):
-        raise ValueError("`variables` has no `batch_stats`; nothing to recalibrate.")
+    variables = plain_variables(variables)
+    paths = running_statistics(variables)
+    if not paths:
+        raise ValueError(
+            "`variables` has no `batch_stats` of BatchNorm; nothing to recalibrate."
+        )
     images = np.asarray(images)
     if batch_size < 2 or len(images) < 2:
         raise ValueError(
             f"`batch_size` (={batch_size}) and the number of `images` "
             f"(={len(images)}) must be >= 2."
         )
-    batches = batched(images, batch_size)
+    stored = traverse_util.flatten_dict(variables["batch_stats"])
+    old = {path: jnp.asarray(stored[path]) for path in paths}
 
     @jax.jit
-    def after_a_step(start: Any, batch: Any) -> Any:
-        start = {**variables, "batch_stats": start}
-        return apply_as_trained(model, start, batch, train=True)[1]["batch_stats"]
+    def batch_statistics(variables: Any, old: _Stats, batch: Any) -> _Stats:
+        def after_a_step(start: _Stats) -> _Stats:
+            stats = traverse_util.unflatten_dict({**stored, **start})
+            _, changed = apply_as_trained(
+                model, {**variables, "batch_stats": stats}, batch, train=True
+            )
+            moved = traverse_util.flatten_dict(dict(changed["batch_stats"]))
+            return {path: moved[path] for path in start}
 
-    # A step moves statistics s to a s + (1 - a) b, where b are the batch's own. The
-    # difference of steps from 1 and from 0 is a, so that no layer need say its
-    # momentum. On blank images b is small, and the difference is exact.
-    old = jax.tree.map(jnp.asarray, variables["batch_stats"])
-    zeros = jax.tree.map(jnp.zeros_like, old)
-    ones = jax.tree.map(jnp.ones_like, zeros)
-    blank = np.zeros_like(batches[0])
-    kept = jax.tree.map(
-        jnp.subtract, after_a_step(ones, blank), after_a_step(zeros, blank)
-    )
-
-    def batch_statistics(moved: Array, kept: Array, old: Array) -> Array:
-        # Statistics that training does not move stay as they are.
-        return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)
+        # A step moves statistics s to a s + (1 - a) b, where b are the batch's own. Its
+        # derivative is a, so that no layer need say its momentum.
+        wide = {path: at_least_float32(leaf.dtype) for path, leaf in old.items()}
+        zeros = {path: jnp.zeros(old[path].shape, wide[path]) for path in old}
+        moved, kept = jax.jvp(
+            after_a_step, (zeros,), (jax.tree.map(jnp.ones_like, zeros),)
+        )
+        return jax.tree.map(_without_momentum, moved, kept, old)
 
     measured = [
-        jax.tree.map(batch_statistics, after_a_step(zeros, batch), kept, old)
-        for batch in batches
+        jax.device_get(batch_statistics(variables, old, batch))
+        for batch in batched(images, batch_size)
     ]
-    stacked = jax.tree.map(lambda *values: jnp.stack(values), *measured)
-    by_path = traverse_util.flatten_dict(stacked)
-    stats = {path: values.mean(0) for path, values in by_path.items()}
-    for path in stats:
-        mean_path = (*path[:-1], "mean")
-        if path[-1] == "var" and mean_path in by_path:
-            stats[path] = stats[path] + by_path[mean_path].var(0)
-    if not all(bool(jnp.isfinite(value).all()) for value in stats.values()):
+    stacked = {path: np.stack([stats[path] for stats in measured]) for path in paths}
+    new = {}
+    for path, values in stacked.items():
+        found = values.mean(0, dtype=np.float64)
+        if path[-1] == "var":
+            found += stacked[*path[:-1], "mean"].var(0, dtype=np.float64)
+        new[path] = jnp.asarray(found, old[path].dtype)
+    if not all(bool(jnp.isfinite(value).all()) for value in new.values()):
         raise ValueError("the statistics of `images` must be finite; some are not.")
-    return {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
+    return {**variables, "batch_stats": traverse_util.unflatten_dict({**stored, **new})}
+
+
+def running_statistics(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """Returns the paths in `batch_stats` of the statistics that are recalibrated."""
+    stats = traverse_util.flatten_dict(dict(variables.get("batch_stats", {})))
+    frictions = {path for path in stats if path[-1] == FRICTION_MEAN}
+    return batch_norm_paths(variables) | frictions
+
+
+def _without_momentum(moved: Array, kept: Array, old: Array) -> Array:
+    # Statistics that training does not move stay as they are.
+    return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)

@@ -1,4 +1,4 @@
-"""Post-training inertia and BatchNorm recalibration."""
+"""Post-training inertia."""
 
 import re
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
+from flax.core import freeze
 
 import inertia_jax as ij
 
@@ -21,72 +22,6 @@ def smooth_images(n, size, channels, seed=0):
     coarse = fine[:, ::4, ::4].repeat(4, 1).repeat(4, 2)
     ramp = np.linspace(0, 1, size).reshape(1, 1, -1, 1)
     return (coarse + ramp**2 * fine).astype(np.float32)
-
-
-# Recalibration
-
-
-class TwoNorms(nn.Module):
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        for momentum in (0.9, 0.5):
-            x = nn.relu(nn.BatchNorm(not train, momentum=momentum)(x))
-        return x
-
-
-def test_recalibrated_statistics_are_those_of_all_images():
-    rng = np.random.default_rng(0)
-    # Batches of unlike means, and three images that fill no batch.
-    x = rng.normal(size=(27, 4, 5, 3)) + np.arange(27).reshape(-1, 1, 1, 1) // 8
-    x = x.astype(np.float32)
-    start = TwoNorms().init(jax.random.key(0), x)
-    scale, bias = rng.normal(size=(2, 3)).astype(np.float32)
-    params = {**start["params"], "BatchNorm_0": {"scale": scale, "bias": bias}}
-    variables = {**start, "params": params, "other": {"kept": jnp.ones(2)}}
-    recalibrated = ij.recalibrate_batch_norm(TwoNorms(), variables, x, batch_size=8)
-    batches = x[:24].reshape(3, 8, 4, 5, 3)
-    mean, var = (f(batches, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
-    second = np.maximum((batches - mean) / np.sqrt(var + 1e-5) * scale + bias, 0)
-    for name, values in (("BatchNorm_0", batches), ("BatchNorm_1", second)):
-        found = recalibrated["batch_stats"][name]
-        values = values.reshape(-1, 3).astype(np.float64)
-        np.testing.assert_allclose(found["mean"], values.mean(0), rtol=1e-4)
-        np.testing.assert_allclose(found["var"], values.var(0), rtol=1e-4)
-    kept = ("params", "other")
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        {name: recalibrated[name] for name in kept},
-        {name: variables[name] for name in kept},
-    )
-
-
-@pytest.mark.slow
-def test_mean_friction_is_recalibrated_too():
-    layer = ij.InertialConv(2, 1, 3, relative=True)
-    x = smooth_images(8, 8, 2)
-    variables = layer.init(jax.random.key(0), x)
-    found = ij.recalibrate_batch_norm(layer, variables, x, batch_size=4)
-    expected = ij.ops.friction(x, region_size=3, core_size=1).mean()
-    mean = found["batch_stats"]["friction_mean"]
-    np.testing.assert_allclose(mean, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("drop", "num_images", "batch_size", "message"),
-    [
-        (True, 4, 2, "no `batch_stats`"),
-        (False, 1, 2, "number of `images` .*must be >= 2"),
-        (False, 4, 1, "`batch_size` .*must be >= 2"),
-    ],
-)
-def test_recalibration_refuses_what_has_no_statistics(
-    drop, num_images, batch_size, message
-):
-    x = np.ones((num_images, 2, 2, 3), np.float32)
-    variables = TwoNorms().init(jax.random.key(0), x)
-    variables = {"params": variables["params"]} if drop else variables
-    with pytest.raises(ValueError, match=message):
-        ij.recalibrate_batch_norm(TwoNorms(), variables, x, batch_size=batch_size)
 
 
 # A network with BatchNorm
@@ -208,8 +143,11 @@ def test_an_impossible_budget_names_the_least_share(lenet):
 @pytest.mark.slow
 def test_networks_without_batch_norm_keep_their_share_of_open_tiles(lenet):
     images = smooth_images(8, 28, 1)
+    # As Flax's own tools may give them: frozen, boxed, with a collection that is empty.
+    boxed = jax.tree.map(lambda leaf: nn.Partitioned(leaf, ()), dict(lenet[1]))
+    given = freeze({**boxed, "batch_stats": {}})
     model, variables = ij.make_inertial(
-        *lenet, macs=0.6, calibration=images, layers="conv2", low="sample"
+        lenet[0], given, macs=0.6, calibration=images, layers="conv2", low="sample"
     )
     ((path, spec),) = model.plan.rules
     assert path == "conv2" and spec.low == "sample" and 0 < spec.threshold.target < 1
@@ -253,4 +191,4 @@ def test_networks_that_cannot_be_made_inertial_are_refused(lenet):
             model.clone(plan=plan), variables, macs=0.5, calibration=images
         )
     with pytest.raises(ValueError, match="`model` .*create_model"):
-        ij.make_inertial(TwoNorms(), {"params": {}}, macs=0.5, calibration=images)
+        ij.make_inertial(nn.Dense(3), {"params": {}}, macs=0.5, calibration=images)
