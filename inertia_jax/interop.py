@@ -2,21 +2,23 @@
 
 import pathlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.flax import load_file
 
 from inertia_jax.calls import plain_variables
 from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.layers.kinds import KINDS
 from inertia_jax.models.create import abstract_variables, init_variables, input_shape
+from inertia_jax.weights.files import read_weights_file
+from inertia_jax.weights.found import find_weights
+from inertia_jax.weights.misfit import check_keys
+from inertia_jax.weights.numbers import as_numbers
 
 _LEAVES = {
     "kernel": "weight",
@@ -29,8 +31,6 @@ _LEAVES = {
 _PARTS = {part: str(i) for kind in KINDS.values() for i, part in enumerate(kind.parts)}
 # Variables of an inertial convolution besides its core, which PyTorch's networks lack.
 _INERTIAL_LEAVES = ("threshold", "weights", FRICTION_MEAN)
-# Keys under which training scripts nest a network's weights.
-_NESTED = ("state_dict", "model_state_dict", "model", "net")
 
 
 def torch_key(path: Sequence[str]) -> str:
@@ -55,35 +55,72 @@ def load_torch(
     reinitialise: Sequence[str] = (),
     key: jax.Array | None = None,
     image_shape: tuple[int, int, int] | None = None,
+    ema: bool = False,
+    rename: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Reads PyTorch weights into variables for `model`.
 
     Kernels go from OIHW to HWIO, linear weights are transposed; types are kept (float64
-    needs JAX's x64 mode). A `module.` prefix (DataParallel) and `num_batches_tracked`
-    are dropped; weights nested under `state_dict`, `model_state_dict`, `model` or `net`
-    are found. Dense weights fit a network of tiled inertial convolutions with cores of
-    the same size; thresholds that the file lacks keep their first values.
+    needs JAX's x64 mode). The weights are found wherever they are nested, under
+    `state_dict`, `model` or another name, with prefixes such as `module.` (of
+    DataParallel) and `_orig_mod.` (of torch.compile); `num_batches_tracked` is dropped.
+    A warning says which weights are taken of several. Dense weights fit a network of
+    tiled inertial convolutions with cores of the same size; thresholds that the file
+    lacks keep their first values.
 
     Args:
         model: The network that the weights belong to.
-        path_or_state_dict: A `.pth` or `.pt` file (needs PyTorch, and is read with
-            `weights_only=True`), a `.safetensors` file, or a mapping of arrays.
+        path_or_state_dict: A file that torch.save or safetensors wrote, whatever its
+            name, or a mapping of arrays. PyTorch is not needed, and what a file holds
+            besides arrays is never run.
         reinitialise: Prefixes of keys to draw anew, e.g. `("fc",)` for a new head. In
             the file these weights may be missing or have another shape.
         key: The key for the layers drawn anew; required with `reinitialise`.
         image_shape: The shape [h, w, c] of an input. None: the one that the network was
             published for. The sizes of `lenet`'s weights depend on it.
+        ema: Whether averaged weights (EMA, SWA) are taken, of a file that has both.
+        rename: New names of parts of keys, e.g. `{"fc": "linear"}`; "" drops a part.
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, and `thresholds` of an inertial network.
 
     Raises:
-        ValueError: Missing, surplus or misshapen keys (all of them listed), a prefix
-            that matches nothing, or a file of another kind.
+        ValueError: Missing, surplus or misshapen keys, weights that are no finite
+            floating-point numbers, a prefix or name that matches nothing, or a file of
+            another kind.
         FileNotFoundError: There is no such file.
-        ImportError: A `.pth` file, and no PyTorch to read it.
     """
-    state = _read(path_or_state_dict)
+    variables, note = read_torch(
+        model,
+        path_or_state_dict,
+        reinitialise=reinitialise,
+        key=key,
+        image_shape=image_shape,
+        ema=ema,
+        rename=rename,
+    )
+    if note:
+        warnings.warn(f"{note}.", stacklevel=2)
+    return variables
+
+
+def read_torch(
+    model: nn.Module,
+    path_or_state_dict: str | pathlib.Path | Mapping[str, Any],
+    *,
+    reinitialise: Sequence[str] = (),
+    key: jax.Array | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    ema: bool = False,
+    rename: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Returns what `load_torch` does, and what it warns of ("" for nothing)."""
+    loaded = path_or_state_dict
+    if not isinstance(loaded, Mapping):
+        path = pathlib.Path(loaded).expanduser()
+        loaded = read_weights_file(path)
+        if not isinstance(loaded, Mapping):
+            raise ValueError(f"{path} holds a {type(loaded).__name__}; must be a dict.")
     shape = image_shape or input_shape(model)
     expected = traverse_util.flatten_dict(abstract_variables(model, shape))
     names = {path: torch_key(path[1:]) for path in expected}
@@ -91,31 +128,30 @@ def load_torch(
     for prefix in reinitialise:
         if not any(name.startswith(_prefixes((prefix,))) for name in names.values()):
             raise ValueError(f"`reinitialise` (={prefix!r}) matches no key.")
-
-    problems, values = [], {}
+    found = find_weights(loaded, set(names.values()), ema=ema, rename=rename or {})
+    state = found.state
     first = [p for p in expected if p[-1] in _INERTIAL_LEAVES and names[p] not in state]
-    for path, leaf in expected.items():
-        name = names[path]
-        if path in drawn or path in first:
-            continue
-        if name not in state:
-            problems.append(f"missing {name} {_torch_shape(leaf.shape)}")
-            continue
-        value = _transposed(state[name], to_torch_layout=False)
-        if value.shape != leaf.shape:
-            found = tuple(state[name].shape)
-            wanted = _torch_shape(leaf.shape)
-            problems.append(f"misshapen {name} {found}, must be {wanted}")
-        values[path] = value
-    surplus = set(state) - set(names.values())
-    surplus = {s for s in surplus if not s.startswith(_prefixes(reinitialise))}
-    problems += [f"surplus {name} {tuple(state[name].shape)}" for name in surplus]
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise ValueError(
-            f"the weights do not fit {type(model).__name__} "
-            f"({len(problems)} keys):\n  {listed}"
-        )
+    taken = {p: leaf for p, leaf in expected.items() if p not in (*drawn, *first)}
+    missing = {
+        names[p]: _torch_shape(leaf.shape)
+        for p, leaf in taken.items()
+        if names[p] not in state
+    }
+    surplus = {
+        name: tuple(state[name].shape)
+        for name in set(state).difference(names.values())
+        if hasattr(state[name], "shape")
+        and not name.startswith(_prefixes(reinitialise))
+    }
+    values, problems = {}, []
+    for p, leaf in taken.items():
+        if names[p] in state:
+            try:
+                array = as_numbers(names[p], state[names[p]], _torch_shape(leaf.shape))
+                values[p] = _transposed(array, to_torch_layout=False)
+            except ValueError as error:
+                problems.append(f"{error}")
+    check_keys(type(model).__name__, missing, surplus, problems)
     if drawn and key is None:
         raise ValueError("`key` (=None) must be given with `reinitialise`.")
     if drawn or first:
@@ -123,14 +159,19 @@ def load_torch(
         fresh = traverse_util.flatten_dict(init_variables(model, key, shape))
         values |= {path: np.asarray(fresh[path]) for path in (*drawn, *first)}
     arrays = {path: jax.numpy.asarray(values[path]) for path in expected}
-    return traverse_util.unflatten_dict(arrays)
+    return traverse_util.unflatten_dict(arrays), found.note()
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns variables as a PyTorch state dict of NumPy arrays.
 
-    Load it with `module.load_state_dict({k: torch.from_numpy(v) ...}, strict=False)`:
-    `num_batches_tracked`, which BatchNorm ignores at a fixed momentum, is left out.
+    Load it with `module.load_state_dict({k: torch.from_numpy(v) ...})`. PyTorch adds
+    `num_batches_tracked`, which BatchNorm ignores at a fixed momentum. Types that NumPy
+    lacks, such as bfloat16, become float32, which holds their values exactly.
+
+    Gates have no place in PyTorch's layers: a warning names the inertial layers, which
+    PyTorch would compute as ordinary convolutions. Their `threshold` is in the state
+    dict, so that `load_state_dict` refuses it unless `strict` is False.
 
     Args:
         model: The network that the variables belong to.
@@ -148,10 +189,23 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     if found != wanted:
         differing = sorted({"/".join(path) for path, _ in found ^ wanted})
         raise ValueError(f"`variables` do not belong to `model`: {differing}.")
+    gated = sorted({"/".join(p[1:-1]) for p in flat if p[-1] in _INERTIAL_LEAVES})
+    if gated:
+        warnings.warn(
+            f"PyTorch has no inertial layers: with these weights, its convolutions in "
+            f"place of {', '.join(gated)} give other outputs.",
+            stacklevel=2,
+        )
     return {
-        torch_key(path[1:]): _transposed(np.asarray(value), to_torch_layout=True)
+        torch_key(path[1:]): _transposed(_numpy_type(value), to_torch_layout=True)
         for path, value in flat.items()
     }
+
+
+def _numpy_type(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    # The types of ml_dtypes, which torch.from_numpy refuses, are not NumPy's own.
+    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
 
 
 def _gives(leaf: Any) -> tuple[int, ...]:
@@ -178,56 +232,3 @@ def _transposed(value: np.ndarray, *, to_torch_layout: bool) -> np.ndarray:
     axes = _axes(value.ndim, to_torch_layout=to_torch_layout)
     # PyTorch warns of arrays that cannot be written, so this is a copy.
     return np.array(np.transpose(value, axes), order="C")
-
-
-def _read(source: str | pathlib.Path | Mapping[str, Any]) -> dict[str, np.ndarray]:
-    loaded = source if isinstance(source, Mapping) else _read_file(pathlib.Path(source))
-    for name in _NESTED:
-        if isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-    bad = [key for key, value in loaded.items() if not hasattr(value, "shape")]
-    if bad:
-        raise ValueError(f"the weights hold {bad[:5]}, which must be arrays.")
-    return {
-        name.removeprefix("module."): _to_numpy(value)
-        for name, value in loaded.items()
-        if not name.endswith("num_batches_tracked")
-    }
-
-
-def _read_file(path: pathlib.Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file at {path}.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
-    if path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"`path` (={path}) must end in .pth, .pt or .safetensors.")
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs PyTorch: pip install 'inertia_jax[torch]', or save "
-            f"the weights as .safetensors."
-        ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # On a damaged file, PyTorch raises whatever error its unpickler meets.
-    except Exception as error:
-        raise ValueError(f"{path} holds no PyTorch weights: {error}") from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}; must hold a dict.")
-    return loaded
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):
-        import torch
-
-        value = value.detach().cpu().contiguous()
-        if value.dtype == torch.bfloat16:  # NumPy has none, ml_dtypes does
-            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return value.numpy()
-    return np.asarray(value)

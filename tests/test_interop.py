@@ -122,24 +122,96 @@ def test_a_new_head_is_asked_for_by_name(model, variables, state):
         ij.load_torch(model, state, reinitialise=("fc",), key=key)
 
 
-def test_bad_files_are_named(model, tmp_path):
+def test_a_file_of_no_weights_is_named(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         ij.load_torch(model, tmp_path / "none.pth")
-    (tmp_path / "weights.h5").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"must end in \.pth"):
-        ij.load_torch(model, tmp_path / "weights.h5")
-    (tmp_path / "broken.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="no safetensors file"):
-        ij.load_torch(model, tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match="must be arrays"):
+    (tmp_path / "broken.pth").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="broken.pth holds no weights"):
+        ij.load_torch(model, tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match="no arrays"):
         ij.load_torch(model, {"epoch": 3})
 
 
-def test_a_broken_pth_is_named(model, tmp_path):
-    pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
-    (tmp_path / "broken.pth").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="holds no PyTorch weights"):
-        ij.load_torch(model, tmp_path / "broken.pth")
+def test_a_home_directory_is_known(model, variables, state, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(state, tmp_path / "weights.bin")
+    assert_equal(ij.load_torch(model, "~/weights.bin"), variables)
+
+
+def test_one_error_names_all_numbers_that_no_network_computes_with(model, state):
+    state["conv1.weight"] = state["conv1.weight"].astype(np.int8)
+    state["bn1.weight"][0] = np.nan
+    state["bn1.running_var"][1] = -1
+    with pytest.raises(ValueError, match=r"\(3 keys\)") as error:
+        ij.load_torch(model, state)
+    text = str(error.value)
+    assert "conv1.weight holds int8" in text
+    assert "bn1.weight holds NaN or infinity 1 times in 4" in text
+    assert "bn1.running_var is negative 1 times" in text
+
+
+def test_averaged_weights_are_taken_if_asked_for(model, variables, state):
+    both = {"model": state, "model_ema": {k: v + 1 for k, v in state.items()}}
+    with pytest.warns(UserWarning, match="not those at `model_ema`; `ema`"):
+        assert_equal(ij.load_torch(model, both), variables)
+    with pytest.warns(UserWarning, match="`model_ema` are taken"):
+        averaged = ij.load_torch(model, both, ema=True)
+    assert_equal(averaged, jax.tree.map(lambda leaf: leaf + 1, variables))
+
+
+def test_another_spelling_is_guessed_and_renamed(model, variables, state):
+    names = {"linear": "fc", "shortcut": "downsample"}
+    foreign = {}
+    for key, value in state.items():
+        parts = (names.get(part, part) for part in key.split("."))
+        foreign[".".join(parts)] = value
+    with pytest.raises(ValueError, match=r"\(24 keys\)") as error:
+        ij.load_torch(model, foreign)
+    lines = str(error.value).split("\n  ")[1:]
+    assert [line.split()[1] for line in lines] == ["downsample=shortcut", "fc=linear"]
+    rename = {"fc": "linear", "downsample": "shortcut"}
+    assert_equal(ij.load_torch(model, foreign, rename=rename), variables)
+
+
+def test_types_that_numpy_lacks_are_exported_as_float32(model, variables, state):
+    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
+        narrow = jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), variables)
+        exported = ij.to_torch(model, narrow)
+        for key, value in exported.items():
+            assert value.dtype == np.float32
+            expected = state[key].astype(dtype).astype(np.float32)
+            np.testing.assert_array_equal(value, expected)
+    halved = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), variables)
+    assert {v.dtype for v in ij.to_torch(model, halved).values()} == {np.dtype("f2")}
+
+
+def test_pytorch_takes_bfloat16_and_batch_norm_strictly(model, variables):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+    exported = ij.to_torch(model, narrow)
+    tensors = {key: torch.from_numpy(value) for key, value in exported.items()}
+    norm = torch.nn.BatchNorm2d(4)
+    norm.load_state_dict(
+        {k.removeprefix("bn1."): v for k, v in tensors.items() if k.startswith("bn1.")}
+    )
+
+
+def test_gates_that_pytorch_lacks_are_said():
+    torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
+    plan = ij.Plan((("conv2", ij.Inertial(3, 4, reading="tiled")),))
+    model = ij.create_model("lenet", width=0.1, plan=plan)
+    variables = ij.init_variables(model, jax.random.key(0))
+    with pytest.warns(UserWarning, match="in place of conv2 give other outputs"):
+        exported = ij.to_torch(model, variables)
+    conv = torch.nn.Conv2d(*exported["conv2.weight"].shape[1::-1], 3)
+    start = "conv2."
+    part = {
+        key.removeprefix(start): torch.from_numpy(value)
+        for key, value in exported.items()
+        if key.startswith(start)
+    }
+    with pytest.raises(RuntimeError, match="Unexpected key.*threshold"):
+        conv.load_state_dict(part)
 
 
 def test_foreign_variables_are_not_exported(model):

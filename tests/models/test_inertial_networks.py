@@ -149,7 +149,8 @@ def inertial_net():
 
 def test_an_inertial_network_goes_to_torch_and_back(inertial_net):
     model, variables = inertial_net
-    state = ij.to_torch(model, variables)
+    with pytest.warns(UserWarning, match="in place of conv1, conv2 give other"):
+        state = ij.to_torch(model, variables)
     assert state["conv2.threshold"] == 2.5
     assert state["conv1.weights"].shape == (6, 3, 3)
     loaded = ij.load_torch(model, state)

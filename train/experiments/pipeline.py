@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from inertia_jax import CostTable, Plan, load_torch, save_checkpoint
+from inertia_jax import CostTable, Plan, save_checkpoint
 from inertia_jax.cost.table import aligned
+from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata
 from train.compress.options import Compress
 from train.compress.rank_rules import plan_to_json
@@ -111,18 +112,20 @@ def _read_weights(
     pipeline: Pipeline, weights: str | None, data: ImageSet
 ) -> tuple[nn.Module, dict[str, Any], Metadata]:
     if weights is None:
-        raise UsageError("`weights` must name a .pth, .pt or .safetensors file.")
+        raise UsageError("`weights` must name a file of torch.save or safetensors.")
     config = pipeline.run
     with user_input():
         model = make_model(config.model, num_classes=data.num_classes)
         preprocessing = make_preprocessing(config.data, data.image_shape)
-        variables = load_torch(
+        variables, note = read_torch(
             model,
             weights,
             reinitialise=(pipeline.head,),
             key=run_keys(config.seed).init,
             image_shape=preprocessing.image_shape,
         )
+        if note:
+            print(f"{note}.")
         info = {"imported_from": weights, "config": config_to_json(config)}
         return model, variables, Metadata(preprocessing, data.class_names, info)
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from inertia_jax import count_cost, create_model, load_torch, save_checkpoint
+from inertia_jax import count_cost, create_model, save_checkpoint
+from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata, Preprocessing
 from inertia_jax.models.create import input_shape
 from train.errors import user_input
@@ -18,7 +19,7 @@ class Import:
     """Makes a checkpoint from PyTorch weights."""
 
     weights: Annotated[str, tyro.conf.Positional]
-    """File of weights: .pth, .pt or .safetensors."""
+    """File of weights that torch.save or safetensors wrote, whatever its suffix."""
     out: str
     """Directory of the checkpoint, which must not exist."""
     model: str
@@ -42,6 +43,27 @@ class Import:
     the input, so that nothing is cut."""
     class_names: tuple[str, ...] = ()
     """Name of each class."""
+    ema: bool = False
+    """Whether averaged weights are taken, of a file that has both."""
+    rename: tuple[str, ...] = ()
+    """Parts of keys that have another name in the file, as OLD=NEW: `fc=linear`."""
+
+
+def parse_renames(pairs: Sequence[str]) -> dict[str, str]:
+    """Returns the new names by the old ones of `OLD=NEW`.
+
+    Raises:
+        ValueError: A pair has no `=`, nothing before it, or the old name of another.
+    """
+    renames: dict[str, str] = {}
+    for pair in pairs:
+        old, equals, new = pair.partition("=")
+        if not old or not equals:
+            raise ValueError(f"`rename` (={pair!r}) must be OLD=NEW, e.g. fc=linear.")
+        if old in renames:
+            raise ValueError(f"`rename` (={pair!r}) has a second name for {old!r}.")
+        renames[old] = new
+    return renames
 
 
 def run(argv: Sequence[str]) -> int:
@@ -67,12 +89,20 @@ def run(argv: Sequence[str]) -> int:
             raise ValueError(f"`image_size` (={side}) must be >= 1.")
         shape = (side, side, len(args.mean))
         preprocessing = Preprocessing(shape, args.mean, args.std, args.resize)
-        variables = load_torch(model, args.weights, image_shape=shape)
+        variables, note = read_torch(
+            model,
+            args.weights,
+            image_shape=shape,
+            ema=args.ema,
+            rename=parse_renames(args.rename),
+        )
         metadata = Metadata(
             preprocessing, args.class_names, {"imported_from": args.weights}
         )
         out = pathlib.Path(args.out).expanduser()
         save_checkpoint(out, model, variables, metadata=metadata)
+    if note:
+        print(f"{note}.")
     cost = count_cost(model, shape)
     print(f"{args.model}: {cost.params:,} parameters, {cost.macs:,} MACs an image")
     print(f"checkpoint  {out}")

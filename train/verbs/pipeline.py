@@ -28,7 +28,7 @@ class Run:
     """Python file that defines `pipeline`, such as those in configs/pipelines."""
     pipeline: Annotated[Pipeline, tyro.conf.arg(name="")]
     weights: str | None = None
-    """File of the network's PyTorch weights: .pth, .pt or .safetensors."""
+    """File of the network's PyTorch weights, of torch.save or safetensors."""
     workdir: str | None = None
     """Directory of all stages; None: runs/NAME."""
     record: str | None = None

@@ -1,0 +1,1 @@
+"""Files of weights, read without what wrote them, and the weights in them."""

@@ -1,0 +1,165 @@
+"""Opens a file of weights by what it holds, whatever it is called.
+
+PyTorch's files, of both formats, need no PyTorch: `pickles.py` reads them, and runs
+nothing of what they name.
+"""
+
+import io
+import mmap
+import pathlib
+import struct
+import zipfile
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.flax import load_file
+
+from inertia_jax.weights.pickles import Unknown, read_pickle
+from inertia_jax.weights.rebuild import TABLE, Storage, storage_dtype
+
+# The first pickle of PyTorch's format before version 1.6.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# What bytes that are damaged, or made by hand, lead to.
+_DAMAGE = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError),
+    *(ValueError, struct.error, zipfile.BadZipFile, SafetensorError),
+)
+
+
+def read_weights_file(path: pathlib.Path) -> Any:
+    """Returns what a file holds: a mapping of arrays, which others may nest.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is of another kind, or damaged.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; must be a file of weights.")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file at {path}.")
+    with path.open("rb") as file:
+        head = file.read(512)
+    try:
+        if head[8:9] == b"{":
+            return load_file(path)
+        if head.startswith(b"PK\x03\x04"):
+            return _read_zip(path)
+        if head.startswith(b"\x80"):
+            return _read_legacy(path)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}.") from error
+    hint = ""
+    if head[257:262] == b"ustar":
+        hint = " It is a tar file, as PyTorch wrote before 0.2: save it again with it."
+    raise ValueError(
+        f"{path} holds no weights: neither a file of torch.save nor safetensors. It "
+        f"begins with {head[:32]!r}.{hint}"
+    )
+
+
+def _typed(saved: Any) -> tuple[np.dtype | None, Any, int]:
+    """Returns the type, the key and the number of bytes of a storage.
+
+    Raises:
+        ValueError: What is saved is no storage.
+    """
+    if not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage":
+        raise ValueError("an object outside of the pickle is no storage")
+    _, kind, key, _location, num_elements = saved[:5]
+    if type(num_elements) is not int or num_elements < 0 or type(key) not in (int, str):
+        raise ValueError(f"a storage {key!r} has {num_elements!r} elements")
+    dtype = storage_dtype(kind)
+    return dtype, key, num_elements * (dtype.itemsize if dtype else 0)
+
+
+def _read_zip(path: pathlib.Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
+            raise ValueError("it is compressed, as torch.save does not do")
+        if sum(info.file_size for info in entries.values()) > path.stat().st_size:
+            raise ValueError("its entries are longer than the file")
+        pickles = [name for name in entries if f"/{name}".endswith("/data.pkl")]
+        if not pickles:
+            raise ValueError("it is a zip file, but not one of torch.save")
+        root = pickles[0].removesuffix("data.pkl")
+        order = f"{root}byteorder"
+        swapped = order in entries and archive.read(order) == b"big"
+        storages: dict[str, bytes] = {}
+
+        def persistent(saved: Any) -> Any:
+            dtype, key, num_bytes = _typed(saved)
+            if dtype is None:
+                return Unknown("a storage")
+            name = f"{root}data/{key}"
+            if name not in entries:
+                raise ValueError(f"it lacks {name}")
+            if name not in storages:
+                storages[name] = archive.read(name)
+                if swapped:
+                    # NumPy knows the parts of complex numbers.
+                    word = dtype if dtype.kind == "c" else f"u{dtype.itemsize}"
+                    words = np.frombuffer(storages[name], word)
+                    storages[name] = words.byteswap().tobytes()
+            if len(storages[name]) != num_bytes:
+                raise ValueError(
+                    f"{name} has {len(storages[name])} bytes; must have {num_bytes}"
+                )
+            return Storage(storages[name], dtype)
+
+        data = archive.read(pickles[0])
+        return read_pickle(
+            io.BytesIO(data), len(data), known=TABLE, persistent=persistent
+        )
+
+
+def _read_legacy(path: pathlib.Path) -> Any:
+    with (
+        path.open("rb") as opened,
+        # Unlike a file, a map reads no more than there is, whatever it is asked for.
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file,
+    ):
+        return _read_legacy_pickles(file, len(file))
+
+
+def _read_legacy_pickles(file: mmap.mmap, size: int) -> Any:
+    storages: dict[Any, tuple[bytearray, int]] = {}
+    free = size
+
+    def persistent(saved: Any) -> Any:
+        nonlocal free
+        if isinstance(saved, tuple) and saved[:1] == ("module",):
+            return saved[1]  # a class, which older files store with its source
+        dtype, key, num_bytes = _typed(saved)
+        if dtype is None:
+            return Unknown("a storage")
+        if key not in storages:
+            free -= num_bytes
+            if free < 0:
+                raise ValueError("its storages are longer than the file")
+            # Filled when all tensors are made: the bytes follow the pickle.
+            storages[key] = (bytearray(num_bytes), dtype.itemsize)
+        data = memoryview(storages[key][0])
+        if len(saved) > 5 and saved[5] is not None:
+            _, first, length = saved[5]
+            data = data[first * dtype.itemsize :][: length * dtype.itemsize]
+        return Storage(data, dtype)
+
+    def read() -> Any:
+        return read_pickle(file, size, known=TABLE, persistent=persistent)
+
+    if read() != _LEGACY_MAGIC:
+        raise ValueError("it is a pickle, but not one of torch.save")
+    read()  # the version of the format
+    if read().get("little_endian") is False:
+        raise ValueError("it was saved on a machine of another byte order")
+    loaded, keys = read(), read()
+    for key in keys:
+        data, itemsize = storages[key]
+        (length,) = struct.unpack("<q", file.read(8))
+        bytes_there = file.read(len(data))
+        if not length * itemsize == len(data) == len(bytes_there):
+            raise ValueError(f"the storage {key} has not the length that it must have")
+        data[:] = bytes_there
+    return loaded

@@ -1,0 +1,213 @@
+"""Finds a network's weights among all that a file holds.
+
+Training programs nest weights, wrap networks, and keep averages of the weights beside
+them. All keys are joined by dots, so that each of these is a prefix, and a set of
+weights is what has the network's keys after one prefix.
+"""
+
+import collections
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from inertia_jax.weights.pickles import Unknown
+from inertia_jax.weights.rebuild import NumPyArray
+
+# Parts of keys that name a wrapper, or that stand in a pickled module.
+_WRAPPERS = ("module", "_orig_mod", "_modules", "_parameters", "_buffers")
+# Counters that a network does without.
+_COUNTERS = ("num_batches_tracked", "n_averaged")
+# Where training programs keep the weights, and words for averages of them.
+_USUAL = ("state_dict", "model_state_dict", "model", "net")
+_AVERAGED = {"ema", "avg", "average", "averaged", "swa", "shadow", "polyak"}
+# A file may be made to have long keys, and mappings in thousands of others. No network
+# has keys as long, or as many names of a layer.
+_MAX_KEY_LENGTH = 1000
+_MAX_NAMES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundWeights:
+    """The weights that a network takes.
+
+    Attributes:
+        state: The weights by key, without prefix.
+        place: The prefix of their keys in the file; "" without one.
+        others: Prefixes of further sets of weights that fit.
+        left_out: Keys of arrays that belong to no set.
+    """
+
+    state: dict[str, Any]
+    place: str
+    others: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def note(self) -> str:
+        """Returns what a user should know of the choice; "" if there was none."""
+        said = []
+        if self.others:
+            taken = f"the weights at `{self.place}`" if self.place else "the weights"
+            listed = ", ".join(f"`{other}`" for other in self.others)
+            hint = ""
+            if not _is_averaged(self.place) and any(map(_is_averaged, self.others)):
+                hint = "; `ema` (=True) takes the averaged ones"
+            said.append(f"{taken} are taken, not those at {listed}{hint}")
+        if self.left_out:
+            count, first = len(self.left_out), ", ".join(self.left_out[:3])
+            more = ", ..." if count > 3 else ""
+            said.append(f"{count} arrays beside them are left out: {first}{more}")
+        return "; ".join(said)
+
+
+def find_weights(
+    loaded: Mapping[Any, Any],
+    keys: Collection[str],
+    *,
+    ema: bool,
+    rename: Mapping[str, str],
+) -> FoundWeights:
+    """Returns the weights that have a network's keys.
+
+    Args:
+        loaded: What a file holds.
+        keys: The keys of the network.
+        ema: Whether averaged weights are taken.
+        rename: New names of parts of keys, e.g. `{"fc": "linear"}`.
+
+    Raises:
+        ValueError: There are no averaged weights, more than one set of weights, or two
+            weights of one key; or a name of `rename` is nowhere in the file.
+    """
+    values, twice = _named(loaded, keys, rename)
+    arrays = [name for name, value in values.items() if hasattr(value, "shape")]
+    if not arrays:
+        raise ValueError("the weights hold no arrays whose keys are strings.")
+    counts = _count_fits(arrays, keys)
+    places = [place for place, count in counts.items() if 2 * count >= len(keys)]
+    place = _choose(places, counts, ema=ema) if places else _usual_place(values)
+    if ema and not _is_averaged(place):
+        raise ValueError(
+            "`ema` (=True) needs averaged weights, as at `ema` or `state_dict_ema`; "
+            "there are none."
+        )
+    owners = {name: _owner(name, places or [place]) for name in values}
+    taken = [name for name in values if owners[name] == place]
+    if both := sorted(twice.intersection(taken)):
+        raise ValueError(f"the weights have two values for {both[0]}.")
+    start = len(place) + 1 if place else 0
+    return FoundWeights(
+        {name[start:]: values[name] for name in taken},
+        place,
+        tuple(sorted(other for other in places if other != place)),
+        tuple(name for name in arrays if owners[name] is None),
+    )
+
+
+def renamed(name: str, old: str, new: str) -> str:
+    """Returns a key in which the part `old`, or parts joined by dots, is `new`."""
+    changed = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", lambda _: new, name)
+    return changed.replace("..", ".").strip(".")
+
+
+def _named(
+    loaded: Mapping[Any, Any], keys: Collection[str], rename: Mapping[str, str]
+) -> tuple[dict[str, Any], set[str]]:
+    """Returns all values by their joined keys, and the keys that stand for two."""
+    parts = {part for key in keys for part in key.split(".")}
+    dropped = set(_WRAPPERS) - parts
+    values: dict[str, Any] = {}
+    twice, unused, seen = set(), dict(rename), set()
+    for joined, value in _joined(loaded).items():
+        name = ".".join(part for part in joined.split(".") if part not in dropped)
+        if name.rpartition(".")[2] in _COUNTERS:
+            continue
+        seen.update(name.split("."))
+        for old, new in rename.items():
+            before, name = name, renamed(name, old, new)
+            if name != before:
+                unused.pop(old, None)
+        if name in values and hasattr(values[name], "shape"):
+            if hasattr(value, "shape"):
+                twice.add(name)
+            continue
+        values[name] = value
+    for old in unused:
+        near = difflib.get_close_matches(old, seen, n=1)
+        hint = f" Is it {near[0]!r}?" if near else ""
+        raise ValueError(f"`rename` has {old!r}, which is part of no key.{hint}")
+    return values, twice
+
+
+def _joined(loaded: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns what nested mappings hold, with keys joined by dots."""
+    joined: dict[str, Any] = {}
+    times: collections.Counter[int] = collections.Counter()
+    rest: list[tuple[str, Any, tuple[Any, ...]]] = [("", loaded, ())]
+    while rest:
+        name, value, above = rest.pop()
+        if isinstance(value, NumPyArray):
+            value = value.array
+        if not isinstance(value, Mapping) or (isinstance(value, Unknown) and not value):
+            joined[name] = value
+            continue
+        if times[id(value)] == _MAX_NAMES or any(value is mapping for mapping in above):
+            continue
+        times[id(value)] += 1
+        children = [
+            (f"{name}.{key}" if name else key, child, (*above, value))
+            for key, child in value.items()
+            if isinstance(key, str) and len(name) + len(key) < _MAX_KEY_LENGTH
+        ]
+        rest.extend(reversed(children))
+    return joined
+
+
+def _count_fits(names: list[str], keys: Collection[str]) -> dict[str, int]:
+    """Returns how many keys of the network follow each prefix."""
+    wanted = set(keys)
+    counts: collections.Counter[str] = collections.Counter()
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                counts[".".join(parts[:i])] += 1
+    return counts
+
+
+def _choose(places: list[str], counts: Mapping[str, int], *, ema: bool) -> str:
+    def rank(place: str) -> tuple[int, bool, int]:
+        first = place.partition(".")[0]
+        return (-counts[place], first not in ("", *_USUAL), place.count("."))
+
+    fitting = [place for place in places if _is_averaged(place) == ema] or places
+    # The shortest of the prefixes of one set.
+    first, *others = sorted(
+        fitting, key=lambda place: (rank(place), place != "", place)
+    )
+    if first and others and rank(others[0]) == rank(first):
+        raise ValueError(
+            f"the weights have several sets that fit, at {', '.join(sorted(fitting))}. "
+            f"Take one with `rename`, e.g. {first}= (to nothing)."
+        )
+    return first
+
+
+def _usual_place(values: Mapping[str, Any]) -> str:
+    """Returns the prefix of weights that do not fit."""
+    for place in _USUAL:
+        if any(name.startswith(f"{place}.") for name in values):
+            return place
+    return ""
+
+
+def _owner(name: str, places: list[str]) -> str | None:
+    """Returns the longest of the prefixes that a key has."""
+    fitting = [p for p in places if not p or name.startswith(f"{p}.")]
+    return max(fitting, key=len, default=None)
+
+
+def _is_averaged(place: str) -> bool:
+    snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", place).lower()
+    return not _AVERAGED.isdisjoint(re.split(r"[._]", snake))

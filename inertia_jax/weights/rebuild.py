@@ -1,0 +1,230 @@
+"""What the classes and functions that pickles of weights name are read as.
+
+The table knows PyTorch's dense tensors and parameters, NumPy's arrays and scalars of
+numbers, and Python's containers. All arrays are views of bytes that the file holds, so
+that a tensor of a stride of 0 takes no memory until it is copied.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from inertia_jax.weights.pickles import Global, Unknown, as_key
+
+# PyTorch's types of storages, and of elements, as NumPy and ml_dtypes have them.
+_STORAGES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+    # Of quantised tensors, which are not read; their bytes may stand before others'.
+    "QInt8": "int8",
+    "QUInt8": "uint8",
+    "QInt32": "int32",
+    "QUInt4x2": "uint8",
+    "QUInt2x4": "uint8",
+}
+_NUMBERS = re.compile(r"(bool|uint|int|float|bfloat)\d*(_e\dm\d\w*)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Bytes of a file that tensors are views of.
+
+    Attributes:
+        data: The bytes.
+        dtype: Type of the elements; uint8 for a storage without one.
+    """
+
+    data: Any
+    dtype: np.dtype
+
+
+def storage_dtype(name: Any) -> np.dtype | None:
+    """Returns the type of a class of storages, or None of one that is not read."""
+    short = re.fullmatch(r"torch\.(cuda\.|storage\.)?(\w+)Storage", str(name))
+    if not isinstance(name, Global) or short is None:
+        return None
+    kind = "Byte" if short[2] == "Untyped" else short[2]
+    return np.dtype(_dtype(_STORAGES[kind])) if kind in _STORAGES else None
+
+
+def _dtype(name: str) -> Any:
+    return getattr(ml_dtypes, name, None) or np.dtype(name)
+
+
+def _torch_dtype(name: Any) -> np.dtype | None:
+    short = str(name).removeprefix("torch.")
+    if isinstance(name, Global) and _NUMBERS.fullmatch(short):
+        try:
+            return np.dtype(_dtype(short))
+        except TypeError:  # a type that NumPy and ml_dtypes lack
+            return None
+    return None
+
+
+def _tensor(
+    storage: Any,
+    offset: int,
+    size: Sequence[int],
+    stride: Sequence[int],
+    _requires_grad: Any = None,
+    _hooks: Any = None,
+    metadata: Any = None,
+    *,
+    dtype: np.dtype | None = None,
+) -> Any:
+    if not isinstance(storage, Storage):
+        return Unknown("a tensor of numbers that are not read")
+    if metadata:
+        return Unknown("a tensor with a conjugate or negative bit")
+    dtype = dtype or storage.dtype
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise ValueError("offsets, sizes and strides must be integers >= 0")
+    step = dtype.itemsize
+    # NumPy checks that the array lies within the bytes.
+    return np.ndarray(
+        tuple(size), dtype, storage.data, offset * step, [n * step for n in stride]
+    )
+
+
+def _tensor_v3(*arguments: Any) -> Any:
+    storage, offset, size, stride, requires_grad, hooks, dtype, *metadata = arguments
+    known = _torch_dtype(dtype)
+    if known is None:
+        return Unknown(f"a tensor of {dtype}")
+    return _tensor(
+        storage, offset, size, stride, requires_grad, hooks, *metadata, dtype=known
+    )
+
+
+def _tensor_from_type(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
+    if isinstance(function, Global) and function in TABLE:
+        return TABLE[function](*arguments)
+    return Unknown(f"a tensor of {function}")
+
+
+@dataclasses.dataclass
+class NumPyType:
+    """A type of numbers as NumPy pickles it: its byte order follows as state."""
+
+    dtype: np.dtype
+
+    def set_pickled(self, state: Any) -> None:
+        """Takes the byte order, `state[1]`; `|` and `=` are the machine's."""
+        if state[1] in ("<", ">") and self.dtype.isbuiltin == 1:
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+@dataclasses.dataclass
+class NumPyArray:
+    """An array as NumPy pickles it: what it holds follows as state.
+
+    Attributes:
+        array: The array, or what stands for one of no numbers.
+    """
+
+    array: Any
+
+    def set_pickled(self, state: Any) -> None:
+        """Takes shape, type, order and bytes."""
+        _, shape, kind, is_fortran, data = state
+        # Python 2 has no bytes.
+        data = data.encode("latin1") if isinstance(data, str) else data
+        self.array = _frombuffer(data, kind, shape, "F" if is_fortran else "C")
+
+
+def _numpy_type(name: Any, *_: Any) -> Any:
+    if isinstance(name, Global) and name.startswith("ml_dtypes."):
+        dtype = _torch_dtype(Global(name.removeprefix("ml_dtypes.")))
+        return Unknown(f"a type {name}") if dtype is None else NumPyType(dtype)
+    if isinstance(name, str) and re.fullmatch(r"[biufc]\d{1,2}", name):
+        return NumPyType(np.dtype(name))
+    return Unknown(f"a type {name!r}")
+
+
+def _reconstruct(*_: Any) -> NumPyArray:
+    return NumPyArray(Unknown("an array without numbers"))
+
+
+def _frombuffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> Any:
+    if not isinstance(kind, NumPyType):
+        return Unknown("an array without numbers")
+    return np.ndarray(tuple(shape), kind.dtype, data, order=order)
+
+
+def _scalar(kind: Any, data: Any) -> Any:
+    return _frombuffer(data, kind, ())
+
+
+def _ordered_dict(pairs: Any = ()) -> collections.OrderedDict[Any, Any]:
+    # Python 2 writes the pairs as an argument.
+    return collections.OrderedDict((as_key(key), value) for key, value in pairs)
+
+
+def _encode(text: str, encoding: str = "utf-8") -> bytes:
+    # How bytes are written in protocol 2.
+    if encoding not in ("latin1", "utf-8"):
+        raise ValueError(f"{encoding!r} is no encoding of bytes in pickles")
+    return text.encode(encoding)
+
+
+def _sparse(*_: Any) -> Unknown:
+    return Unknown("a sparse tensor")
+
+
+def _quantised(*_: Any) -> Unknown:
+    return Unknown("a quantised tensor")
+
+
+def _meta(*_: Any) -> Unknown:
+    return Unknown("a meta tensor, which has no numbers")
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "multiarray.scalar": _scalar,
+    "multiarray._reconstruct": _reconstruct,
+    "numeric._frombuffer": _frombuffer,
+}
+TABLE: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _encode,
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._tensor._rebuild_from_type": _tensor_from_type,
+    "torch._tensor._rebuild_from_type_v2": _tensor_from_type,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_device_tensor_from_numpy": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+    "torch._utils._rebuild_xla_tensor": _first,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_sparse_csr_tensor": _sparse,
+    "torch._utils._rebuild_qtensor": _quantised,
+    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+    "numpy.dtype": _numpy_type,
+    **{
+        f"numpy.{core}.{name}": f
+        for core in ("core", "_core")
+        for name, f in _NUMPY.items()
+    },
+}

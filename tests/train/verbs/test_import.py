@@ -1,0 +1,83 @@
+"""`python -m train import`: checkpoints from PyTorch weights."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import shared_file
+from safetensors.numpy import save_file
+
+import inertia_jax as ij
+from train.__main__ import main
+
+STATISTICS = ("--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225")
+
+
+@pytest.fixture
+def lenet(tmp_path):
+    """A narrow network, its state dict, and the command that imports a file of it."""
+    model = ij.create_model("lenet", width=0.1)
+    variables = ij.init_variables(model, jax.random.key(0))
+    command = ["import", str(tmp_path / "weights.ckpt"), "--model", "lenet"]
+    command += ["--width", "0.1", "--mean", "0.13", "--std", "0.31"]
+    command += ["--out", str(tmp_path / "checkpoint")]
+    return variables, ij.to_torch(model, variables), command
+
+
+def test_parts_of_keys_are_renamed(lenet, tmp_path, capsys):
+    variables, state, command = lenet
+    foreign = {f"model.{k.replace('fc2', 'head')}": v for k, v in state.items()}
+    save_file(foreign, tmp_path / "weights.ckpt")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "likely head=fc2 (`rename`), of 2 keys" in error
+    assert "missing" not in error
+    assert main([*command, "--rename", "head"]) == 2
+    assert "`rename` (='head') must be OLD=NEW" in capsys.readouterr().err
+    assert main([*command, "--rename", "head=fc2", "head=fc1"]) == 2
+    assert "second name for 'head'" in capsys.readouterr().err
+    assert main([*command, "--rename", "head=fc2"]) == 0
+    _, loaded = ij.load_checkpoint(tmp_path / "checkpoint")
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_averaged_weights_are_taken_if_asked_for(lenet, tmp_path, capsys):
+    variables, state, command = lenet
+    both = {f"model.{key}": value for key, value in state.items()}
+    both |= {f"ema.{key}": value + 1 for key, value in state.items()}
+    save_file(both, tmp_path / "weights.ckpt")
+    assert main([*command, "--ema"]) == 0
+    assert "the weights at `ema` are taken, not those" in capsys.readouterr().out
+    _, loaded = ij.load_checkpoint(tmp_path / "checkpoint")
+    averaged = jax.tree.map(lambda leaf: leaf + 1, variables)
+    jax.tree.map(np.testing.assert_array_equal, loaded, averaged)
+
+
+def test_numbers_that_no_network_computes_with_are_refused(lenet, tmp_path, capsys):
+    _, state, command = lenet
+    state["fc1.bias"][0] = np.inf
+    save_file(state, tmp_path / "weights.ckpt")
+    assert main(command) == 2
+    assert "fc1.bias holds NaN or infinity 1 times" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "model", "correct"),
+    [
+        ("resnet20_cifar10.pth", "resnet20", 933),
+        ("resnet32-d509ac18.th", "resnet32", 944),
+        ("resnet56-4bfd9763.th", "resnet56", 943),
+    ],
+)
+def test_published_files_go_in_with_one_command_and_no_pytorch(
+    file, model, correct, tmp_path, capsys, monkeypatch
+):
+    weights = shared_file(f"weights/{file}")
+    data = shared_file("data/cifar10_exact_subset.npz")
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    out = str(tmp_path / "checkpoint")
+    command = ["import", str(weights), "--model", model, *STATISTICS]
+    assert main([*command, "--out", out]) == 0
+    assert main(["evaluate", out, "--data", f"npz:{data}"]) == 0
+    assert f"({correct} of 1,017)" in capsys.readouterr().out

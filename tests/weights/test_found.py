@@ -1,0 +1,171 @@
+"""A network's weights are found wherever a file keeps them."""
+
+import numpy as np
+import pytest
+
+from inertia_jax.weights.found import find_weights, renamed
+from inertia_jax.weights.pickles import Unknown
+
+KEYS = ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "linear.bias")
+
+
+def weights(value=0.0, prefix=""):
+    return {f"{prefix}{key}": np.full(2, value) for key in KEYS}
+
+
+def find(loaded, *, ema=False, rename=()):
+    return find_weights(loaded, set(KEYS), ema=ema, rename=dict(rename))
+
+
+def module(value=0.0):
+    """Returns what stands for a pickled network, as torch.save(network) writes it."""
+
+    def part(**content):
+        unknown = Unknown("some.Network")
+        empty = {"_parameters": {}, "_buffers": {}, "_modules": {}, "training": False}
+        unknown.update({**empty, "_backward_hooks": {}, **content})
+        return unknown
+
+    number = np.full(2, value)
+    conv = part(_parameters={"weight": number, "bias": None})
+    modules = {
+        "conv1": conv,
+        "bn1": part(_buffers={"running_mean": number, "num_batches_tracked": 3}),
+        "layer1": part(_modules={"0": part(_modules={"conv1": part(**conv)})}),
+        "linear": part(_parameters={"bias": number}),
+    }
+    return part(_modules=modules)
+
+
+PLACES = {
+    "plain": weights(),
+    "DataParallel": weights(prefix="module."),
+    "torch.compile": weights(prefix="_orig_mod."),
+    "both": weights(prefix="module._orig_mod."),
+    "Lightning": {"state_dict": weights(prefix="model."), "epoch": 3},
+    "any wrapper": {"weights": {"last": weights(prefix="backbone.")}},
+    "compiled layers": {
+        key.replace("layer1", "layer1._orig_mod").replace("bn1", "bn1.module"): value
+        for key, value in weights().items()
+    },
+    "kuangliu": {"net": weights(prefix="module."), "acc": 91.7, "epoch": 3},
+    "beside": {**weights(), "epoch": 3, "name": "x", "curve": [1.0]},
+    "counters": {**weights(), "bn1.num_batches_tracked": np.ones(())},
+    "whole network": module(),
+    "nested network": {"model": module(), "args": Unknown("argparse.Namespace")},
+    "optimiser": {
+        "model": weights(),
+        "optimizer": {"state": {0: {"exp_avg": np.ones(2)}}, "param_groups": [{}]},
+    },
+    "keys of other types": {"net": weights(), 3: np.ones(2), ("a",): {"b": np.ones(2)}},
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_weights_are_found_where_programs_keep_them(case):
+    found = find(PLACES[case])
+    arrays = {k: v for k, v in found.state.items() if hasattr(v, "shape")}
+    assert set(arrays) == set(KEYS)
+    assert not found.note()
+
+
+AVERAGED = {
+    "timm": {"state_dict": weights(1), "state_dict_ema": weights(2)},
+    "torchvision": {
+        "model": weights(1),
+        "model_ema": weights(2, "module.") | {"n_averaged": np.ones((), int)},
+    },
+    "networks": {"ema": module(2), "model": module(1)},
+    "ema_pytorch": weights(1, "online_model.") | weights(2, "ema_model."),
+    "beside": weights(1) | weights(2, "swa."),
+    "camel": {"net": weights(1), "netEMA": weights(2)},
+    "Lightning": {"state_dict": weights(1, "model.") | weights(2, "averaged_model.")},
+}
+
+
+@pytest.mark.parametrize("case", AVERAGED)
+def test_averaged_weights_are_taken_if_asked_for(case):
+    raw, averaged = find(AVERAGED[case]), find(AVERAGED[case], ema=True)
+    assert set(raw.state) == set(averaged.state)
+    assert raw.state["conv1.weight"][0] == 1
+    assert averaged.state["conv1.weight"][0] == 2
+    assert f"not those at `{averaged.place}`" in raw.note()
+    assert "`ema` (=True) takes the averaged ones" in raw.note()
+    assert f"the weights at `{averaged.place}` are taken" in averaged.note()
+
+
+def test_averaged_weights_alone_are_taken_and_lacking_ones_are_an_error():
+    assert find({"ema": weights(2)}).state["conv1.weight"][0] == 2
+    lists = {"model": weights(), "ema": {"shadow_params": [np.ones(2)]}}
+    # A schema is no average.
+    for loaded in (weights(), {"schema": weights()}, lists):
+        with pytest.raises(ValueError, match="`ema` .*there are none"):
+            find(loaded, ema=True)
+
+
+def test_one_of_several_sets_is_said_or_asked_for():
+    loaded = {"state_dict": weights(1), "best": weights(2)}
+    found = find(loaded)
+    assert found.state["conv1.weight"][0] == 1
+    assert found.note() == "the weights at `state_dict` are taken, not those at `best`"
+    assert find(loaded, rename={"best": ""}).state["conv1.weight"][0] == 2
+    pair = weights(1, "teacher.") | weights(2, "student.")
+    with pytest.raises(
+        ValueError, match="at student, teacher.*`rename`, e.g. student="
+    ):
+        find(pair)
+    assert find(pair, rename={"student": ""}).state["conv1.weight"][0] == 2
+
+
+def test_arrays_beside_the_weights_are_said():
+    loaded = weights(prefix="model.") | {"loss.weight": np.ones(2)}
+    found = find(loaded)
+    assert set(found.state) == set(KEYS)
+    assert found.note() == "1 arrays beside them are left out: loss.weight"
+    # Without a prefix they may belong to the network.
+    assert "loss.weight" in find(weights() | {"loss.weight": np.ones(2)}).state
+
+
+def test_parts_of_keys_are_renamed():
+    assert renamed("fc.weight", "fc", "linear") == "linear.weight"
+    assert renamed("a.fc2.weight", "fc", "linear") == "a.fc2.weight"
+    assert renamed("a.b.c.b.c", "b.c", "d") == "a.d.d"
+    assert renamed("student.fc.bias", "student", "") == "fc.bias"
+    loaded = weights(prefix="module.")
+    loaded["module.fc.bias"] = loaded.pop("module.linear.bias")
+    assert set(find(loaded, rename={"fc": "linear"}).state) == set(KEYS)
+    with pytest.raises(ValueError, match="'fcc', which is part of no key. Is it 'fc'?"):
+        find(loaded, rename={"fcc": "linear"})
+    with pytest.raises(ValueError, match="two values for conv1.weight"):
+        find({**weights(), "fc.weight": np.ones(2)}, rename={"fc": "conv1"})
+
+
+def test_two_keys_of_one_weight_are_an_error():
+    with pytest.raises(ValueError, match="two values for linear.bias"):
+        find({**weights(), "module.linear.bias": np.ones(2)})
+
+
+def test_names_of_the_network_are_no_wrappers():
+    key = "module.conv.weight"
+    found = find_weights({key: np.ones(2)}, {key}, ema=False, rename={})
+    assert set(found.state) == {key}
+
+
+@pytest.mark.parametrize("loaded", [{}, {"epoch": 3}, {3: np.ones(2)}, {"a": {}}])
+def test_what_holds_no_arrays_is_an_error(loaded):
+    with pytest.raises(ValueError, match="no arrays whose keys are strings"):
+        find(loaded)
+
+
+def test_mappings_that_hold_themselves_or_each_other_end():
+    loaded = weights()
+    loaded["self"] = loaded
+    level = {"x": np.ones(2)}
+    for _ in range(60):
+        level = {"a": level, "b": level}
+    loaded["doubled"] = level
+    deep = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    loaded["deep"] = deep
+    assert set(KEYS) <= set(find(loaded).state)
