@@ -9,7 +9,7 @@ import tomllib
 import venv
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, shared_file
 from helpers import PREPARE
 from packaging.requirements import Requirement
 
@@ -152,6 +152,28 @@ def test_tfds_trains_on_a_set_that_it_prepares(tmp_path):
         *("--workdir", tmp_path / "run"),
     )
     assert "checkpoint" in out
+
+
+@pytest.mark.slow
+def test_train_imports_weights_of_pytorch_without_it(tmp_path):
+    environment = Environment("train", tmp_path)
+    environment.run("-c", "import importlib.util as i; assert not i.find_spec('torch')")
+    data = shared_file("data/cifar10_exact_subset.npz")
+    files = {
+        "resnet20": ("resnet20_cifar10.pth", 933),
+        "resnet32": ("resnet32-d509ac18.th", 944),
+        "resnet56": ("resnet56-4bfd9763.th", 943),
+    }
+    for model, (file, correct) in files.items():
+        environment.run(
+            *("-m", "train", "import", shared_file(f"weights/{file}")),
+            *("--model", model, "--out", tmp_path / model),
+            *("--mean", 0.485, 0.456, 0.406, "--std", 0.229, 0.224, 0.225),
+        )
+        out = environment.run(
+            *("-m", "train", "evaluate", tmp_path / model, "--data", f"npz:{data}")
+        )
+        assert f"({correct} of 1,017)" in out
 
 
 MAKE_WEIGHTS = """

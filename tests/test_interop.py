@@ -80,6 +80,19 @@ def test_pytorch_takes_what_we_export():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_network_that_was_saved_whole_is_read(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
+    from train.benchmark.torch_models import TORCH_MODELS
+
+    twin, model = TORCH_MODELS["lenet"](), ij.create_model("lenet")
+    expected = ij.load_torch(model, twin.state_dict())
+    wrapped = torch.nn.DataParallel(twin)
+    for name, is_zip in (("new.pth", True), ("old.pth", False)):
+        content = {"model": wrapped, "optimizer": torch.optim.SGD(twin.parameters())}
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=is_zip)
+        assert_equal(ij.load_torch(model, tmp_path / name), expected)
+
+
 def test_types_are_kept(model, state):
     halved = {k: v.astype(ml_dtypes.bfloat16) for k, v in state.items()}
     leaves = jax.tree.leaves(ij.load_torch(model, halved))

@@ -543,7 +543,7 @@ REFUSED = [
     (WINDOW, dict(core=np.zeros((3, 2, 2, 4))), "`core`"),
     (TILED, dict(core=np.zeros((3, 2, 2, 4))), "`core`"),
     (WINDOW, dict(core=np.zeros((3, 3, 5, 4))), "`core`"),
-    (WINDOW, dict(combine="weighted"), "`weights`"),
+    (WINDOW, dict(combine="weighted"), r"`weights` \(=None\) must have shape"),
     (WINDOW, dict(weights=np.ones((3, 3))), "`weights`"),
     (WINDOW, dict(combine="weighted", weights=np.ones((3, 3, 2))), "`weights`"),
     (WINDOW, dict(combine="weighted_input", weights=np.ones((3, 3, 4))), "`weights`"),

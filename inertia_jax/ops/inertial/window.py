@@ -197,13 +197,14 @@ def _check_weights(
     )
     if shape is None and weights is not None:
         raise ValueError(f"`weights` must be None for `combine` (={combine!r}).")
-    found = None if weights is None else jnp.shape(weights)
-    if found != shape:
+    if shape is None:
+        return None
+    if weights is None or jnp.shape(weights) != shape:
+        found = "=None" if weights is None else f"shape {jnp.shape(weights)}"
         raise ValueError(
-            f"`weights` (shape {found}) must have shape {shape} for `combine` "
-            f"(={combine!r})."
+            f"`weights` ({found}) must have shape {shape} for `combine` (={combine!r})."
         )
-    return None if weights is None else jnp.asarray(weights)
+    return jnp.asarray(weights)
 
 
 def _responses(

