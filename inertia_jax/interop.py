@@ -16,7 +16,7 @@ from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.layers.kinds import KINDS
 from inertia_jax.models.create import abstract_variables, init_variables, input_shape
 from inertia_jax.weights.files import read_weights_file
-from inertia_jax.weights.found import find_weights
+from inertia_jax.weights.found import find_weights, is_array
 from inertia_jax.weights.misfit import check_keys
 from inertia_jax.weights.numbers import as_numbers
 
@@ -140,8 +140,7 @@ def read_torch(
     surplus = {
         name: tuple(state[name].shape)
         for name in set(state).difference(names.values())
-        if hasattr(state[name], "shape")
-        and not name.startswith(_prefixes(reinitialise))
+        if is_array(state[name]) and not name.startswith(_prefixes(reinitialise))
     }
     values, problems = {}, []
     for p, leaf in taken.items():

@@ -10,7 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import ROOT
+from conftest import ROOT, shared_file
 from flax import linen as nn
 from flax import traverse_util
 
@@ -64,6 +64,17 @@ def save_bright_digits(path, num_train, num_test, size, *, noise=40, step=20):
         arrays |= {f"x_{split}": images.astype(np.uint8), f"y_{split}": labels}
     np.savez(path, **arrays)
     return f"npz:{path}"
+
+
+def exact_cifar10(folder):
+    """Unpacks the images of CIFAR-10 that the developers have, or skips the test.
+
+    Returns the source that names them.
+    """
+    name = "cifar10_exact_subset"
+    unpack = shared_file("data/unpack.py")
+    subprocess.run([sys.executable, unpack, folder, name], check=True)
+    return f"npz:{folder / name}.npz"
 
 
 def make_config(

@@ -10,7 +10,7 @@ import venv
 
 import pytest
 from conftest import ROOT, shared_file
-from helpers import PREPARE
+from helpers import PREPARE, exact_cifar10
 from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.slow
@@ -158,7 +158,7 @@ def test_tfds_trains_on_a_set_that_it_prepares(tmp_path):
 def test_train_imports_weights_of_pytorch_without_it(tmp_path):
     environment = Environment("train", tmp_path)
     environment.run("-c", "import importlib.util as i; assert not i.find_spec('torch')")
-    data = shared_file("data/cifar10_exact_subset.npz")
+    data = exact_cifar10(tmp_path)
     files = {
         "resnet20": ("resnet20_cifar10.pth", 933),
         "resnet32": ("resnet32-d509ac18.th", 944),
@@ -171,7 +171,7 @@ def test_train_imports_weights_of_pytorch_without_it(tmp_path):
             *("--mean", 0.485, 0.456, 0.406, "--std", 0.229, 0.224, 0.225),
         )
         out = environment.run(
-            *("-m", "train", "evaluate", tmp_path / model, "--data", f"npz:{data}")
+            *("-m", "train", "evaluate", tmp_path / model, "--data", data)
         )
         assert f"({correct} of 1,017)" in out
 

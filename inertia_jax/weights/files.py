@@ -76,16 +76,27 @@ def _typed(saved: Any) -> tuple[np.dtype | None, Any, int]:
 def _read_zip(path: pathlib.Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
-        if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
-            raise ValueError("it is compressed, as torch.save does not do")
-        if sum(info.file_size for info in entries.values()) > path.stat().st_size:
+        stored = {
+            name: info.file_size
+            for name, info in entries.items()
+            if info.compress_type == zipfile.ZIP_STORED
+        }
+        if sum(stored.values()) > path.stat().st_size:
             raise ValueError("its entries are longer than the file")
+
+        def read(name: str) -> bytes:
+            if name not in entries:
+                raise ValueError(f"it lacks {name}")
+            if name not in stored:
+                raise ValueError(f"{name} is compressed, as PyTorch does not do")
+            return archive.read(name)
+
         pickles = [name for name in entries if f"/{name}".endswith("/data.pkl")]
         if not pickles:
             raise ValueError("it is a zip file, but not one of torch.save")
         root = pickles[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
-        swapped = order in entries and archive.read(order) == b"big"
+        swapped = order in entries and read(order) == b"big"
         storages: dict[str, bytes] = {}
 
         def persistent(saved: Any) -> Any:
@@ -93,10 +104,8 @@ def _read_zip(path: pathlib.Path) -> Any:
             if dtype is None:
                 return Unknown("a storage")
             name = f"{root}data/{key}"
-            if name not in entries:
-                raise ValueError(f"it lacks {name}")
             if name not in storages:
-                storages[name] = archive.read(name)
+                storages[name] = read(name)
                 if swapped:
                     # NumPy knows the parts of complex numbers.
                     word = dtype if dtype.kind == "c" else f"u{dtype.itemsize}"
@@ -108,7 +117,7 @@ def _read_zip(path: pathlib.Path) -> Any:
                 )
             return Storage(storages[name], dtype)
 
-        data = archive.read(pickles[0])
+        data = read(pickles[0])
         return read_pickle(
             io.BytesIO(data), len(data), known=TABLE, persistent=persistent
         )

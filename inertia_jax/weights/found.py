@@ -8,9 +8,12 @@ weights is what has the network's keys after one prefix.
 import collections
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
+
+import numpy as np
 
 from inertia_jax.weights.pickles import Unknown
 from inertia_jax.weights.rebuild import NumPyArray
@@ -55,9 +58,11 @@ class FoundWeights:
                 hint = "; `ema` (=True) takes the averaged ones"
             said.append(f"{taken} are taken, not those at {listed}{hint}")
         if self.left_out:
-            count, first = len(self.left_out), ", ".join(self.left_out[:3])
-            more = ", ..." if count > 3 else ""
-            said.append(f"{count} arrays beside them are left out: {first}{more}")
+            more = len(self.left_out) - 3
+            listed = ", ".join(self.left_out[:3]) + (
+                f", {more} more" if more > 0 else ""
+            )
+            said.append(f"arrays beside them are left out: {listed}")
         return "; ".join(said)
 
 
@@ -81,7 +86,7 @@ def find_weights(
             weights of one key; or a name of `rename` is nowhere in the file.
     """
     values, twice = _named(loaded, keys, rename)
-    arrays = [name for name, value in values.items() if hasattr(value, "shape")]
+    arrays = [name for name, value in values.items() if is_array(value)]
     if not arrays:
         raise ValueError("the weights hold no arrays whose keys are strings.")
     counts = _count_fits(arrays, keys)
@@ -101,8 +106,16 @@ def find_weights(
         {name[start:]: values[name] for name in taken},
         place,
         tuple(sorted(other for other in places if other != place)),
-        tuple(name for name in arrays if owners[name] is None),
+        # A single number is a best accuracy or a count.
+        tuple(
+            n for n in arrays if owners[n] is None and math.prod(values[n].shape) > 1
+        ),
     )
+
+
+def is_array(value: Any) -> bool:
+    """Tells whether a value may be a weight: NumPy's scalars stand beside weights."""
+    return hasattr(value, "shape") and not isinstance(value, np.generic)
 
 
 def renamed(name: str, old: str, new: str) -> str:
@@ -128,8 +141,8 @@ def _named(
             before, name = name, renamed(name, old, new)
             if name != before:
                 unused.pop(old, None)
-        if name in values and hasattr(values[name], "shape"):
-            if hasattr(value, "shape"):
+        if name in values and is_array(values[name]):
+            if is_array(value):
                 twice.add(name)
             continue
         values[name] = value

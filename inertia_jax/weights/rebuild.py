@@ -167,7 +167,8 @@ def _frombuffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> Any:
 
 
 def _scalar(kind: Any, data: Any) -> Any:
-    return _frombuffer(data, kind, ())
+    array = _frombuffer(data, kind, ())
+    return array if isinstance(array, Unknown) else array[()]
 
 
 def _ordered_dict(pairs: Any = ()) -> collections.OrderedDict[Any, Any]:

@@ -161,6 +161,17 @@ def test_what_has_no_numbers_is_a_name(tmp_path):
     assert "sparse" in repr(loaded["sparse"])
 
 
+def test_weights_are_read_beside_what_would_run(tmp_path):
+    made = tmp_path / "made"
+    weight = tensor(storage("0", 6), (6,), (1,))
+    evil = call(name("os", "system"), push(f"touch {made}"))
+    path = write_zip(tmp_path / "x.pth", dictionary(weight=weight, evil=evil))
+    loaded = read_weights_file(path)
+    np.testing.assert_array_equal(loaded["weight"], NUMBERS)
+    assert repr(loaded["evil"]) == "<os.system>"
+    assert not made.exists()
+
+
 def test_compressed_zip_files_are_an_error(tmp_path):
     path = tmp_path / "x.pth"
     write_zip(path, dictionary(), {"0": bytes(1 << 20)}, compression=8)

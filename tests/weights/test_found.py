@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from inertia_jax.weights.found import find_weights, renamed
+from inertia_jax.weights.found import find_weights, is_array, renamed
 from inertia_jax.weights.pickles import Unknown
 
 KEYS = ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "linear.bias")
@@ -50,6 +50,13 @@ PLACES = {
     },
     "kuangliu": {"net": weights(prefix="module."), "acc": 91.7, "epoch": 3},
     "beside": {**weights(), "epoch": 3, "name": "x", "curve": [1.0]},
+    "numbers": {
+        "state_dict": weights(),
+        "best": np.float64(91.7),
+        "best_acc1": np.ones(1),
+        "score": np.ones(()),
+    },
+    "NumPy's number beside": {**weights(), "best": np.float64(91.7)},
     "counters": {**weights(), "bn1.num_batches_tracked": np.ones(())},
     "whole network": module(),
     "nested network": {"model": module(), "args": Unknown("argparse.Namespace")},
@@ -64,7 +71,7 @@ PLACES = {
 @pytest.mark.parametrize("case", PLACES)
 def test_weights_are_found_where_programs_keep_them(case):
     found = find(PLACES[case])
-    arrays = {k: v for k, v in found.state.items() if hasattr(v, "shape")}
+    arrays = {k: v for k, v in found.state.items() if is_array(v)}
     assert set(arrays) == set(KEYS)
     assert not found.note()
 
@@ -121,7 +128,7 @@ def test_arrays_beside_the_weights_are_said():
     loaded = weights(prefix="model.") | {"loss.weight": np.ones(2)}
     found = find(loaded)
     assert set(found.state) == set(KEYS)
-    assert found.note() == "1 arrays beside them are left out: loss.weight"
+    assert found.note() == "arrays beside them are left out: loss.weight"
     # Without a prefix they may belong to the network.
     assert "loss.weight" in find(weights() | {"loss.weight": np.ones(2)}).state
 

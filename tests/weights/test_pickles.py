@@ -119,6 +119,8 @@ def test_unknown_objects_keep_items_and_attributes():
         b"g5\n.",
         b"h\x05.",
         b"(I1\n(RI2\n.",
+        b"I1\n\x86.",
+        b"I1\n(\x85.",
         b"\x82\x01.",
         b"\x97.",
         b"\xff.",

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -18,6 +17,7 @@ import pytest
 from conftest import ROOT, shared_file
 from helpers import (
     assert_bitwise_equal,
+    exact_cifar10,
     final_arrays,
     last_checkpoint,
     read_metrics,
@@ -529,11 +529,10 @@ def test_evaluate_refuses_what_does_not_fit(run, data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_real_resnet20_is_imported_and_scores_what_it_should(tmp_path, capsys):
-    pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
-    weights = shared_file("weights/resnet20_cifar10.pth")
-    unpack = shared_file("data/unpack.py")
-    name = "cifar10_exact_subset"
-    subprocess.run([sys.executable, unpack, tmp_path, name], check=True)
+    weights, images = (
+        shared_file("weights/resnet20_cifar10.pth"),
+        exact_cifar10(tmp_path),
+    )
     out = str(tmp_path / "checkpoint")
     statistics = [
         "--mean",
@@ -548,7 +547,7 @@ def test_the_real_resnet20_is_imported_and_scores_what_it_should(tmp_path, capsy
     command = ["import", str(weights), "--model", "resnet20", *statistics, "--out", out]
     assert main(command) == 0
     assert "269,722 parameters" in capsys.readouterr().out
-    assert main(["evaluate", out, "--data", f"npz:{tmp_path / name}.npz"]) == 0
+    assert main(["evaluate", out, "--data", images]) == 0
     assert "(933 of 1,017)" in capsys.readouterr().out
     assert main(command) == 2
     assert "must not exist" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import shared_file
+from helpers import exact_cifar10
 from safetensors.numpy import save_file
 
 import inertia_jax as ij
@@ -71,9 +72,8 @@ def test_numbers_that_no_network_computes_with_are_refused(lenet, tmp_path, caps
 )
 def test_published_files_go_in_with_one_command(file, model, correct, tmp_path, capsys):
     weights = shared_file(f"weights/{file}")
-    data = shared_file("data/cifar10_exact_subset.npz")
     out = str(tmp_path / "checkpoint")
     command = ["import", str(weights), "--model", model, *STATISTICS]
     assert main([*command, "--out", out]) == 0
-    assert main(["evaluate", out, "--data", f"npz:{data}"]) == 0
+    assert main(["evaluate", out, "--data", exact_cifar10(tmp_path)]) == 0
     assert f"({correct} of 1,017)" in capsys.readouterr().out
