@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+import operator
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,24 @@ _FIELDS = {"model", "plan", "preprocessing", "class_names", "info"}
 _MODEL_OPTIONS = ("num_classes", "width", "stem", "shortcut")
 
 
+def both_sides(sides: int | Sequence[int]) -> tuple[int, int]:
+    """Returns height and width, of which one number is both.
+
+    Raises:
+        ValueError: There are neither one nor two numbers.
+    """
+    pair = tuple(sides) if isinstance(sides, Sequence) else (sides, sides)
+    if len(pair) != 2:
+        raise ValueError(f"`sides` (={sides!r}) must be one number, or two.")
+    return operator.index(pair[0]), operator.index(pair[1])
+
+
+def shortest_sides(sides: int | Sequence[int]) -> int | tuple[int, int]:
+    """Returns height and width, or one number where they are equal."""
+    height, width = both_sides(sides)
+    return height if height == width else (height, width)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """How images become the network's input: `(pixels / 255 - mean) / std`.
@@ -28,18 +47,20 @@ class Preprocessing:
         image_shape: The shape [h, w, c] of the network's input.
         mean: The mean of each channel, of pixels in [0, 1].
         std: The standard deviation of each channel, of pixels in [0, 1].
-        resize: The side that images are resized to before the centre is cut out. None:
-            the input's own side, so that nothing is cut.
+        resize: Height and width that images are resized to cover, their shape kept,
+            before the centre is cut out. One number is both: the short side of any
+            image. None: the input's own, so that nothing is cut from images of its
+            shape.
 
     Raises:
         ValueError: Entries that do not fit the channels or are not finite, or a
-            `resize` below the input's side.
+            `resize` below the input's sides.
     """
 
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | None = None
+    resize: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         height, width, channels = self.image_shape
@@ -55,11 +76,20 @@ class Preprocessing:
                 raise ValueError(f"`{name}` (={values}) must be finite.")
         if min(self.std) <= 0:
             raise ValueError(f"`std` (={self.std}) must be > 0.")
-        if self.resize is not None and self.resize < max(height, width):
+        if self.resize is not None:
+            # Equal settings are equal values, however they were written.
+            object.__setattr__(self, "resize", shortest_sides(self.resize))
+        resized = self.resized_sides
+        if resized[0] < height or resized[1] < width:
             raise ValueError(
-                f"`resize` (={self.resize}) must be at least the input's "
-                f"{max(height, width)} pixels, or None."
+                f"`resize` (={self.resize}) must be at least the input's {height} x "
+                f"{width} pixels (one number is both height and width), or None."
             )
+
+    @property
+    def resized_sides(self) -> tuple[int, int]:
+        """Height and width that images cover before the centre is cut out."""
+        return both_sides(self.image_shape[:2] if self.resize is None else self.resize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +214,12 @@ def _make_metadata(
         if description["preprocessing"]:
             fields = description["preprocessing"]
             height, width, channels = fields["image_shape"]
+            resize = fields["resize"]
             preprocessing = Preprocessing(
                 image_shape=(height, width, channels),
                 mean=tuple(fields["mean"]),
                 std=tuple(fields["std"]),
-                resize=fields["resize"],
+                resize=None if resize is None else shortest_sides(resize),
             )
         names, info = tuple(description["class_names"]), dict(description["info"])
     except (KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from flax.core import freeze
 
 import inertia_jax as ij
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays
-from inertia_jax.metadata import Metadata, Preprocessing, load_metadata
+from inertia_jax.metadata import Metadata, Preprocessing, both_sides, load_metadata
 
 PREPROCESSING = Preprocessing((32, 32, 3), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), 40)
 
@@ -186,8 +186,40 @@ def test_a_later_format_is_refused(saved):
         (((32, 32, 1), (float("nan"),), (0.2,)), "`mean`.*finite"),
         (((32, 0, 1), (0.5,), (0.2,)), "`image_shape`.*>= 1"),
         (((32, 32, 1), (0.5,), (0.2,), 31), "`resize` .=31. must be at least .* 32"),
+        (((32, 32, 1), (0.5,), (0.2,), 0), "`resize` .=0. must be at least .* 32"),
+        (((24, 48, 1), (0.5,), (0.2,), 32), "`resize` .=32. must .* 24 x 48 pixels"),
+        (((24, 48, 1), (0.5,), (0.2,), (23, 99)), "at least .* 24 x 48 pixels"),
     ],
 )
 def test_bad_preprocessing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Preprocessing(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("resize", "kept", "sides"),
+    [
+        (None, None, (24, 48)),
+        (48, 48, (48, 48)),
+        ((48, 48), 48, (48, 48)),
+        ((30, 60), (30, 60), (30, 60)),
+    ],
+)
+def test_images_are_resized_to_one_side_or_to_two(resize, kept, sides, tmp_path):
+    made = Preprocessing((24, 48, 1), (0.5,), (0.2,), resize)
+    assert (made.resize, made.resized_sides) == (kept, sides)
+    model = ij.create_model("lenet", width=0.1)
+    variables = {"params": {"conv1": {"kernel": np.zeros(3)}}}
+    path = tmp_path / "checkpoint"
+    ij.save_checkpoint(path, model, variables, metadata=Metadata(made))
+    assert load_metadata(path).preprocessing == made
+    # A number stays a number, as earlier versions wrote it and read it.
+    written = json.loads((path / "metadata.json").read_text())
+    expected = list(kept) if isinstance(kept, tuple) else kept
+    assert written["preprocessing"]["resize"] == expected
+
+
+def test_sides_are_one_number_or_two():
+    assert both_sides(5) == both_sides([5, 5]) == (5, 5)
+    with pytest.raises(ValueError, match="must be one number, or two"):
+        both_sides((24, 48, 3))

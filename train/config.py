@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.errors import UsageError
+from inertia_jax.metadata import both_sides, shortest_sides
+from train.errors import UsageError, user_input
 
 # Options of data, as verbs have them whose options are not nested. Either spelling is
 # taken everywhere.
@@ -64,8 +65,9 @@ class Data:
         "~/.cache/inertia_jax"
     )
     """Directory in which downloaded and decoded sets are kept."""
-    image_size: int | None = None
-    """Side of the network's input, in pixels; None: as the images are stored."""
+    image_size: int | tuple[int, int] | None = None
+    """Height and width of the network's input, in pixels; one number: both; None: as
+    the images are stored."""
     mean: tuple[float, ...] = CIFAR_MEAN
     """Mean of each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = CIFAR_STD
@@ -81,8 +83,9 @@ class Data:
     resized_crop: bool = False
     """Train on a random part (8% to 100%) of each image, resized, instead of the padded
     crop."""
-    eval_resize: int | None = None
-    """Evaluate on the centre of images resized to this side; None: whole images."""
+    eval_resize: int | tuple[int, int] | None = None
+    """Evaluate on the centre of images resized to cover this height and width; one
+    number: both; None: those of the input."""
     memory_share: float = 0.25
     """A split larger than this share of device memory streams in chunks."""
 
@@ -94,15 +97,23 @@ class Data:
             _check_range("data.std", value, above=0)
         _check_range("data.memory_share", self.memory_share, above=0, finite=False)
         _check_range("data.crop_padding", self.crop_padding, least=0)
-        _check_range("data.image_size", self.image_size, least=1)
-        _check_range("data.eval_resize", self.eval_resize, least=1)
+        for name in ("image_size", "eval_resize"):
+            sides = getattr(self, name)
+            if sides is None:
+                continue
+            with user_input():
+                object.__setattr__(self, name, shortest_sides(sides))
+            for side in both_sides(sides):
+                _check_range(f"data.{name}", side, least=1)
 
     @property
-    def load_size(self) -> int | None:
-        """Side to which images of several sizes are brought when they are loaded."""
+    def load_size(self) -> tuple[int, int] | None:
+        """Height and width to which images are brought when they are loaded."""
         if self.image_size is None:
             return None
-        return max(self.image_size, self.eval_resize or 0)
+        height, width = both_sides(self.image_size)
+        resized = both_sides(self.eval_resize or self.image_size)
+        return max(height, resized[0]), max(width, resized[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,12 @@ from flax import linen as nn
 
 from inertia_jax import CostTable, Plan, count_cost, create_model
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
-from inertia_jax.metadata import Metadata, Preprocessing, load_description
+from inertia_jax.metadata import (
+    Metadata,
+    Preprocessing,
+    both_sides,
+    load_description,
+)
 from inertia_jax.models.create import model_name
 from train.config import Config, Data, Model
 from train.errors import UsageError, user_input
@@ -161,7 +166,7 @@ def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Prepro
     Raises:
         ValueError: Mean or deviation do not fit the stored channels.
     """
-    height, width, channels = stored_shape
+    sides, channels = stored_shape[:2], stored_shape[2]
     for name in ("mean", "std"):
         values = getattr(data, name)
         if len(values) != channels:
@@ -169,8 +174,8 @@ def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Prepro
                 f"`data.{name}` (={values}) must have {channels} entries, one a "
                 f"channel of these images."
             )
-    size = data.image_size
-    shape = (size, size, channels) if size else (height, width, channels)
+    height, width = both_sides(data.image_size or sides)
+    shape = (height, width, channels)
     return Preprocessing(shape, data.mean, data.std, data.eval_resize)
 
 
@@ -199,9 +204,8 @@ def from_checkpoint(
     """
     model, preprocessing = network.model, network.preprocessing
     trained_on = network.trained_on
-    height, width, _ = preprocessing.image_shape
     # An imported network does not say whether its images were resized.
-    image_size = height if height == width else None
+    image_size: int | tuple[int, int] | None = preprocessing.image_shape[:2]
     if trained_on is not None and "image_size" in network.recorded_data:
         image_size = trained_on.image_size
     data = config.data if keep_data else (trained_on or Data(source=""))

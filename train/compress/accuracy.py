@@ -26,7 +26,8 @@ def stage_evaluator(
         sources: The sources of the test sets.
         cache_dir: The directory in which decoded sets are kept.
     """
-    settings = EvaluationSettings(cache_dir=cache_dir)
+    # As the training images are that the networks are made with.
+    settings = EvaluationSettings(cache_dir=cache_dir, resize=True)
 
     @functools.cache
     def evaluator(source: str, model: nn.Module) -> Any:

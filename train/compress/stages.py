@@ -40,8 +40,7 @@ def load_training_images(args: Compress, network: NetworkDescription) -> Split |
     """
     if args.data is None:
         return None
-    preprocessing = network.preprocessing
-    size = max(preprocessing.image_shape[0], preprocessing.resize or 0)
+    size = network.preprocessing.resized_sides
     data = load_data(args.data, cache_dir=args.cache_dir, image_size=size)
     if data.train is None:
         raise UsageError(f"{data.name} has no training images to calibrate on.")

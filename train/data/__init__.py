@@ -1,5 +1,6 @@
 """Image sets by source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`."""
 
+from inertia_jax.metadata import both_sides
 from train.config import Data
 from train.data.digits import load_digits
 from train.data.imagefolder import load_imagefolder
@@ -11,13 +12,16 @@ from train.errors import UsageError, user_input
 __all__ = ["ImageSet", "Split", "load_configured", "load_data", "warn_of_other_names"]
 
 
-def load_data(source: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
+def load_data(
+    source: str, *, cache_dir: str, image_size: int | tuple[int, int] | None
+) -> ImageSet:
     """Loads a set, checked.
 
     Args:
         source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`.
         cache_dir: The directory in which decoded sets are kept.
-        image_size: The side to which images of several sizes are brought.
+        image_size: Height and width to which image folders, and images of several
+            sizes, are brought; one number is both.
 
     Raises:
         UsageError: An unknown source, missing data, or images or labels that break a
@@ -25,14 +29,15 @@ def load_data(source: str, *, cache_dir: str, image_size: int | None) -> ImageSe
     """
     kind, _, rest = source.partition(":")
     with user_input():
+        sides = None if image_size is None else both_sides(image_size)
         if source == "digits":
             return load_digits()
         if kind == "npz" and rest:
             return load_npz(rest)
         if kind == "imagefolder" and rest:
-            return load_imagefolder(rest, cache_dir=cache_dir, image_size=image_size)
+            return load_imagefolder(rest, cache_dir=cache_dir, sides=sides)
         if kind == "tfds" and rest:
-            return load_tfds(rest, cache_dir=cache_dir, image_size=image_size)
+            return load_tfds(rest, cache_dir=cache_dir, sides=sides)
     raise UsageError(
         f"`data.source` (={source!r}) must be tfds:NAME, imagefolder:PATH, npz:PATH or "
         f"digits."

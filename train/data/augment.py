@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 from inertia_jax.metadata import Preprocessing
 from inertia_jax.ops.precision import at_least_float32
 from train.config import Data
+from train.data.resize import covering_size
 
 
 def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, "n"]:
@@ -79,15 +80,15 @@ def alternating_mirrors(
 def resize(
     images: Num[Array, "n h w c"],
     *,
-    size: int,
+    sides: tuple[int, int],
     output_shape: tuple[int, int],
 ) -> Float[Array, "n h_out w_out c"]:
-    """Resizes the short side to `size`, bilinear, antialiased; cuts the centre out."""
-    # Sizes are static. torchvision rounds the long side down, the corner to a pixel.
-    stored = np.array(images.shape[1:3])
-    resized = stored * size // stored.min()
+    """Resizes to cover `sides`, bilinear, antialiased, and cuts the centre out."""
+    # Sizes are static. torchvision rounds the corner to a pixel.
+    stored = images.shape[1:3]
+    resized = np.array(covering_size((stored[0], stored[1]), sides))
     corner = np.round((resized - np.array(output_shape)) / 2)
-    scale = jnp.array(resized / stored, jnp.float32)
+    scale = jnp.array(resized / np.array(stored), jnp.float32)
     return _scale(images, scale, jnp.array(-corner, jnp.float32), output_shape)
 
 
@@ -210,7 +211,7 @@ class Augmentation:
             boxes = draw_boxes(crop_keys, (height, width))
             images = resized_crop(images, boxes, output_shape=output_shape)
         else:
-            images = self._resized(images, resize_to=None)
+            images = self._resized(images, output_shape)
             if data.crop_padding:
                 high = 2 * data.crop_padding + 1
                 draw = lambda key: jax.random.randint(key, (2,), 0, high)  # noqa: E731
@@ -228,15 +229,13 @@ class Augmentation:
         self, images: UInt8[Array, "n h w c"]
     ) -> Float[Array, "n h_out w_out c"]:
         """Resizes, cuts the centre out and normalises."""
-        return self._normalised(self._resized(images, self.preprocessing.resize))
+        return self._normalised(self._resized(images, self.preprocessing.resized_sides))
 
-    def _resized(self, images: Array, resize_to: int | None) -> Array:
+    def _resized(self, images: Array, sides: tuple[int, int]) -> Array:
         output_shape = self.preprocessing.image_shape[:2]
-        if resize_to is None and images.shape[1:3] == output_shape:
+        if images.shape[1:3] == sides == output_shape:
             return images
-        return resize(
-            images, size=resize_to or max(output_shape), output_shape=output_shape
-        )
+        return resize(images, sides=sides, output_shape=output_shape)
 
     def _normalised(self, images: Array) -> Array:
         mean, std = self.preprocessing.mean, self.preprocessing.std

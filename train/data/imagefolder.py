@@ -5,19 +5,22 @@ import pathlib
 
 import numpy as np
 
+from inertia_jax.metadata import shortest_sides
 from train.data.cache import Splits, cached_set
-from train.data.resize import resize_square
+from train.data.resize import resize_and_crop
 from train.data.sets import ImageSet
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
+def load_imagefolder(
+    path: str, *, cache_dir: str, sides: tuple[int, int] | None
+) -> ImageSet:
     """Reads an image folder, brought to one size and kept decoded.
 
-    Images become RGB; the short side is resized to `image_size` (bilinear) and the
-    centre cut out. Without `image_size` all must have one size already. Classes are
-    the sub-folders of `train`, sorted.
+    Images become RGB, are resized to cover `sides` (bilinear), and their centre is cut
+    out. Without `sides` all must have one size already. Classes are the sub-folders of
+    `train`, sorted.
 
     Raises:
         FileNotFoundError: The folder of a split or class is missing or empty.
@@ -37,7 +40,8 @@ def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> Im
     classes = tuple(_class_folders(folders["train"]))
     files = {split: _list_files(folder, classes) for split, folder in folders.items()}
 
-    fingerprint = hashlib.sha256(repr((image_size, classes)).encode())
+    size = None if sides is None else shortest_sides(sides)
+    fingerprint = hashlib.sha256(repr((size, classes)).encode())
     for split in files.values():
         for file, label in split:
             stat = file.stat()
@@ -48,7 +52,7 @@ def load_imagefolder(path: str, *, cache_dir: str, image_size: int | None) -> Im
     def decode() -> tuple[Splits, tuple[str, ...]]:
         splits = {
             split: (
-                _decode_all([file for file, _ in listed], image_size),
+                _decode_all([file for file, _ in listed], sides),
                 np.array([label for _, label in listed], np.int32),
             )
             for split, listed in files.items()
@@ -89,13 +93,13 @@ def _class_folders(folder: pathlib.Path) -> list[str]:
     )
 
 
-def _decode_all(files: list[pathlib.Path], image_size: int | None) -> np.ndarray:
+def _decode_all(files: list[pathlib.Path], sides: tuple[int, int] | None) -> np.ndarray:
     from PIL import Image
 
     images = np.empty(0, np.uint8)
     for index, file in enumerate(files):
         try:
-            image = _decode(file, image_size)
+            image = _decode(file, sides)
         # UnidentifiedImageError is an OSError; a broken PNG is a SyntaxError.
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read {file}: {error}.") from error
@@ -110,7 +114,7 @@ def _decode_all(files: list[pathlib.Path], image_size: int | None) -> np.ndarray
     return images
 
 
-def _decode(file: pathlib.Path, image_size: int | None) -> np.ndarray:
+def _decode(file: pathlib.Path, sides: tuple[int, int] | None) -> np.ndarray:
     from PIL import Image
 
     with Image.open(file) as opened:
@@ -120,4 +124,4 @@ def _decode(file: pathlib.Path, image_size: int | None) -> np.ndarray:
                 f"{file} has pixels of mode {opened.mode!r}; must have 8 bits each."
             )
         image = np.asarray(opened.convert("RGB"))
-    return image if image_size is None else resize_square(image, image_size)
+    return image if sides is None else resize_and_crop(image, sides)

@@ -3,23 +3,38 @@
 import numpy as np
 
 
-def resize_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes the short side to `size` (bilinear) and cuts the centre out.
+def covering_size(stored: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
+    """Returns the size of an image that covers two sides, its shape kept.
+
+    The image is scaled by `max(h / h_stored, w / w_stored)`. The side that is not
+    exact is rounded down to a pixel, as in torchvision.
+
+    Args:
+        stored: Height and width of the image.
+        sides: Height and width to cover.
+    """
+    (height, width), (least_height, least_width) = stored, sides
+    if least_height * width >= least_width * height:
+        return least_height, width * least_height // height
+    return height * least_width // width, least_width
+
+
+def resize_and_crop(image: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    """Resizes an image to cover two sides (bilinear) and cuts the centre out.
 
     Args:
         image: uint8 [h, w, c], c being 1 or 3.
-        size: Side of the result, in pixels.
+        sides: Height and width of the result, in pixels.
 
     Returns:
-        uint8 [size, size, c].
+        uint8 [*sides, c].
     """
     from PIL import Image
 
     channels = image.shape[-1]
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    short = min(picture.size)
-    width, height = (side * size // short for side in picture.size)
+    height, width = covering_size((picture.height, picture.width), sides)
     picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    picture = picture.crop((left, top, left + size, top + size))
-    return np.asarray(picture).reshape(size, size, channels)
+    top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
+    picture = picture.crop((left, top, left + sides[1], top + sides[0]))
+    return np.asarray(picture).reshape(*sides, channels)

@@ -9,29 +9,32 @@ from typing import Any
 
 import numpy as np
 
+from inertia_jax.metadata import shortest_sides
 from train.data.cache import Splits, cached_set, read_set
-from train.data.resize import resize_square
+from train.data.resize import resize_and_crop
 from train.data.sets import ImageSet
 
 _INSTALL = "pip install 'inertia_jax[tfds]'"
 
 
-def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
+def load_tfds(name: str, *, cache_dir: str, sides: tuple[int, int] | None) -> ImageSet:
     """Reads any TFDS image classification set, kept decoded.
 
     The first use downloads and prepares it into array_record files, which needs
     TensorFlow and a network; later uses need neither, nor TFDS. If images differ in
-    size, all are brought to `image_size`; otherwise they stay as stored.
+    size, all are brought to these `sides`; otherwise they stay as stored.
 
     Raises:
         ImportError: A package is missing; the message says how to install it.
         ValueError: TFDS knows no such set, it is none of labelled images, or its images
-            differ in size and `image_size` is None.
+            differ in size and `sides` is None.
         OSError: The download failed; the message says what to do without a network.
     """
     cache = pathlib.Path(cache_dir).expanduser()
     stored = cache / f"tfds-{name.replace('/', '-').replace(':', '-')}"
-    resized = stored.with_name(f"{stored.name}-{image_size}")
+    size = None if sides is None else shortest_sides(sides)
+    suffix = "x".join(map(str, size)) if isinstance(size, tuple) else size
+    resized = stored.with_name(f"{stored.name}-{suffix}")
     for directory in (stored, resized):
         if directory.is_dir():  # only read: the disk may be read-only
             return read_set(directory, name)
@@ -40,17 +43,17 @@ def load_tfds(name: str, *, cache_dir: str, image_size: int | None) -> ImageSet:
     with (cache / ".tfds.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         builder = _prepared_builder(name, cache / "tfds")
-        directory, size = stored, None
+        directory, resize_to = stored, None
         if None in builder.info.features["image"].shape:
-            if image_size is None:
+            if sides is None:
                 raise ValueError(
                     f"{name} has images of several sizes; set `data.image_size`."
                 )
-            directory, size = resized, image_size
+            directory, resize_to = resized, sides
 
         def decode() -> tuple[Splits, tuple[str, ...]]:
             splits = {
-                ours: _decode_split(name, builder, theirs, size)
+                ours: _decode_split(name, builder, theirs, resize_to)
                 for ours, theirs in _split_names(name, builder).items()
             }
             return splits, tuple(builder.info.features["label"].names)
@@ -120,7 +123,7 @@ def _split_names(name: str, builder: Any) -> dict[str, str]:
 
 
 def _decode_split(
-    name: str, builder: Any, split: str, size: int | None
+    name: str, builder: Any, split: str, sides: tuple[int, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     try:
         source = builder.as_data_source(split=split)
@@ -128,6 +131,6 @@ def _decode_split(
     except ImportError as error:
         raise ImportError(f"reading {name} needs more: {_INSTALL}.") from error
     images = [image for image, _ in examples]
-    if size is not None:
-        images = [resize_square(image, size) for image in images]
+    if sides is not None:
+        images = [resize_and_crop(image, sides) for image in images]
     return np.stack(images), np.array([label for _, label in examples], np.int32)

@@ -77,7 +77,7 @@ def _load_fitting(
     preprocessing, trained_on = network.preprocessing, network.trained_on
     height, width, channels = preprocessing.image_shape
     resize = settings.resize or bool(trained_on and trained_on.image_size)
-    size = max(height, preprocessing.resize or 0) if resize else None
+    size = preprocessing.resized_sides if resize else None
     data = load_data(source, cache_dir=settings.cache_dir, image_size=size)
     if data.image_shape[2] != channels:
         raise UsageError(

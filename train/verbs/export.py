@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from inertia_jax import fold_batch_norm, load_exported, save_exported
 from inertia_jax.deploy.exported import check_platforms
-from inertia_jax.metadata import Preprocessing
+from inertia_jax.metadata import Preprocessing, both_sides
 from inertia_jax.plan.plan import without_ladders
 from train.data.augment import Augmentation
 from train.errors import UsageError, user_input
@@ -47,9 +47,9 @@ class Export:
     input: Literal["uint8", "float32"] = "uint8"
     """uint8: raw pixels, which the file resizes and normalises; float32: normalised
     pixels."""
-    image_size: tuple[int, int] | None = None
-    """Height and width of raw pixels; None: those of the network's input, or the side
-    to which images are resized before the centre is cut out."""
+    image_size: int | tuple[int, int] | None = None
+    """Height and width of raw pixels; one number: both; None: those of the network's
+    input, or those that images are resized to before the centre is cut out."""
     fold: bool = True
     """Merge BatchNorm into the kernels before it."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -93,8 +93,10 @@ def run(argv: Sequence[str]) -> int:
 def _image_shape(args: Export, preprocessing: Preprocessing) -> tuple[int, int, int]:
     height, width, channels = preprocessing.image_shape
     if args.input == "uint8":
-        side = preprocessing.resize
-        height, width = args.image_size or ((side, side) if side else (height, width))
+        given = args.image_size
+        height, width = (
+            preprocessing.resized_sides if given is None else both_sides(given)
+        )
         if min(height, width) < 1:
             raise ValueError(f"`image_size` (={args.image_size}) must be >= 1.")
     elif args.image_size is not None:

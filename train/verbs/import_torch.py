@@ -9,7 +9,7 @@ import tyro
 
 from inertia_jax import count_cost, create_model, save_checkpoint
 from inertia_jax.interop import read_torch
-from inertia_jax.metadata import Metadata, Preprocessing
+from inertia_jax.metadata import Metadata, Preprocessing, both_sides
 from inertia_jax.models.create import input_shape
 from train.errors import user_input
 
@@ -36,11 +36,12 @@ class Import:
     """First layers of resnet18."""
     shortcut: Literal["A", "B"] = "A"
     """Shortcuts of resnet20 to resnet56: padded, or 1x1 convolutions."""
-    image_size: int | None = None
-    """Side of the network's input; None: the published one."""
-    resize: int | None = None
-    """Side to which images are resized before the centre is cut out; None: the side of
-    the input, so that nothing is cut."""
+    image_size: int | tuple[int, int] | None = None
+    """Height and width of the network's input; one number: both; None: the published
+    ones."""
+    resize: int | tuple[int, int] | None = None
+    """Height and width that images are resized to cover before the centre is cut out;
+    one number: both; None: those of the input."""
     class_names: tuple[str, ...] = ()
     """Name of each class."""
     ema: bool = False
@@ -82,12 +83,11 @@ def run(argv: Sequence[str]) -> int:
                 f"`class_names` has {len(args.class_names)} entries; must have "
                 f"{args.num_classes}."
             )
-        side = args.image_size
-        if side is None:
-            side = input_shape(model)[0]
-        if side < 1:
-            raise ValueError(f"`image_size` (={side}) must be >= 1.")
-        shape = (side, side, len(args.mean))
+        given = args.image_size
+        height, width = input_shape(model)[:2] if given is None else both_sides(given)
+        if min(height, width) < 1:
+            raise ValueError(f"`image_size` (={given}) must be >= 1.")
+        shape = (height, width, len(args.mean))
         preprocessing = Preprocessing(shape, args.mean, args.std, args.resize)
         variables, note = read_torch(
             model,

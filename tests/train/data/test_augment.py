@@ -9,6 +9,7 @@ from PIL import Image
 from inertia_jax.metadata import Preprocessing
 from train.config import Data
 from train.data import augment
+from train.data.resize import covering_size
 
 FLOAT32 = jnp.dtype("float32")
 RNG = np.random.default_rng(0)
@@ -70,7 +71,7 @@ def test_resize_equals_pillows(stored, size):
     top, left = round((height - crop) / 2), round((width - crop) / 2)
     theirs = np.asarray(theirs)[top : top + crop, left : left + crop]
     ours = augment.resize(
-        jnp.asarray(image[None]), size=size, output_shape=(crop, crop)
+        jnp.asarray(image[None]), sides=(size, size), output_shape=(crop, crop)
     )
     np.testing.assert_allclose(ours[0], theirs, atol=1.01)
 
@@ -188,6 +189,41 @@ def test_evaluation_resizes_and_cuts_the_centre():
     # The short side is 10 already: rows 2..10, columns 1..9 of 12 x 10.
     expected = (IMAGES[:, 2:10, 1:9] / 255 - 0.5) / 0.25
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "sides", "covering"),
+    [
+        ((24, 48), (24, 48), (24, 48)),
+        ((48, 96), (24, 48), (24, 48)),
+        ((60, 60), (24, 48), (48, 48)),
+        ((24, 99), (24, 48), (24, 99)),
+        ((7, 9), (24, 48), (37, 48)),  # 7 * 48 / 9 = 37.3
+        ((10, 12), (5, 5), (5, 6)),
+        ((12, 10), (5, 5), (6, 5)),
+    ],
+)
+def test_images_cover_both_sides_in_their_own_shape(stored, sides, covering):
+    assert covering_size(stored, sides) == covering
+
+
+@pytest.mark.parametrize("resize", [None, (30, 60), 48])
+@pytest.mark.parametrize("stored", [(24, 48), (48, 96), (72, 99)])
+def test_images_that_are_not_square_keep_their_shape(stored, resize):
+    image = Image.fromarray(IMAGES[0]).resize(stored[::-1], Image.Resampling.BICUBIC)
+    preprocessing = Preprocessing((24, 48, 3), (0.0,) * 3, (1.0,) * 3, resize)
+    augmentation = augment.Augmentation.plain(preprocessing, FLOAT32)
+    images, keys = jnp.asarray(image)[None], jax.random.split(jax.random.key(0), 1)
+    evaluated = augmentation.for_evaluation(images)
+    for ours, sides in (
+        (evaluated, preprocessing.resized_sides),
+        (augmentation.for_training(images, keys), (24, 48)),
+    ):
+        height, width = covering_size(stored, sides)
+        theirs = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        top, left = round((height - 24) / 2), round((width - 48) / 2)
+        expected = theirs[top : top + 24, left : left + 48]
+        np.testing.assert_allclose(255 * ours[0], expected, atol=1.01)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from conftest import ROOT
 from helpers import PREPARE
 from PIL import Image
 
-from train.data import load_data
+from inertia_jax.metadata import both_sides
+from train.data import load_data, tfds
 from train.data.cache import cached_set
 from train.errors import UsageError
 
@@ -142,6 +144,40 @@ def test_an_image_folder_is_read_resized_and_cached(folder, tmp_path):
     # Another file is another set.
     Image.new("RGB", (10, 12)).save(folder / "train" / "dog" / "new.png")
     assert len(load(f"imagefolder:{folder}", cache, 5).train) == 7
+
+
+@pytest.mark.parametrize(
+    ("image_size", "rows", "columns"),
+    [((10, 12), 10, 12), ((5, 6), 5, 6), ((4, 10), 8, 10), (5, 5, 6), (None, 10, 12)],
+)
+def test_the_images_of_a_folder_are_brought_to_both_sides(
+    image_size, rows, columns, folder, tmp_path
+):
+    ramp = np.zeros((10, 12, 3), np.uint8) + 20 * np.arange(12, dtype=np.uint8)[:, None]
+    Image.fromarray(ramp).save(folder / "train" / "cat" / "0.png")
+    data = load(f"imagefolder:{folder}", tmp_path / "cache", image_size)
+    height, width = both_sides(image_size or (10, 12))
+    resized = Image.fromarray(ramp).resize((columns, rows), Image.Resampling.BILINEAR)
+    top, left = (rows - height) // 2, (columns - width) // 2
+    expected = np.asarray(resized)[top : top + height, left : left + width]
+    np.testing.assert_array_equal(data.train.images[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "name"), [(32, "32"), ((32, 32), "32"), ((24, 48), "24x48")]
+)
+def test_the_cache_of_a_set_says_both_sides(image_size, name, tmp_path):
+    images, labels = np.zeros((2, 3, 3, 1), np.uint8), np.arange(2)
+    kept = {"train": (images, labels), "test": (images, labels)}, ("a", "b")
+    cached_set(tmp_path / f"tfds-flowers-{name}", "flowers", lambda: kept)
+    assert len(load("tfds:flowers", tmp_path, image_size).test) == 2
+
+
+def test_tfds_brings_images_to_both_sides():
+    example = {"image": np.full((10, 12, 3), 7, np.uint8), "label": 1}
+    builder = types.SimpleNamespace(as_data_source=lambda split: [example] * 2)
+    images, labels = tfds._decode_split("flowers", builder, "train", (4, 8))
+    assert images.shape == (2, 4, 8, 3) and list(labels) == [1, 1]
 
 
 def test_the_first_of_two_that_cache_a_set_is_kept(tmp_path):
