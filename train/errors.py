@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class UsageError(Exception):
@@ -10,6 +11,14 @@ class UsageError(Exception):
 
 class DivergedError(UsageError):
     """A loss or gradient that is not finite; running again would not help."""
+
+
+def shortened(value: Any, *, most: int = 200) -> str:
+    """Returns the `repr` of a value, cut where it is too long for an error."""
+    text = repr(value)
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}... ({len(text):,} characters)"
 
 
 @contextlib.contextmanager

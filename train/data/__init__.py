@@ -1,5 +1,7 @@
 """Image sets by source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`."""
 
+from typing import Any
+
 from inertia_jax.metadata import both_sides
 from train.config import Data
 from train.data.digits import load_digits
@@ -13,7 +15,11 @@ __all__ = ["ImageSet", "Split", "load_configured", "load_data", "warn_of_other_n
 
 
 def load_data(
-    source: str, *, cache_dir: str, image_size: int | tuple[int, int] | None
+    source: str,
+    *,
+    cache_dir: str,
+    image_size: int | tuple[int, int] | None,
+    how_to_resize: str = "set `data.image_size` to have them resized",
 ) -> ImageSet:
     """Loads a set, checked.
 
@@ -22,6 +28,8 @@ def load_data(
         cache_dir: The directory in which decoded sets are kept.
         image_size: Height and width to which image folders, and images of several
             sizes, are brought; one number is both.
+        how_to_resize: The advice of the error of images of several sizes, without
+            `image_size`.
 
     Raises:
         UsageError: An unknown source, missing data, or images or labels that break a
@@ -29,18 +37,22 @@ def load_data(
     """
     kind, _, rest = source.partition(":")
     with user_input():
-        sides = None if image_size is None else both_sides(image_size)
+        options: Any = {
+            "cache_dir": cache_dir,
+            "sides": None if image_size is None else both_sides(image_size),
+            "how_to_resize": how_to_resize,
+        }
         if source == "digits":
             return load_digits()
         if kind == "npz" and rest:
             return load_npz(rest)
         if kind == "imagefolder" and rest:
-            return load_imagefolder(rest, cache_dir=cache_dir, sides=sides)
+            return load_imagefolder(rest, **options)
         if kind == "tfds" and rest:
-            return load_tfds(rest, cache_dir=cache_dir, sides=sides)
+            return load_tfds(rest, **options)
     raise UsageError(
-        f"`data.source` (={source!r}) must be tfds:NAME, imagefolder:PATH, npz:PATH or "
-        f"digits."
+        f"the source of images (={source!r}) must be tfds:NAME, "
+        f"imagefolder:PATH, npz:PATH or digits."
     )
 
 

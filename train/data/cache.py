@@ -42,14 +42,23 @@ def cached_set(
 
 
 def read_set(directory: pathlib.Path, name: str) -> ImageSet:
-    """Returns the set that `cached_set` has written."""
-    splits = {
-        split: (
-            np.load(directory / f"x_{split}.npy", mmap_mode="r"),
-            np.load(directory / f"y_{split}.npy"),
-        )
-        for split in ("train", "test")
-        if (directory / f"x_{split}.npy").is_file()
-    }
-    names = tuple(json.loads((directory / "class_names.json").read_text()))
-    return make_set(name, splits, names)
+    """Returns the set that `cached_set` has written.
+
+    Raises:
+        ValueError: A file of it is missing or damaged.
+    """
+    try:
+        splits = {
+            split: (
+                np.load(directory / f"x_{split}.npy", mmap_mode="r"),
+                np.load(directory / f"y_{split}.npy"),
+            )
+            for split in ("train", "test")
+            if (directory / f"x_{split}.npy").is_file()
+        }
+        names = tuple(json.loads((directory / "class_names.json").read_text()))
+        return make_set(name, splits, names)
+    except (FileNotFoundError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{directory} is damaged; remove it, and it is made again: {error}."
+        ) from error

@@ -1,5 +1,6 @@
 """Folders of images, one a class: PATH/train/CLASS/*.png and PATH/test (or val)."""
 
+import collections
 import hashlib
 import pathlib
 
@@ -7,20 +8,32 @@ import numpy as np
 
 from inertia_jax.metadata import shortest_sides
 from train.data.cache import Splits, cached_set
-from train.data.resize import resize_and_crop
-from train.data.sets import ImageSet
+from train.data.image_files import (
+    LeftOut,
+    describe_left_out,
+    list_images,
+    read_image,
+)
+from train.data.sets import ImageSet, warn
+from train.errors import shortened
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+Files = list[tuple[pathlib.Path, int]]
 
 
 def load_imagefolder(
-    path: str, *, cache_dir: str, sides: tuple[int, int] | None
+    path: str,
+    *,
+    cache_dir: str,
+    sides: tuple[int, int] | None,
+    how_to_resize: str,
 ) -> ImageSet:
     """Reads an image folder, brought to one size and kept decoded.
 
     Images become RGB, are resized to cover `sides` (bilinear), and their centre is cut
     out. Without `sides` all must have one size already. Classes are the sub-folders of
-    `train`, sorted.
+    `train`, sorted. Their images are those of torchvision's `ImageFolder`, in all
+    formats that Pillow reads; what is hidden is left out. A line on standard error
+    names the files that are left out.
 
     Raises:
         FileNotFoundError: The folder of a split or class is missing or empty.
@@ -38,50 +51,34 @@ def load_imagefolder(
                 f"PATH/train/CLASS/*.png and PATH/test/CLASS/*.png (or PATH/val)."
             )
     classes = tuple(_class_folders(folders["train"]))
-    files = {split: _list_files(folder, classes) for split, folder in folders.items()}
+    left_out: LeftOut = collections.Counter()
+    files = {s: _list_files(f, classes, left_out) for s, f in folders.items()}
+    if left_out:
+        warn(describe_left_out(root, left_out))
+    for split, folder in folders.items():
+        _check_classes(folder, classes, files[split])
 
     size = None if sides is None else shortest_sides(sides)
     fingerprint = hashlib.sha256(repr((size, classes)).encode())
-    for split in files.values():
-        for file, label in split:
+    for listed in files.values():
+        for file, label in listed:
             stat = file.stat()
             line = f"{file} {label} {stat.st_size} {stat.st_mtime_ns}\n"
-            fingerprint.update(line.encode())
-    name = f"imagefolder-{root.name}-{fingerprint.hexdigest()[:16]}"
+            fingerprint.update(line.encode(errors="surrogateescape"))
+    root_name = root.absolute().name  # that of `.`, too
+    name = f"imagefolder-{root_name}-{fingerprint.hexdigest()[:16]}"
 
     def decode() -> tuple[Splits, tuple[str, ...]]:
         splits = {
             split: (
-                _decode_all([file for file, _ in listed], sides),
+                _decode_all([file for file, _ in listed], sides, how_to_resize),
                 np.array([label for _, label in listed], np.int32),
             )
             for split, listed in files.items()
         }
         return splits, classes
 
-    return cached_set(pathlib.Path(cache_dir).expanduser() / name, root.name, decode)
-
-
-def _list_files(
-    folder: pathlib.Path, classes: tuple[str, ...]
-) -> list[tuple[pathlib.Path, int]]:
-    found = _class_folders(folder)
-    unknown = sorted(set(found) - set(classes))
-    if unknown:
-        raise ValueError(f"{folder} holds classes {unknown} that train/ does not have.")
-    files = [
-        (file, label)
-        for label, name in enumerate(classes)
-        if (folder / name).is_dir()
-        for file in sorted((folder / name).rglob("*"))
-        if file.suffix.lower() in _SUFFIXES
-    ]
-    if not files:
-        raise FileNotFoundError(f"there are no images in {folder}/CLASS/.")
-    empty = sorted({*found} - {classes[label] for _, label in files})
-    if empty:
-        raise FileNotFoundError(f"there are no images in {folder / empty[0]}.")
-    return files
+    return cached_set(pathlib.Path(cache_dir).expanduser() / name, root_name, decode)
 
 
 def _class_folders(folder: pathlib.Path) -> list[str]:
@@ -93,35 +90,52 @@ def _class_folders(folder: pathlib.Path) -> list[str]:
     )
 
 
-def _decode_all(files: list[pathlib.Path], sides: tuple[int, int] | None) -> np.ndarray:
-    from PIL import Image
+def _list_files(
+    folder: pathlib.Path, classes: tuple[str, ...], left_out: LeftOut
+) -> Files:
+    """Returns images and labels by class; adds the files that it leaves out."""
+    images, others = list_images(folder)
+    left_out.update(others)
+    labels = {name: label for label, name in enumerate(classes)}
+    files = []
+    for file in images:
+        name, *below = file.relative_to(folder).parts
+        if not below:
+            left_out["outside the folders of classes", file] += 1
+        else:
+            # A class that training lacks is refused later.
+            files.append((file, labels.get(name, -1)))
+    return files
 
+
+def _check_classes(
+    folder: pathlib.Path, classes: tuple[str, ...], files: Files
+) -> None:
+    found = _class_folders(folder)
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{folder} holds classes {shortened(unknown)} that train/ does not have."
+        )
+    if not files:
+        raise FileNotFoundError(f"there are no images in {folder}/CLASS/.")
+    empty = sorted({*found} - {classes[label] for _, label in files})
+    if empty:
+        raise FileNotFoundError(f"there are no images in {folder / empty[0]}.")
+
+
+def _decode_all(
+    files: list[pathlib.Path], sides: tuple[int, int] | None, how_to_resize: str
+) -> np.ndarray:
     images = np.empty(0, np.uint8)
     for index, file in enumerate(files):
-        try:
-            image = _decode(file, sides)
-        # UnidentifiedImageError is an OSError; a broken PNG is a SyntaxError.
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read {file}: {error}.") from error
+        image = read_image(file, sides)
         if index == 0:
             images = np.empty((len(files), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
             raise ValueError(
                 f"{file} has shape {image.shape}, {files[0]} {images.shape[1:]}; must "
-                f"be one: set `data.image_size` to have them resized."
+                f"be one: {how_to_resize}."
             )
         images[index] = image
     return images
-
-
-def _decode(file: pathlib.Path, sides: tuple[int, int] | None) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(file) as opened:
-        # Pillow would cut these to 8 bits instead of scaling them.
-        if opened.mode == "F" or opened.mode.startswith("I"):
-            raise ValueError(
-                f"{file} has pixels of mode {opened.mode!r}; must have 8 bits each."
-            )
-        image = np.asarray(opened.convert("RGB"))
-    return image if sides is None else resize_and_crop(image, sides)

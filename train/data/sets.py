@@ -1,6 +1,7 @@
 """Image sets: uint8 images and labels, checked, the same from every source."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -114,6 +115,13 @@ def make_set(
     return ImageSet(name, train, test, class_names)
 
 
+@functools.cache
+def warn(text: str) -> None:
+    """Prints a warning on standard error: on the first process, and only once."""
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def warn_of_other_names(data: ImageSet, class_names: Sequence[str]) -> None:
     """Warns on standard error where data name a class differently than a checkpoint.
 
@@ -122,13 +130,12 @@ def warn_of_other_names(data: ImageSet, class_names: Sequence[str]) -> None:
     count = min(len(data.class_names), len(class_names))
     numbers = tuple(map(str, range(count)))
     here, there = data.class_names[:count], tuple(class_names[:count])
-    if numbers in (here, there) or jax.process_index() != 0:
+    if numbers in (here, there):
         return
     for label in range(count):
         if here[label] != there[label]:
-            print(
-                f"warning: label {label} is {here[label]!r} in {data.name} and "
-                f"{there[label]!r} in the checkpoint.",
-                file=sys.stderr,
+            warn(
+                f"label {label} is {here[label]!r} in {data.name} and "
+                f"{there[label]!r} in the checkpoint."
             )
             return

@@ -17,7 +17,13 @@ from train.data.sets import ImageSet
 _INSTALL = "pip install 'inertia_jax[tfds]'"
 
 
-def load_tfds(name: str, *, cache_dir: str, sides: tuple[int, int] | None) -> ImageSet:
+def load_tfds(
+    name: str,
+    *,
+    cache_dir: str,
+    sides: tuple[int, int] | None,
+    how_to_resize: str,
+) -> ImageSet:
     """Reads any TFDS image classification set, kept decoded.
 
     The first use downloads and prepares it into array_record files, which needs
@@ -47,7 +53,7 @@ def load_tfds(name: str, *, cache_dir: str, sides: tuple[int, int] | None) -> Im
         if None in builder.info.features["image"].shape:
             if sides is None:
                 raise ValueError(
-                    f"{name} has images of several sizes; set `data.image_size`."
+                    f"{name} has images of several sizes; {how_to_resize}."
                 )
             directory, resize_to = resized, sides
 

@@ -78,7 +78,12 @@ def _load_fitting(
     height, width, channels = preprocessing.image_shape
     resize = settings.resize or bool(trained_on and trained_on.image_size)
     size = preprocessing.resized_sides if resize else None
-    data = load_data(source, cache_dir=settings.cache_dir, image_size=size)
+    data = load_data(
+        source,
+        cache_dir=settings.cache_dir,
+        image_size=size,
+        how_to_resize="--resize resizes them",
+    )
     if data.image_shape[2] != channels:
         raise UsageError(
             f"{data.name} has {data.image_shape[2]} channels; the network takes "

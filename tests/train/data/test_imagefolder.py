@@ -1,0 +1,234 @@
+"""Image folders as people have them: what counts, what is left out, what is said."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.data import load_data
+from train.data.image_files import read_image
+from train.data.sets import warn
+from train.errors import UsageError
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    """Each test is told anew what is left out."""
+    warn.cache_clear()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes of three images each, in training and test."""
+    for split in ("train", "test"):
+        for name in ("c0", "c1"):
+            place = tmp_path / "images" / split / name
+            place.mkdir(parents=True)
+            for index in range(3):
+                save(place / f"{index}.png")
+    return tmp_path / "images"
+
+
+def save(file, **options):
+    pixels = RNG.integers(256, size=(6, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, **options)
+    return pixels
+
+
+def load(root):
+    return load_data(
+        f"imagefolder:{root}", cache_dir=str(root.parent / "cache"), image_size=None
+    )
+
+
+def counts(root):
+    return np.bincount(load(root).train.labels).tolist()
+
+
+def test_nothing_is_said_where_nothing_is_left_out(root, capsys):
+    assert counts(root) == [3, 3]
+    assert capsys.readouterr().err == ""
+
+
+def test_hidden_files_and_folders_are_no_images(root, capsys):
+    for place in ("train/c0/.ipynb_checkpoints", "train/c0/below/.cache/deep"):
+        shutil.copytree(root / "train/c1", root / place)
+    shutil.copytree(root / "train/c1", root / "test/.Trash")
+    shutil.copy(root / "train/c1/0.png", root / "train/c1/._0.png")
+    assert counts(root) == [3, 3]
+    assert len(load(root).test) == 6  # said once
+    assert capsys.readouterr().err == (
+        f"warning: files of {root} that are left out: 10 hidden "
+        "(test/.Trash, train/c0/.ipynb_checkpoints, train/c0/below/.cache, "
+        "train/c1/._0.png)\n"
+    )
+
+
+def test_every_file_that_is_left_out_is_counted_and_named(root, capsys):
+    for name in ("train/c0/labels.txt", "train/c1/Thumbs.db", "test/c1/no_suffix"):
+        (root / name).write_bytes(b"no image")
+    for index in range(7):
+        (root / "train" / f"{index}.heic").write_bytes(b"no image")
+    save(root / "train" / "of_no_class.png")
+    os.mkfifo(root / "test" / "c0" / "pipe.png")
+    assert counts(root) == [3, 3]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for words in (
+        "1 no regular files (test/c0/pipe.png)",
+        "1 outside the folders of classes (train/of_no_class.png)",
+        "10 without the suffix of an image (test/c1/no_suffix, train/0.heic, "
+        "train/1.heic, train/2.heic, train/3.heic, ...)",
+    ):
+        assert words in said, said
+
+
+def test_symbolic_links_are_followed_and_loops_survive(root, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save(elsewhere / "a.png")
+    save(elsewhere / "b.PNG")
+    (root / "train/c0/linked").symlink_to(elsewhere)
+    (root / "train/c2").symlink_to(elsewhere)
+    (root / "train/c1/3.png").symlink_to(elsewhere / "a.png")
+    assert counts(root) == [5, 4, 2]
+    assert capsys.readouterr().err == ""
+    (root / "train/c0/up").symlink_to(root / "train")
+    (elsewhere / "itself").symlink_to(elsewhere)
+    (root / "train/c1/gone.png").symlink_to(tmp_path / "gone.png")
+    (root / "train/c1/loop.png").symlink_to(root / "train/c1/loop.png")
+    assert counts(root) == [5, 4, 2]
+    said = capsys.readouterr().err
+    assert (
+        "3 links to a folder around them (train/c0/linked/itself, train/c0/up, "
+        "train/c2/itself)" in said
+    )
+    assert "2 links to nothing (train/c1/gone.png, train/c1/loop.png)" in said
+
+
+# What torchvision's `ImageFolder` takes for an image.
+THEIRS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp")
+
+
+def test_classes_count_as_torchvisions(root):
+    shutil.copytree(root / "train/c0", root / "train/c1/deep/deeper")
+    (root / "train/c1/linked").symlink_to(root / "test/c0")
+    (root / "train/c0/notes.txt").write_text("no image")
+    (root / "train/c0/folder.png").mkdir()
+    for suffix in THEIRS:
+        save(root / "train" / "c0" / f"other.{suffix.upper()}")
+    theirs = [
+        sum(
+            file.lower().endswith(THEIRS)
+            for _, _, files in os.walk(root / "train" / name, followlinks=True)
+            for file in files
+        )
+        for name in ("c0", "c1")
+    ]
+    assert counts(root) == theirs == [12, 9]
+
+
+# Lossless ones, by suffix, of which torchvision knows none; then those that are not.
+EXACT = ("dib", "apng", "pcx", "tga", "sgi", "qoi", "jp2", "dds", "pnm")
+LOSSY = ("jfif", "jpe", "mpo", "gif", "avif")
+
+
+@pytest.mark.parametrize("suffix", [*EXACT, *LOSSY])
+def test_all_that_pillow_reads_is_read(suffix, tmp_path):
+    file = tmp_path / f"image.{suffix}"
+    rows = np.arange(32, dtype=np.uint8)[:, None, None]
+    pixels = np.broadcast_to(4 * rows + 60, (32, 32, 3))
+    try:
+        Image.fromarray(pixels).save(file)
+    except (KeyError, OSError, ValueError) as error:
+        pytest.skip(f"this Pillow does not write it: {error}")
+    found = read_image(file)
+    assert found.dtype == np.uint8
+    atol = 0 if suffix in EXACT else 12
+    np.testing.assert_allclose(found.astype(int), pixels.astype(int), atol=atol)
+
+
+def test_postscript_is_never_interpreted(root, monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise AssertionError("PostScript was interpreted")
+
+    monkeypatch.setattr(subprocess, "check_call", fail)
+    eps = tmp_path / "image.eps"
+    save(eps)
+    # It is no image by its own suffix, under another, or inside a file of IPTC.
+    shutil.copy(eps, root / "train/c0/image.eps")
+    assert counts(root) == [3, 3]
+    shutil.copy(eps, root / "train/c0/image.png")
+    with pytest.raises(UsageError, match=r"cannot read .*c0/image\.png: no image that"):
+        load(root)
+    inside = tmp_path / "inside.png"
+    data = eps.read_bytes()[:30000]
+    fields = b"\x1c\x03\x3c\x00\x02\x01\x00\x1c\x03\x14\x00\x02\x00\x08"
+    fields += b"\x1c\x03\x1e\x00\x02\x00\x08\x1c\x03\x78\x00\x01\x05"
+    inside.write_bytes(fields + b"\x1c\x08\x0a" + len(data).to_bytes(2, "big") + data)
+    with pytest.raises(ValueError, match=r"cannot read .*inside\.png: no image that"):
+        read_image(inside)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "webp", "tga", "psd"])
+def test_every_error_about_an_image_names_its_file(suffix, tmp_path):
+    whole = tmp_path / f"whole.{suffix}"
+    try:
+        save(whole)
+    except (KeyError, ValueError):
+        whole.write_bytes(b"8BPS" + bytes(40))
+    content = whole.read_bytes()
+    rng, file = np.random.default_rng(0), tmp_path / f"damaged.{suffix}"
+    broken = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in rng.integers(len(damaged), size=4):
+            damaged[place] ^= 1 << rng.integers(8)
+        if rng.integers(2):
+            damaged = damaged[: rng.integers(len(damaged))]
+        file.write_bytes(damaged)
+        try:
+            read_image(file)
+        except ValueError as error:
+            broken += 1
+            assert str(file) in str(error), error
+            assert "\n" not in str(error) and len(str(error)) < 400
+    assert broken > 5
+
+
+def test_names_of_files_need_not_be_utf8(root):
+    shutil.copy(root / "train/c0/0.png", os.fsencode(root / "train/c0") + b"/\xe9.png")
+    assert counts(root) == [4, 3]
+
+
+def test_an_image_folder_may_be_here(root, monkeypatch):
+    monkeypatch.chdir(root)
+    data = load_data("imagefolder:.", cache_dir=str(root.parent), image_size=None)
+    assert data.name == "images"
+
+
+def test_a_damaged_cache_says_what_to_remove(root):
+    load(root)
+    (kept,) = (root.parent / "cache").iterdir()
+    content = (kept / "x_train.npy").read_bytes()
+    for damage in (content[:-9], content[:9], b""):
+        (kept / "x_train.npy").write_bytes(damage)
+        with pytest.raises(UsageError, match=f"{kept} is damaged; remove it"):
+            load(root)
+    shutil.rmtree(kept)
+    assert counts(root) == [3, 3]
+
+
+def test_errors_about_classes_are_short(root):
+    for index in range(1000):
+        (root / "test" / f"of_another_set_{index:04d}").mkdir()
+    with pytest.raises(UsageError, match="holds classes .* that train/ does not") as e:
+        load(root)
+    assert len(str(e.value)) < 300 + len(str(root))
+    assert pathlib.Path(root).name in str(e.value)
