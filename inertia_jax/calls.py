@@ -1,4 +1,4 @@
-"""How every layer of a network is called: its module, and the shapes it sees."""
+"""How a network is called, and how every layer of it: its module, and its shapes."""
 
 import contextlib
 import dataclasses
@@ -12,11 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
+from inertia_jax.intercept import Wrapper, first_argument, on_calls
 from inertia_jax.layers.kinds import KINDS, kind_of
 from inertia_jax.layers.pointwise import Pointwise
 
 # A model and its variables.
 Network = tuple[nn.Module, Mapping[str, Any]]
+
+# A function of (model, images, train) that returns logits. The model is bound to its
+# variables, as inside `nn.apply`.
+ApplyFn = Callable[[Any, Any, bool], Any]
 
 _COUNTED: tuple[type[nn.Module], ...] = (Pointwise, *KINDS)
 
@@ -34,46 +39,6 @@ def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
         return {name: plain(child) for name, child in node.items()}
 
     return dict(meta.unbox(plain(variables)))
-
-
-class Wrapper(nn.Module):
-    """A module that stands around a network, and is called as the network is."""
-
-    @property
-    def wrapped(self) -> nn.Module:
-        """The network."""
-        raise NotImplementedError
-
-
-def on_scope(model: nn.Module, scope: Any) -> nn.Module:
-    """Returns the model in the scope of a module that wraps it, under its own paths.
-
-    `nn.share_scope` would leave the paths of modules that are fields of the model, such
-    as those of `nn.Sequential`, below the name of the wrapper's field.
-    """
-    return model.clone(parent=scope, _deep_clone=True)
-
-
-def on_calls(
-    answer: Callable[[Any, str, Callable[..., Any], Any, Any], Any],
-) -> contextlib.AbstractContextManager[None]:
-    """Lets a function answer every layer's call inside a `with` block.
-
-    Args:
-        answer: A function of (module, path, call, args, kwargs) that returns the
-            output: `call(*args, **kwargs)`, or what takes its place. Methods other than
-            `__call__` are left alone.
-    """
-
-    def intercept(
-        call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        path = "/".join(context.module.path)
-        return answer(context.module, path, call, args, kwargs)
-
-    return nn.intercept_methods(intercept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +69,16 @@ class Call:
 
 
 def record_calls(
-    model: nn.Module, shape: tuple[int, ...]
-) -> tuple[dict[str, Call], Any]:
+    model: nn.Module, shape: tuple[int, ...], *, apply_fn: ApplyFn | None = None
+) -> tuple[dict[str, Call], dict[str, Any]]:
     """Returns how every layer is called, by path, and the shapes of all variables.
 
     Nothing is computed.
 
     Args:
-        model: A network, called as `model(images)`, with `train=False` where it takes
-            `train`.
+        model: A network.
         shape: Shape of one image [h, w, c], or of a batch.
+        apply_fn: How the network is called, as in `apply_network`.
     """
     calls: dict[str, Call] = {}
     # Inside `nn.scan` and its like, a layer is traced anew, below a scope of its own.
@@ -128,7 +93,10 @@ def record_calls(
             calls.setdefault(path, Call(None, (), ()))
         elif known is before:  # no replacement of the layer was recorded inside it
             x = first_argument(args, kwargs)
-            found = Call(module, x.shape, output.shape[1:])
+            into, out = x.shape, output.shape
+            if x.ndim == _image_ndim(module):  # without an axis of images
+                into, out = (1, *into), (1, *out)
+            found = Call(module, into, out[1:])
             root = None if module.scope is None else module.scope.root
             if roots.setdefault(path, root) is not root:
                 return output
@@ -139,44 +107,154 @@ def record_calls(
 
     with on_calls(record):
         images = jax.ShapeDtypeStruct((1, *shape[-3:]), jnp.float32)
-        init = functools.partial(model.init, **evaluating(model))
-        variables = jax.eval_shape(init, jax.random.key(0), images)
+        init = functools.partial(init_network, model, apply_fn=apply_fn)
+        variables = plain_variables(jax.eval_shape(init, jax.random.key(0), images))
+    for path, call in calls.items():
+        names = kind_of(call.module).parts or ("kernel",)
+        if not subtree(variables.get("params", {}), path).keys() & {*names}:
+            # A layer that is applied by itself to arrays is none of the network's.
+            calls[path] = dataclasses.replace(call, module=None)
     return calls, variables
 
 
-def check_in_view(module: nn.Module, roots: list[Any], *, is_wanted: bool) -> None:
-    """Checks that a layer's inputs are still there when the network has been called.
+def _image_ndim(module: Any) -> int:
+    """Returns the number of axes of one image, as a layer sees it."""
+    if isinstance(module, nn.Dense):
+        return 1
+    size = module.kernel_size if isinstance(module, nn.Conv) else (1, 1)
+    # A number is the filter size of a one-dimensional `nn.Conv`.
+    return 2 if isinstance(size, int) else len(size) + 1
 
-    Whoever records inputs checks every module that is called, the network first, with
-    the same list of `roots`, empty at first. Modules that are not wanted are not
-    checked.
+
+def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Returns a layer's variables in one collection, {} if it has none there."""
+    if not path:
+        return dict(collection)
+    for name, child in collection.items():
+        # A name may have a "/" in it.
+        rest = f"{path}/".removeprefix(f"{name}/").removesuffix("/")
+        if rest != path and isinstance(child, Mapping):
+            found = subtree(child, rest)
+            if found:
+                return found
+    return {}
+
+
+# Arguments by which networks are told that they are trained, and their values then.
+_MODES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+
+
+def apply_network(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    train: bool = False,
+    apply_fn: ApplyFn | None = None,
+    mutable: Sequence[str] = (),
+) -> tuple[Any, Mapping[str, Any]]:
+    """Returns a network's outputs, and the collections that the call has changed.
+
+    Args:
+        model: The network.
+        variables: Its variables, plain or not.
+        images: A batch of its inputs.
+        train: Whether it is called in training mode.
+        apply_fn: How it is called. None: as `model(images)`, with those of the
+            arguments `train`, `training`, `is_training`, `deterministic` and
+            `use_running_average` that it takes.
+        mutable: The collections that it may change.
 
     Raises:
-        ValueError: The layer is inside a lifted transformation.
+        ValueError: The network is called in another way, or in training mode although
+            it takes none of the arguments, and there is no `apply_fn`.
     """
-    root = None if module.scope is None else module.scope.root
-    if not roots:
-        roots.append(root)
-    if is_wanted and root is not roots[0]:
-        path = "/".join(module.path)
-        raise ValueError(
-            f"{path!r} is called inside nn.scan, nn.remat, nn.vmap or nn.jit, where "
-            f"its inputs cannot be seen; leave it out with `layers`."
-        )
+    key = jax.random.key(0)
+    # Streams of any other name come from that of the parameters.
+    rngs = {"params": key, "dropout": key}
+    apply = nn.apply(_network_call(train, apply_fn), model, mutable=list(mutable))
+    outputs, changed = apply(variables, images, rngs=rngs)
+    return outputs, changed
 
 
-def takes_train(model: nn.Module) -> bool:
-    """Returns whether a network, or what a module wraps, is called with `train`."""
+def init_network(
+    model: nn.Module, key: jax.Array, images: Any, *, apply_fn: ApplyFn | None = None
+) -> Mapping[str, Any]:
+    """Returns the first variables of a network, called as by `apply_network`."""
+    return nn.init(_network_call(False, apply_fn), model)(key, images)
+
+
+def takes_train(model: nn.Module, apply_fn: ApplyFn | None = None) -> bool:
+    """Returns whether a network can be called in training mode."""
     while isinstance(model, Wrapper):
         model = model.wrapped
-    return "train" in inspect.signature(type(model).__call__).parameters
+    return apply_fn is not None or bool(_modes(model, train=True))
 
 
-def evaluating(model: nn.Module) -> dict[str, Any]:
-    """Returns the keyword arguments that a network is evaluated with."""
-    return {"train": False} if takes_train(model) else {}
+def one_array(outputs: Any) -> Any:
+    """Returns a network's outputs.
+
+    Raises:
+        ValueError: They are not one array.
+    """
+    if not isinstance(outputs, jax.Array):
+        raise ValueError(
+            f"the network returns a {type(outputs).__name__}; must be one array of "
+            f"logits, which `apply_fn` may choose."
+        )
+    return outputs
 
 
-def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Returns the input of a layer, whether it is passed by place or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
+def _network_call(train: bool, apply_fn: ApplyFn | None) -> Callable[[Any, Any], Any]:
+    """Returns a function of a bound model and images that calls the network."""
+    call = _default_call if apply_fn is None else apply_fn
+
+    def network_call(model: Any, images: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            while isinstance(model, Wrapper):
+                model = stack.enter_context(model.inside())
+            return call(model, images, train)
+
+    return network_call
+
+
+def _default_call(model: Any, images: Any, train: bool) -> Any:
+    """Calls a network by what its signature says."""
+    name, modes = type(model).__name__, _modes(model, train=train)
+    how = "say how it is called with `apply_fn`, a function of (model, images, train)"
+    if train and not modes:
+        raise ValueError(
+            f"{name} takes none of {', '.join(_MODES)}, by which it would be told "
+            f"that it is trained; {how}."
+        )
+    # The first argument takes the images.
+    for parameter in list(inspect.signature(model.__call__).parameters.values())[1:]:
+        variadic = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        is_needed = parameter.default is parameter.empty
+        if is_needed and parameter.kind not in variadic and parameter.name not in modes:
+            raise ValueError(
+                f"{name} must be called with {parameter.name!r}, of which nothing is "
+                f"known; {how}."
+            )
+    try:
+        return model(images, **modes)
+    except TypeError as error:
+        error.add_note(f"If {name} is called in another way, {how}.")
+        raise
+
+
+def _modes(model: nn.Module, *, train: bool) -> dict[str, bool]:
+    """Returns the keyword arguments that tell a network whether it is trained."""
+    taken = inspect.signature(type(model).__call__).parameters
+    # An argument that is also a field must be given in one place only.
+    return {
+        name: train == value
+        for name, value in _MODES.items()
+        if name in taken and getattr(model, name, None) is None
+    }

@@ -1,15 +1,14 @@
 """The rules of a plan that are not used at layers that they match, and the reasons."""
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
 from flax import linen as nn
 
-from inertia_jax.calls import Call, record_calls
+from inertia_jax.calls import ApplyFn, Call, record_calls
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of
-from inertia_jax.plan.plan import Plan, plan_of, without_ladders
+from inertia_jax.plan.plan import Plan, matches, plan_of, without_ladders
 from inertia_jax.plan.specs import Spec, stays_dense
 
 
@@ -40,7 +39,10 @@ class DroppedRule:
 
 
 def dropped_rules(
-    model: nn.Module, image_shape: tuple[int, ...]
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    *,
+    apply_fn: ApplyFn | None = None,
 ) -> tuple[DroppedRule, ...]:
     """Returns the rules of a model's plan that are not used at layers they match.
 
@@ -52,11 +54,12 @@ def dropped_rules(
     Args:
         model: A network; one without a plan has dropped nothing.
         image_shape: Shape of one image, [h, w, c].
+        apply_fn: How the network is called, as in `compress`.
     """
     plan = plan_of(model)
     if plan is None or not plan.rules:
         return ()
-    calls, _ = record_calls(without_ladders(model), image_shape)
+    calls, _ = record_calls(without_ladders(model), image_shape, apply_fn=apply_fn)
     return find_dropped(plan, find_convolutions(calls))
 
 
@@ -84,7 +87,7 @@ def find_dropped(
             dropped.append(DroppedRule(*rule, path, reason))
     reason = "earlier rules win at all layers it matches"
     for rule in plan.rules:
-        if rule not in used and fnmatch.filter(convolutions, rule[0]):
+        if rule not in used and any(matches(path, rule[0]) for path in convolutions):
             dropped.append(DroppedRule(*rule, "", reason))
     return tuple(dropped)
 

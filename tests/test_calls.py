@@ -6,10 +6,18 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 import inertia_jax as ij
-from inertia_jax.calls import on_calls, plain_variables
+from inertia_jax.calls import (
+    apply_network,
+    one_array,
+    plain_variables,
+    subtree,
+    takes_train,
+)
+from inertia_jax.intercept import on_calls
 from inertia_jax.plan.plan import plan_of, without_ladders
 
 
@@ -71,3 +79,88 @@ def test_plain_variables_are_dictionaries_of_the_same_arrays():
         nodes = (found, *found.values(), *found["params"].values())
         assert all(type(node) is dict for node in nodes)
     assert given["params"]["a"]["kernel"] is boxed
+
+
+class Mode(nn.Module):
+    """Doubles its images in training."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return x * (2 if train else 1)
+
+
+class Training(Mode):
+    @nn.compact
+    def __call__(self, x, training=None):
+        return x * (2 if training else 1)
+
+
+class IsTraining(Mode):
+    @nn.compact
+    def __call__(self, x, is_training):
+        return x * (2 if is_training else 1)
+
+
+class Deterministic(nn.Module):
+    """As Flax's own dropout: a field, or an argument, and not both."""
+
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, deterministic=None):
+        still = nn.merge_param("deterministic", self.deterministic, deterministic)
+        return x * (1 if still else 2)
+
+
+class RunningAverage(Mode):
+    @nn.compact
+    def __call__(self, x, use_running_average):
+        return x * (1 if use_running_average else 2)
+
+
+@pytest.mark.parametrize(
+    "model", [Mode(), Training(), IsTraining(), Deterministic(), RunningAverage()]
+)
+def test_networks_are_told_whether_they_are_trained(model):
+    assert takes_train(model)
+    for train in (False, True):
+        outputs, _ = apply_network(model, {}, jnp.ones(3), train=train)
+        np.testing.assert_array_equal(outputs, 1 + train)
+
+
+def test_a_network_that_is_told_by_a_field_is_not_told_again():
+    model = Deterministic(deterministic=True)
+    assert not takes_train(model)
+    np.testing.assert_array_equal(apply_network(model, {}, jnp.ones(3))[0], 1)
+    with pytest.raises(
+        ValueError, match="Deterministic takes none of train, .*apply_f"
+    ):
+        apply_network(model, {}, jnp.ones(3), train=True)
+
+
+class Context(nn.Module):
+    @nn.compact
+    def __call__(self, x, context, train=False):
+        return x + context, self.make_rng("noise")
+
+
+def test_an_argument_of_ones_own_is_bound_by_a_function():
+    x = jnp.ones(3)
+    with pytest.raises(
+        ValueError, match="Context must be called with 'context', .*app"
+    ):
+        apply_network(Context(), {}, x)
+    with pytest.raises(TypeError) as caught:  # its signature says nothing
+        apply_network(nn.Sequential([Context()]), {}, x)
+    assert "say how it is called with `apply_fn`" in caught.value.__notes__[0]
+    call = lambda model, images, train: model(images, 2.0, train=train)  # noqa: E731
+    outputs, _ = apply_network(Context(), {}, x, apply_fn=call)
+    np.testing.assert_array_equal(outputs[0], 3)
+    with pytest.raises(ValueError, match="returns a tuple; must be one array"):
+        one_array(outputs)
+
+
+def test_paths_may_be_made_of_names_with_slashes():
+    tree = {"a": {"c": {"d": 1}}, "a/b": {"c": {"d": 2}}, "a/b/c": 3}
+    found = [subtree(tree, path) for path in ("a", "a/c", "a/b", "a/b/c", "b", "")]
+    assert found == [tree["a"], {"d": 1}, tree["a/b"], {"d": 2}, {}, tree]

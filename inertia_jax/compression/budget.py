@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from inertia_jax.calls import Network
+from inertia_jax.calls import ApplyFn, Network
 from inertia_jax.compression.allocation import (
     Forms,
     all_forms,
@@ -43,6 +43,7 @@ def choose_ranks(
     *,
     image_shape: tuple[int, ...],
     round_to: int,
+    apply_fn: ApplyFn | None,
 ) -> dict[str, Conv | Factorised]:
     """Returns the form of every convolution.
 
@@ -55,6 +56,7 @@ def choose_ranks(
             the kernels are summed.
         image_shape: [h, w, c].
         round_to: The number that ranks become multiples of.
+        apply_fn: How the network is called, as in `compress`.
 
     Raises:
         ValueError: A budget that no ranks can meet; says the least possible.
@@ -72,8 +74,9 @@ def choose_ranks(
             path: (site.macs if budget.of == "macs" else site.params)
             for path, site in sites.items()
         }
-    total = _cost(budget, dense, image_shape)
-    present = total if now[0] is dense[0] else _cost(budget, now, image_shape)
+    total = present = _cost(budget, dense, image_shape, apply_fn)
+    if now[0] is not dense[0]:
+        present = _cost(budget, now, image_shape, apply_fn)
     # Layers measured one by one may take longer than the whole network. The share is
     # taken of the larger total.
     total = max(total, sum(cost_of(Conv()) for cost_of in costs.values()))
@@ -93,7 +96,7 @@ def choose_ranks(
         )
     errors = {path: lambda lost: lost for path in sites}
     if batches:
-        errors = _measured_errors(dense, kernels, grids, batches)
+        errors = _measured_errors(dense, kernels, grids, batches, apply_fn)
     forms = {
         path: all_forms(site, grids[path], cost_of=costs[path], error_of=errors[path])
         for path, site in sites.items()
@@ -104,11 +107,18 @@ def choose_ranks(
     return spend_rest(specs, forms, budget.share * total - fixed - taken)
 
 
-def _cost(budget: Budget, network: Network, image_shape: tuple[int, ...]) -> float:
+def _cost(
+    budget: Budget,
+    network: Network,
+    image_shape: tuple[int, ...],
+    apply_fn: ApplyFn | None,
+) -> float:
     """Returns the cost of a whole network, in the units of the budget."""
     if budget.of == "latency":
-        return model_latency_ms(*network, image_shape, batch_size=budget.batch_size)
-    table = count_cost(network[0], image_shape)
+        return model_latency_ms(
+            *network, image_shape, batch_size=budget.batch_size, apply_fn=apply_fn
+        )
+    table = count_cost(network[0], image_shape, apply_fn=apply_fn)
     return float(table.macs if budget.of == "macs" else table.params)
 
 
@@ -147,13 +157,14 @@ def _measured_errors(
     kernels: Mapping[str, WeighedKernel],
     grids: Mapping[str, Forms],
     batches: list[np.ndarray],
+    apply_fn: ApplyFn | None,
 ) -> dict[str, Callable[[np.ndarray], Any]]:
     """Returns, for each layer, the outputs' divergence by the share of energy lost.
 
     One layer at a time gets the dense kernel that its factors stand for, so that
     nothing compiles anew. Between the probes the divergence is interpolated.
     """
-    divergence = divergence_of(*dense, batches)
+    divergence = divergence_of(*dense, batches, apply_fn)
     functions: dict[str, Callable[[np.ndarray], Any]] = {}
     for path, layer in kernels.items():
         specs, _, lost = grids[path].hull()

@@ -13,8 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import check_in_view, first_argument, on_calls, takes_train
+from inertia_jax.calls import ApplyFn, apply_network, one_array, takes_train
 from inertia_jax.compression.sites import Site
+from inertia_jax.intercept import check_in_view, first_argument, on_calls
 from inertia_jax.ops.precision import at_least_float32
 
 # The ridge added to the eigenvalues, relative to their mean. Without it, directions
@@ -63,6 +64,7 @@ def apply_as_trained(
     images: Array,
     *,
     train: bool | None = None,
+    apply_fn: ApplyFn | None = None,
 ) -> tuple[Any, Mapping[str, Any]]:
     """Returns outputs under the batch's own statistics, and all that the call changed.
 
@@ -75,21 +77,19 @@ def apply_as_trained(
         variables: Its variables.
         images: A batch of its inputs.
         train: Whether the model is called in training mode. None: it is if it has
-            BatchNorm; a model whose call has no `train` is called without it, and
-            changes nothing.
+            BatchNorm; a model that cannot be told is called as it is, and changes
+            nothing.
+        apply_fn: How the network is called, as in `compress`.
     """
+    mutable: tuple[str, ...] = ()
+    if takes_train(model, apply_fn):
+        mutable = ("batch_stats", "thresholds", "intermediates")
     if train is None:
-        if not takes_train(model):
-            return model.apply(variables, images), {}
         # Dropout is on in training mode, so only BatchNorm is a reason for it; the mean
         # friction is none.
-        train = bool(batch_norm_paths(variables))
-    return model.apply(
-        variables,
-        images,
-        train=train,
-        mutable=["batch_stats", "thresholds", "intermediates"],
-        rngs={"dropout": jax.random.key(0)},
+        train = bool(mutable and batch_norm_paths(variables))
+    return apply_network(
+        model, variables, images, train=train, apply_fn=apply_fn, mutable=mutable
     )
 
 
@@ -98,6 +98,7 @@ def input_moments(
     variables: Mapping[str, Any],
     sites: Mapping[str, Site],
     batches: list[np.ndarray],
+    apply_fn: ApplyFn | None,
 ) -> dict[str, Float[np.ndarray, "g c c"]]:
     """Returns the mean of x x^T over each layer's inputs, for every group of channels.
 
@@ -126,7 +127,7 @@ def input_moments(
             return call(*args, **kwargs)
 
         with on_calls(record):
-            apply_as_trained(model, variables, batch)
+            apply_as_trained(model, variables, batch, apply_fn=apply_fn)
         return {path: total / count for path, (total, count) in found.items()}
 
     parts = [jax.device_get(batch_moments(variables, batch)) for batch in batches]
@@ -154,14 +155,22 @@ def weighing(
 
 
 def reference_outputs(
-    model: nn.Module, variables: Mapping[str, Any], batches: Sequence[ArrayLike]
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Sequence[ArrayLike],
+    apply_fn: ApplyFn | None,
 ) -> list[Array]:
     """Returns the network's outputs on each batch of calibration images.
 
     Raises:
-        ValueError: Outputs that are not finite.
+        ValueError: Outputs that are not finite, or not one array.
     """
-    outputs = jax.jit(lambda v, batch: apply_as_trained(model, v, batch)[0])
+
+    @jax.jit
+    def outputs(variables: Any, batch: Array) -> Array:
+        found, _ = apply_as_trained(model, variables, batch, apply_fn=apply_fn)
+        return one_array(found)
+
     found = [outputs(variables, batch) for batch in batches]
     if not all(bool(jnp.isfinite(logits).all()) for logits in found):
         raise ValueError("the outputs on `calibration` must be finite; some are not.")
@@ -182,7 +191,10 @@ def divergence(
 
 
 def divergence_of(
-    model: nn.Module, variables: Mapping[str, Any], batches: list[np.ndarray]
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: list[np.ndarray],
+    apply_fn: ApplyFn | None = None,
 ) -> Callable[[Mapping[str, Any]], float]:
     """Returns a function that measures how far other variables move the outputs.
 
@@ -190,14 +202,15 @@ def divergence_of(
     of the same shapes compile nothing anew.
 
     Raises:
-        ValueError: Outputs that are not finite.
+        ValueError: Outputs that are not finite, or not one array.
     """
     device_batches = [jnp.asarray(batch) for batch in batches]
-    reference = reference_outputs(model, variables, device_batches)
+    reference = reference_outputs(model, variables, device_batches, apply_fn)
 
     @jax.jit
     def on_batch(changed: Any, batch: Array, expected: Array) -> Array:
-        return divergence(expected, apply_as_trained(model, changed, batch)[0]).mean()
+        logits, _ = apply_as_trained(model, changed, batch, apply_fn=apply_fn)
+        return divergence(expected, logits).mean()
 
     def measure(changed: Mapping[str, Any]) -> float:
         pairs = zip(device_batches, reference, strict=True)

@@ -1,7 +1,6 @@
 """Post-training inertia: makes a trained network inertial without further training."""
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import plain_variables
+from inertia_jax.calls import ApplyFn, plain_variables
 from inertia_jax.compression.calibration import checked_images
 from inertia_jax.compression.recalibrate import (
     recalibrate_batch_norm,
@@ -21,7 +20,7 @@ from inertia_jax.compression.thresholds import ThresholdSearch
 from inertia_jax.cost.count import count_cost
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.ops.precision import at_least_float32
-from inertia_jax.plan.plan import Plan, plan_of
+from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python
 
 
@@ -39,6 +38,7 @@ def make_inertial(
     low: Low = "mean",
     channel_stride: int = 1,
     batch_size: int = 256,
+    apply_fn: ApplyFn | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Makes a trained network's convolutions inertial, in the tiled reading.
 
@@ -76,6 +76,7 @@ def make_inertial(
         low: The filling of a closed tile, as in `Inertial`.
         channel_stride: The step between channels that friction reads, as in `Inertial`.
         batch_size: Images per call; images that fill no whole batch are left out.
+        apply_fn: How the network is called, as in `compress`.
 
     Returns:
         (model, variables) of the inertial network.
@@ -85,8 +86,9 @@ def make_inertial(
             possible), a glob that matches no convolution that can be tiled, a network
             that is inertial already, or outputs that are not finite.
     """
-    macs, variables = as_python(macs), plain_variables(variables)
+    macs = as_python(macs)
     _check_options(model, macs, tile_size, batch_size)
+    variables = plain_variables(variables)
     images = checked_images(calibration)
     options: dict[str, Any] = {
         "reading": "tiled",
@@ -95,8 +97,10 @@ def make_inertial(
         "low": low,
         "channel_stride": channel_stride,
     }
-    specs = _tileable(model, variables, images.shape[1:], layers, tile_size, options)
-    state = ThresholdSearch(model, variables, specs, images, batch_size).run(macs)
+    shape = images.shape[1:]
+    specs = _tileable(model, variables, shape, layers, tile_size, options, apply_fn)
+    search = ThresholdSearch(model, variables, specs, images, batch_size, apply_fn)
+    state = search.run(macs)
 
     rules: list[tuple[str, Inertial]] = []
     thresholds: dict[str, Any] = {}
@@ -106,7 +110,7 @@ def make_inertial(
         if rate == 1:
             continue
         target = Rate(rate) if rate else Fixed(CLOSED)
-        rules.append((path, dataclasses.replace(spec, threshold=target)))
+        rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
         thresholds[f"{path}/threshold"] = jnp.asarray(state.thresholds[path], wide)
     if not rules:
         return model, variables
@@ -118,7 +122,9 @@ def make_inertial(
     # Recalibration uses the measured thresholds, not the quantiles of each batch.
     still = inertial.clone(plan=inertial.plan.with_fixed_thresholds())
     more = images if recalibration is None else recalibration
-    return inertial, recalibrate_batch_norm(still, changed, more, batch_size=batch_size)
+    return inertial, recalibrate_batch_norm(
+        still, changed, more, batch_size=batch_size, apply_fn=apply_fn
+    )
 
 
 def _check_options(model: Any, macs: Any, tile_size: int, batch_size: int) -> None:
@@ -144,20 +150,22 @@ def _tileable(
     layers: str,
     tile_size: int,
     options: dict[str, Any],
+    apply_fn: ApplyFn | None,
 ) -> dict[str, Inertial]:
     """Returns specs, by path, for the matched convolutions that can be tiled."""
     specs: dict[str, Inertial] = {}
     params = traverse_util.flatten_dict(variables["params"], sep="/")
-    for row in count_cost(model, image_shape).rows:
-        if row.kind != "conv" or not fnmatch.fnmatchcase(row.path, layers):
+    for row in count_cost(model, image_shape, apply_fn=apply_fn).rows:
+        if row.kind != "conv" or not matches(row.path, layers):
             continue
         side = params[f"{row.path}/kernel"].shape[0]
         # The friction of a 1x1 convolution costs about as much as closed tiles save.
         if side > 1:
             region = side + tile_size - 1
             specs[row.path] = Inertial(side, region, threshold=Fixed(OPEN), **options)
-    trial = model.clone(plan=Plan((*specs.items(), *model.plan.rules)))
-    rows = count_cost(trial, image_shape).rows
+    rules = tuple((as_glob(path), spec) for path, spec in specs.items())
+    trial = model.clone(plan=Plan((*rules, *model.plan.rules)))
+    rows = count_cost(trial, image_shape, apply_fn=apply_fn).rows
     inertial = {row.path for row in rows if row.kind == "inertial"}
     if not inertial:
         raise ValueError(

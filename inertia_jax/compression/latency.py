@@ -1,6 +1,7 @@
 """Measures the time of a convolution on this machine, in one form or another."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from inertia_jax.calls import evaluating
+from inertia_jax.calls import ApplyFn, apply_network
 from inertia_jax.compression.sites import Factorised, Site
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.factors import (
@@ -70,8 +71,10 @@ def site_latencies_ms(
         dtype: The type of images and weights.
     """
     key = jax.random.key(0)
+    # Axes before the image are more images.
     images = [
-        jax.random.normal(key, (batch_size, *shape), dtype) for shape, _ in site.calls
+        jax.random.normal(key, (batch_size * math.prod(shape[:-3]), *shape[-3:]), dtype)
+        for shape, _ in site.calls
     ]
     calls = []
     for spec in specs:
@@ -119,19 +122,20 @@ def model_latency_ms(
     image_shape: tuple[int, ...],
     *,
     batch_size: int,
+    apply_fn: ApplyFn | None = None,
 ) -> float:
     """Returns the time of a network's evaluation, in milliseconds per call.
 
     Args:
-        model: A network called as `model(images)`, with `train=False` where it takes
-            `train`.
+        model: A network.
         variables: Its variables.
         image_shape: [h, w, c].
         batch_size: Images per call.
+        apply_fn: How the network is called, as in `compress`.
     """
     images = jnp.asarray(
         np.random.default_rng(0).standard_normal((batch_size, *image_shape)),
         jnp.float32,
     )
-    forward = jax.jit(lambda v, x: model.apply(v, x, **evaluating(model)))
+    forward = jax.jit(lambda v, x: apply_network(model, v, x, apply_fn=apply_fn)[0])
     return time_interleaved([lambda: forward(variables, images)])[0]

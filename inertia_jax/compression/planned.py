@@ -1,14 +1,20 @@
 """Puts factorised convolutions into any Linen model, without editing the model."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 from flax import linen as nn
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from jax import lax
 
-from inertia_jax.calls import Wrapper, on_calls, on_scope
+from inertia_jax.intercept import Answer, Wrapper, first_argument
 from inertia_jax.layers.low_rank import LowRankConv
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.conv import pair
+from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import Conv, LowRank, Tucker2, fields_as
 
@@ -24,6 +30,8 @@ class Planned(Wrapper):
         unplanned: Any Linen model.
         plan: The forms of its `nn.Conv` layers: `Tucker2` with an ordinary core,
             `LowRank`, or `Conv` for those that stay.
+        kept: Pairs of a layer's path and the reason why `compress` left it as it is;
+            `count_cost` notes them.
 
     Raises:
         ValueError: A rule of another kind, or for a layer that cannot be factorised.
@@ -32,12 +40,14 @@ class Planned(Wrapper):
     # A field `model` would clash with children of that name in the wrapped model.
     unplanned: nn.Module
     plan: Plan = Plan()
+    kept: tuple[tuple[str, str], ...] = ()
 
     @property
     def wrapped(self) -> nn.Module:
         return self.unplanned
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    @nn.nowrap
+    def make_answer(self) -> Answer:
         plan = self.plan
         # The parts of a replacement layer are nn.Conv layers too.
         replaced: set[tuple[str, ...]] = set()
@@ -50,14 +60,17 @@ class Planned(Wrapper):
             if type(module) is not nn.Conv or is_part or spec == Conv():
                 return call(*args, **kwargs)
             replaced.add(module.path)
-            # The only argument may come by its name in `nn.Conv`, `inputs`.
-            return _factorised_like(module, spec)(*args, *kwargs.values())
+            x = first_argument(args, kwargs)
+            output = _factorised_like(module, spec, x.shape[-1])(x)
+            replaced.remove(module.path)
+            return output
 
-        with on_calls(replace):
-            return on_scope(self.unplanned, self.scope)(*args, **kwargs)
+        return replace
 
 
-def _factorised_like(module: nn.Conv, spec: Any) -> Tucker2Conv | LowRankConv:
+def _factorised_like(
+    module: nn.Conv, spec: Any, c_in: int
+) -> Tucker2Conv | LowRankConv:
     """Returns the layer that takes the place of an `nn.Conv`, on its scope."""
     path = "/".join(module.path)
     if reason := cannot_factorise(module):
@@ -81,11 +94,29 @@ def _factorised_like(module: nn.Conv, spec: Any) -> Tucker2Conv | LowRankConv:
     fields = {name: getattr(module, name) for name in names if hasattr(module, name)}
     # A layer called twice makes its parts twice, in the same places.
     own = {"parent": module.scope.rewound(), "name": None}
+    fields["kernel_init"] = _boxed_alike(module, c_in)
     return cls(**fields | fields_as(type(spec), spec) | own)
+
+
+def _boxed_alike(module: nn.Conv, c_in: int) -> Any:
+    """Returns Flax's own initialiser, in the box that the module's kernel is in.
+
+    The module's initialiser may know the shape of its own kernel alone.
+    """
+    groups, size = module.feature_group_count, pair(module.kernel_size)
+    shape = (*size, c_in // groups, module.features)
+    init = lambda key: module.kernel_init(key, shape, module.param_dtype)  # noqa: E731
+    box = jax.eval_shape(init, jax.random.key(0))
+    plain = nn.linear.default_kernel_init
+    if not isinstance(box, meta.AxisMetadata):
+        return plain
+    return lambda *args, **kwargs: box.replace_boxed(plain(*args, **kwargs))
 
 
 def cannot_factorise(module: nn.Conv) -> str | None:
     """Returns why a convolution cannot be factorised, or None if it can."""
+    if type(module) is not nn.Conv:
+        return f"is a {type(module).__name__}, which may compute anything"
     # A number is the filter size of a one-dimensional `nn.Conv`.
     if isinstance(module.kernel_size, int) or len(module.kernel_size) != 2:
         return "is not two-dimensional"
@@ -93,4 +124,12 @@ def cannot_factorise(module: nn.Conv) -> str | None:
         return "dilates its input"
     if module.mask is not None:
         return "has a mask"
+    if module.promote_dtype is not promote_dtype:
+        return "promotes types in its own way"
+    convolve = module.conv_general_dilated
+    while isinstance(convolve, functools.partial):
+        convolve = convolve.func
+    plain = (None, conv_for_linen, lax.conv_general_dilated)
+    if module.conv_general_dilated_cls is not None or convolve not in plain:
+        return "convolves in its own way (conv_general_dilated)"
     return None

@@ -1,7 +1,6 @@
 """Rules that choose the ranks of a network's convolutions."""
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Iterable
 
@@ -165,7 +164,7 @@ def rank_by_rule(
 
 
 def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
-    if not any(fnmatch.fnmatchcase(site.path, glob) for glob, _ in plan.rules):
+    if plan.rule(site.path) is None:
         return site.spec
     spec = plan.spec(site.path)
     kh, kw, c_in, c_out = site.kernel.shape

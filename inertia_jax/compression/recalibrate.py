@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import plain_variables
+from inertia_jax.calls import ApplyFn, plain_variables
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batch_norm_paths,
@@ -30,6 +30,7 @@ def recalibrate_batch_norm(
     images: Float[ArrayLike, "n h w c"],
     *,
     batch_size: int = 128,
+    apply_fn: ApplyFn | None = None,
 ) -> dict[str, Any]:
     """Returns variables whose running statistics are measured anew on `images`.
 
@@ -43,16 +44,18 @@ def recalibrate_batch_norm(
     ResNet20 four points, although nothing else in it has changed.
 
     Args:
-        model: A network that is called as `model(images, train=True)`.
+        model: The network.
         variables: Its variables; all others are kept, also those that other modules
             have in `batch_stats`.
         images: The network's inputs, augmented and normalised as in training; images
             that fill no whole batch are left out.
         batch_size: Images per batch, >= 2.
+        apply_fn: How the network is called, as in `compress`.
 
     Raises:
-        ValueError: No running statistics, fewer than two images, or statistics that are
-            not finite.
+        ValueError: No running statistics, fewer than two images, statistics that are
+            not finite, or a network that takes no argument by which it would be told
+            that it is trained.
 
     References:
         Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167, algorithm 2
@@ -77,7 +80,11 @@ def recalibrate_batch_norm(
         def after_a_step(start: _Stats) -> _Stats:
             stats = traverse_util.unflatten_dict({**stored, **start})
             _, changed = apply_as_trained(
-                model, {**variables, "batch_stats": stats}, batch, train=True
+                model,
+                {**variables, "batch_stats": stats},
+                batch,
+                train=True,
+                apply_fn=apply_fn,
             )
             moved = traverse_util.flatten_dict(dict(changed["batch_stats"]))
             return {path: moved[path] for path in start}

@@ -1,6 +1,6 @@
 """Layer-wise reconstruction: kernels fitted to the outputs of the dense layers."""
 
-import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +13,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.calls import (
+    ApplyFn,
     Network,
-    check_in_view,
-    first_argument,
-    on_calls,
+    plain_variables,
     record_calls,
+    subtree,
 )
 from inertia_jax.compression.calibration import (
     apply_as_trained,
@@ -26,11 +26,12 @@ from inertia_jax.compression.calibration import (
     checked_images,
 )
 from inertia_jax.compression.layer_fit import LayerIO, fit_part
-from inertia_jax.compression.sites import leaves_at, subtree, with_leaves
+from inertia_jax.compression.sites import leaves_at, with_leaves
+from inertia_jax.intercept import check_in_view, first_argument, on_calls
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
 from inertia_jax.ops.precision import at_least_float32
-from inertia_jax.plan.plan import without_ladders
+from inertia_jax.plan.plan import matches, without_ladders
 
 # A quarter is held out, and BatchNorm needs two images.
 LEAST_IMAGES = 8
@@ -47,6 +48,7 @@ def reconstruct(
     layers: str = "*",
     iterations: int = 12,
     batch_size: int = 128,
+    apply_fn: ApplyFn | None = None,
 ) -> dict[str, Any]:
     """Fits the kernels of a compressed network to the outputs of the dense one.
 
@@ -80,6 +82,7 @@ def reconstruct(
             outputs equal those of the dense layers stay bit for bit.
         iterations: The largest number of conjugate gradient steps per factor, >= 1.
         batch_size: Images per call, >= 2; a quarter of all images if that is less.
+        apply_fn: How both networks are called, as in `compress`.
 
     Returns:
         Variables with other kernels, and biases where layers have them. Those that were
@@ -99,6 +102,7 @@ def reconstruct(
         raise ValueError(f"`iterations` (={iterations}) must be >= 1.")
     if batch_size < 2:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
+    variables, dense = plain_variables(variables), (dense[0], plain_variables(dense[1]))
     images = checked_images(images, "images")
     if len(images) < LEAST_IMAGES:
         raise ValueError(f"`images` (={len(images)}) must be at least {LEAST_IMAGES}.")
@@ -112,8 +116,9 @@ def reconstruct(
     held_out = batched(images[-num_held_out:], size)
 
     model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
-    modules = _modules_to_fit(model, images.shape[1:], layers)
-    calls_on = _recorder(tuple(modules), (model, variables), dense, fitting[0])
+    modules = _modules_to_fit(model, images.shape[1:], layers, apply_fn)
+    paths, now = tuple(modules), (model, variables)
+    calls_on = _recorder(paths, now, dense, fitting[0], apply_fn)
     changed = dict(variables)
     for path, module in modules.items():
         others = {name: subtree(tree, path) for name, tree in changed.items()}
@@ -130,20 +135,23 @@ def reconstruct(
 
 
 def _modules_to_fit(
-    model: nn.Module, image_shape: tuple[int, ...], layers: str
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    layers: str,
+    apply_fn: ApplyFn | None,
 ) -> dict[str, nn.Module]:
     """Returns the layers that match a glob and can be fitted, in order of their calls.
 
     Raises:
         ValueError: There is none.
     """
-    calls, _ = record_calls(model, image_shape)
+    calls, _ = record_calls(model, image_shape, apply_fn=apply_fn)
     inside = {path for path, call in calls.items() if call.is_factorised}
     modules = {
         path: call.module
         for path, call in calls.items()
         if path
-        and fnmatch.fnmatchcase(path, layers)
+        and matches(path, layers)
         and path.rpartition("/")[0] not in inside
         and linear_parts(call.module)
     }
@@ -155,7 +163,11 @@ def _modules_to_fit(
 
 
 def _recorder(
-    paths: tuple[str, ...], compressed: Network, dense: Network, batch: np.ndarray
+    paths: tuple[str, ...],
+    compressed: Network,
+    dense: Network,
+    batch: np.ndarray,
+    apply_fn: ApplyFn | None,
 ) -> Callable[[list[np.ndarray], str, Mapping[str, Any]], list[LayerIO]]:
     """Returns a function from batches, a layer and variables to the layer's calls.
 
@@ -166,8 +178,9 @@ def _recorder(
         ValueError: The dense network lacks one of the layers, or its outputs have other
             shapes. The function raises it if inputs or outputs are not finite.
     """
-    calls = jax.eval_shape(_calls_of(paths, compressed[0]), compressed[1], batch)
-    targets = jax.eval_shape(_calls_of(paths, dense[0]), dense[1], batch)
+    of = functools.partial(_calls_of, apply_fn=apply_fn)
+    calls = jax.eval_shape(of(paths, compressed[0]), compressed[1], batch)
+    targets = jax.eval_shape(of(paths, dense[0]), dense[1], batch)
     for path in paths:
         own, wanted = ([y.shape for _, y in found[path]] for found in (calls, targets))
         if own != wanted:
@@ -177,8 +190,8 @@ def _recorder(
             )
     programs: dict[str, tuple[Any, Any]] = {}
     for group in _groups({path: calls[path] for path in paths}):
-        inputs = jax.jit(_calls_of(group, compressed[0], which=0))
-        outputs = jax.jit(_calls_of(group, dense[0], which=1))
+        inputs = jax.jit(of(group, compressed[0], which=0))
+        outputs = jax.jit(of(group, dense[0], which=1))
         programs |= dict.fromkeys(group, (inputs, outputs))
 
     def calls_on(
@@ -213,7 +226,11 @@ def _groups(calls: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _calls_of(
-    paths: tuple[str, ...], model: nn.Module, *, which: int | None = None
+    paths: tuple[str, ...],
+    model: nn.Module,
+    *,
+    which: int | None = None,
+    apply_fn: ApplyFn | None,
 ) -> Callable[[Mapping[str, Any], Array], dict[str, list[Any]]]:
     """Returns a function from variables and a batch to the calls of some layers.
 
@@ -245,7 +262,7 @@ def _calls_of(
             return output
 
         with on_calls(record):
-            apply_as_trained(model, variables, batch)
+            apply_as_trained(model, variables, batch, apply_fn=apply_fn)
         return found
 
     return calls

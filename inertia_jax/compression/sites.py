@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from flax.core import meta
 from jaxtyping import Float
 
-from inertia_jax.calls import record_calls
+from inertia_jax.calls import ApplyFn, plain_variables, record_calls, subtree
+from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.planned import cannot_factorise
 from inertia_jax.layers.kinds import dense_kernel, kind_of, spec_of
 from inertia_jax.ops.conv.conv import pair
@@ -79,8 +79,8 @@ class Site:
     def _parts(self, spec: Conv | Factorised) -> list[tuple[int, tuple[int, ...]]]:
         """Returns the number of positions and the shape of each kernel in turn."""
         kh, kw, c_in, c_out = self.kernel.shape
-        before = sum(math.prod(into[:2]) for into, _ in self.calls)
-        after = sum(math.prod(out[:2]) for _, out in self.calls)
+        before = sum(math.prod(into[:-1]) for into, _ in self.calls)
+        after = sum(math.prod(out[:-1]) for _, out in self.calls)
         if isinstance(spec, Tucker2):
             r_in, r_out = spec.rank_in, self.groups * spec.rank_out
             return [
@@ -95,31 +95,51 @@ class Site:
 
 
 def find_sites(
-    model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, ...]
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+    *,
+    apply_fn: ApplyFn | None = None,
 ) -> dict[str, Site]:
     """Returns the convolutions that can be factorised, by path, first to last.
 
     Raises:
         ValueError: A kernel that is not finite, or variables of another network.
     """
-    calls, expected = record_calls(model, image_shape)
-    expected = meta.unbox(expected)
+    return split_convolutions(model, variables, image_shape, apply_fn)[0]
+
+
+def split_convolutions(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+    apply_fn: ApplyFn | None,
+) -> tuple[dict[str, Site], dict[str, str]]:
+    """Returns the convolutions that can be factorised, and why others cannot, by path.
+
+    Raises:
+        ValueError: A kernel that is not finite, or variables of another network.
+    """
+    variables = plain_variables(variables)
+    calls, expected = record_calls(model, image_shape, apply_fn=apply_fn)
     plan = plan_of(model) or Plan()
     inside = {path for path, call in calls.items() if call.is_factorised}
-    sites = {}
-    for path, call in calls.items():
+    convolutions = {
+        path: call
+        for path, call in calls.items()
         # A plan has no name for the network itself.
-        is_part = path.rpartition("/")[0] in inside
-        if not path or is_part or not _has_kernel(call.module):
-            continue
+        if path and path.rpartition("/")[0] not in inside and _is_kernel(call.module)
+    }
+    for path in convolutions:
+        _check_shapes(path, leaves_at(variables, path), leaves_at(expected, path))
+    misused = find_misused(model, variables, image_shape, apply_fn)
+    sites, kept = {}, {}
+    for path, call in convolutions.items():
         module, leaves = call.module, leaves_at(variables, path)
-        for name, leaf in leaves_at(expected, path).items():
-            found = np.shape(leaves[name]) if name in leaves else "missing"
-            if found != tuple(leaf.shape):
-                raise ValueError(
-                    f"`variables` do not belong to `model`: {path}/{name} is {found}, "
-                    f"must be {tuple(leaf.shape)}."
-                )
+        reason = _cannot_replace(module, leaves) or misused.get(path)
+        if reason is not None:
+            kept[path] = reason
+            continue
         kernel = np.asarray(jax.device_get(dense_kernel(module, leaves)))
         if not np.isfinite(kernel).all():
             raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
@@ -135,15 +155,20 @@ def find_sites(
             spec=spec_of(module),
             core=core if isinstance(core, Conv) else Conv(),
         )
-    return sites
+    return sites, kept
 
 
-def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns a layer's variables in one collection, {} if it has none there."""
-    node: Any = collection
-    for name in path.split("/"):
-        node = node.get(name, {}) if isinstance(node, Mapping) else {}
-    return dict(node)
+def _check_shapes(
+    path: str, leaves: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Raises ValueError unless a layer's parameters have their shapes."""
+    for name, leaf in expected.items():
+        found = np.shape(leaves[name]) if name in leaves else "missing"
+        if found != tuple(leaf.shape):
+            raise ValueError(
+                f"`variables` do not belong to `model`: {path}/{name} is {found}, "
+                f"must be {tuple(leaf.shape)}."
+            )
 
 
 def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -156,19 +181,36 @@ def with_leaves(
     variables: Mapping[str, Any], changed: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Returns variables with other parameters (as from `leaves_at`) at some paths."""
-    flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
-    kept = {
-        name: leaf
-        for name, leaf in flat.items()
-        if not any(name.startswith(f"{path}/") for path in changed)
-    }
-    for path, leaves in changed.items():
-        kept |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
-    return {**variables, "params": traverse_util.unflatten_dict(kept, sep="/")}
+    kept: dict[tuple[str, ...], Any] = {}
+    flat = traverse_util.flatten_dict(variables["params"], keep_empty_nodes=True)
+    for place, leaf in flat.items():
+        # Names may have a "/" in them, so that a path does not say where it is cut.
+        ends = [n for n in range(1, len(place)) if "/".join(place[:n]) in changed]
+        if not ends:
+            kept[place] = leaf
+            continue
+        layer = place[: ends[0]]
+        for name, value in changed["/".join(layer)].items():
+            kept[(*layer, *name.split("/"))] = value
+    return {**variables, "params": traverse_util.unflatten_dict(kept)}
 
 
-def _has_kernel(module: Any) -> bool:
-    """Returns whether a layer computes what a convolution of one kernel can."""
-    if kind_of(module).parts:
-        return not isinstance(core_of(spec_of(module)), Inertial)
-    return type(module) is nn.Conv and cannot_factorise(module) is None
+def _is_kernel(module: Any) -> bool:
+    """Returns whether a layer is a convolution of one kernel."""
+    kind = kind_of(module)
+    if kind.spec is None:
+        return False
+    return kind.spec is Conv or not isinstance(core_of(spec_of(module)), Inertial)
+
+
+def _cannot_replace(module: Any, leaves: Mapping[str, Any]) -> str | None:
+    """Returns why no factors can stand for the kernel of a convolution, or None."""
+    if not kind_of(module).parts:
+        if reason := cannot_factorise(module):
+            return reason
+        if others := sorted(leaves.keys() - {"kernel", "bias"}):
+            return f"holds parameters of other layers: {', '.join(others)}"
+    # A layer in `nn.scan` or `nn.vmap` is called on one of them.
+    if any(np.ndim(leaf) != 4 for name, leaf in leaves.items() if "kernel" in name):
+        return "holds the kernels of several layers, as in nn.scan and nn.vmap"
+    return None

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batched,
@@ -19,7 +20,7 @@ from inertia_jax.compression.calibration import (
 )
 from inertia_jax.cost.count import count_cost
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE
-from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
 
 # The shares of open tiles that are tried for a layer, in this order.
@@ -56,28 +57,30 @@ class ThresholdSearch:
         specs: dict[str, Inertial],
         images: np.ndarray,
         batch_size: int,
+        apply_fn: ApplyFn | None,
     ) -> None:
         """Runs the dense network once, and counts the MACs of each layer at its rates.
 
         Raises:
-            ValueError: Outputs that are not finite.
+            ValueError: Outputs that are not finite, or not one array.
         """
-        rules = Plan((*specs.items(), *model.plan.rules)).without_ladders().rules
-        self._model = model.clone(plan=Plan(rules))
+        rules = tuple((as_glob(path), spec) for path, spec in specs.items())
+        plan = Plan((*rules, *model.plan.rules)).without_ladders()
+        self._model, self._apply_fn = model.clone(plan=plan), apply_fn
         self._variables = variables
         self._batches = [jnp.asarray(batch) for batch in batched(images, batch_size)]
-        self._dense = reference_outputs(model, variables, self._batches)
+        self._dense = reference_outputs(model, variables, self._batches, apply_fn)
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
         shape = images.shape[1:]
         closed = dict.fromkeys(specs, 0.0)
-        self._dense_cost = count_cost(model, shape)
+        self._dense_cost = count_cost(model, shape, apply_fn=apply_fn)
         # Each layer's MACs dense, with every tile closed, and with every tile open.
         self._costs: dict[str, list[float]] = {path: [] for path in specs}
         for row in (
             *self._dense_cost.rows,
-            *count_cost(self._model, shape, gate_rates=closed).rows,
-            *count_cost(self._model, shape).rows,
+            *count_cost(self._model, shape, gate_rates=closed, apply_fn=apply_fn).rows,
+            *count_cost(self._model, shape, apply_fn=apply_fn).rows,
         ):
             if row.path in specs:
                 self._costs[row.path].append(row.macs + row.other_ops / 2)
@@ -89,7 +92,10 @@ class ThresholdSearch:
             {(*path.split("/"), "threshold"): t for path, t in thresholds.items()}
         )
         logits, changed = apply_as_trained(
-            self._model, {**variables, "thresholds": nested}, batch
+            self._model,
+            {**variables, "thresholds": nested},
+            batch,
+            apply_fn=self._apply_fn,
         )
         flat = traverse_util.flatten_dict(changed.get("intermediates", {}))
         named: dict[str, dict[str, Any]] = {GATE_RATE: {}, FRICTION: {}}

@@ -1,6 +1,5 @@
 """Tucker-2 compression of whole networks: (model, variables) -> (model, variables)."""
 
-import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,15 +7,22 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from inertia_jax.calls import ApplyFn, plain_variables
 from inertia_jax.compression.budget import choose_ranks
 from inertia_jax.compression.calibration import batched, checked_images, input_moments
 from inertia_jax.compression.planned import Planned
 from inertia_jax.compression.ranks import Budget, RankRule, rank_by_rule
-from inertia_jax.compression.sites import Site, find_sites, leaves_at, with_leaves
+from inertia_jax.compression.sites import (
+    Site,
+    find_sites,
+    leaves_at,
+    split_convolutions,
+    with_leaves,
+)
 from inertia_jax.compression.weighed_kernel import WeighedKernel
 from inertia_jax.models.create import image_shape_of
 from inertia_jax.ops.tucker.tucker import Method
-from inertia_jax.plan.plan import Plan, plan_of
+from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import Conv, Spec, Tucker2
 
 
@@ -33,6 +39,7 @@ def compress(
     round_to: int = 1,
     image_shape: tuple[int, ...] | None = None,
     batch_size: int = 128,
+    apply_fn: ApplyFn | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Factorises the convolutions of a trained network.
 
@@ -50,10 +57,18 @@ def compress(
     A network that is already compressed is compressed again from its factors multiplied
     out. Shares remain shares of the dense network.
 
+    A convolution stays as it is where no factors could stand for its kernel: where its
+    parameters are transformed on the way (`nn.map_variables`, `nn.WeightNorm`,
+    `nn.SpectralNorm`), are also used elsewhere (tied weights), or are those of several
+    layers in one array (`nn.scan`, `nn.vmap`), and where it is more than an `nn.Conv`
+    of two dimensions. `Planned.kept` says which and why, and so does `count_cost`.
+
     Args:
         model: A network of this library, or any Linen model made of `nn.Conv`, which
             comes back as `Planned`. Inertial layers are left as they are.
-        variables: Its trained variables.
+        variables: Its trained variables. Boxes such as `nn.Partitioned` are opened, and
+            dictionaries come back; the boxes of the new network are those of its
+            `init`.
         ranks: A rule (`Ratio`, `Energy`, `Evbmf` or `Budget`), or explicit ranks: a
             `Plan` of `Tucker2`, `LowRank` and `Conv` by glob.
         method: `hosvd`, or `hooi`, which is slower and never worse; see `ops.tucker2`.
@@ -69,6 +84,12 @@ def compress(
             `calibration`, or the one that a network of this library was published for.
         batch_size: Calibration images per call; images that fill no whole batch are
             left out.
+        apply_fn: How the network is called: a function of (model, images, train) that
+            returns logits, e.g. `lambda model, images, train: model(images,
+            deterministic=not train)["logits"]`. The model is bound to its variables, as
+            inside `flax.linen.apply`. None: as `model(images)`, with those of the
+            arguments `train`, `training`, `is_training`, `deterministic` and
+            `use_running_average` that it takes. Random streams of any name are there.
 
     Returns:
         (model, variables) of the compressed network.
@@ -87,12 +108,13 @@ def compress(
     if image_shape is None and images is not None:
         image_shape = images.shape[1:]
     shape = image_shape_of(model, image_shape)
-    every = find_sites(model, variables, shape)
-    sites = _wanted_sites(every, ranks, layers, keep_stem)
+    variables = plain_variables(variables)
+    every, kept = split_convolutions(model, variables, shape, apply_fn)
+    sites = _wanted_sites(every, kept, ranks, layers, keep_stem)
 
     dense = _multiplied_out(model, variables, every)
     batches = [] if images is None else batched(images, batch_size)
-    moments = input_moments(*dense, sites, batches) if batches else {}
+    moments = input_moments(*dense, sites, batches, apply_fn) if batches else {}
     kernels = {path: WeighedKernel(s, moments.get(path)) for path, s in sites.items()}
 
     if isinstance(ranks, Budget):
@@ -104,6 +126,7 @@ def compress(
             batches,
             image_shape=shape,
             round_to=round_to,
+            apply_fn=apply_fn,
         )
     else:
         any_cost = not only_cheaper or isinstance(ranks, Plan)
@@ -119,7 +142,7 @@ def compress(
         path: kernels[path].parameters(spec, leaves_at(variables, path), method=method)
         for path, spec in changed.items()
     }
-    return _with_rules(model, changed), with_leaves(variables, leaves)
+    return _with_rules(model, changed, kept), with_leaves(variables, leaves)
 
 
 def _check_options(ranks: Any, round_to: int, batch_size: int) -> None:
@@ -136,19 +159,34 @@ def _check_options(ranks: Any, round_to: int, batch_size: int) -> None:
 
 
 def _wanted_sites(
-    every: Mapping[str, Site], ranks: RankRule | Budget, layers: str, keep_stem: bool
+    every: Mapping[str, Site],
+    kept: Mapping[str, str],
+    ranks: RankRule | Budget,
+    layers: str,
+    keep_stem: bool,
 ) -> dict[str, Site]:
     """Returns the convolutions that may change; every glob must match one."""
     sites = list(every.items())[1 if keep_stem else 0 :]
-    wanted = {p: site for p, site in sites if fnmatch.fnmatchcase(p, layers)}
+    wanted = {p: site for p, site in sites if matches(p, layers)}
     if not wanted:
         raise ValueError(
-            f"`layers` (={layers!r}) matches no convolution that can be factorised."
+            f"`layers` (={layers!r}) matches no convolution that can be "
+            f"factorised{_why(kept, layers)}."
         )
     for glob, _ in ranks.rules if isinstance(ranks, Plan) else ():
-        if not fnmatch.filter(every, glob):
-            raise ValueError(f"`ranks` has {glob!r}, which matches no convolution.")
+        if not any(matches(path, glob) for path in every):
+            raise ValueError(
+                f"`ranks` has {glob!r}, which matches no convolution that can be "
+                f"factorised{_why(kept, glob)}."
+            )
     return wanted
+
+
+def _why(kept: Mapping[str, str], glob: str) -> str:
+    """Returns the reasons of some convolutions that a glob matches, for an error."""
+    reasons = [f"{p!r} {why}" for p, why in kept.items() if matches(p, glob)]
+    more = [f"and {len(reasons) - 3} more"] if len(reasons) > 3 else []
+    return "".join(f"; {reason}" for reason in (*reasons[:3], *more))
 
 
 def decompress(
@@ -156,6 +194,7 @@ def decompress(
     variables: Mapping[str, Any],
     *,
     image_shape: tuple[int, ...] | None = None,
+    apply_fn: ApplyFn | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Multiplies the factors of a compressed network out to dense kernels.
 
@@ -164,6 +203,7 @@ def decompress(
         variables: Its variables.
         image_shape: The shape [h, w, c] of an input. None: the one that a network of
             this library was published for.
+        apply_fn: How the network is called, as in `compress`.
 
     Returns:
         (model, variables) of a network of ordinary convolutions, with the same outputs
@@ -177,7 +217,9 @@ def decompress(
     for _, spec in (plan_of(model) or Plan()).rules:
         if isinstance(spec, Tucker2) and not isinstance(spec.core, Conv):
             raise ValueError(f"`model` has {spec}, which no dense kernel equals.")
-    return _multiplied_out(model, variables, find_sites(model, variables, shape))
+    variables = plain_variables(variables)
+    sites = find_sites(model, variables, shape, apply_fn=apply_fn)
+    return _multiplied_out(model, variables, sites)
 
 
 def _multiplied_out(
@@ -195,13 +237,26 @@ def _multiplied_out(
     return _with_rules(model, specs), with_leaves(variables, changed)
 
 
-def _with_rules(model: nn.Module, rules: Mapping[str, Spec]) -> nn.Module:
-    """Returns the model with these rules in place of its plan's for the same layers."""
-    if not rules:
-        return model
+def _with_rules(
+    model: nn.Module, specs: Mapping[str, Spec], kept: Mapping[str, str] | None = None
+) -> nn.Module:
+    """Returns the model with these specs in place of its plan's for the same layers.
+
+    Args:
+        model: The model.
+        specs: The new specs, by path.
+        kept: The reasons why layers stay as they are, by path; None if they are known.
+    """
     plan = plan_of(model)
     if plan is None:
-        return Planned(model, Plan(tuple(rules.items())))
-    rest = Plan(tuple((g, spec) for g, spec in plan.rules if g not in rules))
-    new = tuple((p, spec) for p, spec in rules.items() if rest.spec(p) != spec)
+        if not specs and not kept:
+            return model
+        model, plan = Planned(model), Plan()
+    if kept is not None and isinstance(model, Planned):
+        model = model.clone(kept=tuple(kept.items()))
+    if not specs:
+        return model
+    replaced = {*specs, *map(as_glob, specs)}
+    rest = Plan(tuple((g, spec) for g, spec in plan.rules if g not in replaced))
+    new = [(as_glob(p), spec) for p, spec in specs.items() if rest.spec(p) != spec]
     return model.clone(plan=Plan((*new, *rest.rules)))

@@ -9,7 +9,7 @@ from typing import Any
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.calls import Call, record_calls
+from inertia_jax.calls import ApplyFn, Call, record_calls
 from inertia_jax.cost.inertial import count_inertial
 from inertia_jax.cost.table import CostTable, LayerCost
 from inertia_jax.dropped import find_convolutions, find_dropped
@@ -24,6 +24,7 @@ def count_cost(
     input_shape: tuple[int, ...],
     *,
     gate_rates: Mapping[str, float] | None = None,
+    apply_fn: ApplyFn | None = None,
 ) -> CostTable:
     """Counts parameters and MACs without running the network.
 
@@ -35,13 +36,13 @@ def count_cost(
     hold. Parameters count in every layer, of whatever kind.
 
     Args:
-        model: A network, called as `model(images)`, with `train=False` where it takes
-            `train`.
+        model: A network.
         input_shape: Shape of one image [h, w, c], or of a batch [n, h, w, c]; MACs are
             those of one image either way.
         gate_rates: Share of open gates of inertial layers by path, as evaluation
             measures it (`LAYER/core` where the core is inertial). Layers that are not
             named have the target of their `Rate`, 0 at `Fixed.CLOSED`, and otherwise 1.
+        apply_fn: How the network is called, as in `compress`.
 
     Returns:
         The table.
@@ -56,7 +57,7 @@ def count_cost(
             f"`input_shape` (={input_shape}) must be (h, w, c) or (n, h, w, c)."
         )
     # Ladders take most of the time to trace and hold the same layers.
-    calls, variables = record_calls(without_ladders(model), shape)
+    calls, variables = record_calls(without_ladders(model), shape, apply_fn=apply_fn)
     rates = dict(gate_rates or {})
     _check_rates(rates, calls)
     dense, notes = {}, {}
@@ -67,10 +68,12 @@ def count_cost(
             layer = call.module.clone(capacities=spec.capacities, parent=None)
             calls[path] = dataclasses.replace(call, module=layer)
     if plan is not None and plan.rules:
-        plain = count_cost(model.clone(plan=Plan()), shape)
+        plain = count_cost(model.clone(plan=Plan()), shape, apply_fn=apply_fn)
         dense = {row.path: row.macs for row in plain.rows}
         dropped = find_dropped(plan, find_convolutions(calls))
         notes = {rule.path: rule.reason for rule in dropped if rule.path}
+    if plan is not None:
+        notes |= dict(getattr(model, "kept", ()))
     owned = _leaves_by_layer(calls, variables["params"])
     rows = []
     for path in [*calls, *(path for path in owned if path not in calls)]:
@@ -105,8 +108,8 @@ def _leaves_by_layer(
     """Returns each layer's parameters; those of its parts are the layer's own."""
     owned: dict[str, dict[str, Any]] = {}
     factorised = [path for path, call in calls.items() if call.is_factorised]
-    for place, value in traverse_util.flatten_dict(params, sep="/").items():
-        owner, _, name = place.rpartition("/")
+    for keys, value in traverse_util.flatten_dict(params).items():
+        place, owner, name = "/".join(keys), "/".join(keys[:-1]), keys[-1]
         for path in factorised:
             if place.startswith(_inside(path)):
                 owner, name = path, place.removeprefix(_inside(path))

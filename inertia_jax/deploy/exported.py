@@ -109,7 +109,7 @@ def check_platforms(platforms: Sequence[str]) -> None:
 
 def save_exported(
     path: str | os.PathLike[str],
-    function: Callable[[Any], Any],
+    function: Callable[[Any], Any] | tuple[Any, Mapping[str, Any]],
     *,
     image_shape: tuple[int, int, int],
     image_dtype: Any = np.float32,
@@ -117,6 +117,7 @@ def save_exported(
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     class_names: Sequence[str] = (),
     info: Mapping[str, Any] | None = None,
+    apply_fn: Callable[[Any, Any, bool], Any] | None = None,
 ) -> None:
     """Writes a function of images to a file that needs JAX alone.
 
@@ -127,13 +128,15 @@ def save_exported(
     Args:
         path: The file to make.
         function: A function from images [n, h, w, c] to logits, e.g. `lambda x:
-            model.apply(variables, x)`. Arrays that it closes over go into the file.
+            model.apply(variables, x)`. Arrays that it closes over go into the file. Or
+            a pair (model, variables), which is called in evaluation mode.
         image_shape: The shape [h, w, c] of an image.
         image_dtype: The images' type.
         batch_size: Images per call. None: any number, a symbolic size.
         platforms: The platforms it shall run on, some of `PLATFORMS`.
         class_names: A name for each class.
         info: Further facts to store beside it, as JSON.
+        apply_fn: How the model of a pair is called, as in `compress`.
 
     Raises:
         FileExistsError: Something exists at `path`.
@@ -151,6 +154,10 @@ def save_exported(
     check_platforms(platforms)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1, or None.")
+    if isinstance(function, tuple):
+        function = _evaluation(*function, apply_fn)
+    elif apply_fn is not None:
+        raise ValueError("`apply_fn` must be None beside a function of images alone.")
     number = export.symbolic_shape("n")[0] if batch_size is None else batch_size
     images = jax.ShapeDtypeStruct((number, *image_shape), image_dtype)
     try:
@@ -175,9 +182,14 @@ def save_exported(
         "platforms": tuple(platforms),
         "info": dict(info or {}),
     }
+    _write(path, bytes(exported.serialize()), metadata)
+
+
+def _write(path: pathlib.Path, network: bytes, metadata: Mapping[str, Any]) -> None:
+    """Writes an archive with its hash."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("network", bytes(exported.serialize()))
+        archive.writestr("network", network)
         # JSON does not know NumPy's numbers.
         text = json.dumps(metadata, indent=1, default=lambda value: value.item())
         archive.writestr("metadata.json", text)
@@ -187,6 +199,19 @@ def save_exported(
         with buffer.getbuffer() as whole, whole[:-_HASH_LENGTH] as content:
             stream.write(content)
             stream.write(hashlib.sha256(content).hexdigest().encode())
+
+
+def _evaluation(
+    model: Any, variables: Mapping[str, Any], apply_fn: Any
+) -> Callable[[Any], Any]:
+    """Returns a network's evaluation as a function of images."""
+    # Whoever reads files needs JAX alone.
+    from inertia_jax.calls import apply_network, one_array
+
+    def evaluation(images: Any) -> Any:
+        return one_array(apply_network(model, variables, images, apply_fn=apply_fn)[0])
+
+    return evaluation
 
 
 def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:

@@ -9,8 +9,9 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.calls import Wrapper, on_calls, on_scope
+from inertia_jax.calls import ApplyFn, plain_variables
 from inertia_jax.deploy.fold_trace import trace_layers
+from inertia_jax.intercept import Answer, Wrapper
 from inertia_jax.layers.batch_norm import BatchNormToTrain
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import KINDS, output_kernel
@@ -42,10 +43,15 @@ class Folded(Wrapper):
         return self.unfolded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layers = {layer for layer, _ in self.folded}
-        norms = {norm for _, norm in self.folded}
         if kwargs.get("train"):
             raise ValueError(_no_training(self.unfolded))
+        with self.inside() as network:
+            return network(*args, **kwargs)
+
+    @nn.nowrap
+    def make_answer(self) -> Answer:
+        layers = {layer for layer, _ in self.folded}
+        norms = {norm for _, norm in self.folded}
 
         def replace(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
             if type(module) in (nn.BatchNorm, BatchNormToTrain) and path in norms:
@@ -59,8 +65,7 @@ class Folded(Wrapper):
                 return layer(*args, **kwargs)
             return call(*args, **kwargs)
 
-        with on_calls(replace):
-            return on_scope(self.unfolded, self.scope)(*args, **kwargs)
+        return replace
 
 
 def fold_batch_norm(
@@ -68,6 +73,7 @@ def fold_batch_norm(
     variables: Mapping[str, Any],
     *,
     image_shape: tuple[int, ...] | None = None,
+    apply_fn: ApplyFn | None = None,
 ) -> tuple[Folded, dict[str, Any]]:
     """Merges every BatchNorm that directly follows a convolution into its kernel.
 
@@ -91,11 +97,11 @@ def fold_batch_norm(
     Checkpoints hold networks that can be trained further; fold after loading one.
 
     Args:
-        model: A network called as `model(images)`, with `train=False` where it takes
-            `train`; one that is folded comes back as it is.
+        model: A network; one that is folded comes back as it is.
         variables: Its trained variables; they are not changed.
         image_shape: The shape [h, w, c] of an input. None: the one that a network of
             this library was published for.
+        apply_fn: How the network is called, as in `compress`.
 
     Returns:
         (model, variables) of the same function in evaluation mode, up to rounding.
@@ -104,10 +110,11 @@ def fold_batch_norm(
         ValueError: No `image_shape` where it is needed, or variables that are not the
             model's.
     """
+    variables = plain_variables(variables)
     if isinstance(model, Folded):
-        return model, dict(variables)
+        return model, variables
     shape = image_shape_of(model, image_shape)
-    trace = trace_layers(model, shape)
+    trace = trace_layers(model, shape, apply_fn)
     flat = traverse_util.flatten_dict(dict(variables))
     folded, kept = [], []
     for path, norm in trace.norms.items():

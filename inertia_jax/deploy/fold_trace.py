@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from inertia_jax.calls import evaluating, on_calls
+from inertia_jax.calls import ApplyFn, init_network
+from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import KINDS
 
 _MARK = "inertia_jax.deploy.fold"
@@ -33,7 +35,9 @@ class NormTrace:
     layer_before: dict[str, str]
 
 
-def trace_layers(model: nn.Module, image_shape: tuple[int, ...]) -> NormTrace:
+def trace_layers(
+    model: nn.Module, image_shape: tuple[int, ...], apply_fn: ApplyFn | None
+) -> NormTrace:
     """Returns which BatchNorm is called on the output of which layer.
 
     Outputs of layers and inputs of BatchNorm are given names in the trace, which shows
@@ -58,10 +62,9 @@ def trace_layers(model: nn.Module, image_shape: tuple[int, ...]) -> NormTrace:
         outputs[path] = checkpoint_name(output, f"{_MARK}:layer:{path}")
         return outputs[path]
 
-    options = evaluating(model)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with on_calls(mark):
-        init = jax.make_jaxpr(lambda key, x: model.init(key, x, **options))
+        init = jax.make_jaxpr(functools.partial(init_network, model, apply_fn=apply_fn))
         jaxpr = init(jax.random.key(0), images).jaxpr
     follows: dict[str, str] = {}
     calls: collections.Counter[str] = collections.Counter()

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+import glob
 import json
 from collections.abc import Callable
 from typing import Any, get_args
@@ -23,13 +24,24 @@ from inertia_jax.plan.specs import (
 _JSON_TYPES = {cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))}
 
 
+def matches(path: str, pattern: str) -> bool:
+    """Returns whether a glob matches the path of a layer, or is the path itself."""
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)
+
+
+def as_glob(path: str) -> str:
+    """Returns the glob that matches this path alone."""
+    return glob.escape(path)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """An ordered list of rules `(glob, spec)`; the first that matches a layer wins.
 
     Globs are `fnmatch.fnmatchcase` over the layer's `/` path, and `*` crosses `/`. A
-    layer that no rule matches is an ordinary convolution. A plan is hashable and
-    turns into JSON and back without loss.
+    whole path matches its layer, whatever characters are in it. A layer that no rule
+    matches is an ordinary convolution. A plan is hashable and turns into JSON and back
+    without loss.
 
     A network refuses a rule that matches none of its convolutions, and ranks that a
     layer cannot have. An `Inertial`, or the inertial core of a `Tucker2`, falls back to
@@ -63,7 +75,7 @@ class Plan:
 
     def rule(self, path: str) -> tuple[str, Spec] | None:
         """Returns the rule that wins at the layer `path`; None if none matches it."""
-        return next((r for r in self.rules if fnmatch.fnmatchcase(path, r[0])), None)
+        return next((r for r in self.rules if matches(path, r[0])), None)
 
     def spec(self, path: str) -> Spec:
         """Returns what the plan has for the layer `path`, e.g. `layer1_0/conv1`."""

@@ -1,0 +1,145 @@
+"""Finds layers whose parameters the network does not pass on as they are stored."""
+
+import collections
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from inertia_jax.calls import ApplyFn, apply_network
+from inertia_jax.intercept import on_calls
+from inertia_jax.layers.kinds import kind_of
+
+# Names of the layers in the trace. No path holds the first and the last character.
+_LAYER = re.compile("\x02([^\x03]*)\x03")
+_LEAF = re.compile("\x02([^\x03]*)\x03(.*)")
+
+# Operations that take the same operands as the program inside them.
+_CALLS = {
+    *("jit", "pjit", "checkpoint", "remat2", "closed_call", "core_call"),
+    *("custom_jvp_call", "custom_vjp_call"),
+}
+# Operations that return a value as it is, or as it is in another type.
+_COPIES = {
+    *("name", "sharding_constraint", "copy", "copy_p", "optimization_barrier"),
+    "convert_element_type",
+}
+
+
+def find_misused(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+    apply_fn: ApplyFn | None,
+) -> dict[str, str]:
+    """Returns the convolutions that no other parameters can replace, and the reasons.
+
+    A layer computes with its factors what it did with its kernel if the parameters that
+    it is called with are those stored at its path, and if nothing else uses them. Both
+    are seen in the trace of the network: every layer names the parameters that it is
+    called with, and these are followed from the network's variables. Nothing is
+    computed.
+
+    Args:
+        model: The network.
+        variables: Its variables, plain.
+        image_shape: The shape [h, w, c] of an image.
+        apply_fn: How the network is called, as in `compress`.
+    """
+
+    def mark(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        if kind_of(module).spec is None:
+            return call(*args, **kwargs)
+        params = module.variables.get("params", {})
+        for name, leaf in traverse_util.flatten_dict(params, sep="/").items():
+            checkpoint_name(leaf, f"\x02{path}\x03{name}")
+        with jax.named_scope(f"\x02{path}\x03"):
+            return call(*args, **kwargs)
+
+    places = traverse_util.flatten_dict(variables["params"], keep_empty_nodes=True)
+    stored = {"/".join(place): leaf for place, leaf in places.items()}
+
+    def forward(leaves: list[Any], rest: Any, images: Any) -> Any:
+        params = traverse_util.unflatten_dict(dict(zip(places, leaves, strict=True)))
+        every = {**rest, "params": params}
+        return apply_network(model, every, images, apply_fn=apply_fn)[0]
+
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with on_calls(mark):
+        leaves, rest = jax.eval_shape(lambda *v: v, [*stored.values()], rest)
+        jaxpr = jax.make_jaxpr(forward)(leaves, rest, images).jaxpr
+    uses = _Uses()
+    # An empty node is no variable, and has no place in the program.
+    names = [name for name, leaf in stored.items() if jax.tree.leaves(leaf)]
+    uses.follow(jaxpr, names)
+    return uses.reasons()
+
+
+class _Uses:
+    """The uses of stored parameters in a program."""
+
+    def __init__(self) -> None:
+        self._called_with = collections.defaultdict[str, set[bool]](set)
+        self._read: set[str] = set()
+
+    def reasons(self) -> dict[str, str]:
+        """Returns why other parameters could not replace those of a layer, by path."""
+        found = {}
+        for path, is_stored in self._called_with.items():
+            if not all(is_stored):
+                found[path] = (
+                    "is called with parameters that differ, or may, from those stored"
+                )
+            elif any(place.startswith(f"{path}/") for place in self._read):
+                found[path] = "has parameters that are also used outside of it"
+        return found
+
+    def follow(self, jaxpr: Any, operands: Sequence[str | None]) -> None:
+        """Records the uses in a program of operands that are stored, by place."""
+        holds = dict(zip(map(id, jaxpr.invars), operands, strict=False))
+        for eqn in jaxpr.eqns:
+            places = [holds.get(id(var)) for var in eqn.invars]
+            if named := _LEAF.match(str(eqn.params.get("name"))):
+                path, name = named.groups()
+                self._called_with[path].add(places[0] == f"{path}/{name}")
+                continue
+            start, stop = _passed_on(eqn)
+            layers = _LAYER.findall(str(eqn.source_info.name_stack))
+            for i, place in enumerate(places):
+                if place and any(place.startswith(f"{path}/") for path in layers):
+                    places[i] = None  # a layer does with its own what it likes
+            for inner in _programs_inside(eqn):
+                self.follow(inner, places[start:stop])
+            if eqn.primitive.name in _COPIES:
+                holds |= {id(eqn.outvars[0]): places[0]}
+                continue
+            self._read.update(filter(None, places[:start] + places[stop:]))
+        self._read.update(filter(None, (holds.get(id(var)) for var in jaxpr.outvars)))
+
+
+def _passed_on(eqn: Any) -> tuple[int, int]:
+    """Returns which operands are those of the program inside, from its first on."""
+    name, count = eqn.primitive.name, len(eqn.invars)
+    if name in _CALLS:
+        return 0, count
+    if name == "cond":
+        return 1, count
+    # What a loop carries or slices is not what it was.
+    return 0, eqn.params["num_consts"] if name == "scan" else 0
+
+
+def _programs_inside(eqn: Any) -> Iterator[Any]:
+    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
+        if _is_program(value):
+            yield getattr(value, "jaxpr", value)
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, (ClosedJaxpr, Jaxpr))

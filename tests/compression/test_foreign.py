@@ -1,0 +1,451 @@
+"""Other people's networks: layers that only seem to be plain, and ways of calling."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import inertia_jax as ij
+from inertia_jax.compression.sites import find_sites
+from inertia_jax.plan.plan import as_glob
+
+KEY = jax.random.key(0)
+SHAPE = (8, 8, 4)
+X = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
+
+conv = functools.partial(nn.Conv, 4, (3, 3))
+at_full_rank = functools.partial(
+    ij.compress, ranks=ij.Ratio(1.0), only_cheaper=False, image_shape=SHAPE
+)
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return conv(name="b")(nn.relu(conv(name="a")(x)))
+
+
+class Net(nn.Module):
+    """An ordinary convolution, and what `make` makes after it."""
+
+    make: object = lambda: conv(name="last")
+
+    @nn.compact
+    def __call__(self, x):
+        return self.make()(conv(name="plain")(x))
+
+
+def centred(params):
+    def minus_mean(leaf):
+        return leaf - leaf.mean((*range(leaf.ndim - 1),), keepdims=True)
+
+    return jax.tree.map(minus_mean, params)
+
+
+def standardised(cls, **options):
+    return nn.map_variables(cls, "params", centred, init=True)(**options)
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is the encoder's kernel."""
+
+    def setup(self):
+        self.enc = nn.Conv(8, (1, 1))
+
+    def __call__(self, x):
+        return self.enc(x) @ self.enc.variables["params"]["kernel"][0, 0].T
+
+
+class Merged(nn.Module):
+    """A kernel with an addition of low rank, and the layer it is the kernel of."""
+
+    def setup(self):
+        self.base = conv()
+        self.addition = self.param("lora", nn.initializers.normal(), (3, 3, 4, 4))
+
+    def __call__(self, x):
+        y = self.base(x)
+        kernel = self.base.variables["params"]["kernel"] + self.addition
+        numbers = ("NHWC", "HWIO", "NHWC")
+        z = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        return y + z
+
+
+class Penalised(nn.Module):
+    """It returns the kernel, for a penalty."""
+
+    def setup(self):
+        self.layer = conv()
+
+    def __call__(self, x):
+        return self.layer(x), self.layer.variables["params"]["kernel"]
+
+
+class Shared(nn.Module):
+    """A layer in whose place a second one has its variables."""
+
+    def setup(self):
+        self.inner, self.extra = conv(), conv()
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, x):
+        return self.inner(x) + self.extra(x)
+
+
+class Repeated(nn.Module):
+    """Two layers again and again, with kernels of their own each time or the same."""
+
+    own: bool
+    name: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0} if self.own else {}
+        scan = nn.scan(
+            lambda two, x, _: (two(x), None),
+            variable_axes=axes,
+            variable_broadcast=False if self.own else "params",
+            split_rngs={"params": self.own},
+            length=2,
+        )
+        return scan(Two(name="two"), x, None)[0]
+
+
+class Looped(nn.Module):
+    def setup(self):
+        self.layer = conv()
+
+    def __call__(self, x):
+        if self.is_initializing():
+            return self.layer(x)
+        step = lambda self, x: self.layer(x)  # noqa: E731
+        return nn.while_loop(lambda self, x: x.sum() > 1e9, step, self, x)
+
+
+class Subclass(nn.Conv):
+    def __call__(self, x):
+        return super().__call__(jnp.abs(x))
+
+
+def each_twice(**options):
+    """Two layers with two kernels each, whose outputs are channels."""
+    return nn.vmap(
+        Two,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=2,
+    )(**options)
+
+
+def by_sign(x, kernel, *args, **options):
+    return jax.lax.conv_general_dilated(x, jnp.sign(kernel), *args, **options)
+
+
+def coarse(*arrays, dtype=None, **options):
+    return [None if a is None else jnp.round(4 * a) / 4 for a in arrays]
+
+
+DIFFER = "parameters that differ, or may, from those stored"
+OUTSIDE = "parameters that are also used outside of it"
+SEVERAL = "the kernels of several layers, as in nn.scan and nn.vmap"
+
+
+@pytest.mark.parametrize(
+    ("make", "paths", "reason"),
+    [
+        (lambda: standardised(nn.Conv, features=4, kernel_size=(3, 3)), [""], DIFFER),
+        (lambda: standardised(Two, name="two"), ["two/a", "two/b"], DIFFER),
+        (lambda: nn.WeightNorm(conv(name="c")), ["c"], DIFFER),
+        (
+            lambda: lambda x: nn.SpectralNorm(conv(name="c"))(x, update_stats=False),
+            ["c"],
+            DIFFER,
+        ),
+        (lambda: Looped(name="loop"), ["loop/layer"], DIFFER),
+        (lambda: Tied(name="tied"), ["tied/enc"], OUTSIDE),
+        (lambda: Merged(name="lora"), ["lora/base"], OUTSIDE),
+        (lambda: Penalised(name="p"), ["p/layer"], OUTSIDE),
+        (lambda: Repeated(own=True, name="r"), ["r/two/a", "r/two/b"], SEVERAL),
+        (lambda: each_twice(name="v"), ["v/a", "v/b"], SEVERAL),
+        (lambda: conv(conv_general_dilated=by_sign, name="c"), ["c"], "in its own way"),
+        (lambda: conv(promote_dtype=coarse, name="c"), ["c"], "types in its own way"),
+        (lambda: Subclass(4, (3, 3), name="c"), ["c"], "is a Subclass, which"),
+        (lambda: Shared(name="s"), ["s"], "other layers: extra/bias, extra/kernel"),
+    ],
+)
+def test_layers_that_no_factors_can_stand_for_stay_and_say_why(make, paths, reason):
+    model = Net(make)
+    variables = model.init(KEY, X)
+    small, factors = at_full_rank(model, variables)
+    kept = dict(small.kept)
+    assert len(kept) == len(paths) and all(reason in why for why in kept.values())
+    if paths != [""]:  # a name that Flax chose
+        assert [*kept] == paths
+    changed = {path for path, _ in small.plan.rules}
+    assert "plain" in changed and not changed & {*kept}
+    # Full rank loses the rounding of float32 alone.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+    jax.tree.map(close, small.apply(factors, X), model.apply(variables, X))
+    table = ij.count_cost(small, SHAPE)
+    assert {row.path: row.note for row in table.rows if row.note} == kept
+    assert f"stays dense: {next(iter(kept.values()))}" in str(table)
+    back = ij.decompress(small, factors, image_shape=SHAPE)
+    jax.tree.map(close, back[0].apply(back[1], X), model.apply(variables, X))
+
+
+def rounding(params):
+    return jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (lambda: nn.remat(Two)(name="two"), 1e-5),
+        (lambda: nn.jit(Two)(name="two"), 1e-5),
+        (lambda: Repeated(own=False, name="r"), 1e-5),
+        (
+            lambda: nn.vmap(
+                Two, variable_axes={"params": None}, split_rngs={"params": False}
+            )(name="two"),
+            1e-5,
+        ),
+        # Kernels and factors are rounded to eight bits.
+        (
+            lambda: nn.map_variables(Two, "params", rounding, init=True)(name="two"),
+            2e-2,
+        ),
+    ],
+)
+def test_layers_that_are_only_called_in_another_way_are_factorised(make, loss):
+    model = Net(make)
+    variables = model.init(KEY, X)
+    expected = model.apply(variables, X)  # Flax may keep a program of this call
+    small, factors = at_full_rank(model, variables)
+    assert len(small.plan.rules) == 3 and not small.kept
+    difference = np.abs(small.apply(factors, X) - expected).max()
+    assert difference < loss * np.abs(expected).max()
+
+
+def test_where_nothing_can_change_the_error_says_why():
+    model = Tied()
+    with pytest.raises(ValueError, match="no convolution .*'enc' has parameters that"):
+        at_full_rank(model, model.init(KEY, X))
+    model = Net(lambda: nn.WeightNorm(conv(name="c")))
+    plan = ij.Plan((("c", ij.Tucker2(1, 1)),))
+    with pytest.raises(ValueError, match="`ranks` has 'c', which .*'c' is called with"):
+        ij.compress(model, model.init(KEY, X), ranks=plan, image_shape=SHAPE)
+
+
+class Named(nn.Module):
+    """Layers whose names mean something to others: to globs, and to paths."""
+
+    @nn.compact
+    def __call__(self, x):
+        for name in ("conv[0]*", "conv0x", "a/b", "c?"):
+            x = nn.relu(conv(name=name)(x))
+        return nn.WeightNorm(nn.Dense(3))(
+            x
+        )  # its scale is named "Dense_0/kernel/scale"
+
+
+def test_names_of_layers_are_no_globs_and_no_paths():
+    model = Named()
+    variables = model.init(KEY, X)
+    small, factors = at_full_rank(model, variables)
+    assert len(small.plan.rules) == 4
+    found, expected = small.apply(factors, X), model.apply(variables, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert factors["params"]["WeightNorm_0"] == variables["params"]["WeightNorm_0"]
+    one, _ = at_full_rank(model, variables, layers=as_glob("conv[0]*"))
+    assert one.plan.spec("conv[0]*") == ij.Tucker2(4, 4)
+    assert one.plan.spec("conv0x") == ij.Conv()
+    again, _ = ij.compress(small, factors, ranks=ij.Ratio(0.5), image_shape=SHAPE)
+    assert [spec for _, spec in again.plan.rules] == [ij.Tucker2(2, 2)] * 4
+    back, dense = ij.decompress(small, factors, image_shape=SHAPE)
+    assert {spec for _, spec in back.plan.rules} <= {ij.Conv()}
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, variables)
+    # Whoever copies a path into a plan means this layer.
+    assert ij.Plan((("conv[0]*", ij.Tucker2(1, 1)),)).spec("conv[0]*") != ij.Conv()
+
+
+def test_an_initialiser_of_one_shape_is_none_of_the_factors():
+    kernel = jax.random.normal(KEY, (3, 3, 4, 4))
+    model = Net(lambda: conv(kernel_init=nn.initializers.constant(kernel)))
+    variables = model.init(KEY, X)
+    small, factors = at_full_rank(model, variables)
+    found, expected = small.apply(factors, X), model.apply(variables, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Frames(nn.Module):
+    """Images with an axis of time, then one by one."""
+
+    @nn.compact
+    def __call__(self, x):
+        frames = jnp.stack([x] * 5, axis=1)
+        y = conv(strides=2, name="frames")(frames)
+        layer = nn.vmap(
+            nn.Conv, variable_axes={"params": None}, split_rngs={"params": False}
+        )(4, (3, 3), name="one")
+        return layer(x), y
+
+
+def test_layers_with_other_axes_of_images_cost_what_they_compute():
+    model = Frames()
+    variables = model.init(KEY, X)
+    taps, positions = 9 * 4 * 4, {"frames": 5 * 16, "one": 64}
+    expected = {path: count * taps for path, count in positions.items()}
+    rows = ij.count_cost(model, SHAPE).rows
+    assert {row.path: row.macs for row in rows} == expected
+    sites = find_sites(model, variables, SHAPE)
+    assert {path: site.macs(ij.Conv()) for path, site in sites.items()} == expected
+    # Two factors before the strides, and the core and one after them.
+    spec = ij.Tucker2(2, 2)
+    assert sites["frames"].macs(spec) == 5 * (64 * 4 * 2 + 16 * (9 * 2 * 2 + 2 * 4))
+    budget = ij.Budget(latency=1.0, batch_size=2)
+    ij.compress(model, variables, ranks=budget, image_shape=SHAPE)
+
+
+def test_a_layer_applied_to_arrays_is_none_of_the_networks():
+    class Hyper(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("made", nn.initializers.normal(), (3, 3, 4, 4))
+            layer = conv(use_bias=False)
+            return conv(name="own")(layer.apply({"params": {"kernel": kernel}}, x))
+
+    model = Hyper()
+    variables = model.init(KEY, X)
+    small, factors = at_full_rank(model, variables)
+    assert [path for path, _ in small.plan.rules] == ["own"] and not small.kept
+    found, expected = small.apply(factors, X), model.apply(variables, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert ij.count_cost(model, SHAPE).params == 2 * 144 + 4
+
+
+def normed(x, train, init=nn.linear.default_kernel_init):
+    x = conv(kernel_init=init, name="one")(x)
+    x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+    x = conv(kernel_init=init, name="two")(nn.relu(x))
+    return nn.Dense(5, name="fc")(x.mean((1, 2)))
+
+
+class Norm(nn.Module):
+    """A network that is called as `model(images, train=...)`."""
+
+    box: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        init = nn.linear.default_kernel_init
+        if self.box:
+            init = nn.with_partitioning(init, (None, None, None, "model"))
+        return normed(x, train, init)
+
+
+@pytest.mark.parametrize("kind", ["boxed", "frozen", "both"])
+def test_boxes_and_frozen_dictionaries_are_opened(kind):
+    model = Norm(box=kind != "frozen")
+    given = model.init(KEY, X)
+    assert isinstance(given["params"]["one"]["kernel"], nn.Partitioned) == model.box
+    plain = nn.meta.unbox(given)
+    if kind != "boxed":
+        given = flax.core.freeze(given)
+    expected = ij.compress(Norm(), plain, ranks=ij.Ratio(0.5), image_shape=SHAPE)
+    small, factors = ij.compress(model, given, ranks=ij.Ratio(0.5), image_shape=SHAPE)
+    dense = ij.decompress(small, flax.core.freeze(factors), image_shape=SHAPE)[1]
+    assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    assert_equal(factors, expected[1])
+    assert_equal(dense, ij.decompress(*expected, image_shape=SHAPE)[1])
+    assert_equal(
+        ij.recalibrate_batch_norm(model, given, X),
+        ij.recalibrate_batch_norm(Norm(), plain, X),
+    )
+    assert_equal(
+        ij.fold_batch_norm(model, given, image_shape=SHAPE)[1],
+        ij.fold_batch_norm(Norm(), plain, image_shape=SHAPE)[1],
+    )
+    # The new network's own boxes say how the factors are partitioned.
+    made = jax.eval_shape(small.init, KEY, X)["params"]["one"]["u_out"]["kernel"]
+    assert not model.box or made.names == (None, None, None, "model")
+
+
+@pytest.mark.slow
+def test_frozen_variables_are_taken_everywhere(tmp_path):
+    model = Norm()
+    dense = flax.core.freeze(model.init(KEY, X))
+    images = np.concatenate([X] * 4)
+    small, factors = ij.compress(model, dense, ranks=ij.Ratio(0.5), image_shape=SHAPE)
+    options = {"images": images, "iterations": 2}
+    fitted = ij.reconstruct(
+        small, flax.core.freeze(factors), dense=(model, dense), **options
+    )
+    expected = ij.reconstruct(
+        small, factors, dense=(model, flax.core.unfreeze(dense)), **options
+    )
+    jax.tree.map(np.testing.assert_array_equal, fitted, expected)
+
+    lenet = ij.create_model("lenet", width=0.05)
+    plain = ij.init_variables(lenet, KEY)
+    frozen = flax.core.freeze(plain)
+    compare = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    compare(ij.to_torch(lenet, frozen), ij.to_torch(lenet, plain))
+    ij.save_checkpoint(tmp_path / "frozen", lenet, frozen)
+    compare(ij.load_checkpoint(tmp_path / "frozen")[1], plain)
+    calibration = np.random.default_rng(0).normal(size=(4, 28, 28, 1))
+    options = {"macs": 1.0, "calibration": calibration.astype(np.float32)}
+    compare(ij.make_inertial(lenet, frozen, **options)[1], plain)
+
+
+class Awkward(nn.Module):
+    """The network of `Norm` behind other arguments, and no `__call__`."""
+
+    @nn.compact
+    def encode(self, x, scale, *, mode):
+        noise = 0 * jax.random.normal(self.make_rng("noise"), x.shape)
+        return {"logits": normed(x * scale + noise, mode == "fit"), "image": x}
+
+
+def apply_awkward(model, images, train):
+    scale = jnp.ones((len(images), 1, 1, 1))
+    return model.encode(images, scale, mode="fit" if train else "use")["logits"]
+
+
+def everything(model, variables, path, **how):
+    """Returns what each function makes of a network."""
+    shaped = {"image_shape": SHAPE, **how}
+    images = np.concatenate([X] * 4)
+    small, factors = ij.compress(
+        model, variables, ranks=ij.Budget(macs=0.6), calibration=X, **shaped
+    )
+    fitted = ij.reconstruct(
+        small, factors, dense=(model, variables), images=images, iterations=2, **how
+    )
+    measured = ij.recalibrate_batch_norm(small, fitted, images, batch_size=4, **how)
+    folded, merged = ij.fold_batch_norm(small, measured, **shaped)
+    ij.save_exported(path, (folded, merged), image_shape=SHAPE, batch_size=4, **how)
+    return (
+        *(factors, fitted, measured, merged),
+        ij.decompress(small, measured, **shaped)[1],
+        ij.load_exported(path)(X),
+        (ij.count_cost(small, SHAPE, **how), ij.dropped_rules(small, SHAPE, **how)),
+    )
+
+
+@pytest.mark.slow
+def test_one_argument_says_how_any_network_is_called(tmp_path):
+    variables = Norm().init(KEY, X)
+    expected = everything(Norm(), variables, tmp_path / "plain")
+    found = everything(
+        Awkward(), variables, tmp_path / "awkward", apply_fn=apply_awkward
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, found[:-1], expected[:-1])
+    assert found[-1] == expected[-1]
