@@ -93,7 +93,7 @@ def load_teacher(
     distillation = Distillation(
         model, weight=config.distill_weight, temperature=config.distill_temperature
     )
-    # BatchNorm would take roots of narrow statistics in their type.
+    # Where XLA may, BatchNorm takes roots of narrow statistics in their type.
     variables = widened(network.variables, training_dtype(model))
     return Teacher(distillation, variables, hash_variables(network.variables))
 
