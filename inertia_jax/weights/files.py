@@ -9,7 +9,7 @@ import mmap
 import pathlib
 import struct
 import zipfile
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from safetensors import SafetensorError
@@ -27,6 +27,17 @@ _DAMAGE = (
 )
 
 
+class _Map(mmap.mmap):
+    """A file of which no more is read than there is, whatever is asked for.
+
+    A file of Python's takes memory for all bytes that it is asked for.
+    """
+
+    def seekable(self) -> bool:
+        """Python knows this of a map from version 3.13 on."""
+        return True
+
+
 def read_weights_file(path: pathlib.Path) -> Any:
     """Returns what a file holds: a mapping of arrays, which others may nest.
 
@@ -40,18 +51,21 @@ def read_weights_file(path: pathlib.Path) -> Any:
         raise FileNotFoundError(f"there is no weights file at {path}.")
     with path.open("rb") as file:
         head = file.read(512)
-    try:
-        if head[8:9] == b"{":
-            return load_file(path)
-        if head.startswith(b"PK\x03\x04"):
-            return _read_zip(path)
-        if head.startswith(b"\x80"):
-            return _read_legacy(path)
-    except _DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as weights: {error}.") from error
+        try:
+            if head[8:9] == b"{":
+                return load_file(path)
+            if head.startswith((b"PK\x03\x04", b"\x80")):
+                read = _read_legacy if head[0] == 0x80 else _read_zip
+                with _Map(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    return read(content)
+        except _DAMAGE as error:
+            message = f"{path} cannot be read as weights: {error}."
+            raise ValueError(message) from error
     hint = ""
     if head[257:262] == b"ustar":
-        hint = " It is a tar file, as PyTorch wrote before 0.2: save it again with it."
+        hint = (
+            " It is a tar file, as PyTorch wrote at first: save it again with PyTorch."
+        )
     raise ValueError(
         f"{path} holds no weights: neither a file of torch.save nor safetensors. It "
         f"begins with {head[:32]!r}.{hint}"
@@ -73,15 +87,16 @@ def _typed(saved: Any) -> tuple[np.dtype | None, Any, int]:
     return dtype, key, num_elements * (dtype.itemsize if dtype else 0)
 
 
-def _read_zip(path: pathlib.Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
+def _read_zip(file: _Map) -> Any:
+    # A map is not declared to be a file.
+    with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         stored = {
             name: info.file_size
             for name, info in entries.items()
             if info.compress_type == zipfile.ZIP_STORED
         }
-        if sum(stored.values()) > path.stat().st_size:
+        if sum(stored.values()) > len(file):
             raise ValueError("its entries are longer than the file")
 
         def read(name: str) -> bytes:
@@ -123,18 +138,9 @@ def _read_zip(path: pathlib.Path) -> Any:
         )
 
 
-def _read_legacy(path: pathlib.Path) -> Any:
-    with (
-        path.open("rb") as opened,
-        # Unlike a file, a map reads no more than there is, whatever it is asked for.
-        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file,
-    ):
-        return _read_legacy_pickles(file, len(file))
-
-
-def _read_legacy_pickles(file: mmap.mmap, size: int) -> Any:
+def _read_legacy(file: _Map) -> Any:
     storages: dict[Any, tuple[bytearray, int]] = {}
-    free = size
+    free = len(file)
 
     def persistent(saved: Any) -> Any:
         nonlocal free
@@ -156,7 +162,7 @@ def _read_legacy_pickles(file: mmap.mmap, size: int) -> Any:
         return Storage(data, dtype)
 
     def read() -> Any:
-        return read_pickle(file, size, known=TABLE, persistent=persistent)
+        return read_pickle(file, len(file), known=TABLE, persistent=persistent)
 
     if read() != _LEGACY_MAGIC:
         raise ValueError("it is a pickle, but not one of torch.save")

@@ -7,6 +7,7 @@ code here, and none takes more memory than a multiple of its size.
 """
 
 import pickletools
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -228,4 +229,7 @@ def read_pickle(
         ValueError: The pickle is damaged, or made to take more than its size. What
             `known` meets in a damaged one is raised as it is.
     """
-    return _Machine(known, persistent, size).run(file)
+    with warnings.catch_warnings():
+        # Of backslashes in names, which a damaged file has.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _Machine(known, persistent, size).run(file)

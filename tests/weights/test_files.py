@@ -339,3 +339,29 @@ def test_what_pytorch_writes_is_read(protocol, is_zip, tmp_path):
         np.testing.assert_array_equal(found, beside[key])
     for key in ("args", "path", "counts", "sparse", "meta", "conjugate"):
         assert isinstance(loaded[key], Unknown), key
+
+
+@pytest.mark.parametrize("case", ["zip", "legacy"])
+def test_any_damage_is_read_or_an_error(case, tmp_path):
+    path = tmp_path / "x.pth"
+    if case == "zip":
+        write_zip(path, dictionary(x=tensor(storage("0", 6), (2, 3), (3, 1))))
+    else:
+        path.write_bytes(legacy(dictionary(x=WHOLE)))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        for _ in range(150):
+            content = np.frombuffer(whole, np.uint8).copy()
+            places = rng.integers(len(content), size=rng.integers(1, 4))
+            content[places] = rng.integers(256, size=len(places))
+            stop = len(content) if rng.random() < 0.8 else rng.integers(len(content))
+            path.write_bytes(content[:stop].tobytes())
+            try:
+                read_weights_file(path)
+            except ValueError as error:
+                assert "x.pth" in str(error)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
