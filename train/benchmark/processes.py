@@ -9,6 +9,7 @@ of arrays of several sizes. The document's formula is fitted to all of the all-r
 import argparse
 import json
 import os
+import shlex
 import socket
 import statistics
 import subprocess
@@ -167,7 +168,7 @@ def main() -> None:
             )
     record = {
         **describe_machine(),
-        "command": f"python -m {__spec__.name} --out {args.out}",
+        "command": f"python -m {__spec__.name} --out {shlex.quote(args.out)}",
         "batch_per_device": _PER_DEVICE,
         "repeats": args.repeats,
         "model": "lenet",

@@ -8,7 +8,8 @@ from train.config import CacheDirOption, Data
 from train.data import ImageSet, load_data, warn_of_other_names
 from train.data.augment import Augmentation
 from train.data.feed import make_feed
-from train.errors import UsageError
+from train.data.sets import warn
+from train.errors import UsageError, shortened
 from train.evaluate.evaluation import Evaluation, make_evaluator
 from train.machine.parallel import Parallel
 from train.machine.processes import first_devices
@@ -99,6 +100,12 @@ def _load_fitting(
     if highest >= num_classes:
         raise UsageError(
             f"{data.name} has label {highest}; the network has {num_classes} classes."
+        )
+    if data.num_classes != num_classes:
+        warn(
+            f"{data.name} has {data.num_classes} classes, the network {num_classes}; "
+            f"classes are compared by their numbers, from 0 "
+            f"({shortened(data.class_names[0])} in the data)."
         )
     return data
 

@@ -51,6 +51,11 @@ class Evaluation:
         with np.errstate(invalid="ignore"):
             return np.diag(self.confusion) / counts
 
+    @property
+    def has_top5(self) -> bool:
+        """Whether `top5` says anything: any answer is among five classes' five best."""
+        return len(self.class_names) > 5
+
     def metrics(self) -> dict[str, float]:
         """Returns the numbers that are logged."""
         rates = {f"gate_rate/{path}": rate for path, rate in self.gate_rates.items()}
@@ -78,20 +83,29 @@ class Evaluation:
         lines = [
             f"top-1     {100 * self.top1:6.2f}%  "
             f"({right:,} of {self.num_examples:,}{how})",
-            f"top-5     {100 * self.top5:6.2f}%",
+            *([f"top-5     {100 * self.top5:6.2f}%"] if self.has_top5 else []),
             f"loss      {self.loss:7.4f}",
         ]
         if self.gate_rates:
             rates = [[f"  {p}", f"{r:.3f}"] for p, r in self.gate_rates.items()]
             lines += ["", "Open gates by layer", aligned(rates)]
-        names = [f"  {name}" for name in self.class_names]
-        shares = [f"{100 * share:.2f}%" for share in self.per_class]
-        columns = [names, shares]
-        title = "Accuracy by class"
-        if len(names) <= 20:
+        title, rows, absent = "Accuracy by class", [], []
+        has_matrix = len(self.class_names) <= 20
+        if has_matrix:
             title += ", and confusion matrix (rows: truth, columns: answer)"
-            columns += [list(map(str, counts)) for counts in self.confusion.T]
-        return "\n".join([*lines, "", title, aligned(list(zip(*columns, strict=True)))])
+        for name, share, counts in zip(
+            self.class_names, self.per_class, self.confusion, strict=True
+        ):
+            if np.isnan(share):
+                absent.append(name)
+                continue
+            answers = list(map(str, counts)) if has_matrix else []
+            rows.append([f"  {name}", f"{100 * share:.2f}%", *answers])
+        lines += ["", title, aligned(rows)]
+        if absent:
+            more = f" and {len(absent) - 5:,} more" if len(absent) > 5 else ""
+            lines.append(f"without images: {', '.join(absent[:5])}{more}")
+        return "\n".join(lines)
 
 
 def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, float]:

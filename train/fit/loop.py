@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shlex
 import signal
 import sys
 import time
@@ -298,11 +299,12 @@ def summary(result: FitResult) -> str:
     evaluation = result.evaluation
     if evaluation is None:
         raise ValueError("a run that was not stopped has an evaluation.")
+    top5 = f", top-5 {evaluation.top5:.2%}" if evaluation.has_top5 else ""
     return (
-        f"test top-1 {evaluation.top1:.2%}, top-5 {evaluation.top5:.2%}, loss "
+        f"test top-1 {evaluation.top1:.2%}{top5}, loss "
         f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
         f"checkpoints  {result.workdir}/checkpoints\n"
         f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
-        f"evaluate     python -m train evaluate {result.workdir}"
+        f"evaluate     python -m train evaluate {shlex.quote(str(result.workdir))}"
         f"{' --flip-test' if evaluation.flip_test else ''}"
     )

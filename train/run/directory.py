@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -36,7 +37,7 @@ def describe_machine() -> dict[str, Any]:
     text = info.read_text() if info.is_file() else ""
     cpu = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
     return {
-        "command": " ".join(["python -m train", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
         "backend": device.platform,
         "device": device.device_kind,
         "num_devices": jax.device_count(),

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import shlex
 
 import jax
 import numpy as np
 import pytest
 from helpers import PREPROCESSING, SHAPE
+from PIL import Image
 
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata
 from train.__main__ import main
+from train.data.sets import warn
 from train.evaluate.evaluation import Evaluation
+from train.fit.loop import FitResult, summary
 from train.step.train_step import gate_rates
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -72,7 +76,6 @@ def test_an_evaluation_prints_its_gates_and_its_confusion():
     )
     expected = """\
 top-1      87.00%  (174 of 200)
-top-5     100.00%
 loss       0.2500
 
 Open gates by layer
@@ -80,13 +83,105 @@ Open gates by layer
   layer1/conv  0.125
 
 Accuracy by class, and confusion matrix (rows: truth, columns: answer)
-  cat      99.00%  99  1   0
-  giraffe    nan%   0  0   0
-  ox       75.00%  25  0  75"""
+  cat  99.00%  99  1   0
+  ox   75.00%  25  0  75
+without images: giraffe"""
     assert str(found) == expected
     many = dataclasses.replace(
         found,
         class_names=tuple("abcdefghijklmnopqrstu"),
         confusion=np.eye(21, dtype=int),
     )
+    assert str(many).splitlines()[1] == "top-5     100.00%"
     assert str(many).splitlines()[8:10] == ["Accuracy by class", "  a  100.00%"]
+    few = dataclasses.replace(many, confusion=np.diag([1, *[0] * 20]))
+    assert str(few).splitlines()[-2:] == [
+        "  a  100.00%",
+        "without images: b, c, d, e, f and 15 more",
+    ]
+
+
+def save_network(path, *, names=(), num_classes=10):
+    model = ij.create_model("lenet", width=0.1, num_classes=num_classes)
+    variables = ij.init_variables(model, jax.random.key(0), SHAPE)
+    ij.save_checkpoint(
+        path, model, variables, metadata=Metadata(PREPROCESSING, tuple(names))
+    )
+    return str(path)
+
+
+def save_images(path, labels, **arrays):
+    images = np.random.default_rng(0).integers(256, size=(len(labels), *SHAPE))
+    np.savez(path, x_test=images.astype(np.uint8), y_test=labels, **arrays)
+    return f"npz:{path}"
+
+
+@pytest.mark.parametrize("names", [(), "abcdefghij", "abxdefghij"])
+def test_another_number_of_classes_is_said(names, tmp_path, capsys):
+    checkpoint = save_network(tmp_path / "checkpoint", names=names)
+    warn.cache_clear()
+    source = save_images(tmp_path / "set.npz", [0, 1, 2, 1], label_names=list("abc"))
+    assert main(["evaluate", checkpoint, "--data", source]) == 0
+    said = capsys.readouterr()
+    assert (
+        "warning: set has 3 classes, the network 10; classes are compared by their "
+        in (said.err)
+    )
+    differs = "label 2 is 'c' in set and 'x' in the checkpoint" in said.err
+    assert differs == (names == "abxdefghij")
+    assert "nan" not in said.out and "without images: " in said.out
+    rows = said.out.split("answer)\n")[1].splitlines()
+    assert [row.split()[0] for row in rows[:-1]] == ["a", "b", names[2:3] or "c"]
+    assert "top-5" in said.out
+
+
+@pytest.mark.parametrize(("num_classes", "shown"), [(3, False), (5, False), (6, True)])
+def test_top_5_is_for_more_than_five_classes(num_classes, shown, tmp_path, capsys):
+    checkpoint = save_network(tmp_path / "checkpoint", num_classes=num_classes)
+    warn.cache_clear()
+    source = save_images(tmp_path / "set.npz", np.arange(num_classes))
+    assert main(["evaluate", checkpoint, "--data", source]) == 0
+    said = capsys.readouterr()
+    assert ("top-5" in said.out) == shown
+    assert said.err == ""
+
+
+def test_advice_names_options_that_the_command_has(tmp_path, capsys):
+    checkpoint = save_network(tmp_path / "checkpoint")
+    for split in ("train", "test"):
+        for label, size in ((0, 8), (1, 9)):
+            place = tmp_path / "images" / split / str(label)
+            place.mkdir(parents=True)
+            Image.new("RGB", (size, size)).save(place / "0.png")
+    folder = f"imagefolder:{tmp_path / 'images'}"
+    options = ["--data", folder, "--cache-dir", str(tmp_path)]
+    assert main(["evaluate", checkpoint, *options]) == 2
+    assert "must be one: --resize resizes them.\n" in capsys.readouterr().err
+    assert (
+        main(["fit", "--data.source", folder, "--data.cache-dir", str(tmp_path)]) == 2
+    )
+    assert "must be one: set `data.image_size`" in capsys.readouterr().err
+    # No command has all of `data.source`, `--data` and `source`.
+    assert main(["evaluate", checkpoint, "--data", "folder"]) == 2
+    assert "error: the source of images (='folder') must be tfds:NAME" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_command_that_evaluates_a_run_can_be_pasted(tmp_path):
+    found = Evaluation(
+        num_examples=2,
+        loss=0.25,
+        top1=0.5,
+        top5=1.0,
+        confusion=np.array([[1, 0], [1, 0]]),
+        class_names=("a", "b"),
+        gate_rates={},
+        right=np.array([True, False]),
+    )
+    run = tmp_path / "my runs" / "it's"
+    said = summary(FitResult(run, 3, found, None)).splitlines()
+    assert "top-5" not in said[0]
+    assert shlex.split(said[-1]) == [
+        *("evaluate", "python", "-m", "train", "evaluate", str(run))
+    ]
