@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 import typing
@@ -64,12 +65,31 @@ def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
 
 
 def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Returns `field: A there, B here` for each difference of two JSON configs."""
+    """Returns `field: A there, B here` for each difference of two JSON configs.
+
+    Of long values, such as plans and names of classes, it has the parts that differ.
+    """
     if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [f"{prefix}: {a!r} there, {b!r} here"]
+        there, here = _differing_parts(repr(a), repr(b))
+        return [] if a == b else [f"{prefix}: {there} there, {here} here"]
     join = f"{prefix}." if prefix else ""
     return [
         line
         for name in {**a, **b}
         for line in differing_fields(a.get(name), b.get(name), join + name)
+    ]
+
+
+def _differing_parts(*texts: str, most: int = 100) -> list[str]:
+    """Returns texts, cut around the first difference where one of them is long."""
+    if max(map(len, texts)) <= most:
+        return list(texts)
+    pairs = enumerate(itertools.zip_longest(*texts))
+    first = next((place for place, letters in pairs if len(set(letters)) > 1), 0)
+    start = max(0, first - most // 4)
+    return [
+        ("..." if start else "")
+        + text[start : start + most]
+        + ("..." if start + most < len(text) else "")
+        for text in texts
     ]

@@ -139,8 +139,9 @@ def _check_options(model: Any, macs: Any, tile_size: int, batch_size: int) -> No
         raise ValueError(
             f"`model` (={type(model).__name__}) must be one that create_model makes."
         )
-    if any(isinstance(spec, Inertial) for _, spec in plan.rules):
-        raise ValueError(f"`model` has inertial layers already: {plan}.")
+    for glob, spec in plan.rules:
+        if isinstance(spec, Inertial):
+            raise ValueError(f"`model` has inertial layers already: {glob!r}, {spec}.")
 
 
 def _tileable(

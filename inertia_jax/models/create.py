@@ -76,7 +76,9 @@ def create_model(
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"`num_classes` (={num_classes!r}) must be an integer >= 1.")
     if plan is not None and not isinstance(plan, Plan):
-        raise ValueError(f"`plan` (={plan!r}) must be an inertia_jax.Plan, or None.")
+        raise ValueError(
+            f"`plan` (={plan!r:.200}) must be an inertia_jax.Plan, or None."
+        )
     if not 0 < width < float("inf"):
         raise ValueError(f"`width` (={width}) must be > 0 and finite.")
     check_choice("stem", stem, Literal["cifar", "imagenet"])

@@ -63,12 +63,14 @@ class Plan:
         rules = []
         for rule in self.rules:
             if not isinstance(rule, (tuple, list)) or len(rule) != 2:
-                raise ValueError(f"`rules` holds {rule!r}; must be pairs (glob, spec).")
+                raise ValueError(
+                    f"`rules` holds {rule!r:.200}; must be pairs (glob, spec)."
+                )
             glob, spec = rule
             if not isinstance(glob, str) or not isinstance(spec, Spec):
                 names = ", ".join(cls.__name__ for cls in get_args(Spec))
                 raise ValueError(
-                    f"`rules` holds {rule!r}; must be a string and one of {names}."
+                    f"`rules` holds {rule!r:.200}; must be a string and one of {names}."
                 )
             rules.append((glob, spec))
         object.__setattr__(self, "rules", tuple(rules))
@@ -148,12 +150,16 @@ class Plan:
         try:
             rules = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"a plan must be JSON; got {text!r}: {error}.") from error
+            raise ValueError(
+                f"a plan must be JSON; got {text!r:.200}: {error}."
+            ) from error
         if not isinstance(rules, list):
-            raise ValueError(f"a plan must be a JSON list of rules; got {text!r}.")
+            raise ValueError(f"a plan must be a JSON list of rules; got {text!r:.200}.")
         for rule in rules:
             if not isinstance(rule, list) or len(rule) != 2:
-                raise ValueError(f"a plan holds {rule!r}; must be pairs [glob, spec].")
+                raise ValueError(
+                    f"a plan holds {rule!r:.200}; must be pairs [glob, spec]."
+                )
         return cls(tuple((glob, _from_jsonable(spec)) for glob, spec in rules))
 
 

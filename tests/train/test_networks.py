@@ -16,7 +16,7 @@ from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
 from train.compress.options import Compress
 from train.config import Config, Data, Model
-from train.config_file import config_to_json
+from train.config_file import config_to_json, differing_fields
 from train.errors import UsageError
 from train.networks import from_checkpoint, read_description, read_network
 from train.run.checkpoints import find_checkpoint
@@ -263,3 +263,44 @@ def test_training_goes_on_from_a_checkpoint(keep_data, tmp_path):
     form = {"image_size": 8, "mean": (0.5,), "std": (0.25,), "eval_resize": None}
     data = own if keep_data else there
     assert config.data == dataclasses.replace(data, **form)
+
+
+LONG = ij.Plan(
+    tuple((f"layer{i}/conv{j}", ij.Tucker2(i, j)) for i in range(1, 9) for j in (1, 2))
+)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_no_error_is_as_long_as_a_plan(tmp_path, capsys):
+    rules = LONG.rules
+    other = ij.Plan((*rules[:7], ("layer9/conv9", ij.Tucker2(9, 9)), *rules[8:]))
+    texts = LONG.to_json(), other.to_json()
+    assert min(map(len, texts)) > 1000
+    # A run that is resumed: what differs is shown, and not the rest.
+    (line,) = differing_fields(*({"model": {"plan": text}} for text in texts))
+    assert line.startswith("model.plan: ...") and len(line) < 300
+    assert "layer4/conv2" in line and "layer9/conv9" in line
+    # Names of classes, of which one is missing.
+    names = [f"class {index}" for index in range(1000)]
+    (line,) = differing_fields({"class_names": names}, {"class_names": names[:-1]})
+    assert len(line) < 300 and "'class 999'] there, " in line
+    assert differing_fields({"a": 1}, {"a": None}) == ["a: 1 there, None here"]
+    # A plan that is broken, or changed where it may not be.
+    for broken in (texts[0][:-1], f'{{"plan": {texts[0]}}}', f"[{texts[0]}]"):
+        with pytest.raises(ValueError, match="^a plan ") as error:
+            ij.Plan.from_json(broken)
+        assert len(str(error.value)) < 300
+    with pytest.raises(ValueError, match="`plan`") as error:
+        ij.create_model("lenet", plan=texts[0])
+    assert len(str(error.value)) < 300
+    path = tmp_path / "checkpoint"
+    save(path, data=dataclasses.replace(DATA, source="digits"))
+    assert main(["finetune", str(path), "--model.plan", texts[0]]) == 2
+    said = capsys.readouterr().err
+    assert "must be the checkpoint's" in said and len(said) < 700
+    # Another network than that of the checkpoint that training starts from.
+    options = ["--init", str(path), "--model.name", "lenet", "--model.width", "0.3"]
+    options += ["--data.source", "digits", "--data.mean", "0.5", "--data.std", "0.25"]
+    assert main(["fit", *options, "--workdir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "the data's 10 classes say: width: 0.2 there, 0.3 here.\n" in said

@@ -11,7 +11,7 @@ import tyro
 
 from train.config import FINETUNE, check_used
 from train.config_file import load_config
-from train.errors import UsageError
+from train.errors import UsageError, shortened
 from train.machine.processes import early_processes, joined
 from train.networks import from_checkpoint, read_description
 from train.run.checkpoints import find_checkpoint
@@ -86,4 +86,7 @@ def _checkpoint_name(given: str) -> str:
 
 def _check_kept(name: str, own: Any, given: Any) -> None:
     if own != given:
-        raise UsageError(f"`{name}` (={given}) must be the checkpoint's, {own}.")
+        raise UsageError(
+            f"`{name}` (={shortened(given)}) must be the checkpoint's, "
+            f"{shortened(own)}."
+        )
