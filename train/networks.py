@@ -44,7 +44,7 @@ class NetworkDescription:
         if isinstance(compressed, Mapping) and compressed.get("data"):
             told = {"source": compressed["data"]} | {
                 name: compressed.get(name)
-                for name in ("cache_dir", "crop_padding", "flip")
+                for name in ("cache_dir", "crop_padding", "flip", "resized_crop")
             }
             recorded |= {name: v for name, v in told.items() if v is not None}
         # A later version may have more fields.

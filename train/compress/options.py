@@ -75,10 +75,13 @@ class Compress:
     kernels are not fitted."""
     crop_padding: CropPaddingOption = None
     """Padding of random crops in the training of the checkpoint; None: as the
-    checkpoint says, 0 if it was imported."""
+    checkpoint says. An imported one does not say it, so that this must be given."""
     flip: bool | None = None
     """Whether the training of the checkpoint mirrored images; None: as the checkpoint
-    says, no if it was imported."""
+    says. For an imported one this must be given."""
+    resized_crop: bool | None = None
+    """Whether it was on random parts of images, resized, instead of padded crops; None:
+    as the checkpoint says, no if it was imported."""
     also_test: tuple[str, ...] = ()
     """Further data whose test images are evaluated before and after."""
     finetune_epochs: int = 0
@@ -101,12 +104,12 @@ class Compress:
 
 # The options of Tucker-2 alone, those that need data, and those of inertial layers.
 _OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
+AUGMENTATION = ("crop_padding", "flip", "resized_crop")
 _OF_DATA = (
     "also_test",
     "recalibration_images",
     "reconstruction_images",
-    "crop_padding",
-    "flip",
+    *AUGMENTATION,
 )
 _OF_INERTIAL = ("tile_size", "metric", "reference", "low", "channel_stride")
 

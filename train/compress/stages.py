@@ -17,19 +17,17 @@ from inertia_jax import (
     reconstruct,
     save_checkpoint,
 )
+from inertia_jax.compression.recalibrate import running_statistics
 from train.compress.accuracy import Network
+from train.compress.augmentation import needed_augmentation
 from train.compress.options import Compress
 from train.compress.rank_rules import parse_ranks
-from train.config import Data
 from train.config_file import differing_fields
 from train.data import Split, load_data
 from train.data.augment import Augmentation
 from train.data.training_inputs import training_inputs
 from train.errors import UsageError, user_input
 from train.networks import NetworkDescription, TrainedNetwork, read_network
-
-# The augmentation that imported weights are assumed to have been trained with.
-IMPORTED = Data(source="", crop_padding=0, flip=False)
 
 
 def load_training_images(args: Compress, network: NetworkDescription) -> Split | None:
@@ -74,11 +72,14 @@ def compressed_stages(
     )
     stages: dict[str, Network] = {}
     if args.macs is not None:
+        recalibration = None
+        if running_statistics(network.variables):
+            recalibration = draw(args.recalibration_images, augment=True)
         inertial = make_inertial(
             *dense,
             macs=args.macs,
             calibration=draw(args.calibration_images, augment=False),
-            recalibration=draw(args.recalibration_images, augment=True),
+            recalibration=recalibration,
             layers=args.layers,
             tile_size=args.tile_size,
             metric=args.metric,
@@ -158,17 +159,14 @@ def _drawer(
     args: Compress, split: Split, network: NetworkDescription
 ) -> Callable[..., Any]:
     """Returns a function that draws training images, plain or augmented."""
-    as_trained = dataclasses.replace(
-        network.trained_on or IMPORTED,
-        crop_padding=args.crop_padding or 0,
-        flip=bool(args.flip),
-    )
     preprocessing, dtype = network.preprocessing, jnp.dtype(network.model.dtype)
     plain = Augmentation.plain(preprocessing, dtype)
-    augmented = Augmentation(preprocessing, as_trained, dtype)
 
     def draw(count: int, *, augment: bool) -> Any:
-        augmentation = augmented if augment else plain
+        augmentation = plain
+        if augment:
+            as_trained = needed_augmentation(args, network)
+            augmentation = Augmentation(preprocessing, as_trained, dtype)
         return training_inputs(split, augmentation, count, seed=args.seed)
 
     return draw
@@ -201,7 +199,7 @@ def _recalibrated(
 ) -> Network:
     """Returns a network with statistics of training images, or itself without any."""
     model, variables = network
-    if not args.recalibration_images or "batch_stats" not in variables:
+    if not args.recalibration_images or not running_statistics(variables):
         return network
     # Recalibration must not change thresholds.
     fixed_model = model.clone(plan=model.plan.with_fixed_thresholds())

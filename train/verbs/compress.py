@@ -10,12 +10,17 @@ from typing import Any
 import tyro
 
 from inertia_jax import count_cost
+from train.compress import augmentation
 from train.compress.accuracy import Network, compare_stages, in_words, stage_evaluator
 from train.compress.layer_report import format_layers, report_layers
-from train.compress.options import Compress, check_options, check_options_without_data
+from train.compress.options import (
+    AUGMENTATION,
+    Compress,
+    check_options,
+    check_options_without_data,
+)
 from train.compress.rank_rules import plan_to_json
 from train.compress.stages import (
-    IMPORTED,
     compressed_stages,
     load_training_images,
     read_compressed,
@@ -25,7 +30,6 @@ from train.config import FINETUNE, Config
 from train.errors import UsageError, user_input
 from train.fit.loop import FitResult, exit_code, fit
 from train.networks import (
-    NetworkDescription,
     TrainedNetwork,
     cost_to_json,
     from_checkpoint,
@@ -125,6 +129,7 @@ def _report(
     record = {
         "machine": describe_machine(),
         "seconds": seconds,
+        "augmentation": {name: getattr(args, name) for name in AUGMENTATION},
         **cost_to_json(cost),
         "tests": tests,
         "layers": [dataclasses.asdict(row) for row in rows],
@@ -133,11 +138,11 @@ def _report(
     write_json(args.record, record)
 
 
-def _completed(args: Compress, network: NetworkDescription) -> Compress:
+def _completed(args: Compress, network: TrainedNetwork) -> Compress:
     """Returns the options with data and augmentation of the training filled in.
 
     Raises:
-        UsageError: The options need data, and none are known.
+        UsageError: The options need data or their augmentation, and none is known.
     """
     source = args.data or network.source
     if source is None and (args.is_inertial or args.finetune_epochs):
@@ -148,14 +153,11 @@ def _completed(args: Compress, network: NetworkDescription) -> Compress:
             f"{network.path} names no data: errors are not weighed, BatchNorm is not "
             f"recalibrated, accuracy is not measured; --data says which to use."
         )
-    trained_on = network.trained_on or IMPORTED
-    padding, flip = args.crop_padding, args.flip
-    return dataclasses.replace(
-        args,
-        data=source,
-        crop_padding=trained_on.crop_padding if padding is None else padding,
-        flip=trained_on.flip if flip is None else flip,
-    )
+    args = dataclasses.replace(args, data=source)
+    completed = augmentation.with_augmentation(args, network)
+    if augmentation.uses_augmentation(args, network):
+        print(augmentation.in_words(args, network))
+    return completed
 
 
 def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> Config:
@@ -170,8 +172,7 @@ def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> 
             config.data,
             source=args.data or "",
             cache_dir=args.cache_dir,
-            crop_padding=args.crop_padding or 0,
-            flip=bool(args.flip),
+            **{name: getattr(args, name) for name in AUGMENTATION},
         ),
         teacher=str(teacher.absolute()),
         optimizer=dataclasses.replace(
