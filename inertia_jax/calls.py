@@ -169,7 +169,8 @@ def apply_network(
         apply_fn: How it is called. None: as `model(images)`, with those of the
             arguments `train`, `training`, `is_training`, `deterministic` and
             `use_running_average` that it takes.
-        mutable: The collections that it may change.
+        mutable: The collections that it may make. It may change those that it has,
+            but for `params`: some networks write to theirs in evaluation, too.
 
     Raises:
         ValueError: The network is called in another way, or in training mode although
@@ -178,7 +179,8 @@ def apply_network(
     key = jax.random.key(0)
     # Streams of any other name come from that of the parameters.
     rngs = {"params": key, "dropout": key}
-    apply = nn.apply(_network_call(train, apply_fn), model, mutable=list(mutable))
+    changing = {*variables, *mutable} - {"params"}
+    apply = nn.apply(_network_call(train, apply_fn), model, mutable=sorted(changing))
     outputs, changed = apply(variables, images, rngs=rngs)
     return outputs, changed
 

@@ -69,25 +69,23 @@ def apply_as_trained(
     """Returns outputs under the batch's own statistics, and all that the call changed.
 
     BatchNorm's statistics are then those that recalibration will give, so an error that
-    only shifts or scales a channel does not count. The call changes `batch_stats` and
-    `thresholds`; the `intermediates` that layers sowed are returned with them.
+    only shifts or scales a channel does not count. The call may change all collections
+    but `params`; the `intermediates` that layers sowed are returned with them.
 
     Args:
         model: The network.
         variables: Its variables.
         images: A batch of its inputs.
         train: Whether the model is called in training mode. None: it is if it has
-            BatchNorm; a model that cannot be told is called as it is, and changes
-            nothing.
+            BatchNorm and can be told.
         apply_fn: How the network is called, as in `compress`.
     """
-    mutable: tuple[str, ...] = ()
-    if takes_train(model, apply_fn):
-        mutable = ("batch_stats", "thresholds", "intermediates")
+    can_train = takes_train(model, apply_fn)
+    mutable = ("batch_stats", "thresholds", "intermediates") if can_train else ()
     if train is None:
         # Dropout is on in training mode, so only BatchNorm is a reason for it; the mean
         # friction is none.
-        train = bool(mutable and batch_norm_paths(variables))
+        train = can_train and bool(batch_norm_paths(variables))
     return apply_network(
         model, variables, images, train=train, apply_fn=apply_fn, mutable=mutable
     )

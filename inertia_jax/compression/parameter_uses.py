@@ -37,8 +37,10 @@ def find_misused(
     variables: Mapping[str, Any],
     image_shape: tuple[int, ...],
     apply_fn: ApplyFn | None,
-) -> dict[str, str]:
-    """Returns the convolutions that no other parameters can replace, and the reasons.
+) -> dict[str, str | None]:
+    """Returns why no other parameters can replace those of a convolution, by path.
+
+    The reason is None where others can. Layers that are not called are left out.
 
     A layer computes with its factors what it did with its kernel if the parameters that
     it is called with are those stored at its path, and if nothing else uses them. Both
@@ -48,7 +50,7 @@ def find_misused(
 
     Args:
         model: The network.
-        variables: Its variables, plain.
+        variables: Its variables for such images, plain, or their shapes.
         image_shape: The shape [h, w, c] of an image.
         apply_fn: How the network is called, as in `compress`.
     """
@@ -62,8 +64,7 @@ def find_misused(
         with jax.named_scope(f"\x02{path}\x03"):
             return call(*args, **kwargs)
 
-    places = traverse_util.flatten_dict(variables["params"], keep_empty_nodes=True)
-    stored = {"/".join(place): leaf for place, leaf in places.items()}
+    places = traverse_util.flatten_dict(variables.get("params", {}))
 
     def forward(leaves: list[Any], rest: Any, images: Any) -> Any:
         params = traverse_util.unflatten_dict(dict(zip(places, leaves, strict=True)))
@@ -73,12 +74,9 @@ def find_misused(
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with on_calls(mark):
-        leaves, rest = jax.eval_shape(lambda *v: v, [*stored.values()], rest)
-        jaxpr = jax.make_jaxpr(forward)(leaves, rest, images).jaxpr
+        jaxpr = jax.make_jaxpr(forward)([*places.values()], rest, images).jaxpr
     uses = _Uses()
-    # An empty node is no variable, and has no place in the program.
-    names = [name for name, leaf in stored.items() if jax.tree.leaves(leaf)]
-    uses.follow(jaxpr, names)
+    uses.follow(jaxpr, ["/".join(place) for place in places])
     return uses.reasons()
 
 
@@ -89,10 +87,11 @@ class _Uses:
         self._called_with = collections.defaultdict[str, set[bool]](set)
         self._read: set[str] = set()
 
-    def reasons(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, str | None]:
         """Returns why other parameters could not replace those of a layer, by path."""
-        found = {}
+        found: dict[str, str | None] = {}
         for path, is_stored in self._called_with.items():
+            found[path] = None
             if not all(is_stored):
                 found[path] = (
                     "is called with parameters that differ, or may, from those stored"

@@ -132,11 +132,13 @@ def split_convolutions(
     }
     for path in convolutions:
         _check_shapes(path, leaves_at(variables, path), leaves_at(expected, path))
-    misused = find_misused(model, variables, image_shape, apply_fn)
+    # Layers besides convolutions may have the shapes of other images.
+    misused = find_misused(model, expected, image_shape, apply_fn)
     sites, kept = {}, {}
     for path, call in convolutions.items():
         module, leaves = call.module, leaves_at(variables, path)
-        reason = _cannot_replace(module, leaves) or misused.get(path)
+        misuse = misused.get(path, "is not called in evaluation")
+        reason = _cannot_replace(module, leaves) or misuse
         if reason is not None:
             kept[path] = reason
             continue

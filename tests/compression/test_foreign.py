@@ -11,6 +11,7 @@ from flax import linen as nn
 
 import inertia_jax as ij
 from inertia_jax.compression.sites import find_sites
+from inertia_jax.models.layers import Layers
 from inertia_jax.plan.plan import as_glob
 
 KEY = jax.random.key(0)
@@ -75,6 +76,17 @@ class Merged(nn.Module):
             x, kernel, (1, 1), "SAME", dimension_numbers=numbers
         )
         return y + z
+
+
+class ByHand(nn.Module):
+    """A layer that makes a kernel, which is centred and convolved by hand."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = conv(use_bias=False, name="layer")
+        if self.is_initializing():
+            return layer(x)
+        return layer.clone(parent=None).apply(centred(layer.variables), x)
 
 
 class Penalised(nn.Module):
@@ -171,6 +183,7 @@ SEVERAL = "the kernels of several layers, as in nn.scan and nn.vmap"
         (lambda: Looped(name="loop"), ["loop/layer"], DIFFER),
         (lambda: Tied(name="tied"), ["tied/enc"], OUTSIDE),
         (lambda: Merged(name="lora"), ["lora/base"], OUTSIDE),
+        (lambda: ByHand(name="h"), ["h/layer"], "is not called in evaluation"),
         (lambda: Penalised(name="p"), ["p/layer"], OUTSIDE),
         (lambda: Repeated(own=True, name="r"), ["r/two/a", "r/two/b"], SEVERAL),
         (lambda: each_twice(name="v"), ["v/a", "v/b"], SEVERAL),
@@ -282,6 +295,29 @@ def test_an_initialiser_of_one_shape_is_none_of_the_factors():
     small, factors = at_full_rank(model, variables)
     found, expected = small.apply(factors, X), model.apply(variables, X)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_that_write_in_evaluation_are_compressed():
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            count = self.variable("state", "count", lambda: jnp.zeros(()))
+            count.value += 1
+            x = nn.SpectralNorm(nn.Dense(4))(conv(name="own")(x), update_stats=True)
+            return x.mean((1, 2))
+
+    model = Counting()
+    variables = model.init(KEY, X)
+    small, factors = at_full_rank(model, variables, calibration=X)
+    assert [path for path, _ in small.plan.rules] == ["own"]
+    found, expected = (
+        network.apply(values, X, mutable=["state", "batch_stats"])
+        for network, values in ((small, factors), (model, variables))
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, found, expected)
+    budget = ij.Budget(latency=1.0, batch_size=2)
+    ij.compress(model, variables, ranks=budget, image_shape=SHAPE)
 
 
 class Frames(nn.Module):
@@ -449,3 +485,38 @@ def test_one_argument_says_how_any_network_is_called(tmp_path):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, found[:-1], expected[:-1])
     assert found[-1] == expected[-1]
+
+
+class Gated(nn.Module):
+    """A network of one's own with a plan, and another argument than `train`."""
+
+    plan: ij.Plan = ij.Plan()
+    dtype: object = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, mode):
+        x = jnp.asarray(x)
+        layers = Layers(self.plan, self.dtype, None, train=mode == "fit")
+        for name in ("one", "two"):
+            x = layers.conv(self, name, x, 4, 3, padding=1)
+            x = nn.relu(layers.norm(self, f"{name}_norm", x))
+        return {"logits": layers.dense(self, "fc", x.mean((1, 2)), 5)}
+
+
+def apply_gated(model, images, train):
+    return model(images, mode="fit" if train else "use")["logits"]
+
+
+@pytest.mark.slow
+def test_a_network_of_ones_own_is_made_inertial():
+    model = Gated()
+    variables = model.init(KEY, X, mode="use")
+    options = {"macs": 0.8, "calibration": X, "apply_fn": apply_gated}
+    inertial, changed = ij.make_inertial(model, flax.core.freeze(variables), **options)
+    assert {glob for glob, _ in inertial.plan.rules} <= {"one", "two"}
+    rates = {path: spec.threshold for path, spec in inertial.plan.rules}
+    assert rates and changed["thresholds"].keys() == rates.keys()
+    plain = lambda network: ij.count_cost(network, SHAPE, apply_fn=apply_gated)  # noqa: E731
+    assert plain(inertial).total_macs <= 0.8 * plain(model).macs
+    outputs = inertial.apply(changed, X, mode="use")["logits"]
+    assert outputs.shape == (4, 5) and np.isfinite(outputs).all()
