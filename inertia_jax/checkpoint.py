@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inertia_jax.atomic import appearing
+from inertia_jax.atomic import appearing, local_path
 from inertia_jax.calls import plain_variables
 from inertia_jax.metadata import (
     Metadata,
@@ -68,10 +69,10 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: Something exists at `path`.
-        ValueError: `model` is not a network of this library.
+        ValueError: `model` is not a network of this library, or `path` is a URL.
         CheckpointWriteError: It could not be written, e.g. because the disk is full.
     """
-    path = pathlib.Path(path).absolute()
+    path = local_path(path).absolute()
     if path.exists():
         raise FileExistsError(f"`path` (={path}) must not exist; it was left as it is.")
     description = describe(model, metadata or Metadata())
@@ -95,7 +96,17 @@ def save_checkpoint(
                 (partial / "manifest.json").write_text(manifest)
     # Tensorstore reports a full disk as ValueError or XlaRuntimeError, not as OSError.
     except Exception as error:
-        raise CheckpointWriteError(f"could not write {path}: {error}") from error
+        raise _write_error(path, error) from error
+
+
+def _write_error(path: pathlib.Path, error: Exception) -> CheckpointWriteError:
+    """Returns the error of a checkpoint, in one line, and with the system's number."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error).partition("\n")[0]
+    wrapped = CheckpointWriteError(f"could not write {path}: {reason}")
+    wrapped.errno = number
+    return wrapped
 
 
 def _on_each_process(tree: Any) -> Any:
@@ -138,7 +149,7 @@ def load_checkpoint(
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads `{"variables": ..., "training": ...}` as NumPy arrays, unverified."""
-    path = pathlib.Path(path).absolute() / "arrays"
+    path = local_path(path).absolute() / "arrays"
     with _checkpointer(jax.process_index(), name="read") as checkpointer:
         # Arrays go to host memory, since the devices that wrote may not exist here.
         tree = checkpointer.metadata(path).item_metadata.tree
@@ -160,14 +171,18 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
             which.
         OSError: A file could not be read, so that its content is unknown.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     if not (path / "arrays").is_dir():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    # What is no file, such as a directory or a loop of links, is damage, and a pipe
+    # would be waited for.
+    if not (path / "manifest.json").is_file():
+        raise CheckpointDamagedError(f"{path} is damaged: manifest.json is no file.")
     found = _hash_files(path)
     try:
         expected = json.loads((path / "manifest.json").read_bytes())
         differing = set(expected.items()) ^ set(found.items())
-    except (FileNotFoundError, ValueError, AttributeError, TypeError) as error:
+    except (RecursionError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointDamagedError(f"{path} is damaged: {error}.") from error
     if differing:
         files = sorted({name for name, _ in differing})

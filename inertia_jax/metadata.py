@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
+from inertia_jax.atomic import local_path
 from inertia_jax.models.create import create_model, model_name
 from inertia_jax.plan.plan import Plan
 
@@ -228,12 +229,12 @@ def _make_metadata(
 
 
 def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    file = pathlib.Path(path) / "metadata.json"
+    file = local_path(path) / "metadata.json"
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
     try:
         description = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}.") from error
     if not isinstance(description, dict):
         raise ValueError(f"{file} describes no checkpoint.")

@@ -1,11 +1,15 @@
 """Files and directories that appear whole or not at all."""
 
+import errno
 import os
+import pathlib
 import socket
+import subprocess
+import sys
 
 import pytest
 
-from inertia_jax.atomic import appearing
+from inertia_jax.atomic import appearing, local_path
 
 
 def names(directory):
@@ -88,3 +92,91 @@ def test_a_process_that_does_not_commit_only_learns_the_place(tmp_path):
         made.mkdir()
         raise OSError  # the process that commits removes, no other
     assert made.is_dir()
+
+
+def dead_process():
+    """Returns the number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path):
+    host, dead = socket.gethostname(), dead_process()
+    left = tmp_path / f".other.partial-{host}-{dead}"
+    left.mkdir()
+    (left / "arrays").mkdir()
+    (tmp_path / f".file.partial-{host}-{dead}").touch()
+    others = [
+        f".file.partial-{host}-{os.getppid()}",
+        f".file.partial-elsewhere-{dead}",
+        f"file.partial-{host}-{dead}",
+        ".notes",
+    ]
+    for name in others:
+        (tmp_path / name).touch()
+    with appearing(tmp_path / "file") as partial:
+        partial.touch()
+    assert names(tmp_path) == sorted(["file", *others])
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "link").symlink_to("real")
+    with appearing(tmp_path / "link") as partial:
+        partial.write_text("after")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "after"
+
+
+def test_a_file_keeps_its_permissions(tmp_path):
+    path = tmp_path / "file"
+    path.touch(0o640)
+    with appearing(path) as partial:
+        partial.touch(0o600)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])
+def test_a_name_may_be_as_long_as_a_file_system_allows(name, tmp_path):
+    for writer in (None, "all"):
+        with appearing(tmp_path / name, writer=writer) as partial:
+            partial.write_text("whole")
+    assert names(tmp_path) == [name]
+    with pytest.raises(OSError) as found, appearing(tmp_path / f"{name}xx") as partial:
+        partial.touch()
+    assert found.value.errno == errno.ENAMETOOLONG
+
+
+def test_errors_of_writing_name_the_file(tmp_path):
+    path = tmp_path / "file"
+
+    def fail(*arguments):
+        with appearing(path) as partial:
+            raise OSError(*arguments, *([str(partial)] if len(arguments) == 2 else []))
+
+    with pytest.raises(OSError, match=r"^\[Errno 28\] full: '[^']*/file'$"):
+        fail(errno.ENOSPC, "full")
+    with pytest.raises(OSError, match="^another$"):
+        fail("another")
+    with (
+        pytest.raises(FileNotFoundError, match="No such file or directory: '/no/file'"),
+        appearing(path),
+    ):
+        open("/no/file")
+    with pytest.raises(OSError, match=r"'[^']*/file'$"), appearing(path):
+        with open("/dev/full", "w") as stream:  # whose error names no file
+            stream.write("x")
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x", "s3:/bucket/x", "file:///x"])
+def test_urls_are_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ValueError, match="is a URL; files are read and written by"),
+        appearing(pathlib.Path(path)),
+    ):
+        pass
+    assert names(tmp_path) == []
+    assert local_path("a:b/c") == pathlib.Path("a:b/c")
+    assert local_path("C:/x") == pathlib.Path("C:/x")

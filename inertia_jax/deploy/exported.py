@@ -23,7 +23,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,7 +33,7 @@ from jax import Array, export
 from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
-from inertia_jax.atomic import appearing
+from inertia_jax.atomic import appearing, local_path
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _FORMAT = 1
@@ -148,7 +147,7 @@ def save_exported(
     References:
         https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     if path.exists():
         raise FileExistsError(f"`path` (={path}) must not exist; it was left as it is.")
     check_platforms(platforms)
@@ -225,7 +224,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
         ExportDamagedError: It is no exported network, or has been altered.
         ValueError: This version of the library, or of JAX, cannot read it.
     """
-    path = pathlib.Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no exported network at {path}.")
     content = path.read_bytes()
