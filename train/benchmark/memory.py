@@ -10,7 +10,7 @@ import jax
 
 from train.benchmark.steps import make_functions
 from train.benchmark.suite import NetworkSuite
-from train.machine.host_memory import give_back_after_compiling
+from train.machine.host_memory import give_back_after_compiling, tunables_for_children
 
 _STEPS = 5
 
@@ -26,7 +26,10 @@ class Suite(NetworkSuite):
         for kind in self.frameworks:
             # A forked process would count this process's memory as its own.
             context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            with (
+                tunables_for_children(),  # as a run has it
+                concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool,
+            ):
                 arguments = (kind, case, self.batch_size, self.width)
                 row[kind] = pool.submit(_peak_mb, *arguments).result()
         return row

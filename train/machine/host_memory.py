@@ -1,18 +1,30 @@
 """Memory of the host: huge pages, and what compiling leaves behind. For glibc."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import pathlib
 import platform
 import sys
+from collections.abc import Iterator
 
+NO_HUGE_PAGES = "--no-huge-pages"
+_VARIABLE = "GLIBC_TUNABLES"
 _TUNABLE = "glibc.malloc.hugetlb"
-# This variable tells the process that replaces this one that it is the second.
+# This variable tells the process that replaces this one that it is the second, and what
+# the user has in `GLIBC_TUNABLES`.
 _RESTARTED = "INERTIA_JAX_RESTARTED"
+# The verbs that take many steps. Others end before huge pages pay.
+_LONG_VERBS = (
+    *("fit", "finetune", "quickstart", "sweep", "pipeline", "compress"),
+    *("evaluate", "benchmark"),
+)
 _SWITCH = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # After so many seconds of compilation, memory is given back.
 _LONG_S = 0.2
+
+_restarted_with: str | None = None
 
 
 def restart_with_huge_pages() -> None:
@@ -23,13 +35,24 @@ def restart_with_huge_pages() -> None:
     reads the setting, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, when a process starts
     and never again.
 
-    It does nothing if the user has the setting (0 turns it off), if the kernel gives
-    huge pages to all or to nobody, or if this process is anything but the command
-    `python -m train`.
+    It does nothing if the user has the setting (0 turns it off) or says
+    `--no-huge-pages`, if the kernel gives huge pages to all or to nobody, or if this
+    process is anything but the command `python -m train` with a verb that computes
+    for long. Programs that this one starts do not inherit the setting.
     """
-    is_restarted = os.environ.pop(_RESTARTED, None) is not None
-    tunables = os.environ.get("GLIBC_TUNABLES")
-    if is_restarted or _TUNABLE in (tunables or "") or _glibc_version() < (2, 35):
+    before = os.environ.pop(_RESTARTED, None)
+    tunables = os.environ.get(_VARIABLE)
+    if before is not None:
+        global _restarted_with
+        _restarted_with = os.environ.pop(_VARIABLE, None)
+        if before:
+            os.environ[_VARIABLE] = before
+        return
+    if _TUNABLE in (tunables or "") or _glibc_version() < (2, 35):
+        return
+    if not set(sys.argv[1:2]) & set(_LONG_VERBS):
+        return
+    if {NO_HUGE_PAGES, "-h", "--help"} & set(sys.argv):
         return
     command = ["-m", "train", *sys.argv[1:]]
     # A debugger's process, or a notebook's, is not ours to replace.
@@ -41,15 +64,36 @@ def restart_with_huge_pages() -> None:
         return
     setting = f"{_TUNABLE}=1"
     changes = {
-        "GLIBC_TUNABLES": f"{tunables}:{setting}" if tunables else setting,
-        _RESTARTED: "1",
+        _VARIABLE: f"{tunables}:{setting}" if tunables else setting,
+        _RESTARTED: tunables or "",
     }
+    print(
+        f"starting again with huge pages ({_VARIABLE}={changes[_VARIABLE]}); "
+        f"{NO_HUGE_PAGES} prevents it",
+        file=sys.stderr,
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **changes})
     except OSError as error:
         print(f"note: no huge pages; starting again failed: {error}", file=sys.stderr)
+
+
+def malloc_tunables() -> str | None:
+    """Returns the `GLIBC_TUNABLES` that this process was started with."""
+    return _restarted_with or os.environ.get(_VARIABLE)
+
+
+@contextlib.contextmanager
+def tunables_for_children() -> Iterator[None]:
+    """Gives programs that are started meanwhile the setting that this one has."""
+    before = os.environ.get(_VARIABLE, "")
+    os.environ[_VARIABLE] = malloc_tunables() or ""
+    try:
+        yield
+    finally:
+        os.environ[_VARIABLE] = before
 
 
 @functools.cache

@@ -29,23 +29,59 @@ def restarts(monkeypatch, tmp_path):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.delenv(host_memory._RESTARTED, raising=False)
     (tmp_path / "enabled").write_text(MADVISE)
-    monkeypatch.setattr(sys, "argv", ["train/__main__.py", "fit", "--epochs", "1"])
-    command = [sys.executable, "-X", "dev", "-m", "train", "fit", "--epochs", "1"]
-    monkeypatch.setattr(sys, "orig_argv", command)
+    monkeypatch.setattr(host_memory, "_restarted_with", None)
+    give_command(monkeypatch, "fit", "--epochs", "1")
     return found
 
 
+def give_command(monkeypatch, *words):
+    """Makes this the process of `python -m train WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["train/__main__.py", *words])
+    command = [sys.executable, "-X", "dev", "-m", "train", *words]
+    monkeypatch.setattr(sys, "orig_argv", command)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "--epochs", "1", "--no-huge-pages"],
+        ["--no-huge-pages", "fit"],
+        ["fit", "--help"],
+        ["report", "runs/fit"],
+        ["export", "runs/fit", "--out", "evaluate"],
+        [],
+    ],
+)
+def test_what_is_short_or_refuses_is_not_started_again(restarts, words, monkeypatch):
+    give_command(monkeypatch, *words)
+    host_memory.restart_with_huge_pages()
+    assert not restarts
+
+
 @pytest.mark.parametrize("before", [None, "glibc.malloc.tcache_count=0"])
-def test_a_process_is_started_again_with_huge_pages(restarts, before, monkeypatch):
+def test_a_process_is_started_again_with_huge_pages(
+    restarts, before, monkeypatch, capsys
+):
     if before:
         monkeypatch.setenv("GLIBC_TUNABLES", before)
     host_memory.restart_with_huge_pages()
     assert restarts == [(sys.executable, sys.orig_argv)]
-    settings = os.environ["GLIBC_TUNABLES"].split(":")
-    assert settings == [*([before] if before else []), "glibc.malloc.hugetlb=1"]
-    assert os.environ.pop(host_memory._RESTARTED)
+    setting = os.environ["GLIBC_TUNABLES"]
+    wanted = [*([before] if before else []), "glibc.malloc.hugetlb=1"]
+    assert setting.split(":") == wanted
+    assert capsys.readouterr().err.splitlines() == [
+        f"starting again with huge pages (GLIBC_TUNABLES={setting}); --no-huge-pages "
+        f"prevents it"
+    ]
+    # The second process has the setting, and its children do not inherit it.
     host_memory.restart_with_huge_pages()
     assert len(restarts) == 1
+    assert os.environ.get("GLIBC_TUNABLES") == before
+    assert host_memory._RESTARTED not in os.environ
+    assert host_memory.malloc_tunables() == setting
+    with host_memory.tunables_for_children():
+        assert os.environ["GLIBC_TUNABLES"] == setting
+    assert os.environ.get("GLIBC_TUNABLES", "") == (before or "")
 
 
 def test_a_process_is_started_again_once_whatever_becomes_of_the_setting(
