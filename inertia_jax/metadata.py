@@ -167,7 +167,9 @@ def latest_steps(directory: pathlib.Path) -> list[int]:
     """Returns the steps that have a checkpoint, in order."""
     if not directory.is_dir():
         return []
-    found = (re.fullmatch(r"step_(\d+)", path.name) for path in directory.iterdir())
+    # Names that `checkpoint_path` does not give, such as `step_5`, are no checkpoints.
+    name = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
+    found = (name.fullmatch(path.name) for path in directory.iterdir())
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -194,7 +196,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         FileNotFoundError: There is neither a checkpoint nor a run at `path`.
     """
-    path = pathlib.Path(path).expanduser()
+    path = local_path(pathlib.Path(path).expanduser())
     if (path / "arrays").is_dir() or (path / "metadata.json").is_file():
         return path
     directory = path if path.name == "checkpoints" else path / "checkpoints"

@@ -1,8 +1,14 @@
 """The one error that the user can do something about."""
 
 import contextlib
+import errno
+import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+# What the system says of a disk, or of a share of it, that is full.
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class UsageError(Exception):
@@ -31,7 +37,43 @@ def user_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_words(error)) from error
+
+
+def in_words(error: BaseException) -> str:
+    """Returns an error's file and reason, and what to do where a disk is full."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename else ""
+        text = f"{named}{error.strerror}"
+    if is_full(error):
+        text = f"{text}; free some space, then run the same command again"
+    return text
+
+
+def is_full(error: BaseException) -> bool:
+    """Returns whether an error says that a disk is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def leave_to_caller() -> None:
+    """Keeps threads that write checkpoints from printing errors that their caller has.
+
+    Orbax logs them with their tracebacks, and tensorstore prints one for each array
+    that it then gives up.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised" not in str(record.msg)
+
+    logging.getLogger("absl").addFilter(is_news)
+    before = sys.unraisablehook
+
+    def print_news(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = print_news
 
 
 @contextlib.contextmanager

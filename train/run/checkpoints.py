@@ -1,9 +1,9 @@
 """A run's checkpoints: written in the background, the best and the latest two kept."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
-import shutil
 import sys
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax import CheckpointDamagedError, save_checkpoint
+from inertia_jax.atomic import remove
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays, verify_checkpoint
 from inertia_jax.metadata import Metadata, best_step, checkpoint_path, latest_steps
 from inertia_jax.metadata import find_checkpoint as find_in_library
-from train.errors import UsageError, user_input
+from train.errors import UsageError, in_words, user_input
 
 _LATEST = 2
 
@@ -35,7 +36,7 @@ class Checkpoints:
         self._pending: concurrent.futures.Future[None] | None = None
         if jax.process_index() == 0:
             for partial in directory.glob(".step_*.partial-*"):  # of a killed run
-                shutil.rmtree(partial)
+                remove(partial)
 
     def save(
         self,
@@ -84,7 +85,7 @@ class Checkpoints:
         except CheckpointWriteError as error:
             kept = latest_steps(self._directory)
             where = f"the latest on disk is step {kept[-1]}" if kept else "none on disk"
-            raise UsageError(f"{error} ({where}).") from error
+            raise UsageError(f"{in_words(error)} ({where}).") from error
 
     def abandon(self) -> None:
         """Gives up what is being written: a process that has to write it is gone."""
@@ -96,9 +97,8 @@ class Checkpoints:
         for step in steps:
             if step not in kept:
                 # A checkpoint that cannot be deleted is no reason to stop.
-                shutil.rmtree(
-                    checkpoint_path(self._directory, step), ignore_errors=True
-                )
+                with contextlib.suppress(OSError):
+                    remove(checkpoint_path(self._directory, step))
 
     def restore(self) -> tuple[pathlib.Path, dict[str, Any]] | None:
         """Returns the latest checkpoint that is whole, and its arrays.
@@ -121,7 +121,7 @@ class Checkpoints:
                 continue
             except OSError as error:  # the disk's failure, not the checkpoint's
                 raise UsageError(
-                    f"cannot read {path}: {error}; nothing was changed."
+                    f"cannot read {path}: {in_words(error)}; nothing was changed."
                 ) from error
             # If this came earlier, a run whose checkpoints are all damaged would look
             # like a new one.
@@ -144,8 +144,9 @@ class Checkpoints:
             )
             if jax.process_index() == 0:
                 # Under its own name it would count as the latest or the best.
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+                with user_input():
+                    remove(aside)
+                    path.rename(aside)
 
 
 def last_checkpoint(run: pathlib.Path) -> pathlib.Path:

@@ -17,14 +17,22 @@ import jax
 from jax.experimental import multihost_utils
 
 import inertia_jax
-from inertia_jax.atomic import appearing
+from inertia_jax.atomic import appearing, local_path
 from train.config import Config
 from train.config_file import config_to_json, differing_fields, fill_defaults
-from train.errors import UsageError, user_input
+from train.errors import UsageError, in_words, user_input
+from train.machine.host_memory import malloc_tunables
 from train.run.events import Events
+from train.run.lines import (
+    Log,
+    put_aside_unreadable,
+    read_metrics,
+    read_starts,
+    write_lines,
+)
+from train.run.outputs import check_output
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES")
 
 # The files of a run's directory.
 _FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
@@ -35,6 +43,10 @@ def describe_machine() -> dict[str, Any]:
     device = jax.devices()[0]
     info = pathlib.Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
+    settings = {
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
+        "GLIBC_TUNABLES": malloc_tunables(),
+    }
     cpu = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
     return {
         "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
@@ -52,7 +64,7 @@ def describe_machine() -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
         # The settings of XLA and malloc, by the user or by the program.
-        "environment": {n: os.environ[n] for n in _VARIABLES if n in os.environ},
+        "environment": {name: value for name, value in settings.items() if value},
     }
 
 
@@ -66,22 +78,30 @@ class RunDirectory:
         """Opens the directory of a run, new or to be resumed.
 
         Raises:
-            UsageError: It holds another run, or this one and `resume` is false.
+            UsageError: It holds another run, or this one and `resume` is false, or it
+                cannot be written.
         """
+        with user_input():
+            path = local_path(path)
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._metrics = path / "metrics.jsonl"
+        self._metrics = Log(path / "metrics.jsonl")
         self._events: Events | None = None
         self._lock: IO[str] | None = None
         self._is_writer = jax.process_index() == 0
         self._config = config
+        if self._is_writer:
+            check_output("workdir", path)
+        with user_input():
+            self._check(resume=resume)
+
+    def _check(self, *, resume: bool) -> None:
+        path = self.path
         config_file = path / "config.json"
         # A run that saved no checkpoint may be replaced: nothing is lost.
         self._is_new = not self.has_checkpoints
         if config_file.is_file() and not self._is_new:
-            there = read_json(config_file)
-            there = fill_defaults(there, config_to_json(Config()))
-            differing = differing_fields(there, config_to_json(config))
+            differing = self._differing_fields(config_file)
             if differing:
                 listed = "\n  ".join(differing)
                 raise UsageError(
@@ -95,6 +115,20 @@ class RunDirectory:
                 )
         elif path.exists() and not (is_empty_directory(path) or self._is_begun()):
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
+
+    def _differing_fields(self, config_file: pathlib.Path) -> list[str]:
+        there = read_json(config_file)
+        try:
+            if isinstance(there, dict):
+                there = fill_defaults(there, config_to_json(Config()))
+                return differing_fields(there, config_to_json(self._config))
+        except RecursionError:  # lists in lists, a thousand deep
+            pass
+        raise UsageError(
+            f"{config_file} holds no configuration; nothing was changed. The "
+            f"checkpoints beside it are left: `python -m train finetune` trains one "
+            f"further, with another --workdir."
+        )
 
     def _is_begun(self) -> bool:
         """Returns whether only a run lies here, not another program's `config.json`."""
@@ -126,12 +160,19 @@ class RunDirectory:
             return
         with user_input():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            # Opened in this way, a pipe of that name is an error and not waited for.
+            self._lock = (self.path / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise UsageError(f"another process is training in {self.path}.") from error
+        except OSError as error:  # a file system without locks
+            print(
+                f"warning: cannot keep other runs out of {self.path}: "
+                f"{in_words(error)}.",
+                file=sys.stderr,
+            )
         if self._is_new and self.has_checkpoints:
             self._lock.close()
             raise UsageError(f"another run was in {self.path} meanwhile.")
@@ -141,36 +182,35 @@ class RunDirectory:
         if not self._is_writer:
             return
         started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step}
+        starts, metrics = self.path / "run.jsonl", self.path / "metrics.jsonl"
         with user_input():
+            for log in (starts, metrics):
+                put_aside_unreadable(log)
+                if self._is_new:
+                    log.unlink(missing_ok=True)
             if self._is_new:
-                for name in ("run.jsonl", "metrics.jsonl"):
-                    (self.path / name).unlink(missing_ok=True)
                 shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
             config = json.dumps(config_to_json(self._config), indent=1)
             write_whole(self.path / "config.json", config)
-            with (self.path / "run.jsonl").open("a") as file:
-                file.write(json.dumps({**started, **describe_machine()}) + "\n")
-            if self._metrics.is_file():
-                kept = [
-                    line
-                    for line in self._metrics.read_text().splitlines(keepends=True)
-                    if line.endswith("\n") and json.loads(line)["step"] <= step
-                ]
-                write_whole(self._metrics, "".join(kept))
-            self._events = Events(self.path / "tensorboard", step)
+            start = {**started, **describe_machine()}
+            write_lines(starts, [*read_starts(starts), start])
+            rows = [row for row in read_metrics(metrics) if row["step"] <= step]
+            if metrics.exists():
+                write_lines(metrics, rows)
+            self._events = Events(self.path / "tensorboard", step, rows)
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Adds a line of metrics, of kind `train`, `epoch` or `test`."""
         if self._events is None:
             return
-        with user_input(), self._metrics.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        self._metrics.add({"step": step, "kind": kind, **metrics})
         self._events.add(step, kind, metrics)
 
     def close(self) -> None:
         """Writes out what is buffered, and lets other runs have the directory."""
         try:
             if self._events is not None:
+                self._metrics.flush()
                 self._events.close()
         finally:
             if self._lock is not None:
@@ -183,11 +223,11 @@ def read_json(path: pathlib.Path) -> Any:
     Raises:
         UsageError: The file cannot be read, or is no JSON.
     """
-    with user_input():
-        text = path.read_text()
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(in_words(error)) from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON: {error}.") from error
 
 

@@ -1,10 +1,12 @@
 """Files of results: their places are checked before the work starts."""
 
+import errno
 import json
 import os
 import pathlib
 from typing import Any
 
+from inertia_jax.atomic import appearing, local_path
 from train.errors import UsageError, user_input
 
 
@@ -17,10 +19,13 @@ def check_output(name: str, path: str | pathlib.Path | None) -> None:
     """
     if path is None:
         return
-    place = pathlib.Path(path).expanduser().absolute()
-    there = next(p for p in (place, *place.parents) if p.exists())
+    with user_input():
+        place = local_path(path).expanduser().absolute()
+        there = next(p for p in (place, *place.parents) if p.exists())
     is_place = there == place or there.is_dir()
-    if not is_place or not os.access(there, os.W_OK):
+    # A file is replaced, and the new one is first written beside it.
+    written = [there, there.parent] if there.is_file() else [there]
+    if not is_place or not all(os.access(p, os.W_OK) for p in written):
         raise UsageError(f"`{name}` (={path}) cannot be written.")
 
 
@@ -37,12 +42,22 @@ def check_output_file(name: str, path: str | pathlib.Path | None) -> None:
 
 
 def write_json(path: str | pathlib.Path | None, value: Any) -> None:
-    """Writes a file of JSON; None: nothing is written.
+    """Writes a file of JSON, which appears whole or not at all; None: nothing.
 
     Raises:
         UsageError: The file cannot be written.
     """
-    if path is not None:
-        with user_input():
-            text = json.dumps(value, indent=1) + "\n"
-            pathlib.Path(path).expanduser().write_text(text)
+    if path is None:
+        return
+    text = json.dumps(value, indent=1) + "\n"
+    with user_input():
+        place = local_path(path).expanduser()
+        if place.exists() and not place.is_file():  # such as /dev/stdout, or a pipe
+            place.write_text(text)
+            return
+        if not place.parent.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, os.strerror(errno.ENOENT), str(place.parent)
+            )
+        with appearing(place) as partial:
+            partial.write_text(text)

@@ -1,14 +1,15 @@
 """A run's record and its learning curve."""
 
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from inertia_jax.atomic import appearing
 from inertia_jax.cost.table import aligned
 from train.errors import UsageError, user_input
 from train.run.directory import read_json
+from train.run.lines import is_number, read_metrics, read_starts
 
 
 def make_record(
@@ -30,8 +31,10 @@ def make_record(
     if not (run / "config.json").is_file():
         raise UsageError(f"there is no run at {run}.")
     config = read_json(run / "config.json")
-    starts = _read_lines(run / "run.jsonl")
-    lines = _read_lines(run / "metrics.jsonl")
+    if not (isinstance(config, dict) and isinstance(config.get("name"), str)):
+        raise UsageError(f"{run / 'config.json'} holds no configuration of a run.")
+    starts = read_starts(run / "run.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
     tests = {line["epoch"]: line for line in lines if line["kind"] == "test"}
     curve = [
@@ -44,7 +47,7 @@ def make_record(
             "test_top1": tests[epoch]["top1"],
             "test_top5": tests[epoch]["top5"],
             "images_per_s": epochs[epoch]["images_per_s"],
-            "train_seconds": epochs[epoch].get("train_seconds"),
+            "train_seconds": _number_or_none(epochs[epoch].get("train_seconds")),
         }
         for epoch in sorted(set(epochs) & set(tests))
     ]
@@ -56,6 +59,10 @@ def make_record(
     reached = {str(share): _first_epoch(curve, share) for share in seconds_to}
     found = {"seconds_to": reached} if seconds_to else {}
     return {"config": config, "starts": starts, "curve": curve, **found}
+
+
+def _number_or_none(value: Any) -> Any:
+    return value if is_number(value) else None
 
 
 def _first_epoch(curve: list[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
@@ -83,8 +90,8 @@ def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
     left.legend()
     figure.suptitle(record["config"]["name"])
     figure.tight_layout()
-    with user_input():
-        figure.savefig(path, dpi=120)
+    with user_input(), appearing(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:])
     pyplot.close(figure)
 
 
@@ -118,19 +125,3 @@ def _in_words(reached: dict[str, Any] | None) -> str:
         f"after epoch {reached['epoch']}, {after} of training alone: without "
         f"compiling and evaluating"
     )
-
-
-def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads lines of JSON; a run that was killed may have left half a line."""
-    if not path.is_file():
-        return []
-    with user_input():
-        lines = path.read_text().splitlines(keepends=True)
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.endswith("\n"):
-                found.append(json.loads(line))
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number}, is no JSON: {error}.") from error
-    return found

@@ -107,3 +107,90 @@ def test_a_run_goes_on_without_events(tmp_path, capsys):
     assert "warning: no more events for TensorBoard" in capsys.readouterr().err
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert metrics.count('"loss": 1.0') == 2
+
+
+def rows_of(*steps):
+    return [{"step": step, "kind": "train", "loss": step / 2} for step in steps]
+
+
+def points(path):
+    """Returns what TensorBoard shows: (step, tag, value, time) of every scalar."""
+    shown = []
+    for file in sorted(path.iterdir()):
+        for event in events_of(file):
+            if event.session_log.status:
+                shown = [point for point in shown if point[0] < event.step]
+            time = event.wall_time
+            shown += [
+                (event.step, v.tag, v.simple_value, time) for v in event.summary.value
+            ]
+    return shown
+
+
+@pytest.fixture
+def half_written(tmp_path):
+    """Events until step 3, the last of them cut, where five were logged."""
+    events = Events(tmp_path, 0)
+    for step in (1, 2, 3):
+        events.add(step, "train", {"loss": step / 2})
+    events.close()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    return tmp_path
+
+
+def test_what_a_kill_took_is_written_on_resume(half_written):
+    before = points(half_written)[:2]
+    events = Events(half_written, 5, rows_of(1, 2, 3, 4, 5))
+    events.add(6, "train", {"loss": 3.0})
+    events.close()
+    found = points(half_written)
+    assert [p[:3] for p in found] == [(s, "train/loss", s / 2) for s in range(1, 7)]
+    assert found[:2] == before  # with their times
+    assert len(list(half_written.iterdir())) == 1
+
+
+def test_events_are_written_though_nothing_follows_them(tmp_path):
+    Events(tmp_path / "new", 5, rows_of(2, 4)).close()
+    assert [point[0] for point in points(tmp_path / "new")] == [2, 4]
+
+
+def test_events_that_are_whole_stay_as_they_are(tmp_path):
+    events = Events(tmp_path, 0)
+    for step in (1, 2, 3):
+        events.add(step, "train", {"loss": step / 2})
+    events.close()
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    events = Events(tmp_path, 2, rows_of(1, 2))
+    events.add(4, "train", {"loss": 2.0})
+    events.close()
+    assert file.read_bytes() == before
+    assert [point[0] for point in points(tmp_path)] == [1, 2, 4]
+    # Events that the metrics lack are no reason to drop them.
+    Events(tmp_path, 4, rows_of(1, 3)).close()
+    assert [point[0] for point in points(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("content", [b"", b"?" * 100, b"\1" + b"\0" * 11 + b"?" * 5])
+def test_events_of_any_content_are_no_obstacle(content, tmp_path):
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(content)
+    Events(tmp_path, 2, rows_of(1, 2)).close()
+    assert [point[0] for point in points(tmp_path)] == [1, 2]
+
+
+def test_a_resumed_run_completes_its_events(tmp_path):
+    run = tmp_path / "run"
+    for step in (0, 2):
+        directory = RunDirectory(run, Config(), resume=True)
+        directory.lock()
+        directory.open(step)
+        if step == 0:
+            for logged in (1, 2, 3):
+                directory.log(logged, "train", {"loss": logged / 2})
+        directory.close()
+        (run / "checkpoints" / "step_00000002").mkdir(parents=True, exist_ok=True)
+        if step == 0:
+            (file,) = (run / "tensorboard").iterdir()
+            file.write_bytes(file.read_bytes()[:60])
+    assert [point[0] for point in points(run / "tensorboard")] == [1, 2]
