@@ -210,6 +210,13 @@ DIGITS = [
     *("--log-steps", "10", "--optimizer.learning-rate", "0.05"),
 ]
 
+# A training of a small network on the images of `save_bright_digits`, in one epoch.
+FIT_ONE = [
+    *("fit", "--batch-size", "16", "--epochs", "1", "--log-steps", "2"),
+    *("--data.mean", "0.5", "--data.std", "0.25", "--data.crop-padding", "1"),
+    *("--model.name", "lenet", "--model.width", "0.2"),
+]
+
 
 def fit_digits(workdir, *options):
     """Trains a network until it knows some digits."""
