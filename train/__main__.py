@@ -1,12 +1,22 @@
 """The command line: `python -m train VERB`."""
 
 import argparse
+import contextlib
 import importlib
+import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from train.errors import UsageError
-from train.machine.host_memory import give_back_after_compiling, restart_with_huge_pages
+from train.errors import UsageError, in_words, is_full, leave_to_caller, user_input
+from train.machine.host_memory import (
+    NO_HUGE_PAGES,
+    give_back_after_compiling,
+    restart_with_huge_pages,
+)
+from train.machine.streams import is_output_lost, keep_streams
 
 VERBS = {
     "fit": "train a network",
@@ -25,6 +35,9 @@ VERBS = {
 # `import` is a keyword of Python, so that no module can have this name.
 _MODULES = {"import": "import_torch"}
 
+# Whatever these verbs print is also in the files that they leave.
+_TRAINING = ("fit", "compress", "finetune", "pipeline", "sweep", "quickstart")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 1 where a sweep's run failed, 2 after
@@ -36,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
-    hint = "`python -m train VERB --help` says more."
+    hint = (
+        "`python -m train VERB --help` says more. With --no-huge-pages, no verb starts "
+        "itself again for huge pages of memory."
+    )
     parser = argparse.ArgumentParser(
         prog="python -m train",
         usage="python -m train VERB ...",
@@ -46,23 +62,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("verb", metavar="VERB", choices=VERBS)
     version = inertia_jax.__version__
     parser.add_argument("--version", action="version", version=version)
+    argv = [word for word in argv if word != NO_HUGE_PAGES]
     verb = parser.parse_args(argv[:1] or ["--help"]).verb
     use_compilation_cache()
     choose_cpu_flags()
     give_back_after_compiling()
     try:
+        _check_local(argv)
         # Each verb is imported when it is called: a benchmark may need PyTorch, a
         # report a plotting library.
-        return importlib.import_module(f"train.verbs.{_MODULES.get(verb, verb)}").run(
-            argv[1:]
-        )
+        module = importlib.import_module(f"train.verbs.{_MODULES.get(verb, verb)}")
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return module.run(argv[1:])
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(f"error: {in_words(error)}", file=sys.stderr)
+        return 2
+
+
+def _check_local(argv: Sequence[str]) -> None:
+    """Raises UsageError where an argument, or the place of its data, is a URL."""
+    for word in argv:
+        found = re.search(r"(^|[=:])([A-Za-z][A-Za-z0-9+.-]+://.*)", word)
+        if found:
+            from inertia_jax.atomic import local_path
+
+            with user_input():
+                local_path(found[2])
+
+
+def _leave(number: int, frame: Any) -> None:
+    """Ends the program while it imports: some imports swallow `KeyboardInterrupt`."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted before the work began.\n")
+    os._exit(130)
+
+
+def _run() -> int:
+    """Runs a verb as a program: Ctrl-C is one line, and lost streams end nothing."""
+    code: Any
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _leave)
+        keep_streams()
+        leave_to_caller()
+        restart_with_huge_pages()
+        code = main()
+    except SystemExit as leaving:  # after help, and after options that are refused
+        code = leaving.code or 0
     except KeyboardInterrupt:
+        print("interrupted before the end.", file=sys.stderr)
         return 130
+    is_lost = is_output_lost() and not set(_TRAINING) & set(sys.argv[1:2])
+    return code or int(is_lost)
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
-    sys.exit(main())
+    sys.exit(_run())
