@@ -63,8 +63,12 @@ def appearing(
             remove(partial)
     except OSError as error:
         # The errors of writing name no file, others the one that is not seen.
-        if error.errno and str(partial) in str(error.filename or partial):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+        number = error.errno
+        # NumPy's error of a full disk has no number.
+        if re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+            number = errno.ENOSPC
+        if number and str(partial) in str(error.filename or partial):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 

@@ -217,6 +217,15 @@ FIT_ONE = [
     *("--model.name", "lenet", "--model.width", "0.2"),
 ]
 
+# A program: becomes Python with these arguments, which hears all signals though tests
+# may run where some are ignored.
+HEARING = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
 
 def fit_digits(workdir, *options):
     """Trains a network until it knows some digits."""

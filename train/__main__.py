@@ -118,7 +118,7 @@ def _run() -> int:
     except KeyboardInterrupt:
         print("interrupted before the end.", file=sys.stderr)
         return 130
-    is_lost = is_output_lost() and not set(_TRAINING) & set(sys.argv[1:2])
+    is_lost = is_output_lost() and not set(_TRAINING) & set(sys.argv[1:3])
     return code or int(is_lost)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from inertia_jax.atomic import local_path
 from inertia_jax.metadata import both_sides
 from train.config import Data
 from train.data.digits import load_digits
@@ -37,6 +38,8 @@ def load_data(
     """
     kind, _, rest = source.partition(":")
     with user_input():
+        for path in (cache_dir, rest):
+            local_path(path)
         options: Any = {
             "cache_dir": cache_dir,
             "sides": None if image_size is None else both_sides(image_size),

@@ -77,6 +77,8 @@ def check_claim(pipeline: Pipeline, weights: str | None, workdir: pathlib.Path) 
             )
         return
     record = read_json(file)
+    if not isinstance(record, dict):
+        raise UsageError(f"{file} holds no pipeline; nothing was changed.")
     known = record.pop("weights_sha256", None)
     if record != _describe(pipeline):
         raise UsageError(

@@ -96,7 +96,7 @@ def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
 def _parsed(line: str | bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

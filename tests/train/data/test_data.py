@@ -316,3 +316,19 @@ def test_tfds_without_a_network_says_what_to_do(tmp_path, subprocess_env):
     assert "Without a network" in message
     unknown = run_python(OFFLINE, "no_such_set", tmp_path, env=subprocess_env)
     assert "TFDS has no data set 'no_such_set'" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "cache_dir"),
+    [
+        ("npz:gs://bucket/set.npz", "cache"),
+        ("imagefolder:s3://bucket/images", "cache"),
+        ("tfds:cifar10", "gs://bucket/cache"),
+        ("digits", "gs://bucket/cache"),
+    ],
+)
+def test_urls_are_refused(source, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is a URL; files are read and written by"):
+        load(source, cache_dir)
+    assert not list(tmp_path.iterdir())

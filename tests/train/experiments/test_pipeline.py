@@ -163,6 +163,9 @@ def test_bad_input_claims_no_directory(weights, tmp_path, capsys):
     (workdir / "pipeline.json").write_text("")
     assert pipeline(workdir, *given) == 2
     assert "pipeline.json is no JSON" in capsys.readouterr().err
+    (workdir / "pipeline.json").write_text("[]")
+    assert pipeline(workdir, *given) == 2
+    assert "pipeline.json holds no pipeline" in capsys.readouterr().err
 
 
 def test_what_stages_set_themselves_is_refused(tmp_path, capsys):

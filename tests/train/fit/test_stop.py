@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 from conftest import ROOT
-from helpers import FIT_ONE, save_bright_digits
+from helpers import FIT_ONE, HEARING, save_bright_digits
 
 from train.fit.stop import StopSignal
 from train.run.checkpoints import latest_steps
@@ -71,14 +71,13 @@ def test_a_closed_terminal_saves(subprocess_env, tmp_path):
     words = [*FIT_ONE, "--epochs", "99999", "--data.source", data]
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "train", *words, "--workdir", str(run)],
+        [sys.executable, "-c", HEARING, "-m", "train", *words, "--workdir", str(run)],
         env=subprocess_env,
         cwd=ROOT,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     os.close(theirs)
     try:

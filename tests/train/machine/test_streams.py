@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from helpers import FIT_ONE, save_bright_digits
+from helpers import FIT_ONE, HEARING, save_bright_digits
 
 from train.run.checkpoints import latest_steps
 
@@ -111,13 +111,12 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(seconds, subprocess_env, tmp_pa
     words = [*FIT_ONE, "--data.source", data, "--workdir", str(tmp_path / "run")]
     words += ["--epochs", "999", "--no-huge-pages"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "train", *words],
+        [sys.executable, "-c", HEARING, "-m", "train", *words],
         env=subprocess_env,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
