@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from train.__main__ import main
 from train.config import Config
 from train.errors import UsageError
 from train.run.directory import RunDirectory
@@ -221,3 +222,25 @@ def test_a_place_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "pipe" / ".lock")
     with pytest.raises(UsageError):  # and not for ever
         begin(tmp_path / "pipe")
+
+
+def test_a_report_draws_what_can_be_read(saved, capsys):
+    again = {**EPOCH, "step": 4, "epoch": 2}
+    content = lines(EPOCH, TEST, again) + HALF + b"\n" + lines({**TEST, "epoch": 2})
+    (saved / "metrics.jsonl").write_bytes(content)
+    (saved / "run.jsonl").write_bytes(b"\0\n")
+    record = make_record(saved)
+    assert [line["epoch"] for line in record["curve"]] == [1, 2]
+    assert record["starts"] == []
+    starts, metrics = capsys.readouterr().err.splitlines()
+    assert starts.endswith("left out: 1.") and metrics.endswith("left out: 4.")
+
+
+@pytest.mark.parametrize("config", ["[]", "null", "[" * 9999])
+def test_a_run_is_refused_before_its_data_are_read(config, saved, tmp_path, capsys):
+    (saved / "config.json").write_text(config)
+    for workdir in (saved, tmp_path / ("x" * 300)):
+        arguments = ["fit", "--data.source", "npz:none.npz", "--resume"]
+        assert main([*arguments, "--workdir", str(workdir)]) == 2
+        told = capsys.readouterr().err
+        assert "none.npz" not in told and told.count("\n") == 1
