@@ -91,3 +91,8 @@ __all__ = [
     "save_exported",
     "to_torch",
 ]
+
+
+def __dir__() -> list[str]:
+    """Lists the public names: not the modules that they come from."""
+    return [*__all__, "__version__"]

@@ -19,3 +19,8 @@ __all__ = [
     "input_shape",
     "model_name",
 ]
+
+
+def __dir__() -> list[str]:
+    """Lists the public names: not the modules that they come from."""
+    return __all__

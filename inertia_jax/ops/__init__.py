@@ -32,3 +32,8 @@ __all__ = [
     "tucker2_conv",
     "tucker2_to_kernel",
 ]
+
+
+def __dir__() -> list[str]:
+    """Lists the public names: not the modules that they come from."""
+    return __all__

@@ -25,3 +25,8 @@ __all__ = [
     "Threshold",
     "Tucker2",
 ]
+
+
+def __dir__() -> list[str]:
+    """Lists the public names: not the modules that they come from."""
+    return __all__

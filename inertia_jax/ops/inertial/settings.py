@@ -1,7 +1,8 @@
 """Settings of inertial convolutions: what may be chosen, and checks of the values."""
 
+import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -22,8 +23,16 @@ OPEN, CLOSED = -1.0, 1e30
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raises ValueError unless `value` is one of the `Literal` type `choices`."""
     allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"`{name}` (={value!r}) must be one of {allowed}.")
+    # Whatever is no word would be compared in its own way, an array element by element.
+    if not isinstance(value, str) or value not in allowed:
+        near = near_miss(value, allowed)
+        raise ValueError(f"`{name}` (={value!r}) must be one of {allowed}.{near}")
+
+
+def near_miss(value: object, allowed: Iterable[str]) -> str:
+    """Returns " Did you mean ...?" where a word is nearly one that is allowed."""
+    found = difflib.get_close_matches(str(value), allowed, n=1)
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 def check_sizes(*, core_size: int, region_size: int) -> None:

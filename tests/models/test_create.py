@@ -1,0 +1,168 @@
+"""Networks are made by name, and their first variables drawn."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import inertia_jax as ij
+from inertia_jax.models import create
+
+KEY = jax.random.key(3)
+
+
+class Foreign(nn.Module):
+    """A network with three initialisers of Flax."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dense(1000, kernel_init=nn.initializers.normal(0.5), name="normal")(x)
+        x = nn.Dense(100, name="truncated")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        uniform = nn.initializers.uniform(0.25)
+        return nn.Dense(100, bias_init=uniform, name="uniform")(x)
+
+
+def lenet():
+    return ij.create_model("lenet", width=0.1)
+
+
+def test_first_variables_are_those_that_flax_draws():
+    for model, shape in ((lenet(), (28, 28, 1)), (Foreign(), (4, 4, 8))):
+        images = jnp.zeros((1, *shape))
+        expected = jax.jit(lambda key, m=model, x=images: m.init(key, x, train=False))(
+            KEY
+        )
+        drawn = ij.init_variables(model, KEY, shape)
+        assert jax.tree.structure(drawn) == jax.tree.structure(expected)
+        # A product and a sum may be one operation or two.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+            drawn,
+            expected,
+        )
+
+
+def test_a_key_always_draws_the_same_and_another_key_draws_others():
+    first, again = (ij.init_variables(lenet(), KEY) for _ in range(2))
+    other = ij.init_variables(lenet(), jax.random.key(4))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    kernels = first["params"]["conv2"]["kernel"], other["params"]["conv2"]["kernel"]
+    assert not np.allclose(*kernels)
+
+
+def test_distributions_are_the_initialisers():
+    params = ij.init_variables(Foreign(), KEY, (4, 4, 8))["params"]
+    values = {
+        name: np.asarray(leaves["kernel"])
+        for name, leaves in params.items()
+        if "kernel" in leaves
+    }
+    assert values["normal"].mean() == pytest.approx(0, abs=0.03)
+    assert values["normal"].std() == pytest.approx(0.5, rel=0.03)
+    assert np.abs(values["normal"]).max() > 1.5
+    # Normal within two deviations, scaled so that the variance is 1 / fan_in.
+    deviation = 1000**-0.5
+    assert values["truncated"].std() == pytest.approx(deviation, rel=0.02)
+    assert np.abs(values["truncated"]).max() <= 2 * deviation / 0.8796 * 1.001
+    bias = np.asarray(params["uniform"]["bias"])
+    assert 0 <= bias.min() < 0.03
+    assert 0.22 < bias.max() <= 0.25
+    assert np.asarray(params["norm"]["scale"]).tolist() == [1] * 100
+
+
+def test_drawing_is_compiled_quickly_and_only_where_that_is_possible(monkeypatch):
+    options = []
+    jit = jax.jit
+
+    def spy(function, **kwargs):
+        options.append(kwargs["compiler_options"])
+        return jit(function, **kwargs)
+
+    monkeypatch.setattr(create.jax, "jit", spy)
+    ij.init_variables(lenet(), KEY)
+    draw = lambda key: ij.init_variables(lenet(), key)["params"]["fc2"]  # noqa: E731
+    two = jax.vmap(draw)(jax.random.split(KEY))
+    inside = jit(draw)(KEY)
+    assert two["kernel"].shape == (2, *inside["kernel"].shape)
+    assert options == [{"xla_backend_optimization_level": 0}, None, None]
+
+
+def test_shapes_are_known_without_drawing(monkeypatch):
+    monkeypatch.setattr(create.jax, "jit", None)
+    shapes = create.abstract_variables(lenet())
+    assert shapes["params"]["fc2"]["bias"].shape == (10,)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("resent18", "resnet18"),
+        ("ResNet20", "resnet20"),
+        ("vgg-16", "vgg16"),
+        ("lent", "lenet"),
+    ],
+)
+def test_a_misspelt_network_is_answered_with_the_near_one(name, near):
+    with pytest.raises(ValueError, match=f"resnet18.*Did you mean {near}\\?"):
+        ij.create_model(name)
+
+
+def test_what_is_like_no_name_gets_no_suggestion():
+    with pytest.raises(ValueError, match=r"simpledla, vgg16\.$"):
+        ij.create_model("xyz")
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("argument", "value", "rule"),
+    [
+        ("dtype", np.ones(3, np.float32), "must be one of bfloat16, float32, float64"),
+        ("dtype", None, "must be one of bfloat16, float32, float64"),
+        ("dtype", ["float32"], "must be one of bfloat16, float32, float64"),
+        ("name", ["resnet18"], "must be one of lenet"),
+        ("name", np.array(["resnet18", "vgg16"]), "must be one of lenet"),
+        ("width", np.ones(2), "must be a number > 0"),
+        ("width", "0.5", "must be a number > 0"),
+        ("stem", np.array(["cifar", "cifar"]), "must be one of"),
+        ("shortcut", ["A"], "must be one of"),
+        ("num_classes", np.ones(2, int), "must be an integer >= 1"),
+        ("axis_name", np.ones(2), "must be a name, or None"),
+    ],
+)
+def test_a_value_of_another_kind_breaks_the_rule_and_nothing_else(
+    argument, value, rule
+):
+    with pytest.raises(ValueError, match=rf"`{argument}` \(=.*{rule}"):
+        ij.create_model(**{"name": "resnet18", argument: value})
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("width", [np.float32(0.5), np.array(0.5), 1, jnp.array(0.5)])
+def test_numbers_of_numpy_and_jax_are_numbers(width):
+    model = ij.create_model("lenet", width=width)
+    assert model.width == float(width)
+    assert type(model.width) in (int, float)
+
+
+def test_choices_suggest_the_near_miss():
+    with pytest.raises(ValueError, match=r"`reading` .*Did you mean tiled\?"):
+        ij.Inertial(3, 4, reading="tilde")
+    with pytest.raises(ValueError, match=r"`stem` .*Did you mean imagenet\?"):
+        ij.create_model("resnet18", stem="imagnet")
+
+
+@pytest.mark.parametrize("module", ["", ".ops", ".models", ".plan"])
+def test_dir_lists_public_names_and_modules_still_import(module):
+    package = importlib.import_module(f"inertia_jax{module}")
+    more = {"__version__"} if not module else set()
+    assert set(dir(package)) == set(package.__all__) | more
+    assert all(hasattr(package, name) for name in dir(package))
+    import inertia_jax.compression.tucker as tucker
+    import inertia_jax.plan.specs
+
+    assert inertia_jax.plan.specs.Conv is ij.Conv
+    assert tucker.compress is ij.compress
