@@ -20,6 +20,7 @@ from inertia_jax.metadata import (
 from inertia_jax.models.create import model_name
 from train.config import Config, Data, Model
 from train.errors import UsageError, user_input
+from train.machine.processes import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,7 @@ def read_network(path: pathlib.Path) -> TrainedNetwork:
     Raises:
         UsageError: As `read_description`, or the checkpoint is damaged.
     """
+    say(f"reading {path}")
     with user_input():
         verify_checkpoint(path)
     description = read_description(path)

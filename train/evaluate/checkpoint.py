@@ -12,7 +12,7 @@ from train.data.sets import warn
 from train.errors import UsageError, shortened
 from train.evaluate.evaluation import Evaluation, make_evaluator
 from train.machine.parallel import Parallel
-from train.machine.processes import first_devices
+from train.machine.processes import first_devices, say
 from train.networks import NetworkDescription, TrainedNetwork
 
 
@@ -69,7 +69,12 @@ def evaluator_for(
         class_names=_class_names(network, data),
         flip_test=settings.flip_test,
     )
-    return lambda variables: evaluate(parallel.replicate(variables))
+
+    def run(variables: Mapping[str, Any]) -> Evaluation:
+        say(f"evaluating on {source}")
+        return evaluate(parallel.replicate(variables))
+
+    return run
 
 
 def _load_fitting(

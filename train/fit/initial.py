@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax import Plan
+from inertia_jax import Plan, init_variables
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 from inertia_jax.metadata import load_description
 from inertia_jax.models.create import abstract_variables
@@ -19,7 +19,6 @@ from train.errors import UsageError, user_input
 from train.fit.checks import check_same_everywhere
 from train.networks import make_preprocessing, model_config
 from train.run.checkpoints import find_checkpoint
-from train.step.state import TrainState
 
 
 def verify_initial(config: Config) -> None:
@@ -82,33 +81,40 @@ def check_initial(config: Config, data: ImageSet) -> pathlib.Path | None:
 
 
 def read_initial(
-    config: Config, data: ImageSet, model: nn.Module, state: TrainState
-) -> TrainState:
-    """Returns the first state with the variables of `config.init`, if that is set.
+    config: Config, data: ImageSet, model: nn.Module, key: jax.Array
+) -> dict[str, Any] | None:
+    """Returns the variables of `config.init`; None if that is not set.
 
-    With `config.new_head`, the last layer stays as `state` has it.
+    With `config.new_head`, the last layer is drawn with `key`, and nothing else is.
 
     Raises:
         UsageError: As `check_initial`, or the checkpoint is damaged.
     """
     path = check_initial(config, data)
     if path is None:
-        return state
+        return None
     with user_input():
         verify_checkpoint(path)
         variables = load_arrays(path)["variables"]
     if jax.process_count() > 1:
         check_same_everywhere(path, variables)
-    drawn, kept = _flat(state.variables), _flat(variables)
+    shape = make_preprocessing(config.data, data.image_shape).image_shape
+    kept = _flat(variables)
     if config.new_head:
-        shape = make_preprocessing(config.data, data.image_shape).image_shape
-        kept |= {name: drawn[name] for name in head_paths(model, shape)}
-    if differing := differing_fields(_shapes_of(kept), _shapes_of(drawn)):
+        head = head_paths(model, shape)
+
+        @jax.jit
+        def draw(key: jax.Array) -> dict[str, Any]:
+            drawn = _flat(init_variables(model, key, shape))
+            return {name: drawn[name] for name in head}
+
+        kept |= draw(key)
+    if differing := differing_fields(_shapes_of(kept), _shapes(model, shape)):
         raise UsageError(
             f"`init` (={config.init}) has not the variables of its network: "
             f"{'; '.join(differing[:3])}."
         )
-    return state.with_variables(traverse_util.unflatten_dict(kept, sep="/"))
+    return traverse_util.unflatten_dict(kept, sep="/")
 
 
 def head_paths(model: nn.Module, image_shape: tuple[int, int, int]) -> set[str]:

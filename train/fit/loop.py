@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shlex
 import signal
 import sys
 import time
@@ -18,11 +17,12 @@ from tqdm import tqdm
 
 from inertia_jax import count_cost
 from inertia_jax.metadata import load_metadata
+from train.command import shell_command
 from train.config import Config
 from train.config_file import config_to_json, differing_fields
 from train.data import ImageSet, load_configured
 from train.data.statistics import warn_of_normalisation
-from train.errors import UsageError
+from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
 from train.fit.checks import warn_of_unreached
 from train.fit.clock import TrainingClock
@@ -31,7 +31,8 @@ from train.fit.meter import Meter, progress_bar
 from train.fit.stop import StopSignal
 from train.fit.teacher import resolve_teacher
 from train.fit.trainer import Trainer, make_metadata
-from train.machine.processes import differing_process, is_lost
+from train.machine.processes import differing_process, is_lost, say
+from train.networks import make_model
 from train.run.checkpoints import Checkpoints
 from train.run.directory import RunDirectory
 from train.step.state import TrainState, training_to_dict
@@ -71,6 +72,9 @@ def fit(
             last good checkpoint is left.
     """
     config = resolve_teacher(config)
+    # A plan that no network takes is said before data are read, which may take long.
+    with user_input():
+        make_model(config.model, num_classes=1)
     directory = RunDirectory(workdir, config, resume=resume)
     is_new = not directory.has_checkpoints
     if is_new:
@@ -83,11 +87,11 @@ def fit(
     warn_of_unreached(config)
     whose = "the checkpoint" if config.init else "the configuration"
     warn_of_normalisation(data, config.data.mean, config.data.std, whose=whose)
-    state = trainer.init_state()
+    template = trainer.abstract_state()
     directory.lock()
     checkpoints = Checkpoints(directory.checkpoints)
     try:
-        state, step, seconds = _restore(trainer, state, checkpoints, resume=resume)
+        state, step, seconds = _restore(trainer, template, checkpoints, resume=resume)
         directory.open(step)
         with StopSignal() as stop, TrainingClock(seconds) as clock:
             return _Run(
@@ -125,7 +129,7 @@ def _check_agreement(config: Config, data: ImageSet) -> None:
 
 
 def _restore(
-    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, *, resume: bool
+    trainer: Trainer, template: TrainState, checkpoints: Checkpoints, *, resume: bool
 ) -> tuple[TrainState, int, float]:
     step, seconds = 0, 0.0
     restored = checkpoints.restore() if resume else None
@@ -133,12 +137,12 @@ def _restore(
         path, arrays = restored
         info = load_metadata(path).info
         _check_same_sources(path, info, trainer)
-        state = trainer.restore(state, arrays)
+        state = trainer.restore(template, arrays)
         step = int(arrays["training"]["step"])
         # Checkpoints of older versions have no seconds; reports then leave them out.
         seconds = info.get("train_seconds", 0.0)
     else:
-        state = trainer.read_init(state)
+        state = trainer.init_state()
     if jax.process_count() > 1:
         first = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if first != step:
@@ -185,6 +189,8 @@ class _Run:
         trainer, config = self.trainer, self.trainer.config
         _announce(trainer, self.state)
         evaluation: Evaluation | None = None
+        if self.step < trainer.steps:
+            say("compiling the first step")
         with progress_bar(trainer.steps, self.step, config.batch_size) as bar:
             for epoch in range(self.step // trainer.steps_per_epoch, config.epochs):
                 bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
@@ -299,12 +305,12 @@ def summary(result: FitResult) -> str:
     evaluation = result.evaluation
     if evaluation is None:
         raise ValueError("a run that was not stopped has an evaluation.")
+    options = ["--flip-test"] if evaluation.flip_test else []
     top5 = f", top-5 {evaluation.top5:.2%}" if evaluation.has_top5 else ""
     return (
         f"test top-1 {evaluation.top1:.2%}{top5}, loss "
         f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
         f"checkpoints  {result.workdir}/checkpoints\n"
         f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
-        f"evaluate     python -m train evaluate {shlex.quote(str(result.workdir))}"
-        f"{' --flip-test' if evaluation.flip_test else ''}"
+        f"evaluate     {shell_command('evaluate', result.workdir, *options)}"
     )

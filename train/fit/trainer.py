@@ -22,6 +22,7 @@ from train.fit.initial import read_initial
 from train.fit.teacher import load_teacher
 from train.keys import run_keys
 from train.machine.parallel import AXIS, Parallel
+from train.machine.processes import say
 from train.networks import make_model, make_preprocessing
 from train.step.distill import Distillation
 from train.step.objective import Objective
@@ -149,28 +150,34 @@ class Trainer:
         """Whether the network has inertial layers."""
         return bool(self.model.plan.inertial)
 
-    def init_state(self) -> TrainState:
-        """Draws the first state and puts it on the devices.
+    def abstract_state(self) -> TrainState:
+        """Returns the shapes and types of a state; nothing is drawn or compiled.
 
         Raises:
             UsageError: The model cannot take the images.
         """
         with user_input():
-            shape = self.preprocessing.image_shape
-            key = run_keys(self.config.seed).init
-            state = init_state(self.model, self.update, shape, key)
+            return jax.eval_shape(self._first_state)
+
+    def init_state(self) -> TrainState:
+        """Puts the first state on the devices, as `config.init` has it or drawn.
+
+        Raises:
+            UsageError: As `read_initial`, or the model cannot take the images.
+        """
+        config = self.config
+        say(f"starting {config.model.name} from {config.init or 'random weights'}")
+        key = run_keys(config.seed).init
+        variables = read_initial(config, self.data, self.model, key)
+        with user_input():
+            state = self._first_state(variables)
         # The state is in its final place before the first step, which compiles twice
         # otherwise.
         return self.parallel.replicate(jax.device_get(state))
 
-    def read_init(self, state: TrainState) -> TrainState:
-        """Returns the first state with the variables of `config.init`, if that is set.
-
-        Raises:
-            UsageError: As `read_initial`.
-        """
-        state = read_initial(self.config, self.data, self.model, state)
-        return self.parallel.replicate(state.widened(self.model))
+    def _first_state(self, variables: Any = None) -> TrainState:
+        shape, key = self.preprocessing.image_shape, run_keys(self.config.seed).init
+        return init_state(self.model, self.update, shape, key, variables)
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""

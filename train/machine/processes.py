@@ -50,6 +50,15 @@ class Processes:
     """Seconds of silence after which a process counts as dead, and the others end."""
 
 
+def say(words: str) -> None:
+    """Prints what the program does next, on the first process.
+
+    It goes to standard error, beside the progress.
+    """
+    if jax.process_index() == 0:
+        print(words, file=sys.stderr, flush=True)
+
+
 def early_processes(argv: Sequence[str]) -> Processes:
     """Reads these options alone, for a verb that must join before it reads the rest."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import serialization, struct
@@ -150,17 +151,34 @@ def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) 
 
 
 def init_state(
-    model: nn.Module, update: Update, image_shape: tuple[int, int, int], key: Array
+    model: nn.Module,
+    update: Update,
+    image_shape: tuple[int, int, int],
+    key: Array,
+    variables: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Draws the first variables with `key`; everything else starts at zero."""
-    variables = init_variables(model, key, image_shape)
+    """Returns the first state, in which all but the variables is zero.
+
+    Args:
+        model: The network.
+        update: How steps change the state.
+        image_shape: Shape of an image [h, w, c].
+        key: The key that variables are drawn with.
+        variables: Variables to start from; None means that they are drawn.
+    """
+    if variables is None:
+        variables = init_variables(model, key, image_shape)
     variables = widened(variables, training_dtype(model))
     moving, _ = split_params(variables["params"], update.trained)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params={},
         collections={},
-        opt_state=jax.jit(update.tx.init)(moving),
+        # A program of zeros would be compiled for as long as a layer.
+        opt_state=jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(update.tx.init, moving),
+        ),
         totals=Totals.zeros(),
         averages={} if update.ema_decay > 0 else None,
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import tyro
 
 from inertia_jax import count_cost
+from train.command import shell_command
 from train.compress import augmentation
 from train.compress.accuracy import Network, compare_stages, in_words, stage_evaluator
 from train.compress.layer_report import format_layers, report_layers
@@ -187,9 +187,8 @@ def _tuned_beside(out: pathlib.Path) -> pathlib.Path:
 
 def _resume_command(argv: Sequence[str], out: pathlib.Path, result: FitResult) -> str:
     """Returns the command that goes on after a signal stopped the fine-tuning."""
-    words = ["python", "-m", "train", "compress", *argv]
-    words += [] if "--resume" in argv else ["--resume"]
+    words = [*argv, *([] if "--resume" in argv else ["--resume"])]
     return (
         f"stopped and saved at step {result.step}; the compressed checkpoint is {out}; "
-        f"this goes on with its fine-tuning:\n{shlex.join(words)}"
+        f"this goes on with its fine-tuning:\n{shell_command('compress', *words)}"
     )

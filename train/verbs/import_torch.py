@@ -12,6 +12,7 @@ from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata, Preprocessing, both_sides
 from inertia_jax.models.create import input_shape
 from train.errors import user_input
+from train.machine.processes import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ def parse_renames(pairs: Sequence[str]) -> dict[str, str]:
 def run(argv: Sequence[str]) -> int:
     """Imports as the arguments say, and prints where the checkpoint is."""
     args = tyro.cli(Import, args=argv, prog="python -m train import")
+    say(f"reading {args.weights}")
     with user_input():
         model = create_model(
             args.model,

@@ -90,7 +90,7 @@ def test_whatever_the_way_in_they_train_as_float32(trainer, way, dtype, tmp_path
         metadata = Metadata(trainer.preprocessing)
         ij.save_checkpoint(path, trainer.model, half.variables, metadata=metadata)
         trainer.config = dataclasses.replace(trainer.config, init=str(path))
-        state = trainer.read_init(first)
+        state = trainer.init_state()
     elif way == "resume":
         # As a run was saved that began in the narrow type.
         training = training_to_dict(half)
