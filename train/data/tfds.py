@@ -5,11 +5,13 @@ import importlib
 import pathlib
 import re
 import sys
+import urllib.parse
 from typing import Any
 
 import numpy as np
 
 from inertia_jax.metadata import shortest_sides
+from inertia_jax.ops.inertial.settings import near_miss
 from train.data.cache import Splits, cached_set, read_set
 from train.data.resize import resize_and_crop
 from train.data.sets import ImageSet
@@ -92,23 +94,38 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TFDS has no data set {name!r}.") from error
+        near = near_miss(name, tfds.list_builders())
+        raise ValueError(f"TFDS has no data set {name!r}.{near}") from error
     _split_names(name, builder)
     if builder.is_prepared():
         return builder
     print(f"downloading and preparing {name}, once", file=sys.stderr)
+    # Ten tries, with longer and longer pauses, take minutes where there is no network.
+    place = "tensorflow_datasets.core.download.downloader"
+    downloader: Any = importlib.import_module(place)
+    downloader.MAX_RETRIES = 2
     try:
         builder.download_and_prepare(file_format="array_record")
     # TFDS reports a failed download as DownloadError, requests' errors, OSError or
     # tf.errors, depending on the version and on where it failed.
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OSError(
-            f"could not download and prepare {name}: {first_line} Without a network, "
-            f"prepare it on a machine that has one, by the same command, and copy "
-            f"{builder.data_dir} here; or use npz:PATH, imagefolder:PATH or digits."
+            f"could not download and prepare {name}: {_reason(error)}; without a "
+            f"network, prepare it on a machine that has one, by the same command, "
+            f"and copy {builder.data_dir} here, or use npz:PATH, imagefolder:PATH or "
+            f"digits."
         ) from error
     return builder
+
+
+def _reason(error: BaseException) -> str:
+    """Returns why a download failed, in a line."""
+    # An error of requests, without an answer to the request.
+    request = getattr(error, "request", None)
+    if request is not None and getattr(error, "response", None) is None:
+        return f"{urllib.parse.urlsplit(request.url).hostname} cannot be reached"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def _split_names(name: str, builder: Any) -> dict[str, str]:
