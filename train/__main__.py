@@ -10,7 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from train.errors import UsageError, in_words, is_full, leave_to_caller, user_input
+from train.errors import (
+    UsageError,
+    in_words,
+    is_full,
+    leave_to_caller,
+    one_of,
+    user_input,
+)
 from train.machine.host_memory import (
     NO_HUGE_PAGES,
     give_back_after_compiling,
@@ -44,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad input, 130 after Ctrl-C.
     """
     # These import JAX, which is not needed before the process may be replaced.
-    import inertia_jax
-    from train.machine.platform import choose_cpu_flags, use_compilation_cache
+    try:
+        import inertia_jax
+        from train.machine.platform import choose_cpu_flags, use_compilation_cache
+    except ModuleNotFoundError as error:
+        return _say_missing(error, "this program")
 
     argv = list(sys.argv[1:] if argv is None else argv)
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
@@ -59,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=f"{__doc__}\n\n{listed}\n\n{hint}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", metavar="VERB", choices=VERBS)
+    parser.add_argument("verb", metavar="VERB", type=one_of(VERBS))
     version = inertia_jax.__version__
     parser.add_argument("--version", action="version", version=version)
     argv = [word for word in argv if word != NO_HUGE_PAGES]
@@ -78,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        return _say_missing(error, f"`{verb}`")
     except OSError as error:
         if not is_full(error):
             raise
@@ -120,6 +132,19 @@ def _run() -> int:
         return 130
     is_lost = is_output_lost() and not set(_TRAINING) & set(sys.argv[1:3])
     return code or int(is_lost)
+
+
+def _say_missing(error: ModuleNotFoundError, who: str) -> int:
+    """Prints what to install; raises the error where it is one of our own modules."""
+    package = (error.name or "train").partition(".")[0]
+    if package in ("train", "inertia_jax"):
+        raise error
+    print(
+        f"error: {who} needs the package {package}, which {sys.executable} has not: "
+        f"pip install 'inertia_jax[train]'.",
+        file=sys.stderr,
+    )
+    return 2
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from inertia_jax.metadata import both_sides, shortest_sides
+from inertia_jax.models.create import check_model_name
+from inertia_jax.ops.inertial.settings import near_miss
 from train.errors import UsageError, user_input
 
 # Options of data, as verbs have them whose options are not nested. Either spelling is
@@ -30,7 +32,8 @@ def _check_choices(config: Any) -> None:
         allowed = typing.get_args(hint)
         value = getattr(config, name)
         if typing.get_origin(hint) is Literal and value not in allowed:
-            raise UsageError(f"`{name}` (={value!r}) must be one of {allowed}.")
+            near = near_miss(value, allowed)
+            raise UsageError(f"`{name}` (={value!r}) must be one of {allowed}.{near}")
 
 
 def _check_range(
@@ -137,6 +140,8 @@ class Model:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        with user_input():
+            check_model_name("model.name", self.name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """The one error that the user can do something about."""
 
+import argparse
 import contextlib
 import errno
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # What the system says of a disk, or of a share of it, that is full.
@@ -85,3 +86,18 @@ def needs_torch(package: str = "PyTorch") -> Iterator[None]:
         raise UsageError(
             f"`--against torch` needs {package}: pip install 'inertia_jax[torch]'."
         ) from error
+
+
+def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    """Returns a type for `argparse` whose error suggests the near miss."""
+
+    def check(word: str) -> str:
+        if word not in choices:
+            # This import brings JAX, for which `--help` need not wait.
+            from inertia_jax.ops.inertial.settings import near_miss
+
+            listed = f"must be one of {', '.join(choices)}.{near_miss(word, choices)}"
+            raise argparse.ArgumentTypeError(f"{word!r} {listed}")
+        return word
+
+    return check

@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

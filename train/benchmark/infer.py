@@ -1,7 +1,7 @@
 """Timing of networks as they are deployed, with BatchNorm folded and not."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from inertia_jax.models.create import input_shape
 from train.benchmark.inertial import thresholds_at, tiled_model
 from train.benchmark.suite import NetworkSuite
 from train.benchmark.timing import Calls, interleaved, random_images, relative_gap
-from train.benchmark.tucker import RULES, torch_call
+from train.benchmark.tucker import RULES, check_budgets, torch_call
 
 _TUCKER = ("budget 0.25 by 8", "ratio 0.2")
 _RATES = (0.1, 0.25)
@@ -29,6 +29,11 @@ class Suite(NetworkSuite):
 
     repeats: int = 9
     """Number of timed calls of each function."""
+
+    def cases(self) -> Iterable[str]:
+        for name in self.models:
+            check_budgets(create_model(name, width=self.width))
+        return self.models
 
     def measure(self, case: str) -> dict[str, Any]:
         """Times a network's evaluation dense, compressed and tiled, folded and not.

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from train.errors import user_input
+from train.machine.processes import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class BaseSuite:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Measures the cases in order, prints each row and yields it."""
         for case in self.cases():
+            say(f"measuring {case}")
             with user_input():
                 row = self.measure(case)
             print(self.describe(row), flush=True)

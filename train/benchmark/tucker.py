@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from inertia_jax import (
     Budget,
@@ -24,8 +25,9 @@ from inertia_jax.calls import Network
 from inertia_jax.compression.sites import Site, find_sites
 from inertia_jax.cost.table import aligned
 from inertia_jax.interop import torch_key
-from inertia_jax.models.create import input_shape
-from inertia_jax.plan.specs import Tucker2
+from inertia_jax.models.create import abstract_variables, input_shape, model_name
+from inertia_jax.ops.tucker.unfold import max_ranks
+from inertia_jax.plan.specs import LowRank, Tucker2
 from train.benchmark.suite import NetworkSuite
 from train.benchmark.timing import Calls, interleaved, random_images, relative_gap
 from train.compress.layer_report import LayerReport, format_layers, report_layers
@@ -37,6 +39,42 @@ RULES: dict[str, dict[str, Any]] = {
     # Vector units are faster at multiples of 8: 17 channels take longer than 24.
     "budget 0.25 by 8": {"ranks": Budget(macs=0.25), "round_to": 8},
 }
+
+
+def check_budgets(model: nn.Module) -> None:
+    """Checks, without drawing any weights, that a network can keep to the budgets.
+
+    Raises:
+        UsageError: It is too narrow: even with the least ranks it takes more.
+    """
+    shape = input_shape(model)
+    zeros = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_variables(model, shape)
+    )
+    sites = list(find_sites(model, zeros, shape).values())[1:]  # the stem stays
+    total = count_cost(model, shape).macs
+    for name, rule in RULES.items():
+        if not isinstance(rule["ranks"], Budget):
+            continue
+        least = total + sum(
+            min(0, _least_macs(site, rule.get("round_to", 1)) - site.macs(site.spec))
+            for site in sites
+        )
+        if least > rule["ranks"].share * total:
+            raise UsageError(
+                f"`width` (={model.width}) is too small for this suite, which "
+                f"compresses {model_name(model)} by {name}: with the least ranks the "
+                f"network still takes {least / total:.3f} of its MACs."
+            )
+
+
+def _least_macs(site: Site, round_to: int) -> int:
+    """Returns the MACs of a convolution with the least ranks, multiples of a number."""
+    most_in, most_out = max_ranks(site.kernel.shape, groups=site.groups)
+    rank_in, rank_out = min(round_to, most_in), min(round_to, most_out)
+    if site.is_pointwise:
+        return site.macs(LowRank(min(rank_in, rank_out)))
+    return site.macs(Tucker2(rank_in, rank_out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +92,13 @@ class Suite(NetworkSuite):
     def cases(self) -> Iterable[str]:
         if self.stem != "cifar" and self.models != ("resnet18",):
             raise UsageError(f"`stem` (={self.stem}) is for `models` (=resnet18).")
+        for name in self.models:
+            check_budgets(self._model(name))
         return self.models
+
+    def _model(self, name: str) -> nn.Module:
+        classes = 1000 if self.stem == "imagenet" else 10
+        return create_model(name, width=self.width, stem=self.stem, num_classes=classes)
 
     def measure(self, case: str) -> dict[str, Any]:
         """Times a network's evaluation, its layers' calls, and its compression.
@@ -62,10 +106,7 @@ class Suite(NetworkSuite):
         Weights are random: a trained network has other ranks under the same budget, but
         they cost the same. Layers are timed at the largest batch.
         """
-        classes = 1000 if self.stem == "imagenet" else 10
-        model = create_model(
-            case, width=self.width, stem=self.stem, num_classes=classes
-        )
+        model = self._model(case)
         dense = (model, init_variables(model, jax.random.key(0)))
         shape = input_shape(model)
         networks: dict[str, Network] = {"dense": dense}

@@ -160,9 +160,14 @@ def check_options_without_data(args: Compress) -> None:
 
 
 def _check_method(args: Compress) -> None:
-    if (args.ranks is None) == (args.macs is None):
+    if args.ranks is None and args.macs is None:
         raise UsageError(
-            f"`ranks` (={args.ranks}) or `macs` (={args.macs}) must be given, not both."
+            "--ranks (for Tucker-2 factors) or --macs (for inertial layers) must be "
+            "given."
+        )
+    if args.ranks is not None and args.macs is not None:
+        raise UsageError(
+            f"`ranks` (={args.ranks}) and `macs` (={args.macs}) must not both be given."
         )
     if args.method is not None and args.is_inertial != (args.method == "inertial"):
         rule = (

@@ -6,6 +6,7 @@ from typing import Any
 
 from inertia_jax import Budget, Energy, Evbmf, Plan, Ratio
 from inertia_jax.compression.ranks import RankRule
+from inertia_jax.ops.inertial.settings import near_miss
 from train.errors import UsageError
 
 
@@ -38,6 +39,7 @@ def parse_ranks(text: str) -> RankRule | Budget:
     raise UsageError(
         f"`ranks` (={text}) must be ratio:SHARE, energy:SHARE, evbmf, "
         f"budget:macs=SHARE (or params, latency), or plan:FILE."
+        f"{near_miss(kind, ('ratio', 'energy', 'evbmf', 'budget', 'plan'))}"
     )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from inertia_jax.atomic import local_path
 from inertia_jax.metadata import both_sides
+from inertia_jax.ops.inertial.settings import near_miss
 from train.config import Data
 from train.data.digits import load_digits
 from train.data.imagefolder import load_imagefolder
@@ -11,8 +12,11 @@ from train.data.npz import load_npz
 from train.data.sets import ImageSet, Split, warn_of_other_names
 from train.data.tfds import load_tfds
 from train.errors import UsageError, user_input
+from train.machine.processes import say
 
 __all__ = ["ImageSet", "Split", "load_configured", "load_data", "warn_of_other_names"]
+
+_KINDS = ("imagefolder", "npz", "tfds")
 
 
 def load_data(
@@ -37,6 +41,8 @@ def load_data(
             rule.
     """
     kind, _, rest = source.partition(":")
+    if source == "digits" or (kind in _KINDS and rest):
+        say(f"reading {source}")
     with user_input():
         for path in (cache_dir, rest):
             local_path(path)
@@ -54,8 +60,8 @@ def load_data(
         if kind == "tfds" and rest:
             return load_tfds(rest, **options)
     raise UsageError(
-        f"the source of images (={source!r}) must be tfds:NAME, "
-        f"imagefolder:PATH, npz:PATH or digits."
+        f"the source of images (={source!r}) must be tfds:NAME, imagefolder:PATH, "
+        f"npz:PATH or digits.{near_miss(kind, ('digits', *_KINDS))}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from train.errors import UsageError
+from train.errors import UsageError, one_of
 from train.run.directory import describe_machine
 from train.run.outputs import check_output_file, write_json
 
@@ -55,6 +55,8 @@ def _choose_suite(argv: Sequence[str]) -> tuple[str, list[str]]:
         add_help=not any(word.startswith("--suite") for word in argv),
         allow_abbrev=False,
     )
-    parser.add_argument("--suite", metavar="SUITE", choices=SUITES, default="train")
+    parser.add_argument(
+        "--suite", metavar="SUITE", type=one_of(SUITES), default="train"
+    )
     chosen, options = parser.parse_known_args(argv)
     return chosen.suite, options

@@ -62,7 +62,7 @@ def _run(argv: Sequence[str]) -> int:
         prog="python -m train finetune",
     )
     if path is None:
-        raise UsageError("`checkpoint` must come before the options.")
+        raise UsageError("`checkpoint` must be given, before the options.")
     config = args.run
     check_used(config, default)
     for name in ("init", "model"):

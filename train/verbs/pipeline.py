@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     early.add_argument("file", nargs="?")
     file = early.parse_known_args(argv)[0].file
     if file is None and not {"-h", "--help"} & set(argv):
-        raise UsageError("`file` must come before the options.")
+        raise UsageError("`file` must be given, before the options.")
     default = Pipeline(run=Config())
     if file is not None:
         default = load_from_file(pathlib.Path(file), "pipeline", Pipeline)
