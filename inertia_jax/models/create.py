@@ -203,9 +203,13 @@ def _first_variables(
     variables = model.init(key, images, train=False)
     # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
     dtype = getattr(model, "dtype", None) or jnp.float32
-    return jax.tree.map(
-        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, dtype)), variables
-    )
+
+    def widen(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # someone's counter, or key
+            return leaf
+        return leaf.astype(jnp.promote_types(leaf.dtype, dtype))
+
+    return jax.tree.map(widen, variables)
 
 
 def _check_plan(model: nn.Module, *, strict: bool) -> None:
