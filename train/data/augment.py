@@ -124,14 +124,20 @@ def _scale(
     )
 
 
-def draw_boxes(keys: Key[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n 4"]:
-    """Draws parts of 8% to 100% of the area and 3/4 to 4/3 of width over height.
+def draw_boxes(
+    keys: Key[Array, "n"], shape: tuple[int, int], *, output_shape: tuple[int, int]
+) -> Float[Array, "n 4"]:
+    """Draws parts of 8% to 100% of the area, of 3/4 to 4/3 of the output's shape.
+
+    The shape is width over height. A part is thus stretched by at most 4/3, also where
+    the output is not square.
 
     torchvision's RandomResizedCrop draws up to ten times until a part fits. Here ten
     parts are drawn at once, and the first that fits is taken. If none fits, both take
     the largest centred part of the image.
     """
     height, width = shape
+    aspect = output_shape[1] / output_shape[0]
 
     def one(key: Array) -> Array:
         area_key, ratio_key, corner_key = jax.random.split(key, 3)
@@ -139,8 +145,8 @@ def draw_boxes(keys: Key[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n
         log_ratio = jnp.log(4 / 3) * jax.random.uniform(ratio_key, (10,), minval=-1)
         sides = jnp.stack(
             [
-                jnp.round(jnp.sqrt(area * jnp.exp(-log_ratio))),
-                jnp.round(jnp.sqrt(area * jnp.exp(log_ratio))),
+                jnp.round(jnp.sqrt(area * jnp.exp(-log_ratio) / aspect)),
+                jnp.round(jnp.sqrt(area * jnp.exp(log_ratio) * aspect)),
             ],
             axis=-1,
         )
@@ -150,7 +156,8 @@ def draw_boxes(keys: Key[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n
         corner = jnp.floor(
             jax.random.uniform(corner_key, (2,)) * (whole - sides[first] + 1)
         )
-        least = jnp.minimum(whole, jnp.round(whole[::-1] * 4 / 3))
+        longest = whole[::-1] * 4 / 3 * jnp.array([1 / aspect, aspect])
+        least = jnp.minimum(whole, jnp.round(longest))
         centred = jnp.concatenate([jnp.floor((whole - least) / 2), least])
         drawn = jnp.concatenate([corner, sides[first]])
         return jnp.where(jnp.any(fits), drawn, centred)
@@ -208,7 +215,7 @@ class Augmentation:
         output_shape = self.preprocessing.image_shape[:2]
         if data.resized_crop:
             height, width = images.shape[1:3]
-            boxes = draw_boxes(crop_keys, (height, width))
+            boxes = draw_boxes(crop_keys, (height, width), output_shape=output_shape)
             images = resized_crop(images, boxes, output_shape=output_shape)
         else:
             images = self._resized(images, output_shape)

@@ -90,16 +90,36 @@ def test_resized_crop_equals_pillows():
 
 
 @pytest.mark.slow
-def test_boxes_have_the_stated_area_and_ratio():
+@pytest.mark.parametrize(
+    ("stored", "sides"),
+    [((32, 32), (24, 24)), ((32, 64), (24, 48)), ((96, 32), (48, 16))],
+)
+def test_boxes_have_the_stated_area_and_ratio(stored, sides):
     keys = jax.random.split(jax.random.key(0), 2000)
-    top, left, height, width = np.asarray(augment.draw_boxes(keys, (32, 32))).T
+    boxes = augment.draw_boxes(keys, stored, output_shape=sides)
+    top, left, height, width = np.asarray(boxes).T
     assert (top >= 0).all() and (left >= 0).all()
-    assert (top + height <= 32).all() and (left + width <= 32).all()
-    area, ratio = height * width / 32**2, width / height
+    assert (top + height <= stored[0]).all() and (left + width <= stored[1]).all()
+    area, ratio = height * width / np.prod(stored), width / height
+    ratio *= sides[0] / sides[1]
     # Sides are rounded to a pixel, so small parts leave the range a little.
     assert area.min() > 0.06 and area.max() <= 1
     assert ratio.min() > 0.68 and ratio.max() < 1.5
     assert 0.45 < area.mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("stored", "sides", "box"),
+    [
+        ((9, 300), (24, 24), (0, 144, 9, 12)),
+        ((9, 300), (24, 48), (0, 138, 9, 24)),
+        ((300, 9), (24, 48), (147, 0, 6, 9)),
+    ],
+)
+def test_the_largest_centred_part_is_taken_where_none_fits(stored, sides, box):
+    keys = jax.random.split(jax.random.key(0), 20)
+    boxes = np.asarray(augment.draw_boxes(keys, stored, output_shape=sides))
+    np.testing.assert_array_equal(boxes, np.broadcast_to(box, (20, 4)))
 
 
 def make_augmentation(**options):
