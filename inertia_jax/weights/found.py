@@ -156,7 +156,9 @@ def _named(
 def _joined(loaded: Mapping[Any, Any]) -> dict[str, Any]:
     """Returns what nested mappings hold, with keys joined by dots."""
     joined: dict[str, Any] = {}
+    # By identity, and held: a mapping may make those that it nests when it is asked.
     times: collections.Counter[int] = collections.Counter()
+    held = []
     rest: list[tuple[str, Any, tuple[Any, ...]]] = [("", loaded, ())]
     while rest:
         name, value, above = rest.pop()
@@ -168,6 +170,7 @@ def _joined(loaded: Mapping[Any, Any]) -> dict[str, Any]:
         if times[id(value)] == _MAX_NAMES or any(value is mapping for mapping in above):
             continue
         times[id(value)] += 1
+        held.append(value)
         children = [
             (f"{name}.{key}" if name else key, child, (*above, value))
             for key, child in value.items()

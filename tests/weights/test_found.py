@@ -164,6 +164,19 @@ def test_what_holds_no_arrays_is_an_error(loaded):
         find(loaded)
 
 
+def test_mappings_that_are_made_when_asked_for_are_read():
+    from flax.core import freeze
+
+    # Each of them is another object at the place of the one before.
+    keys = [f"layer{i}.a.b.conv.weight" for i in range(60)]
+    layers = {
+        f"layer{i}": {"a": {"b": {"conv": {"weight": np.ones(2)}}}} for i in range(60)
+    }
+    loaded = freeze(layers)
+    found = find_weights(loaded, set(keys), ema=False, rename={})
+    assert list(found.state) == keys
+
+
 def test_mappings_that_hold_themselves_or_each_other_end():
     loaded = weights()
     loaded["self"] = loaded
