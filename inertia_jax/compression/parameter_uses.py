@@ -1,4 +1,4 @@
-"""Finds layers whose parameters the network does not pass on as they are stored."""
+"""Finds layers whose variables the network does not pass on as they are stored."""
 
 import collections
 import re
@@ -16,7 +16,8 @@ from inertia_jax.calls import ApplyFn, apply_network
 from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import kind_of
 
-# Names of the layers in the trace. No path holds the first and the last character.
+# Names of layers, and of their variables and collections, in the trace. No path holds
+# the two characters that surround it.
 _LAYER = re.compile("\x02([^\x03]*)\x03")
 _LEAF = re.compile("\x02([^\x03]*)\x03(.*)")
 
@@ -38,15 +39,16 @@ def find_misused(
     image_shape: tuple[int, ...],
     apply_fn: ApplyFn | None,
 ) -> dict[str, str | None]:
-    """Returns why no other parameters can replace those of a convolution, by path.
+    """Returns why no others can replace the variables of a layer, by path.
 
     The reason is None where others can. Layers that are not called are left out.
 
-    A layer computes with its factors what it did with its kernel if the parameters that
-    it is called with are those stored at its path, and if nothing else uses them. Both
-    are seen in the trace of the network: every layer names the parameters that it is
-    called with, and these are followed from the network's variables. Nothing is
-    computed.
+
+    The layers are convolutions of all kinds, linear layers and BatchNorm. One computes
+    with other variables, such as factors, what it did with its own if those that it is
+    called with are stored at its path, and if nothing else uses them. Both are seen in
+    the trace of the network: every layer names the variables that it is called with,
+    and these are followed from those of the network. Nothing is computed.
 
     Args:
         model: The network.
@@ -56,27 +58,26 @@ def find_misused(
     """
 
     def mark(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
-        if kind_of(module).spec is None:
+        if kind_of(module).name == "other" and not isinstance(module, nn.BatchNorm):
             return call(*args, **kwargs)
-        params = module.variables.get("params", {})
-        for name, leaf in traverse_util.flatten_dict(params, sep="/").items():
-            checkpoint_name(leaf, f"\x02{path}\x03{name}")
+        for collection, tree in module.variables.items():
+            for name, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+                checkpoint_name(leaf, f"\x02{path}\x03{name}\x03{collection}")
         with jax.named_scope(f"\x02{path}\x03"):
             return call(*args, **kwargs)
 
-    places = traverse_util.flatten_dict(variables.get("params", {}))
+    places = traverse_util.flatten_dict(dict(variables))
+    names = [f"{'/'.join(path)}\x03{collection}" for collection, *path in places]
 
-    def forward(leaves: list[Any], rest: Any, images: Any) -> Any:
-        params = traverse_util.unflatten_dict(dict(zip(places, leaves, strict=True)))
-        every = {**rest, "params": params}
+    def forward(leaves: list[Any], images: Any) -> Any:
+        every = traverse_util.unflatten_dict(dict(zip(places, leaves, strict=True)))
         return apply_network(model, every, images, apply_fn=apply_fn)[0]
 
-    rest = {name: tree for name, tree in variables.items() if name != "params"}
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with on_calls(mark):
-        jaxpr = jax.make_jaxpr(forward)([*places.values()], rest, images).jaxpr
+        jaxpr = jax.make_jaxpr(forward)([*places.values()], images).jaxpr
     uses = _Uses()
-    uses.follow(jaxpr, ["/".join(place) for place in places])
+    uses.follow(jaxpr, names)
     return uses.reasons()
 
 

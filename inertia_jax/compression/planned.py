@@ -124,12 +124,18 @@ def cannot_factorise(module: nn.Conv) -> str | None:
         return "dilates its input"
     if module.mask is not None:
         return "has a mask"
-    if module.promote_dtype is not promote_dtype:
+    return own_arithmetic(module)
+
+
+def own_arithmetic(module: nn.Module) -> str | None:
+    """Returns in what a layer of Flax computes otherwise than Flax does, or None."""
+    if getattr(module, "promote_dtype", promote_dtype) is not promote_dtype:
         return "promotes types in its own way"
-    convolve = module.conv_general_dilated
-    while isinstance(convolve, functools.partial):
-        convolve = convolve.func
-    plain = (None, conv_for_linen, lax.conv_general_dilated)
-    if module.conv_general_dilated_cls is not None or convolve not in plain:
-        return "convolves in its own way (conv_general_dilated)"
+    known = (None, conv_for_linen, lax.conv_general_dilated, lax.dot_general)
+    for name in ("conv_general_dilated", "dot_general"):
+        function = getattr(module, name, None)
+        while isinstance(function, functools.partial):
+            function = function.func
+        if getattr(module, f"{name}_cls", None) is not None or function not in known:
+            return f"computes in its own way ({name})"
     return None

@@ -26,6 +26,7 @@ from inertia_jax.compression.calibration import (
     checked_images,
 )
 from inertia_jax.compression.layer_fit import LayerIO, fit_part
+from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.sites import leaves_at, with_leaves
 from inertia_jax.intercept import check_in_view, first_argument, on_calls
 from inertia_jax.layers.inertial import InertialConv
@@ -63,7 +64,8 @@ def reconstruct(
     most of the error. A quarter of the images is held out and chooses the number of
     steps; a kernel that no step improves there stays as it is. The factors of a layer
     are fitted one after another. Layers whose gates choose a maximum (`combine="max"`)
-    are left as they are, and so are factors before an inertial core.
+    are left as they are, and so are factors before an inertial core, and layers whose
+    parameters are transformed on the way or also used elsewhere.
 
     Labels are not needed. During the fit BatchNorm normalises with the statistics of
     each batch, so call `recalibrate_batch_norm` afterwards. Thresholds and the mean of
@@ -116,7 +118,7 @@ def reconstruct(
     held_out = batched(images[-num_held_out:], size)
 
     model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
-    modules = _modules_to_fit(model, images.shape[1:], layers, apply_fn)
+    modules = _modules_to_fit((model, variables), images.shape[1:], layers, apply_fn)
     paths, now = tuple(modules), (model, variables)
     calls_on = _recorder(paths, now, dense, fitting[0], apply_fn)
     changed = dict(variables)
@@ -135,7 +137,7 @@ def reconstruct(
 
 
 def _modules_to_fit(
-    model: nn.Module,
+    network: Network,
     image_shape: tuple[int, ...],
     layers: str,
     apply_fn: ApplyFn | None,
@@ -145,7 +147,8 @@ def _modules_to_fit(
     Raises:
         ValueError: There is none.
     """
-    calls, _ = record_calls(model, image_shape, apply_fn=apply_fn)
+    calls, _ = record_calls(network[0], image_shape, apply_fn=apply_fn)
+    misused = find_misused(*network, image_shape, apply_fn)
     inside = {path for path, call in calls.items() if call.is_factorised}
     modules = {
         path: call.module
@@ -154,6 +157,7 @@ def _modules_to_fit(
         and matches(path, layers)
         and path.rpartition("/")[0] not in inside
         and linear_parts(call.module)
+        and not misused.get(path)
     }
     if not modules:
         raise ValueError(

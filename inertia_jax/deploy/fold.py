@@ -10,12 +10,16 @@ from flax import linen as nn
 from flax import traverse_util
 
 from inertia_jax.calls import ApplyFn, plain_variables
+from inertia_jax.compression.parameter_uses import find_misused
+from inertia_jax.compression.planned import own_arithmetic
 from inertia_jax.deploy.fold_trace import trace_layers
 from inertia_jax.intercept import Answer, Wrapper
 from inertia_jax.layers.batch_norm import BatchNormToTrain
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import KINDS, output_kernel
 from inertia_jax.models.create import image_shape_of
+
+_SEVERAL = "holds the variables of several layers"
 
 
 class Folded(Wrapper):
@@ -91,7 +95,11 @@ def fold_batch_norm(
     - an inertial convolution with `combine="max"`, where a scale is negative;
     - an inertial convolution with `combine="stack"`, where two channels share a filter;
     - anything else than one such layer whose output nothing else uses, also if the
-      layer is called twice, or inside `nn.scan` or `nn.vmap`.
+      layer is called twice, or inside `nn.scan` or `nn.vmap`;
+    - a layer whose variables are used outside of it, too (tied weights, a penalty that
+      the network returns), or are transformed on the way (`nn.map_variables`); and
+      where this is true of BatchNorm's own;
+    - a layer that convolves or multiplies by a function of its own.
 
     The model is not edited: its trace shows which layer each BatchNorm follows.
     Checkpoints hold networks that can be trained further; fold after loading one.
@@ -115,14 +123,24 @@ def fold_batch_norm(
         return model, variables
     shape = image_shape_of(model, image_shape)
     trace = trace_layers(model, shape, apply_fn)
+    misused = find_misused(model, trace.variables, shape, apply_fn)
     flat = traverse_util.flatten_dict(dict(variables))
-    folded, kept = [], []
+    folded: list[tuple[str, str]] = []
+    kept: list[tuple[str, str]] = []
     for path, norm in trace.norms.items():
         layer = trace.layer_before.get(path)
         if layer is None:
             kept.append((path, "does not follow one layer that nothing else uses"))
             continue
-        reason = _merge(flat, layer, trace.layers[layer], path, norm)
+        reason: str | None = None
+        module = trace.layers[layer]
+        kernel = flat.get(_kernel_place(layer, module))
+        if kernel is not None and np.ndim(kernel) != _kernel_ndim(module):
+            reason = _SEVERAL
+        elif why := own_arithmetic(module) or misused.get(layer):
+            reason = f"follows {layer!r}, which {why}"
+        else:
+            reason = misused.get(path) or _merge(flat, layer, module, path, norm)
         if reason is None:
             folded.append((layer, path))
         else:
@@ -150,6 +168,10 @@ def _as_normalised(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
     """Returns `x` in the type that BatchNorm would return it in."""
     weights = [module.param_dtype] * (module.use_scale + module.use_bias)
     return x.astype(module.dtype or jnp.result_type(x, *weights))
+
+
+def _kernel_place(path: str, layer: Any) -> tuple[str, ...]:
+    return ("params", *path.split("/"), *output_kernel(layer).split("/"))
 
 
 def _kernel_ndim(layer: Any) -> int:
@@ -186,22 +208,21 @@ def _merge(
         return np.asarray(flat[place]).astype(np.float64)
 
     here = tuple(norm_path.split("/"))
-    kernel_at = ("params", *layer_path.split("/"), *output_kernel(layer).split("/"))
+    kernel_at = _kernel_place(layer_path, layer)
     bias_at = (*kernel_at[:-1], "bias")
     mean = wide(("batch_stats", *here, "mean"))
     scale = 1 / np.sqrt(wide(("batch_stats", *here, "var")) + norm.epsilon)
     if norm.use_scale:
         scale = scale * wide(("params", *here, "scale"))
-    kernel = wide(kernel_at)
-    if scale.ndim != 1 or kernel.ndim != _kernel_ndim(layer):
-        return "holds the variables of several layers"
+    if scale.ndim != 1:
+        return _SEVERAL
     if combine == "max" and scale.min() < 0:
         return "follows combine='max' and has a negative scale"
     shift = scale * ((wide(bias_at) if layer.use_bias else 0) - mean)
     if norm.use_bias:
         shift = shift + wide(("params", *here, "bias"))
     dtype = flat[kernel_at].dtype
-    flat[kernel_at] = jnp.asarray((kernel * scale).astype(dtype))
+    flat[kernel_at] = jnp.asarray((wide(kernel_at) * scale).astype(dtype))
     flat[bias_at] = jnp.asarray(shift.astype(dtype))
     for place in [place for place in flat if place[1:-1] == here]:
         del flat[place]

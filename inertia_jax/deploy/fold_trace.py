@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from inertia_jax.calls import ApplyFn, init_network
+from inertia_jax.calls import ApplyFn, init_network, plain_variables
 from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import KINDS
 
@@ -28,11 +28,13 @@ class NormTrace:
         norms: The BatchNorm layers, by path.
         layer_before: The path of the layer before a BatchNorm, by the BatchNorm's path.
             Both are called once, and nothing else uses the layer's output.
+        variables: The shapes of the network's variables.
     """
 
     layers: dict[str, Any]
     norms: dict[str, nn.BatchNorm]
     layer_before: dict[str, str]
+    variables: dict[str, Any]
 
 
 def trace_layers(
@@ -64,8 +66,9 @@ def trace_layers(
 
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with on_calls(mark):
-        init = jax.make_jaxpr(functools.partial(init_network, model, apply_fn=apply_fn))
-        jaxpr = init(jax.random.key(0), images).jaxpr
+        init = functools.partial(init_network, model, apply_fn=apply_fn)
+        traced = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0), images)
+    jaxpr, variables = traced[0].jaxpr, plain_variables(traced[1])
     follows: dict[str, str] = {}
     calls: collections.Counter[str] = collections.Counter()
     for inner in _with_subjaxprs(jaxpr):
@@ -86,7 +89,7 @@ def trace_layers(
         for norm, layer in follows.items()
         if calls[norm] == calls[layer] == 1
     }
-    return NormTrace(layers, norms, layer_before)
+    return NormTrace(layers, norms, layer_before, variables)
 
 
 def _read_mark(eqn: Any) -> tuple[str, str, str]:

@@ -363,6 +363,35 @@ def test_folded_networks_are_no_targets(resnet):
         ij.reconstruct(*folded, dense=resnet, images=noise(8, 16, 16, 3))
 
 
+class Mixed(nn.Module):
+    """A plain layer, one whose kernel is centred, and one whose kernel is read."""
+
+    @nn.compact
+    def __call__(self, x):
+        centre = lambda tree: jax.tree.map(lambda k: k - k.mean(), tree)  # noqa: E731
+        centred = nn.map_variables(nn.Conv, "params", centre, init=True)
+        x = nn.Conv(4, (3, 3), name="plain")(x)
+        x = centred(4, (3, 3), use_bias=False, name="centred")(nn.relu(x))
+        tied = nn.Conv(4, (1, 1), name="tied")
+        x = nn.relu(tied(x)) @ tied.variables["params"]["kernel"][0, 0].T
+        return nn.Conv(4, (3, 3), name="last")(x)
+
+
+def test_layers_whose_parameters_are_transformed_or_read_elsewhere_stay():
+    x = noise(32, 8, 8, 4)
+    dense = Mixed(), Mixed().init(KEY, x)
+    plan = ij.Plan((("plain", ij.Tucker2(1, 1)),))
+    small = ij.compress(*dense, ranks=plan, image_shape=(8, 8, 4))
+    fitted = ij.reconstruct(*small, dense=dense, images=x)
+    before, after = flat(small[1]), flat(fitted)
+    names = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {name.split("/")[0] for name in names} == {"plain", "last"}
+    first, last = error(dense, small, x, small[1], fitted)
+    assert last < first
+    with pytest.raises(ValueError, match="matches no convolution that can be fitted"):
+        ij.reconstruct(*small, dense=dense, images=x, layers="tied")
+
+
 class Lifted(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -328,6 +328,129 @@ def test_a_compressed_foreign_network_is_folded_and_a_folded_one_compressed():
     assert model is not None
 
 
+def block(layer, x, name="bn"):
+    return nn.relu(nn.BatchNorm(True, name=name)(layer(x)))
+
+
+def params_of(layer):
+    return layer.variables["params"]
+
+
+class Tied(nn.Module):
+    """A decoder with the encoder's kernel, after a block that is as any other."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = block(nn.Conv(4, (3, 3), name="fine"), x, "fine_bn")
+        layer = nn.Conv(4, (1, 1), name="layer")
+        return block(layer, x) @ params_of(layer)["kernel"][0, 0].T
+
+
+class TiedLinear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = block(nn.Conv(4, (3, 3), name="fine"), x, "fine_bn").mean((1, 2))
+        layer = nn.Dense(4, name="layer")
+        return block(layer, x) @ params_of(layer)["kernel"].T
+
+
+class Penalised(nn.Module):
+    """Returns its regularisation besides."""
+
+    of: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = block(nn.Conv(4, (3, 3), name="fine"), x, "fine_bn")
+        layer, norm = nn.Conv(4, (3, 3), name="layer"), nn.BatchNorm(True, name="bn")
+        x = norm(layer(x))
+        if self.of == "mean":
+            return x, norm.variables["batch_stats"]["mean"]
+        leaves = {"scale": norm, "kernel": layer, "bias": layer}
+        return x, jnp.sum(params_of(leaves[self.of])[self.of] ** 2)
+
+
+class Within(nn.Module):
+    """What `make` returns stands between two convolutions."""
+
+    make: object
+
+    @nn.compact
+    def __call__(self, x):
+        x = block(nn.Conv(4, (3, 3), name="fine"), x, "fine_bn")
+        return block(self.make(), x)
+
+
+def standardised():
+    centred = lambda tree: jax.tree.map(lambda k: k - k.mean(), tree)  # noqa: E731
+    mapped = nn.map_variables(nn.Conv, "params", centred, init=True)
+    return mapped(4, (3, 3), use_bias=False, name="layer")
+
+
+def by_sign(x, kernel, *args, **options):
+    return jax.lax.conv_general_dilated(x, jnp.sign(kernel), *args, **options)
+
+
+class Functional(nn.Module):
+    """A convolution with a kernel of its own, which Flax's layer is given."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, 4, 4))
+        layer = nn.Conv(4, (3, 3), use_bias=False, parent=None)
+        return layer.apply({"params": {"kernel": jnp.sign(kernel)}}, x)
+
+
+class TiedFactors(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = block(nn.Conv(4, (3, 3), name="fine"), x, "fine_bn")
+        layer = ij.Tucker2Conv(4, (3, 3), 2, 2, name="layer")
+        x = block(layer, x)
+        return x @ params_of(layer)["u_out"]["kernel"][0, 0].T
+
+
+class Rematerialised(nn.Module):
+    """Inside `nn.remat`, and read outside of it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = block(nn.Conv(4, (3, 3), name="fine"), x, "fine_bn")
+        layer = nn.remat(nn.Conv)(4, (1, 1), name="layer")
+        return block(layer, x) * params_of(layer)["bias"].reshape(1, 1, 1, 4)
+
+
+OUTSIDE = "also used outside of it"
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Tied(), OUTSIDE),
+        (TiedLinear(), OUTSIDE),
+        (TiedFactors(), OUTSIDE),
+        (Rematerialised(), ""),
+        *((Penalised(of), OUTSIDE) for of in ("kernel", "bias", "scale", "mean")),
+        (Within(standardised), ""),
+        (Within(lambda: nn.Conv(4, (3, 3), conv_general_dilated=by_sign)), "own way"),
+        (Within(lambda: Functional(name="layer")), ""),
+    ],
+    ids=str,
+)
+def test_variables_that_are_read_elsewhere_or_transformed_stay(model, reason):
+    shape = (6, 6, 4)
+    variables = random_variables(model, shape)
+    folded, merged = ij.fold_batch_norm(model, variables, image_shape=shape)
+    assert folded.folded == (("fine", "fine_bn"),)
+    ((path, why),) = folded.kept
+    assert path == "bn"
+    assert reason in why
+    x = images(shape)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)  # noqa: E731
+    jax.tree.map(close, folded.apply(merged, x), model.apply(variables, x))
+
+
 class Unpacked(nn.Module):
     @nn.compact
     def __call__(self, x):
