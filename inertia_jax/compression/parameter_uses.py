@@ -43,7 +43,6 @@ def find_misused(
 
     The reason is None where others can. Layers that are not called are left out.
 
-
     The layers are convolutions of all kinds, linear layers and BatchNorm. One computes
     with other variables, such as factors, what it did with its own if those that it is
     called with are stored at its path, and if nothing else uses them. Both are seen in
@@ -67,7 +66,6 @@ def find_misused(
             return call(*args, **kwargs)
 
     places = traverse_util.flatten_dict(dict(variables))
-    names = [f"{'/'.join(path)}\x03{collection}" for collection, *path in places]
 
     def forward(leaves: list[Any], images: Any) -> Any:
         every = traverse_util.unflatten_dict(dict(zip(places, leaves, strict=True)))
@@ -77,7 +75,8 @@ def find_misused(
     with on_calls(mark):
         jaxpr = jax.make_jaxpr(forward)([*places.values()], images).jaxpr
     uses = _Uses()
-    uses.follow(jaxpr, names)
+    stored = [f"{'/'.join(path)}\x03{collection}" for collection, *path in places]
+    uses.follow(jaxpr, stored)
     return uses.reasons()
 
 

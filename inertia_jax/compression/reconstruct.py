@@ -118,7 +118,7 @@ def reconstruct(
     held_out = batched(images[-num_held_out:], size)
 
     model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
-    modules = _modules_to_fit((model, variables), images.shape[1:], layers, apply_fn)
+    modules = _modules_to_fit(model, images.shape[1:], layers, apply_fn)
     paths, now = tuple(modules), (model, variables)
     calls_on = _recorder(paths, now, dense, fitting[0], apply_fn)
     changed = dict(variables)
@@ -137,7 +137,7 @@ def reconstruct(
 
 
 def _modules_to_fit(
-    network: Network,
+    model: nn.Module,
     image_shape: tuple[int, ...],
     layers: str,
     apply_fn: ApplyFn | None,
@@ -147,8 +147,8 @@ def _modules_to_fit(
     Raises:
         ValueError: There is none.
     """
-    calls, _ = record_calls(network[0], image_shape, apply_fn=apply_fn)
-    misused = find_misused(*network, image_shape, apply_fn)
+    calls, expected = record_calls(model, image_shape, apply_fn=apply_fn)
+    misused = find_misused(model, expected, image_shape, apply_fn)
     inside = {path for path, call in calls.items() if call.is_factorised}
     modules = {
         path: call.module

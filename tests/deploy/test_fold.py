@@ -381,10 +381,15 @@ class Within(nn.Module):
         return block(self.make(), x)
 
 
-def standardised():
-    centred = lambda tree: jax.tree.map(lambda k: k - k.mean(), tree)  # noqa: E731
-    mapped = nn.map_variables(nn.Conv, "params", centred, init=True)
-    return mapped(4, (3, 3), use_bias=False, name="layer")
+class Centred(nn.Module):
+    """A convolution whose kernel is centred on the way."""
+
+    @nn.compact
+    def __call__(self, x):
+        centre = lambda tree: jax.tree.map(lambda k: k - k.mean(), tree)  # noqa: E731
+        options = {"init": self.is_initializing(), "mutable": True}
+        mapped = nn.map_variables(nn.Conv, "params", centre, **options)
+        return mapped(4, (3, 3), use_bias=False, name="layer")(x)
 
 
 def by_sign(x, kernel, *args, **options):
@@ -432,7 +437,7 @@ OUTSIDE = "also used outside of it"
         (TiedFactors(), OUTSIDE),
         (Rematerialised(), ""),
         *((Penalised(of), OUTSIDE) for of in ("kernel", "bias", "scale", "mean")),
-        (Within(standardised), ""),
+        (Within(lambda: Centred(name="centred")), ""),
         (Within(lambda: nn.Conv(4, (3, 3), conv_general_dilated=by_sign)), "own way"),
         (Within(lambda: Functional(name="layer")), ""),
     ],
