@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tyro
+from PIL import Image
 
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata, Preprocessing
@@ -303,4 +304,30 @@ def test_no_error_is_as_long_as_a_plan(tmp_path, capsys):
     options += ["--data.source", "digits", "--data.mean", "0.5", "--data.std", "0.25"]
     assert main(["fit", *options, "--workdir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert "the data's 10 classes say: width: 0.2 there, 0.3 here.\n" in said
+    assert "another network than `model`: width: 0.2 there, 0.3 here.\n" in said
+
+
+@pytest.mark.slow
+def test_images_of_several_sizes_are_resized_to_train_further(tmp_path, capsys):
+    model = ij.create_model("lenet", width=0.1, num_classes=2)
+    variables = ij.init_variables(model, jax.random.key(0), (8, 12, 3))
+    seen = Preprocessing((8, 12, 3), (0.5,) * 3, (0.25,) * 3)
+    data = Data(source="gone", mean=seen.mean, std=seen.std, crop_padding=0)
+    info = {"config": config_to_json(Config(data=data))}
+    path = tmp_path / "checkpoint"
+    ij.save_checkpoint(path, model, variables, metadata=Metadata(seen, (), info))
+    for split in ("train", "test"):
+        for label, sides in enumerate([(8, 12), (16, 24)]):
+            place = tmp_path / "images" / split / str(label)
+            place.mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", sides[::-1]).save(place / f"{index}.png")
+    arguments = ["finetune", str(path), "--epochs", "1", "--batch-size", "2"]
+    arguments += ["--data.source", f"imagefolder:{tmp_path / 'images'}"]
+    arguments += ["--data.cache-dir", str(tmp_path), "--workdir", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    assert "set `data.image_size` to have them resized" in capsys.readouterr().err
+    assert main([*arguments, "--data.image-size", "8", "12"]) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    # What the checkpoint has itself stays.
+    assert main([*arguments, "--data.mean", "0", "0", "0"]) == 2

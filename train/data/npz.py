@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 
 from train.data.sets import ImageSet, check_labels, make_set
+from train.errors import shortened
 
 # Without names, a label above this is taken for an error, not for so many classes.
 _MOST_UNNAMED = 100_000
@@ -30,15 +31,21 @@ def load_npz(path: str) -> ImageSet:
             f"x_train, y_train, x_test, y_test (np.savez)."
         )
     try:
-        with np.load(file) as archive:
+        # NumPy would leave a damaged file open.
+        with file.open("rb") as stream, np.load(stream) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    # TypeError means a single array (.npy); the others, no zip file or a damaged one.
-    except (TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # TypeError means a single array (.npy); the others, no zip file or a damaged one,
+    # which may seem encrypted, or compressed in a way that Python does not know.
+    except (
+        *(TypeError, ValueError, EOFError, OSError, RuntimeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ValueError(f"{file} is no NumPy archive: {error}.") from error
     training = {"x_train", "y_train"} if {"x_train", "y_train"} & set(arrays) else set()
     for key in sorted({"x_test", "y_test"} | training):
         if key not in arrays:
-            raise ValueError(f"{file} holds {sorted(arrays)}; must hold {key!r}.")
+            held = shortened(sorted(arrays))
+            raise ValueError(f"{file} holds {held}; must hold {key!r}.")
     splits = {
         split: (arrays[f"x_{split}"], arrays[f"y_{split}"])
         for split in ("train", "test")

@@ -68,7 +68,10 @@ def _run(argv: Sequence[str]) -> int:
     for name in ("init", "model"):
         _check_kept(name, getattr(default, name), getattr(config, name))
     for name in _ITS_OWN:
-        _check_kept(name, getattr(default.data, name), getattr(config.data, name))
+        own, given = getattr(default.data, name), getattr(config.data, name)
+        # Images that had the input's size when they were stored may be others now.
+        if name != "image_size" or own is not None:
+            _check_kept(name, own, given)
     if not config.data.source:
         raise UsageError(f"{path} names no data; say which with --data.")
     return args.train()

@@ -108,6 +108,24 @@ def test_names_of_bytes_are_names(tmp_path):
     assert load(f"npz:{tmp_path / 'set.npz'}").class_names == ("a", "b", "c")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_every_error_about_an_archive_names_its_file(save, tmp_path):
+    file, rng = tmp_path / "set.npz", np.random.default_rng(0)
+    save(file, **arrays())
+    content = np.frombuffer(file.read_bytes(), np.uint8)
+    for _ in range(300):
+        damaged = content.copy()
+        # Headers are at the file's ends.
+        places = rng.integers(-300, 300, size=3)
+        damaged[places] ^= (1 << rng.integers(8, size=3)).astype(np.uint8)
+        file.write_bytes(damaged[: rng.choice([len(damaged), 200, 2000])])
+        try:
+            load(f"npz:{file}")
+        except UsageError as error:
+            assert str(error).startswith((str(file), "set ")), error
+            assert len(str(error)) < 500
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(UsageError, match="no file .*none.npz.*x_train"):
         load(f"npz:{tmp_path / 'none.npz'}")
