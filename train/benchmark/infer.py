@@ -32,7 +32,7 @@ class Suite(NetworkSuite):
 
     def cases(self) -> Iterable[str]:
         for name in self.models:
-            check_budgets(create_model(name, width=self.width))
+            check_budgets(create_model(name, width=self.width), _TUCKER)
         return self.models
 
     def measure(self, case: str) -> dict[str, Any]:

@@ -41,8 +41,12 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def check_budgets(model: nn.Module) -> None:
+def check_budgets(model: nn.Module, rules: Iterable[str]) -> None:
     """Checks, without drawing any weights, that a network can keep to the budgets.
+
+    Args:
+        model: The network.
+        rules: The rules by which it is to be compressed, some of `RULES`.
 
     Raises:
         UsageError: It is too narrow: even with the least ranks it takes more.
@@ -53,7 +57,8 @@ def check_budgets(model: nn.Module) -> None:
     )
     sites = list(find_sites(model, zeros, shape).values())[1:]  # the stem stays
     total = count_cost(model, shape).macs
-    for name, rule in RULES.items():
+    for name in rules:
+        rule = RULES[name]
         if not isinstance(rule["ranks"], Budget):
             continue
         least = total + sum(
@@ -93,7 +98,7 @@ class Suite(NetworkSuite):
         if self.stem != "cifar" and self.models != ("resnet18",):
             raise UsageError(f"`stem` (={self.stem}) is for `models` (=resnet18).")
         for name in self.models:
-            check_budgets(self._model(name))
+            check_budgets(self._model(name), RULES)
         return self.models
 
     def _model(self, name: str) -> nn.Module:
