@@ -124,6 +124,10 @@ def cannot_factorise(module: nn.Conv) -> str | None:
         return "dilates its input"
     if module.mask is not None:
         return "has a mask"
+    convolve = module.conv_general_dilated
+    # Factors would not have the options that are bound; `train` is this library's own.
+    if isinstance(convolve, functools.partial) and convolve.func is not conv_for_linen:
+        return "computes in its own way (conv_general_dilated)"
     return own_arithmetic(module)
 
 

@@ -188,6 +188,16 @@ SEVERAL = "the kernels of several layers, as in nn.scan and nn.vmap"
         (lambda: Repeated(own=True, name="r"), ["r/two/a", "r/two/b"], SEVERAL),
         (lambda: each_twice(name="v"), ["v/a", "v/b"], SEVERAL),
         (lambda: conv(conv_general_dilated=by_sign, name="c"), ["c"], "in its own way"),
+        (
+            lambda: conv(
+                name="c",
+                conv_general_dilated=functools.partial(
+                    jax.lax.conv_general_dilated, precision="highest"
+                ),
+            ),
+            ["c"],
+            "in its own way",
+        ),
         (lambda: conv(promote_dtype=coarse, name="c"), ["c"], "types in its own way"),
         (lambda: Subclass(4, (3, 3), name="c"), ["c"], "is a Subclass, which"),
         (lambda: Shared(name="s"), ["s"], "other layers: extra/bias, extra/kernel"),
