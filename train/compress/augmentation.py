@@ -14,7 +14,7 @@ def augmentation_of(args: Compress, network: NetworkDescription) -> Data | None:
 
     What the options say comes before what the checkpoint says. None: they do not say
     enough. Other augmentation than the network's own moves its BatchNorm statistics: on
-    plain images, they cost a CIFAR-10 ResNet20 five points, even a dense one.
+    plain images, they cost a CIFAR-10 ResNet20 four points, even a dense one.
 
     Raises:
         UsageError: An option that has no effect.
