@@ -129,7 +129,9 @@ def _run() -> int:
         code = leaving.code or 0
     except KeyboardInterrupt:
         print("interrupted before the end.", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+        # Threads that compile are still at work, and an end as usual crashes in them.
+        os._exit(130)
     is_lost = is_output_lost() and not set(_TRAINING) & set(sys.argv[1:3])
     return code or int(is_lost)
 

@@ -105,7 +105,7 @@ def test_a_result_that_is_lost_is_no_success(subprocess_env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 3.0, 4.0])
 def test_ctrl_c_in_the_first_seconds_is_one_line(seconds, subprocess_env, tmp_path):
     data = save_bright_digits(tmp_path / "set.npz", 64, 16, 10)
     words = [*FIT_ONE, "--data.source", data, "--workdir", str(tmp_path / "run")]
