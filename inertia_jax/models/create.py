@@ -180,8 +180,8 @@ def init_variables(
         shape: Image shape [h, w, c]; None means the one the network was made for.
     """
     init = functools.partial(_first_variables, model, shape=shape)
-    # Under a transformation JAX takes no such options. A key that is a constant there is
-    # no tracer, but its copy is.
+    # Under a transformation JAX takes no such options. A constant key is no tracer
+    # there, but its copy is.
     key = jax.random.clone(key)
     is_traced = isinstance(key, jax.core.Tracer)
     on_cpu = jax.default_backend() == "cpu"
