@@ -41,18 +41,18 @@ def appearing(
     path = local_path(path)
     if path.is_symlink():
         path = pathlib.Path(os.path.realpath(path))
-    host = socket.gethostname()
+    machine = this_machine()
     name = path.name
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    partial = path.with_name(f".{name}.partial-{writer or f'{host}-{os.getpid()}'}")
+    partial = path.with_name(f".{name}.partial-{writer or f'{machine}-{os.getpid()}'}")
     if not commits:
         yield partial
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if writer is None:
-            _remove_rests(path.parent, host)
+            _remove_rests(path.parent, machine)
         remove(partial)
         try:
             yield partial
@@ -100,10 +100,20 @@ def remove(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove_rests(directory: pathlib.Path, host: str) -> None:
+def this_machine() -> str:
+    """Returns the name of this machine, or of this container on it."""
+    try:
+        # Containers may share a host's name, but not the numbers of their processes.
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()}-{namespace}"
+
+
+def _remove_rests(directory: pathlib.Path, machine: str) -> None:
     """Removes what writers of this machine left that were killed."""
     for rest in directory.glob(".*.partial-*"):
-        match = re.search(rf"\.partial-{re.escape(host)}-(\d+)$", rest.name)
+        match = re.search(rf"\.partial-{re.escape(machine)}-(\d+)$", rest.name)
         if match and not _is_alive(int(match[1])):
             remove(rest)
 

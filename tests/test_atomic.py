@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from inertia_jax.atomic import appearing, local_path
+from inertia_jax.atomic import appearing, local_path, this_machine
 
 
 def names(directory):
@@ -69,7 +69,7 @@ def test_a_killed_writers_rest_is_removed(tmp_path):
 
 def test_writers_on_one_disk_have_places_of_their_own(tmp_path):
     with appearing(tmp_path / "file") as partial:
-        name = f".file.partial-{socket.gethostname()}-{os.getpid()}"
+        name = f".file.partial-{this_machine()}-{os.getpid()}"
         assert partial == tmp_path / name
         with appearing(tmp_path / "file", writer="other") as other:
             other.write_text("other")
@@ -102,15 +102,18 @@ def dead_process():
 
 
 def test_what_killed_writers_left_is_removed_by_the_next(tmp_path):
-    host, dead = socket.gethostname(), dead_process()
-    left = tmp_path / f".other.partial-{host}-{dead}"
+    here, dead = this_machine(), dead_process()
+    # A container of the same name has other processes.
+    other = f"{socket.gethostname()}-1"
+    left = tmp_path / f".other.partial-{here}-{dead}"
     left.mkdir()
     (left / "arrays").mkdir()
-    (tmp_path / f".file.partial-{host}-{dead}").touch()
+    (tmp_path / f".file.partial-{here}-{dead}").touch()
     others = [
-        f".file.partial-{host}-{os.getppid()}",
+        f".file.partial-{here}-{os.getppid()}",
         f".file.partial-elsewhere-{dead}",
-        f"file.partial-{host}-{dead}",
+        f".file.partial-{other}-{dead}",
+        f"file.partial-{here}-{dead}",
         ".notes",
     ]
     for name in others:

@@ -232,7 +232,7 @@ def test_budgets_are_judged_as_compress_judges_them():
         ]
         if is_refused:
             with pytest.raises(UsageError, match="still takes 0.3") as ours:
-                check_budgets(model)
+                check_budgets(model, RULES)
             with pytest.raises(ValueError, match="must be at least 0.3") as its:
                 for rule in rules:
                     ij.compress(model, variables, **rule)
@@ -242,7 +242,7 @@ def test_budgets_are_judged_as_compress_judges_them():
             ]
             assert float(least[0][0]) == pytest.approx(float(least[1][0]), abs=1e-3)
         else:
-            check_budgets(model)
+            check_budgets(model, RULES)
             for rule in rules:
                 ij.compress(model, variables, **rule)
 

@@ -1,11 +1,11 @@
 """The base of the suites of `python -m train benchmark`."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from train.errors import user_input
-from train.machine.processes import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class BaseSuite:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Measures the cases in order, prints each row and yields it."""
         for case in self.cases():
-            say(f"measuring {case}")
+            # Not `say`, which starts devices that other processes may be about to use.
+            print(f"measuring {case}", file=sys.stderr, flush=True)
             with user_input():
                 row = self.measure(case)
             print(self.describe(row), flush=True)

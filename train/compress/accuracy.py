@@ -19,7 +19,7 @@ def stage_evaluator(
 ) -> Callable[[Mapping[str, Network]], dict[str, list[Evaluation]]]:
     """Returns a function that evaluates networks, by stage, on every test set.
 
-    Equal models are compiled once.
+    Equal models of one call are compiled once. Nothing stays on the devices.
 
     Args:
         description: The description of the dense network, which holds for all of them.
@@ -29,12 +29,12 @@ def stage_evaluator(
     # As the training images are that the networks are made with.
     settings = EvaluationSettings(cache_dir=cache_dir, resize=True)
 
-    @functools.cache
-    def evaluator(source: str, model: nn.Module) -> Any:
-        network = dataclasses.replace(description, model=model)
-        return evaluator_for(network, source, settings)
-
     def evaluate(stages: Mapping[str, Network]) -> dict[str, list[Evaluation]]:
+        @functools.cache
+        def evaluator(source: str, model: nn.Module) -> Any:
+            network = dataclasses.replace(description, model=model)
+            return evaluator_for(network, source, settings)
+
         return {
             name: [evaluator(source, model)(variables) for source in sources]
             for name, (model, variables) in stages.items()

@@ -88,12 +88,15 @@ def malloc_tunables() -> str | None:
 @contextlib.contextmanager
 def tunables_for_children() -> Iterator[None]:
     """Gives programs that are started meanwhile the setting that this one has."""
-    before = os.environ.get(_VARIABLE, "")
-    os.environ[_VARIABLE] = malloc_tunables() or ""
+    before = os.environ.get(_VARIABLE)
+    if (setting := malloc_tunables()) is not None:
+        os.environ[_VARIABLE] = setting
     try:
         yield
     finally:
-        os.environ[_VARIABLE] = before
+        os.environ.pop(_VARIABLE, None)
+        if before is not None:
+            os.environ[_VARIABLE] = before
 
 
 @functools.cache

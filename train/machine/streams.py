@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 from typing import Any, TextIO
 
@@ -15,7 +16,9 @@ class _LastingFile(io.FileIO):
         """Writes, or drops the content once a write has failed."""
         if self.error is None:
             try:
-                return super().write(content)
+                while (written := super().write(content)) is None:
+                    select.select([], [self], [])  # a slow reader, and no blocking
+                return written
             except OSError as error:
                 self.error = error
                 if self.fileno() == 1 and not isinstance(error, BrokenPipeError):

@@ -210,7 +210,7 @@ class RunDirectory:
         """Writes out what is buffered, and lets other runs have the directory."""
         try:
             if self._events is not None:
-                self._metrics.flush()
+                self._metrics.close()
                 self._events.close()
         finally:
             if self._lock is not None:

@@ -93,6 +93,15 @@ class Log:
             return
         self._waiting, self._has_failed = "", False
 
+    def close(self) -> None:
+        """Tries once more, and says how many lines could not be written."""
+        self.flush()
+        if lost := self._waiting.count("\n"):
+            print(
+                f"warning: {lost} lines of {self._path} could not be written.",
+                file=sys.stderr,
+            )
+
 
 def _write_all(file: Any, content: bytes) -> None:
     while content:

@@ -1,5 +1,6 @@
 """Standard streams that go away end no program and prevent no start."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ keep_streams()
 for number in range(1000):
     print("line", number, "x" * 99, flush=number % 2 == 0)
     print("warning", number, file=sys.stderr)
+sys.stdout.flush()
 sys.stdout.buffer.write(b"bytes"); sys.stdout.flush()
 os.system("true")
 with open(sys.argv[1], "w") as file:
@@ -69,6 +71,24 @@ def test_a_program_goes_on(
     assert "Traceback" not in found.stderr and "ignored" not in found.stderr
     said = "standard output cannot be written: No space left on device"
     assert found.stderr.count(said) == is_said
+
+
+def test_a_slow_reader_of_a_pipe_that_never_blocks_gets_all(subprocess_env, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PRINTING)
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    env = {**subprocess_env, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, program, tmp_path / "out"]
+    with subprocess.Popen(
+        command, env=env, stdout=theirs, stderr=subprocess.DEVNULL
+    ) as process:
+        os.close(theirs)
+        time.sleep(1)  # the pipe, which holds 64 KiB, is full
+        with os.fdopen(ours, "rb") as file:
+            lines = file.read().splitlines()
+    assert process.returncode == 0
+    assert len(lines) == 1001
 
 
 def test_what_is_printed_arrives(subprocess_env, tmp_path):

@@ -159,11 +159,15 @@ def test_lines_wait_until_there_is_space(tmp_path, monkeypatch, capsys):
         patch.setattr("train.run.lines._write_all", write_half)
         log.add({"b": 2})
         log.add({"c": 3})
+        told = capsys.readouterr().err
+        log.close()
+        lost = f"2 lines of {tmp_path / 'log'} could not be written"
+        assert lost in capsys.readouterr().err
     assert (tmp_path / "log").read_text() == '{"a": 1}\n'
-    told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert f"could not write {tmp_path / 'log'}: No space left on device" in told
-    log.flush()
+    log.close()
+    assert not capsys.readouterr().err
     assert (tmp_path / "log").read_text() == '{"a": 1}\n{"b": 2}\n{"c": 3}\n'
 
 
