@@ -1,6 +1,6 @@
 """BatchNorm recalibration: new running statistics for a network that has changed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -22,6 +21,8 @@ from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.ops.precision import at_least_float32
 
 _Stats = dict[tuple[str, ...], Any]
+# A start beside which the statistics of no batch count, in the numbers of float32.
+_FAR = 2.0**60
 
 
 def recalibrate_batch_norm(
@@ -36,9 +37,10 @@ def recalibrate_batch_norm(
 
     The statistics are `mean` and `var` of BatchNorm, and the mean of relative friction.
     While they are measured, every layer normalises with its batch's own statistics, as
-    in training. Means are averaged over the batches. Variances are those of all images
-    together: the mean variance inside batches plus the variance of their means. They
-    are measured in float32 or wider and stored in the type that they had.
+    in training. Statistics that training does not move (`use_running_average=True`) are
+    used, and kept. Means are averaged over the batches. Variances are those of all
+    images together: the mean variance inside batches plus the variance of their means.
+    They are measured in float32 or wider and stored in the type that they had.
 
     The images must be as in training, cropped and mirrored. Plain ones cost a CIFAR-10
     ResNet20 four points, although nothing else in it has changed.
@@ -76,32 +78,23 @@ def recalibrate_batch_norm(
     old = {path: jnp.asarray(stored[path]) for path in paths}
 
     @jax.jit
-    def batch_statistics(variables: Any, old: _Stats, batch: Any) -> _Stats:
-        def after_a_step(start: _Stats) -> _Stats:
-            stats = traverse_util.unflatten_dict({**stored, **start})
-            _, changed = apply_as_trained(
-                model,
-                {**variables, "batch_stats": stats},
-                batch,
-                train=True,
-                apply_fn=apply_fn,
-            )
-            moved = traverse_util.flatten_dict(dict(changed["batch_stats"]))
-            return {path: moved[path] for path in start}
-
-        # A step moves statistics s to a s + (1 - a) b, where b are the batch's own. Its
-        # derivative is a, so that no layer need say its momentum.
-        wide = {path: at_least_float32(leaf.dtype) for path, leaf in old.items()}
-        zeros = {path: jnp.zeros(old[path].shape, wide[path]) for path in old}
-        moved, kept = jax.jvp(
-            after_a_step, (zeros,), (jax.tree.map(jnp.ones_like, zeros),)
+    def after_a_step(start: _Stats, variables: Any, batch: Any) -> _Stats:
+        stats = traverse_util.unflatten_dict({**stored, **start})
+        _, changed = apply_as_trained(
+            model,
+            {**variables, "batch_stats": stats},
+            batch,
+            train=True,
+            apply_fn=apply_fn,
         )
-        return jax.tree.map(_without_momentum, moved, kept, old)
+        moved = traverse_util.flatten_dict(dict(changed["batch_stats"]))
+        return {path: moved[path] for path in start}
 
-    measured = [
-        jax.device_get(batch_statistics(variables, old, batch))
-        for batch in batched(images, batch_size)
-    ]
+    measured = _measured(
+        lambda start, batch: jax.device_get(after_a_step(start, variables, batch)),
+        {path: leaf.astype(at_least_float32(leaf.dtype)) for path, leaf in old.items()},
+        batched(images, batch_size),
+    )
     stacked = {path: np.stack([stats[path] for stats in measured]) for path in paths}
     new = {}
     for path, values in stacked.items():
@@ -121,6 +114,27 @@ def running_statistics(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
     return batch_norm_paths(variables) | frictions
 
 
-def _without_momentum(moved: Array, kept: Array, old: Array) -> Array:
-    # Statistics that training does not move stay as they are.
-    return jnp.where(kept < 1, moved / jnp.where(kept < 1, 1 - kept, 1), old)
+def _measured(
+    after_a_step: Callable[[_Stats, np.ndarray], _Stats],
+    old: _Stats,
+    batches: list[np.ndarray],
+) -> list[_Stats]:
+    """Returns the statistics of each batch, or the old ones where no step moves them.
+
+    A step moves statistics s to a s + (1 - a) b, where b are the batch's own. From far
+    away it gives a, so that no layer need say its momentum.
+    """
+
+    def starts(moves: _Stats, start: float) -> _Stats:
+        # A layer that does not move its statistics computes with them.
+        return jax.tree.map(lambda m, s: jnp.where(m, start, s), moves, old)
+
+    everything = jax.tree.map(lambda s: np.ones(s.shape, bool), old)
+    seen = after_a_step(starts(everything, _FAR), batches[0])
+    moves = jax.tree.map(lambda s: s != _FAR, seen)
+    seen = after_a_step(starts(moves, _FAR), batches[0])
+    steps = jax.tree.map(lambda m, s: np.where(m, 1 - s / _FAR, 1), moves, seen)
+    start = starts(moves, 0)
+    return [
+        jax.tree.map(np.divide, after_a_step(start, batch), steps) for batch in batches
+    ]

@@ -181,3 +181,57 @@ def test_blank_images_need_not_be_defined():
         stats["BatchNorm_0"]["mean"], scaled.mean(0), rtol=1e-3, atol=1e-5
     )
     np.testing.assert_allclose(stats["BatchNorm_0"]["var"], scaled.var(0), rtol=1e-3)
+
+
+class Frozen(nn.Module):
+    """A BatchNorm that is never trained, before one that is."""
+
+    is_remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        norm = nn.remat(nn.BatchNorm) if self.is_remat else nn.BatchNorm
+        x = norm(use_running_average=True, name="frozen")(x)
+        # Its gradient is given in reverse mode alone.
+        x = ij.ops.max_pool2d(x, 2)
+        x = reverse_only(x)
+        return nn.BatchNorm(not train, momentum=0.999, name="moving")(x)
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    return 2 * x
+
+
+reverse_only.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+
+@pytest.mark.parametrize("is_remat", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_training_leaves_as_it_is_is_used_and_kept(is_remat, dtype):
+    model, x = Frozen(is_remat), noise(12, 4, 4, 3)
+    variables = model.init(jax.random.key(0), x)
+    stats = {"mean": jnp.array([0.5, 0, -1], dtype), "var": jnp.array([4, 1, 0], dtype)}
+    stats = {**variables["batch_stats"], "frozen": stats}
+    variables = {**variables, "batch_stats": stats}
+    found = ij.recalibrate_batch_norm(model, variables, x, batch_size=4)["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, found["frozen"], stats["frozen"])
+    assert found["frozen"]["mean"].dtype == dtype
+    seen = (x - [0.5, 0, -1]) / np.sqrt(np.array([4, 1, 0]) + 1e-5)
+    seen = 2 * seen.reshape(12, 2, 2, 2, 2, 3).max((2, 4)).reshape(-1, 3)
+    np.testing.assert_allclose(found["moving"]["mean"], seen.mean(0), rtol=1e-3)
+    np.testing.assert_allclose(found["moving"]["var"], seen.var(0), rtol=1e-3)
+
+
+class AllFrozen(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Dropout(0.0)(x, deterministic=not train)
+        return nn.BatchNorm(use_running_average=True)(x)
+
+
+def test_a_network_whose_statistics_never_move_keeps_them():
+    x = noise(4, 4, 4, 3)
+    variables = AllFrozen().init(jax.random.key(0), x)
+    found = ij.recalibrate_batch_norm(AllFrozen(), variables, x)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
