@@ -27,6 +27,7 @@ from inertia_jax.compression.calibration import (
 )
 from inertia_jax.compression.layer_fit import LayerIO, fit_part
 from inertia_jax.compression.parameter_uses import find_misused
+from inertia_jax.compression.planned import own_arithmetic
 from inertia_jax.compression.sites import leaves_at, with_leaves
 from inertia_jax.intercept import check_in_view, first_argument, on_calls
 from inertia_jax.layers.inertial import InertialConv
@@ -64,8 +65,9 @@ def reconstruct(
     most of the error. A quarter of the images is held out and chooses the number of
     steps; a kernel that no step improves there stays as it is. The factors of a layer
     are fitted one after another. Layers whose gates choose a maximum (`combine="max"`)
-    are left as they are, and so are factors before an inertial core, and layers whose
-    parameters are transformed on the way or also used elsewhere.
+    are left as they are, and so are factors before an inertial core, layers whose
+    parameters are transformed on the way or also used elsewhere, and layers that
+    convolve by a function of their own.
 
     Labels are not needed. During the fit BatchNorm normalises with the statistics of
     each batch, so call `recalibrate_batch_norm` afterwards. Thresholds and the mean of
@@ -158,6 +160,7 @@ def _modules_to_fit(
         and path.rpartition("/")[0] not in inside
         and linear_parts(call.module)
         and not misused.get(path)
+        and not own_arithmetic(call.module)
     }
     if not modules:
         raise ValueError(

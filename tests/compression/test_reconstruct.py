@@ -364,7 +364,10 @@ def test_folded_networks_are_no_targets(resnet):
 
 
 class Mixed(nn.Module):
-    """A plain layer, one whose kernel is centred, and one whose kernel is read."""
+    """A plain layer, one whose kernel is centred, one whose kernel is read, and so on.
+
+    The layer `own` convolves by a function of its own.
+    """
 
     @nn.compact
     def __call__(self, x):
@@ -374,7 +377,12 @@ class Mixed(nn.Module):
         x = centred(4, (3, 3), use_bias=False, name="centred")(nn.relu(x))
         tied = nn.Conv(4, (1, 1), name="tied")
         x = nn.relu(tied(x)) @ tied.variables["params"]["kernel"][0, 0].T
+        x = nn.Conv(4, (3, 3), conv_general_dilated=by_square, name="own")(x)
         return nn.Conv(4, (3, 3), name="last")(x)
+
+
+def by_square(x, kernel, *args, **options):
+    return jax.lax.conv_general_dilated(x, kernel**2, *args, **options)
 
 
 def test_layers_whose_parameters_are_transformed_or_read_elsewhere_stay():
