@@ -26,12 +26,17 @@ def both_sides(sides: int | Sequence[int]) -> tuple[int, int]:
     """Returns height and width, of which one number is both.
 
     Raises:
-        ValueError: There are neither one nor two numbers.
+        ValueError: There are neither one nor two numbers, or they are no integers.
     """
-    pair = tuple(sides) if isinstance(sides, Sequence) else (sides, sides)
+    pair: tuple[Any, ...] = (sides, sides)
+    if isinstance(sides, Sequence) and not isinstance(sides, str):
+        pair = tuple(sides)
     if len(pair) != 2:
         raise ValueError(f"`sides` (={sides!r}) must be one number, or two.")
-    return operator.index(pair[0]), operator.index(pair[1])
+    try:
+        return operator.index(pair[0]), operator.index(pair[1])
+    except TypeError as error:
+        raise ValueError(f"`sides` (={sides!r}) must be integers.") from error
 
 
 def shortest_sides(sides: int | Sequence[int]) -> int | tuple[int, int]:

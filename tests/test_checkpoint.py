@@ -14,6 +14,8 @@ from flax.core import freeze
 import inertia_jax as ij
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays
 from inertia_jax.metadata import Metadata, Preprocessing, both_sides, load_metadata
+from train.config import Data
+from train.errors import UsageError
 
 PREPROCESSING = Preprocessing((32, 32, 3), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), 40)
 
@@ -219,7 +221,16 @@ def test_images_are_resized_to_one_side_or_to_two(resize, kept, sides, tmp_path)
     assert written["preprocessing"]["resize"] == expected
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_sides_are_one_number_or_two():
     assert both_sides(5) == both_sides([5, 5]) == (5, 5)
     with pytest.raises(ValueError, match="must be one number, or two"):
         both_sides((24, 48, 3))
+    assert both_sides(np.int64(5)) == (5, 5)
+    for sides in (32.0, "32", (24, 48.0), (24, "48"), None):
+        with pytest.raises(ValueError, match=r"`sides` \(=.*\) must be integers"):
+            both_sides(sides)
+    with pytest.raises(ValueError, match="must be integers"):
+        Preprocessing((24, 48, 1), (0.5,), (0.2,), 256.0)
+    with pytest.raises(UsageError, match=r"`sides` \(=32.0\) must be integers"):
+        Data(image_size=32.0)
