@@ -14,8 +14,9 @@ from train.data.image_files import (
     list_images,
     read_image,
 )
-from train.data.sets import ImageSet, warn
+from train.data.sets import ImageSet
 from train.errors import shortened
+from train.machine.processes import warn
 
 Files = list[tuple[pathlib.Path, int]]
 

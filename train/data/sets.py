@@ -1,12 +1,11 @@
 """Image sets: uint8 images and labels, checked, the same from every source."""
 
 import dataclasses
-import functools
-import sys
 from collections.abc import Sequence
 
-import jax
 import numpy as np
+
+from train.machine.processes import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +112,6 @@ def make_set(
             f"{test.images.shape[1:]}; must be of one shape."
         )
     return ImageSet(name, train, test, class_names)
-
-
-@functools.cache
-def warn(text: str) -> None:
-    """Prints a warning on standard error: on the first process, and only once."""
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr)
 
 
 def warn_of_other_names(data: ImageSet, class_names: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """Mean and deviation of a set's pixels, beside those that it is normalised with."""
 
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from train.data.sets import ImageSet, Split
+from train.machine.processes import warn
 
 # Images that are measured: enough for two digits.
 _IMAGES = 256
@@ -52,10 +52,9 @@ def warn_of_normalisation(
     if offsets.max() <= 0.5 and ratios.min() >= 2 / 3 and ratios.max() <= 3 / 2:
         return
     found = (tuple(np.round(v, 3).tolist()) for v in (means, deviations))
-    print(
-        "warning: the training images of {} have mean {} and deviation {}, ".format(
-            data.name, *found
+    warn(
+        "the training images of {} have mean {} and deviation {}, of pixels in "
+        "[0, 1]; {} has {} and {}.".format(
+            data.name, *found, whose, tuple(mean), tuple(std)
         )
-        + f"of pixels in [0, 1]; {whose} has {tuple(mean)} and {tuple(std)}.",
-        file=sys.stderr,
     )

@@ -8,11 +8,10 @@ from train.config import CacheDirOption, Data
 from train.data import ImageSet, load_data, warn_of_other_names
 from train.data.augment import Augmentation
 from train.data.feed import make_feed
-from train.data.sets import warn
 from train.errors import UsageError, shortened
 from train.evaluate.evaluation import Evaluation, make_evaluator
 from train.machine.parallel import Parallel
-from train.machine.processes import first_devices, say
+from train.machine.processes import first_devices, say, warn
 from train.networks import NetworkDescription, TrainedNetwork
 
 

@@ -1,11 +1,9 @@
 """Checks before training: data and devices must suit the configuration."""
 
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from inertia_jax import Inertial, Rate
@@ -13,7 +11,7 @@ from train.config import Config
 from train.data import ImageSet, Split
 from train.errors import UsageError
 from train.fit.teacher import hash_variables
-from train.machine.processes import differing_process
+from train.machine.processes import differing_process, warn
 from train.step.objective import is_held
 
 
@@ -26,11 +24,10 @@ def warn_of_unreached(config: Config) -> None:
     elif optimizer.schedule == "exponential":
         name, epochs = "decay_epochs", [optimizer.decay_epochs]
     late = [str(epoch) for epoch in epochs if epoch >= config.epochs]
-    if late and jax.process_index() == 0:
-        print(
-            f"warning: the learning rate does not fall after epoch {', '.join(late)} "
-            f"(`optimizer.{name}`): the run ends after epoch {config.epochs}.",
-            file=sys.stderr,
+    if late:
+        warn(
+            f"the learning rate does not fall after epoch {', '.join(late)} "
+            f"(`optimizer.{name}`): the run ends after epoch {config.epochs}."
         )
 
 

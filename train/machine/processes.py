@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import socket
@@ -57,6 +58,13 @@ def say(words: str) -> None:
     """
     if jax.process_index() == 0:
         print(words, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Prints a warning on standard error: on the first process, and only once."""
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def early_processes(argv: Sequence[str]) -> Processes:

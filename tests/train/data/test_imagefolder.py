@@ -11,8 +11,8 @@ from PIL import Image
 
 from train.data import load_data
 from train.data.image_files import read_image
-from train.data.sets import warn
 from train.errors import UsageError
+from train.machine.processes import warn
 
 RNG = np.random.default_rng(0)
 

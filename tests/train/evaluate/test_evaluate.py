@@ -13,9 +13,9 @@ from PIL import Image
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata
 from train.__main__ import main
-from train.data.sets import warn
 from train.evaluate.evaluation import Evaluation
 from train.fit.loop import FitResult, summary
+from train.machine.processes import warn
 from train.step.train_step import gate_rates
 
 pytestmark = pytest.mark.usefixtures("one_device")
