@@ -1,7 +1,6 @@
 """The checkpoint that a run starts from: checked before anything is compiled, read."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -32,15 +31,15 @@ def verify_initial(config: Config) -> None:
             verify_checkpoint(find_checkpoint(config.init))
 
 
-def check_initial(config: Config, data: ImageSet) -> pathlib.Path | None:
-    """Returns the checkpoint that a run starts from; None if it starts from none.
+def check_initial(config: Config, data: ImageSet) -> None:
+    """Checks that the checkpoint that a run starts from suits the run, if it has one.
 
     Raises:
         UsageError: There is no checkpoint, or it has another network or another
             normalisation.
     """
     if config.init is None:
-        return None
+        return
     path, name = find_checkpoint(config.init), f"`init` (={config.init})"
     with user_input():
         model, metadata = load_description(path)
@@ -77,7 +76,6 @@ def check_initial(config: Config, data: ImageSet) -> pathlib.Path | None:
                 f"{name} takes images of {theirs.image_shape}, the run has "
                 f"{own.image_shape}, for which layers have other sizes: {differing[0]}."
             )
-    return path
 
 
 def read_initial(
@@ -86,15 +84,15 @@ def read_initial(
     """Returns the variables of `config.init`; None if that is not set.
 
     With `config.new_head`, the last layer is drawn with `key`, and nothing else is.
+    `verify_initial` and `check_initial` have passed.
 
     Raises:
-        UsageError: As `check_initial`, or the checkpoint is damaged.
+        UsageError: The variables are not those of the network.
     """
-    path = check_initial(config, data)
-    if path is None:
+    if config.init is None:
         return None
+    path = find_checkpoint(config.init)
     with user_input():
-        verify_checkpoint(path)
         variables = load_arrays(path)["variables"]
     if jax.process_count() > 1:
         check_same_everywhere(path, variables)

@@ -13,11 +13,13 @@ from helpers import flat, save_bright_digits
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
-from train.config import Config, Optimizer
-from train.data.sets import Split
-from train.data.statistics import pixel_statistics
+from train.config import Config, Data, Optimizer
+from train.data.sets import ImageSet, Split
+from train.data.statistics import pixel_statistics, warn_of_normalisation
 from train.fit.checks import warn_of_unreached
-from train.fit.initial import head_paths
+from train.fit.initial import check_initial, head_paths, read_initial, verify_initial
+from train.machine.processes import warn
+from train.networks import model_config
 from train.step.optimizer import make_schedule
 from train.verbs.finetune import _checkpoint_name
 from train.verbs.fit import parse
@@ -193,6 +195,24 @@ def test_a_damaged_checkpoint_is_refused_before_data_are_read(
     assert "damaged is damaged: arrays/" in capsys.readouterr().err
 
 
+def test_the_checkpoint_of_a_run_is_hashed_once(checkpoint, monkeypatch):
+    model, variables = ij.load_checkpoint(checkpoint)
+    test = Split(np.zeros((1, *SHAPE), np.uint8), np.zeros(1, np.int32))
+    data = ImageSet("set", None, test, NAMES)
+    config = Config(
+        init=str(checkpoint),
+        data=Data(mean=(0.43,), std=(0.25,)),
+        model=model_config(model),
+    )
+    hashed = []
+    monkeypatch.setattr("train.fit.initial.verify_checkpoint", hashed.append)
+    verify_initial(config)
+    check_initial(config, data)
+    found = read_initial(config, data, model, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    assert hashed == [checkpoint]
+
+
 def test_statistics_are_numpys():
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(100, 5, 7, 3), dtype=np.uint8)
@@ -246,11 +266,24 @@ def test_other_statistics_than_the_checkpoints_are_said(
         (3, {"schedule": "exponential", "decay_epochs": 2}, None),
     ],
 )
-def test_a_fall_that_never_comes_is_said(epochs, optimizer, message, capsys):
-    warn_of_unreached(Config(epochs=epochs, optimizer=Optimizer(**optimizer)))
+def test_a_fall_that_never_comes_is_said_once(epochs, optimizer, message, capsys):
+    warn.cache_clear()
+    for _ in range(2):
+        warn_of_unreached(Config(epochs=epochs, optimizer=Optimizer(**optimizer)))
     said = capsys.readouterr().err
     assert message in said if message else not said
     assert said.count("\n") == (message is not None)
+
+
+def test_other_statistics_are_said_once(capsys):
+    warn.cache_clear()
+    dark = Split(np.zeros((4, *SHAPE), np.uint8), np.zeros(4, np.int32))
+    for _ in range(2):
+        data = ImageSet("dark", dark, dark, NAMES)
+        warn_of_normalisation(data, (0.5,), (0.25,), whose="the configuration")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("warning: the training images of dark have mean (0.0,)")
 
 
 def test_the_documented_commands_do_not_collide_and_reach_their_falls(capsys):
