@@ -82,6 +82,13 @@ class NetworkDescription:
             ) from error
 
     @property
+    def unknown_augmentation(self) -> list[str]:
+        """Fields of `Data` that say how images are augmented, and are not recorded."""
+        return [
+            name for name in ("crop_padding", "flip") if name not in self.recorded_data
+        ]
+
+    @property
     def source(self) -> str | None:
         """Source of the data that the network was trained on, if it is recorded."""
         data = self.trained_on
@@ -210,7 +217,12 @@ def from_checkpoint(
     image_size: int | tuple[int, int] | None = preprocessing.image_shape[:2]
     if trained_on is not None and "image_size" in network.recorded_data:
         image_size = trained_on.image_size
-    data = config.data if keep_data else (trained_on or Data(source=""))
+    data = config.data
+    if not keep_data:
+        data = trained_on or Data(source="")
+        # As any other training has it.
+        defaults = {name: getattr(Data, name) for name in network.unknown_augmentation}
+        data = dataclasses.replace(data, **defaults)
     return dataclasses.replace(
         config,
         init=str(network.path.absolute()),

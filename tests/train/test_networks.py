@@ -22,6 +22,7 @@ from train.errors import UsageError
 from train.networks import from_checkpoint, read_description, read_network
 from train.run.checkpoints import find_checkpoint
 from train.verbs.evaluate import Evaluate
+from train.verbs.finetune import run as run_finetune
 from train.verbs.fit import parse
 from train.verbs.sweep import SweepArguments
 
@@ -81,8 +82,8 @@ def openings(monkeypatch):
         ("evaluate", "", 1),
         ("export", "--out exported --batch-size 8", 1),
         ("compress", "--ranks ratio:0.5 --out small --calibration-images 8", 1),
-        # For the defaults, then twice with the variables that training starts from.
-        ("finetune", "--epochs 1 --batch-size 8 --workdir tuned", 3),
+        # For the defaults, then by the run that starts from it.
+        ("finetune", "--epochs 1 --batch-size 8 --workdir tuned", 2),
     ],
 )
 def test_a_checkpoint_is_opened_once(
@@ -147,8 +148,9 @@ def test_what_compress_was_told_of_the_data_is_remembered(tmp_path):
     told = Data("npz:there", "c", mean=(0.5,), std=(0.25,), crop_padding=3, flip=False)
     assert network.trained_on == told
     config = from_checkpoint(Config(), network, keep_data=False)
-    # The size is the network's, as of an imported one.
-    assert config.data == dataclasses.replace(told, image_size=8)
+    # The size is the network's, and what was not told is as in any training, as it is
+    # for an imported one.
+    assert config.data == dataclasses.replace(told, image_size=8, flip=True)
     # Of what was recorded in training, the rest stays.
     info["config"] = config_to_json(Config(data=dataclasses.replace(DATA, flip=True)))
     ij.save_checkpoint(
@@ -196,9 +198,30 @@ def test_what_is_half_recorded_is_not_guessed(tmp_path):
     own = Data("here", mean=(0.5,), std=(0.25,), crop_padding=0, flip=False)
     assert network.trained_on == own
     config = from_checkpoint(Config(), network, keep_data=False)
-    assert config.data == dataclasses.replace(own, image_size=8)
+    augmented = {"crop_padding": 4, "flip": True}
+    assert config.data == dataclasses.replace(own, image_size=8, **augmented)
     with pytest.raises(UsageError, match="bad does not say in a known form"):
         _ = read_description(tmp_path / "bad").trained_on
+
+
+@pytest.mark.parametrize("recorded", [{}, {"flip": False}])
+def test_augmentation_that_nobody_recorded_is_said(
+    recorded, tmp_path, capsys, monkeypatch
+):
+    model, variables = save(tmp_path / "imported")
+    told = {"compressed": {"data": "npz:there", **recorded}}
+    metadata = Metadata(SEEN, NAMES, told)
+    ij.save_checkpoint(tmp_path / "small", model, variables, metadata=metadata)
+    monkeypatch.setattr("train.verbs.finetune.Finetune.train", lambda run: run.run.data)
+    data = run_finetune([str(tmp_path / "small"), "--data.crop-padding", "3"])
+    said = "`data.crop_padding` (=3)" + ("" if recorded else " and `data.flip` (=True)")
+    assert f"how its images were augmented; this run has {said}\n" in (
+        capsys.readouterr().err
+    )
+    assert (data.crop_padding, data.flip) == (3, not recorded)
+    save(tmp_path / "trained", data=dataclasses.replace(DATA, source="npz:there"))
+    run_finetune([str(tmp_path / "trained")])
+    assert "augmented" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import tyro
 from train.config import FINETUNE, check_used
 from train.config_file import load_config
 from train.errors import UsageError, shortened
-from train.machine.processes import early_processes, joined
+from train.machine.processes import early_processes, joined, say
 from train.networks import from_checkpoint, read_description
 from train.run.checkpoints import find_checkpoint
 from train.verbs.fit import RunArguments, config_option
@@ -74,6 +74,12 @@ def _run(argv: Sequence[str]) -> int:
             _check_kept(name, own, given)
     if not config.data.source:
         raise UsageError(f"{path} names no data; say which with --data.")
+    if file is None and network.unknown_augmentation:
+        used = " and ".join(
+            f"`data.{name}` (={getattr(config.data, name)})"
+            for name in network.unknown_augmentation
+        )
+        say(f"{path} does not say how its images were augmented; this run has {used}")
     return args.train()
 
 
