@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
 from train.networks import cost_to_json, read_description
 from train.run.checkpoints import last_checkpoint
+from train.run.lines import append, parsed
 from train.run.report import make_record
 
 
@@ -71,7 +73,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     with user_input():
         lines = path.read_text().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        record = _parsed(line)
+        record = parsed(line)
         if record is None and line.startswith("{") and not line.endswith("\n"):
             continue
         if record is None or not {"name", "seed", "config"} <= set(record):
@@ -82,23 +84,15 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Adds a record, after cutting off a line that a kill left unfinished."""
+    content = json.dumps(record).encode() + b"\n"
     text = path.read_bytes()
     start = text.rfind(b"\n") + 1
     last = text[start:]
-    with path.open("ab") as file:
-        if last and _parsed(last) is None:
-            file.truncate(start)
-        elif last:
-            file.write(b"\n")
-        file.write(json.dumps(record).encode() + b"\n")
-
-
-def _parsed(line: str | bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
+    if last and parsed(last) is None:
+        os.truncate(path, start)
+    elif last:
+        content = b"\n" + content
+    append(path, content)
 
 
 def find_record(

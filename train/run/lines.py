@@ -75,13 +75,7 @@ class Log:
         if not self._waiting:
             return
         try:
-            with self._path.open("ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    _write_all(file, self._waiting.encode())
-                except OSError:
-                    file.truncate(end)  # no half line is left
-                    raise
+            append(self._path, self._waiting.encode())
         except OSError as error:
             if not self._has_failed:
                 self._has_failed = True
@@ -101,6 +95,17 @@ class Log:
                 f"warning: {lost} lines of {self._path} could not be written.",
                 file=sys.stderr,
             )
+
+
+def append(path: pathlib.Path, content: bytes) -> None:
+    """Adds all of `content` to a file, or, where that raises OSError, nothing."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            _write_all(file, content)
+        except OSError:
+            file.truncate(end)  # no half line is left
+            raise
 
 
 def _write_all(file: Any, content: bytes) -> None:
@@ -141,11 +146,11 @@ def _read(
     if not lines[-1]:
         del lines[-1]
     for number, line in enumerate(lines, start=1):
-        row = _parsed(line)
+        row = parsed(line)
         if row is None:
             left_out.append(number)
             # A line may follow half of another, or zeros that a failing machine left.
-            row = _parsed(line[max(line.rfind(b'{"%s"' % first.encode()), 0) :])
+            row = parsed(line[max(line.rfind(b'{"%s"' % first.encode()), 0) :])
         if row is not None and is_row(row):
             rows.append(row)
         elif number not in left_out[-1:]:
@@ -159,7 +164,8 @@ def _read(
     return rows
 
 
-def _parsed(text: bytes) -> dict[str, Any] | None:
+def parsed(text: str | bytes) -> dict[str, Any] | None:
+    """Returns the object of a line of JSON, or None where it holds none."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,6 +1,8 @@
 """Sweeps: one record a run, stopped and gone on with."""
 
+import errno
 import json
+import os
 import statistics
 
 import pytest
@@ -81,6 +83,22 @@ def test_a_record_that_a_kill_cut_off_is_run_again(tmp_path):
     path.write_text(json.dumps(whole))
     append_record(path, {**whole, "seed": 2})
     assert [record["seed"] for record in read_records(path)] == [1, 2]
+
+
+def test_a_record_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    whole = {"name": "a", "seed": 1, "config": {}}
+    # Two that were written: one is whole, the other a kill cut off.
+    path.write_text(json.dumps(whole) + '\n{"name": ')
+
+    def write_half(file, content):
+        file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("train.run.lines._write_all", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        append_record(path, {**whole, "seed": 2})
+    assert path.read_text() == json.dumps(whole) + "\n"
 
 
 @pytest.mark.parametrize("text", ["my notes, no record", '{"name": "a"}\n', "[1]\n"])
