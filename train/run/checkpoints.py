@@ -16,6 +16,7 @@ from inertia_jax.atomic import remove
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays, verify_checkpoint
 from inertia_jax.metadata import Metadata, best_step, checkpoint_path, latest_steps
 from inertia_jax.metadata import find_checkpoint as find_in_library
+from train.command import shell_command
 from train.errors import UsageError, in_words, user_input
 
 _LATEST = 2
@@ -164,7 +165,7 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path).expanduser()
     if path.is_file():
         raise UsageError(
-            f"{path} is a file, and no checkpoint; `python -m train import` makes "
+            f"{path} is a file, and no checkpoint; `{shell_command('import')}` makes "
             f"one of PyTorch weights."
         )
     with user_input():

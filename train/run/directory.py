@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 import inertia_jax
 from inertia_jax.atomic import appearing, local_path
+from train.command import shell_command
 from train.config import Config
 from train.config_file import config_to_json, differing_fields, fill_defaults
 from train.errors import UsageError, in_words, user_input
@@ -126,7 +127,7 @@ class RunDirectory:
             pass
         raise UsageError(
             f"{config_file} holds no configuration; nothing was changed. The "
-            f"checkpoints beside it are left: `python -m train finetune` trains one "
+            f"checkpoints beside it are left: `{shell_command('finetune')}` trains one "
             f"further, with another --workdir."
         )
 

@@ -10,6 +10,7 @@ import pytest
 from train.__main__ import main
 from train.config import Config
 from train.errors import UsageError
+from train.run.checkpoints import find_checkpoint
 from train.run.directory import RunDirectory
 from train.run.lines import Log, read_metrics, read_starts
 from train.run.report import make_record
@@ -192,6 +193,16 @@ def test_a_configuration_of_another_type_is_one_sentence(config, saved):
     with pytest.raises(UsageError, match=r"config.json (is no JSON|holds no config)"):
         make_record(saved)
     assert sorted(saved.rglob("*")) == before
+
+
+def test_commands_in_errors_are_those_of_this_shell(saved, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/an environment/bin/python")
+    command = "`'/an environment/bin/python' -m train {}`"
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(UsageError, match=command.format("finetune")):
+        RunDirectory(saved, Config(), resume=True)
+    with pytest.raises(UsageError, match=command.format("import")):
+        find_checkpoint(saved / "config.json")
 
 
 def test_fields_of_another_type_are_named(saved):
