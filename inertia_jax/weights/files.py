@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
-from inertia_jax.weights.pickles import Unknown, read_pickle
+from inertia_jax.weights.pickles import Unknown, as_key, is_text, read_pickle
 from inertia_jax.weights.rebuild import TABLE, Storage, storage_dtype
 
 # The first pickle of PyTorch's format before version 1.6.
@@ -23,7 +23,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # What bytes that are damaged, or made by hand, lead to.
 _DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError),
-    *(ValueError, struct.error, zipfile.BadZipFile, SafetensorError),
+    *(MemoryError, ValueError, struct.error, zipfile.BadZipFile, SafetensorError),
 )
 
 
@@ -59,7 +59,7 @@ def read_weights_file(path: pathlib.Path) -> Any:
                 with _Map(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     return read(content)
         except _DAMAGE as error:
-            message = f"{path} cannot be read as weights: {error}."
+            message = f"{path} cannot be read as weights: {error!s:.200}."
             raise ValueError(message) from error
     hint = ""
     if head[257:262] == b"ustar":
@@ -78,11 +78,14 @@ def _typed(saved: Any) -> tuple[np.dtype | None, Any, int]:
     Raises:
         ValueError: What is saved is no storage.
     """
-    if not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage":
+    is_tuple = isinstance(saved, tuple) and len(saved) >= 5
+    if not is_tuple or not is_text(saved[0], "storage"):
         raise ValueError("an object outside of the pickle is no storage")
     _, kind, key, _location, num_elements = saved[:5]
-    if type(num_elements) is not int or num_elements < 0 or type(key) not in (int, str):
-        raise ValueError(f"a storage {key!r} has {num_elements!r} elements")
+    if type(as_key(key)) not in (int, str):
+        raise ValueError("a storage has no name")
+    if type(num_elements) is not int or num_elements < 0:
+        raise ValueError(f"the storage {key} has no number of elements")
     dtype = storage_dtype(kind)
     return dtype, key, num_elements * (dtype.itemsize if dtype else 0)
 
@@ -91,6 +94,10 @@ def _read_zip(file: _Map) -> Any:
     # A map is not declared to be a file.
     with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
         entries = {info.filename: info for info in archive.infolist()}
+        for info in entries.values():
+            if info.CRC == 0:
+                # PyTorch was told to write no checksums, and Python then checks none.
+                del info.CRC
         stored = {
             name: info.file_size
             for name, info in entries.items()
@@ -144,7 +151,7 @@ def _read_legacy(file: _Map) -> Any:
 
     def persistent(saved: Any) -> Any:
         nonlocal free
-        if isinstance(saved, tuple) and saved[:1] == ("module",):
+        if isinstance(saved, tuple) and saved and is_text(saved[0], "module"):
             return saved[1]  # a class, which older files store with its source
         dtype, key, num_bytes = _typed(saved)
         if dtype is None:
@@ -158,23 +165,30 @@ def _read_legacy(file: _Map) -> Any:
         data = memoryview(storages[key][0])
         if len(saved) > 5 and saved[5] is not None:
             _, first, length = saved[5]
+            if type(first) is not int or type(length) is not int:
+                raise ValueError(f"a part of the storage {key} has no bounds")
             data = data[first * dtype.itemsize :][: length * dtype.itemsize]
         return Storage(data, dtype)
 
     def read() -> Any:
         return read_pickle(file, len(file), known=TABLE, persistent=persistent)
 
-    if read() != _LEGACY_MAGIC:
+    magic = read()
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
         raise ValueError("it is a pickle, but not one of torch.save")
     read()  # the version of the format
     if read().get("little_endian") is False:
         raise ValueError("it was saved on a machine of another byte order")
     loaded, keys = read(), read()
     for key in keys:
-        data, itemsize = storages[key]
+        if as_key(key) not in storages:
+            raise ValueError("it has a storage of no tensor, or of a type without size")
+        data, itemsize = storages.pop(key)
         (length,) = struct.unpack("<q", file.read(8))
         bytes_there = file.read(len(data))
         if not length * itemsize == len(data) == len(bytes_there):
             raise ValueError(f"the storage {key} has not the length that it must have")
         data[:] = bytes_there
+    if storages:
+        raise ValueError(f"it lacks the bytes of the storage {next(iter(storages))}")
     return loaded

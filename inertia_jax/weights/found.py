@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ _COUNTERS = ("num_batches_tracked", "n_averaged")
 _USUAL = ("state_dict", "model_state_dict", "model", "net")
 _AVERAGED = {"ema", "avg", "average", "averaged", "swa", "shadow", "polyak"}
 # A file may be made to have long keys, and mappings in thousands of others. No network
-# has keys as long, or as many names of a layer.
+# has keys as long, is nested as deep, or has as many names of a layer.
 _MAX_KEY_LENGTH = 1000
+_MAX_DEPTH = 100
 _MAX_NAMES = 8
 
 
@@ -52,17 +53,13 @@ class FoundWeights:
         said = []
         if self.others:
             taken = f"the weights at `{self.place}`" if self.place else "the weights"
-            listed = ", ".join(f"`{other}`" for other in self.others)
+            listed = _listed([f"`{other}`" for other in self.others])
             hint = ""
             if not _is_averaged(self.place) and any(map(_is_averaged, self.others)):
                 hint = "; `ema` (=True) takes the averaged ones"
             said.append(f"{taken} are taken, not those at {listed}{hint}")
         if self.left_out:
-            more = len(self.left_out) - 3
-            listed = ", ".join(self.left_out[:3]) + (
-                f", {more} more" if more > 0 else ""
-            )
-            said.append(f"arrays beside them are left out: {listed}")
+            said.append(f"arrays beside them are left out: {_listed(self.left_out)}")
         return "; ".join(said)
 
 
@@ -111,6 +108,11 @@ def find_weights(
             n for n in arrays if owners[n] is None and math.prod(values[n].shape) > 1
         ),
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f", {more} more" if more > 0 else "")
 
 
 def is_array(value: Any) -> bool:
@@ -167,12 +169,15 @@ def _joined(loaded: Mapping[Any, Any]) -> dict[str, Any]:
         if not isinstance(value, Mapping) or (isinstance(value, Unknown) and not value):
             joined[name] = value
             continue
-        if times[id(value)] == _MAX_NAMES or any(value is mapping for mapping in above):
+        if times[id(value)] == _MAX_NAMES or len(above) == _MAX_DEPTH:
+            continue
+        if any(value is mapping for mapping in above):
             continue
         times[id(value)] += 1
         held.append(value)
+        path = (*above, value)
         children = [
-            (f"{name}.{key}" if name else key, child, (*above, value))
+            (f"{name}.{key}" if name else key, child, path)
             for key, child in value.items()
             if isinstance(key, str) and len(name) + len(key) < _MAX_KEY_LENGTH
         ]
@@ -204,7 +209,7 @@ def _choose(places: list[str], counts: Mapping[str, int], *, ema: bool) -> str:
     )
     if first and others and rank(others[0]) == rank(first):
         raise ValueError(
-            f"the weights have several sets that fit, at {', '.join(sorted(fitting))}. "
+            f"the weights have several sets that fit, at {_listed(sorted(fitting))}. "
             f"Take one with `rename`, e.g. {first}= (to nothing)."
         )
     return first

@@ -23,7 +23,7 @@ def as_numbers(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     found = getattr(value, "shape", None)
     if found is None:
         kind = value.kind if isinstance(value, Unknown) else type(value).__name__
-        raise ValueError(f"unreadable {name}: {kind}; must be an array")
+        raise ValueError(f"unreadable {name}: {kind:.100}; must be an array")
     # A file may make a huge array of one number, so that copies come after this.
     if tuple(found) != shape:
         raise ValueError(f"misshapen {name} {tuple(found)}, must be {shape}")

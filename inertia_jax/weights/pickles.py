@@ -13,6 +13,8 @@ from typing import Any
 
 # Types of keys whose hash costs no more than the key.
 _KEYS = (str, bytes, int, float, bool, type(None))
+# Longer numbers may have one hash, so that a dictionary looks at all of them.
+_MAX_KEY_BITS = 60
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -42,7 +44,7 @@ class Unknown(dict):
         self.kind = kind
 
     def __repr__(self) -> str:
-        return f"<{self.kind}>"
+        return f"<{self.kind:.100}>"
 
     # By identity: hashing what a file nests may take for ever.
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -52,7 +54,18 @@ class Unknown(dict):
 
 def as_key(key: Any) -> Hashable:
     """Returns a key of a dictionary, or what stands for one that is costly to hash."""
-    return key if type(key) in _KEYS else Unknown("key")
+    is_long = type(key) is int and key.bit_length() > _MAX_KEY_BITS
+    return key if type(key) in _KEYS and not is_long else Unknown("key")
+
+
+def is_text(value: Any, *texts: str) -> bool:
+    """Tells whether a value is one of some texts: an array compares all its numbers."""
+    return isinstance(value, str) and value in texts
+
+
+def brief(name: Any) -> str:
+    """Returns the start of a name: what is none may take for ever to write out."""
+    return name[:100] if isinstance(name, str) else f"a {type(name).__name__}"
 
 
 class _Machine:
@@ -69,7 +82,7 @@ class _Machine:
         self.size = size
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[Hashable, Any] = {}
         self.copied = 0
 
     def pop(self, count: int) -> list[Any]:
@@ -98,8 +111,8 @@ class _Machine:
 
     def count(self, values: Iterable[Any]) -> None:
         """Counts what is copied: a file may name one long string again and again."""
-        sized = (value for value in values if isinstance(value, (str, list, dict)))
-        self.copied += sum(map(len, sized))
+        sized = (str, bytes, list, tuple, dict)
+        self.copied += sum(len(value) for value in values if isinstance(value, sized))
         if self.copied > 4 * self.size:
             raise ValueError("it unfolds into more than it holds")
 
@@ -107,7 +120,7 @@ class _Machine:
         if not isinstance(function, Global):
             return Unknown("object")
         if function not in self.known or not isinstance(arguments, tuple):
-            return Unknown(str(function))
+            return Unknown(function)
         self.count(arguments)
         return self.known[function](*arguments)
 
@@ -140,7 +153,7 @@ class _Machine:
         elif name == "MARK":
             self.marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[int(value)] = stack[-1]
+            self.memo[as_key(int(value))] = stack[-1]
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
@@ -184,7 +197,10 @@ class _Machine:
         if name in ("GLOBAL", "STACK_GLOBAL"):
             # The argument has a space between the module and the name.
             names = value.split(" ") if name == "GLOBAL" else self.pop(2)
-            made: Any = Global(".".join(map(str, names)))
+            if not all(isinstance(part, str) for part in names):
+                raise ValueError("it names a class by what is no text")
+            self.count(names)
+            made: Any = Global(".".join(names))
         elif name in ("REDUCE", "NEWOBJ"):
             made = self.call(*self.pop(2))
         elif name == "NEWOBJ_EX":

@@ -8,13 +8,13 @@ that a tensor of a stride of 0 takes no memory until it is copied.
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from inertia_jax.weights.pickles import Global, Unknown, as_key
+from inertia_jax.weights.pickles import Global, Unknown, as_key, brief, is_text
 
 # PyTorch's types of storages, and of elements, as NumPy and ml_dtypes have them.
 _STORAGES = {
@@ -30,6 +30,7 @@ _STORAGES = {
     "Bool": "bool",
     "ComplexFloat": "complex64",
     "ComplexDouble": "complex128",
+    "ComplexHalf": "V4",  # no numbers to NumPy, but of a size
     # Of quantised tensors, which are not read; their bytes may stand before others'.
     "QInt8": "int8",
     "QUInt8": "uint8",
@@ -55,8 +56,10 @@ class Storage:
 
 def storage_dtype(name: Any) -> np.dtype | None:
     """Returns the type of a class of storages, or None of one that is not read."""
-    short = re.fullmatch(r"torch\.(cuda\.|storage\.)?(\w+)Storage", str(name))
-    if not isinstance(name, Global) or short is None:
+    if not isinstance(name, Global):
+        return None
+    short = re.fullmatch(r"torch\.(cuda\.|storage\.)?(\w+)Storage", name)
+    if short is None:
         return None
     kind = "Byte" if short[2] == "Untyped" else short[2]
     return np.dtype(_dtype(_STORAGES[kind])) if kind in _STORAGES else None
@@ -67,8 +70,10 @@ def _dtype(name: str) -> Any:
 
 
 def _torch_dtype(name: Any) -> np.dtype | None:
-    short = str(name).removeprefix("torch.")
-    if isinstance(name, Global) and _NUMBERS.fullmatch(short):
+    if not isinstance(name, Global):
+        return None
+    short = name.removeprefix("torch.")
+    if _NUMBERS.fullmatch(short):
         try:
             return np.dtype(_dtype(short))
         except TypeError:  # a type that NumPy and ml_dtypes lack
@@ -76,11 +81,18 @@ def _torch_dtype(name: Any) -> np.dtype | None:
     return None
 
 
+def _tuple(values: Any = ()) -> tuple[Any, ...]:
+    # An array of a stride of 0 may have any number of rows.
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{brief(values)} must be a list or a tuple")
+    return tuple(values)
+
+
 def _tensor(
     storage: Any,
-    offset: int,
-    size: Sequence[int],
-    stride: Sequence[int],
+    offset: Any,
+    size: Any,
+    stride: Any,
     _requires_grad: Any = None,
     _hooks: Any = None,
     metadata: Any = None,
@@ -92,12 +104,16 @@ def _tensor(
     if metadata:
         return Unknown("a tensor with a conjugate or negative bit")
     dtype = dtype or storage.dtype
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+    sizes, strides, step = _tuple(size), _tuple(stride), dtype.itemsize
+    numbers = (offset, *sizes, *strides)
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers):
         raise ValueError("offsets, sizes and strides must be integers >= 0")
-    step = dtype.itemsize
-    # NumPy checks that the array lies within the bytes.
+    # NumPy adds in 64 bits, and takes a sum that is too large for a small one.
+    last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    if 0 not in sizes and (last + 1) * step > len(storage.data):
+        raise ValueError("a tensor goes beyond its storage")
     return np.ndarray(
-        tuple(size), dtype, storage.data, offset * step, [n * step for n in stride]
+        sizes, dtype, storage.data, offset * step, [s * step for s in strides]
     )
 
 
@@ -105,16 +121,18 @@ def _tensor_v3(*arguments: Any) -> Any:
     storage, offset, size, stride, requires_grad, hooks, dtype, *metadata = arguments
     known = _torch_dtype(dtype)
     if known is None:
-        return Unknown(f"a tensor of {dtype}")
+        return Unknown(f"a tensor of {brief(dtype)}")
     return _tensor(
         storage, offset, size, stride, requires_grad, hooks, *metadata, dtype=known
     )
 
 
 def _tensor_from_type(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
-    if isinstance(function, Global) and function in TABLE:
-        return TABLE[function](*arguments)
-    return Unknown(f"a tensor of {function}")
+    # Other functions copy what they are given, which only the reader counts.
+    is_tensor = isinstance(function, Global) and function.startswith("torch._utils.")
+    if is_tensor and function in TABLE:
+        return TABLE[function](*_tuple(arguments))
+    return Unknown(f"a tensor of {brief(function)}")
 
 
 @dataclasses.dataclass
@@ -125,7 +143,7 @@ class NumPyType:
 
     def set_pickled(self, state: Any) -> None:
         """Takes the byte order, `state[1]`; `|` and `=` are the machine's."""
-        if state[1] in ("<", ">") and self.dtype.isbuiltin == 1:
+        if is_text(state[1], "<", ">") and self.dtype.isbuiltin == 1:
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
@@ -150,10 +168,10 @@ class NumPyArray:
 def _numpy_type(name: Any, *_: Any) -> Any:
     if isinstance(name, Global) and name.startswith("ml_dtypes."):
         dtype = _torch_dtype(Global(name.removeprefix("ml_dtypes.")))
-        return Unknown(f"a type {name}") if dtype is None else NumPyType(dtype)
+        return Unknown(f"a type {brief(name)}") if dtype is None else NumPyType(dtype)
     if isinstance(name, str) and re.fullmatch(r"[biufc]\d{1,2}", name):
         return NumPyType(np.dtype(name))
-    return Unknown(f"a type {name!r}")
+    return Unknown(f"a type {brief(name)}")
 
 
 def _reconstruct(*_: Any) -> NumPyArray:
@@ -163,7 +181,11 @@ def _reconstruct(*_: Any) -> NumPyArray:
 def _frombuffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> Any:
     if not isinstance(kind, NumPyType):
         return Unknown("an array without numbers")
-    return np.ndarray(tuple(shape), kind.dtype, data, order=order)
+    # Without bytes, NumPy would take memory for any shape.
+    if not isinstance(data, (bytes, bytearray)):
+        raise ValueError("an array has no bytes")
+    order = "F" if is_text(order, "F") else "C"
+    return np.ndarray(_tuple(shape), kind.dtype, data, order=order)
 
 
 def _scalar(kind: Any, data: Any) -> Any:
@@ -173,13 +195,13 @@ def _scalar(kind: Any, data: Any) -> Any:
 
 def _ordered_dict(pairs: Any = ()) -> collections.OrderedDict[Any, Any]:
     # Python 2 writes the pairs as an argument.
-    return collections.OrderedDict((as_key(key), value) for key, value in pairs)
+    return collections.OrderedDict((as_key(key), value) for key, value in _tuple(pairs))
 
 
-def _encode(text: str, encoding: str = "utf-8") -> bytes:
+def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
     # How bytes are written in protocol 2.
-    if encoding not in ("latin1", "utf-8"):
-        raise ValueError(f"{encoding!r} is no encoding of bytes in pickles")
+    if not is_text(encoding, "latin1", "utf-8"):
+        raise ValueError(f"{brief(encoding)} is no encoding of bytes in pickles")
     return text.encode(encoding)
 
 
@@ -207,7 +229,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
 TABLE: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "_codecs.encode": _encode,
-    "torch.Size": tuple,
+    "torch.Size": _tuple,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,

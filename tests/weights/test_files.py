@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import io
 import pathlib
 import pickle
@@ -111,6 +112,8 @@ BAD_TENSORS = {
     "too long": tensor(storage("0", 6), (7,), (1,)),
     "beyond": tensor(storage("0", 6), (2,), (1,), offset=5),
     "far": tensor(storage("0", 6), (2,), (1 << 62,)),
+    "around 64 bits": tensor(storage("0", 6), (5,), (1 << 60,)),
+    "a sum around 64 bits": tensor(storage("0", 6), (3, 3), (1 << 60, 1 << 60)),
     "negative stride": tensor(storage("0", 6), (2,), (-1,), offset=5),
     "negative size": tensor(storage("0", 6), (-2,), (1,)),
     "negative offset": tensor(storage("0", 6), (2,), (1,), offset=-1),
@@ -132,6 +135,87 @@ def test_tensors_that_do_not_lie_in_their_bytes_are_an_error(case, tmp_path):
     path = write_zip(tmp_path / "x.pth", dictionary(x=BAD_TENSORS[case]))
     with pytest.raises(ValueError, match="x.pth cannot be read as weights"):
         read_weights_file(path)
+
+
+# Pairs, as many as the tensor says, and a tuple whose text is that long.
+ROWS = tensor(storage("0", 6), (1 << 20, 2), (0, 0))
+DOUBLED = b"(t" + 17 * b"2\x86"
+
+
+def places(value):
+    """Returns pickles that have a value where none of its kind belongs."""
+    hooks, stored = call(name("collections", "OrderedDict")), storage("0", 6)
+    rebuild = name("torch._utils", "_rebuild_tensor_v2")
+    rebuild_any = name("torch._tensor", "_rebuild_from_type_v2")
+    dtype = call(name("numpy", "dtype"), push("f4"))
+    frombuffer = name("numpy.core.numeric", "_frombuffer")
+    one, data, none = push((1,)), push(b"abcd"), push(None)
+    end = push(False) + hooks
+
+    def saved(**parts):
+        default = {"tag": push("storage"), "kind": name("torch", "FloatStorage")}
+        default |= {"key": push("0"), "place": push("cpu"), "number": push(6)}
+        return b"(" + b"".join((default | parts).values()) + b"tQ"
+
+    return {
+        "bytes of a tensor": call(rebuild, value, push(0), one, one, end),
+        "offset": call(rebuild, stored, value, one, one, end),
+        "size": call(rebuild, stored, push(0), value, one, end),
+        "stride": call(rebuild, stored, push(0), one, value, end),
+        "type": tensor(stored, (1,), (1,), function="_rebuild_tensor_v3", more=value),
+        "function": call(rebuild_any, value, none, push(()), none),
+        "arguments": call(rebuild_any, rebuild, none, value, none),
+        "elements": call(name("torch", "Size"), value),
+        "pairs": call(name("collections", "OrderedDict"), value),
+        "byte order": dtype + b"(" + push(3) + value + none + b"tb",
+        "name of a type": call(name("numpy", "dtype"), value),
+        "bytes": call(frombuffer, value, dtype, one, push("C")),
+        "shape": call(frombuffer, data, dtype, value, push("C")),
+        "order": call(frombuffer, data, dtype, one, value),
+        "text": call(name("_codecs", "encode"), value, push("latin1")),
+        "encoding": call(name("_codecs", "encode"), push("x"), value),
+        "module": value + push("x") + b"\x93",
+        **{part: saved(**{part: value}) for part in ("tag", "kind", "key", "number")},
+    }
+
+
+@pytest.mark.parametrize("place", places(b""))
+@pytest.mark.parametrize("value", [ROWS, DOUBLED], ids=["rows", "doubled"])
+def test_no_object_is_unfolded_where_none_belongs(place, value, tmp_path):
+    path = write_zip(tmp_path / "x.pth", dictionary(x=places(value)[place]))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            loaded = read_weights_file(path)["x"]
+            assert not isinstance(loaded, Unknown) or len(repr(loaded)) < 200
+        assert tracemalloc.get_traced_memory()[1] < 1 << 18
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_function_that_copies_is_not_called_by_another(tmp_path):
+    pairs = call(name("torch._tensor", "_rebuild_from_type_v2"))[:-2]
+    pairs += name("collections", "OrderedDict") + push(None) + push(([],)) + push({})
+    loaded = read_weights_file(write_zip(tmp_path / "x", dictionary(x=pairs + b"tR")))
+    assert repr(loaded["x"]) == "<a tensor of collections.OrderedDict>"
+
+
+@pytest.mark.parametrize("state", [b"N", push("")])
+def test_arrays_without_bytes_take_no_memory(state, tmp_path):
+    dtype = call(name("numpy", "dtype"), push("f4"))
+    made = call(name("numpy.core.multiarray", "_reconstruct"))
+    made += b"(" + push(1) + push((10,)) + dtype + push(False) + state + b"tb"
+    path = write_zip(tmp_path / "x.pth", dictionary(x=made))
+    with pytest.raises(ValueError, match="x.pth cannot be read as weights"):
+        read_weights_file(path)
+
+
+def test_an_error_is_no_longer_than_a_few_lines(tmp_path):
+    missing = tensor(storage("k" * 100_000, 6), (1,), (1,))
+    path = write_zip(tmp_path / "x.pth", dictionary(x=missing))
+    with pytest.raises(ValueError, match="it lacks archive/data/kkk") as error:
+        read_weights_file(path)
+    assert len(str(error.value)) < 300 + len(str(path))
 
 
 def test_a_huge_view_of_one_number_takes_no_memory(tmp_path):
@@ -179,6 +263,34 @@ def test_compressed_zip_files_are_an_error(tmp_path):
         read_weights_file(path)
 
 
+def test_files_without_checksums_are_read_and_wrong_ones_are_an_error(tmp_path):
+    path = write_zip(
+        tmp_path / "x.pth", dictionary(x=tensor(storage("0", 6), (6,), (1,)))
+    )
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        sums = {i.filename: struct.pack("<L", i.CRC) for i in archive.infolist()}
+    path.write_bytes(content.replace(sums["archive/data/0"], b"abcd"))
+    with pytest.raises(ValueError, match="CRC-32 for file 'archive/data/0'"):
+        read_weights_file(path)
+    for checksum in sums.values():
+        content = content.replace(checksum, bytes(4))
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_weights_file(path)["x"], NUMBERS)
+
+
+def test_what_pytorch_writes_without_checksums_is_read(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"x": torch.from_numpy(NUMBERS)}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    loaded = read_weights_file(tmp_path / "x.pth")
+    np.testing.assert_array_equal(loaded["x"], NUMBERS)
+
+
 def legacy(data, keys=("0",), storages=None, *, little_endian=True):
     system = {"little_endian": little_endian}
     heads = (0x1950A86A20F9469CFC6C, 1001, system)
@@ -211,6 +323,23 @@ def test_the_format_before_zip_is_read_without_pytorch(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read_weights_file(path)["rows"][1], [3, 4, 5])
 
 
+def test_storages_of_a_known_size_are_skipped(tmp_path):
+    kinds = {"1": "ComplexHalfStorage", "0": "FloatStorage"}
+    tensors = {
+        f"x{key}": tensor(old_storage(key, 6, kind=kind), (6,), (1,))
+        for key, kind in kinds.items()
+    }
+    content = legacy(dictionary(**tensors), kinds, [bytes(24), NUMBERS.tobytes()])
+    path = tmp_path / "x.th"
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_weights_file(path)["x0"], NUMBERS)
+    path.write_bytes(content.replace(b"ComplexHalf", b"New"))
+    with pytest.raises(ValueError, match="a type without size"):
+        read_weights_file(path)
+
+
+OLD_ROWS = tensor(old_storage("0", 6), (1 << 20, 2), (0, 0))
+PART = b"(" + push("1") + OLD_ROWS + push(3) + b"ttQ"
 WHOLE = tensor(old_storage("0", 6), (2, 3), (3, 1))
 BAD_LEGACY = {
     "huge": legacy(dictionary(x=tensor(old_storage("0", 1 << 50), (1,), (1,)))),
@@ -219,6 +348,10 @@ BAD_LEGACY = {
     "other length": legacy(dictionary(x=WHOLE), storages=[bytes(20)]),
     "unknown key": legacy(dictionary(x=WHOLE), keys=("1",)),
     "view": legacy(dictionary(x=tensor(old_storage("0", 6, ("1", 4, 9)), (3,), (1,)))),
+    "bounds": legacy(dictionary(x=tensor(storage("0", 6)[:-2] + PART, (3,), (1,)))),
+    "magic": b"\x80\x02" + OLD_ROWS + b".",
+    "no key": legacy(dictionary(x=WHOLE), keys=(), storages=[]),
+    "twice": legacy(dictionary(x=WHOLE), ("0", "0"), 2 * [NUMBERS.tobytes()]),
     "big endian": legacy(dictionary(x=WHOLE), little_endian=False),
     "no pickle": legacy(b"\x80\x02X")[:60],
     "plain pickle": pickle.dumps({"x": [1.0]}, 2),

@@ -189,3 +189,21 @@ def test_mappings_that_hold_themselves_or_each_other_end():
         deep = {"a": deep}
     loaded["deep"] = deep
     assert set(KEYS) <= set(find(loaded).state)
+
+
+def test_keys_without_a_letter_are_not_followed_for_ever():
+    loaded = weights()
+    for _ in range(50):
+        loaded = {"": loaded}
+    assert find(loaded).state.keys() == set(KEYS)
+    for _ in range(100):
+        loaded = {"": loaded}
+    with pytest.raises(ValueError, match="no arrays"):
+        find(loaded)
+
+
+def test_an_error_names_no_more_than_a_few_of_many_sets():
+    loaded = {f"set{i}": weights() for i in range(100)}
+    with pytest.raises(ValueError, match="set0, set1, set10, 97 more"):
+        find(loaded)
+    assert "97 more" in find({"state_dict": weights(), **loaded}).note()

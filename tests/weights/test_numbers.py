@@ -73,3 +73,9 @@ def test_tensors_of_pytorch_are_taken():
     for value in (x.to_sparse(), x.to("meta")):
         with pytest.raises(ValueError, match="unreadable x.weight: torch"):
             as_numbers("x.weight", value, (3,))
+
+
+def test_errors_name_no_more_than_the_start_of_what_a_file_names():
+    with pytest.raises(ValueError, match="unreadable x: kkkk") as error:
+        as_numbers("x", Unknown("k" * 100_000), (2,))
+    assert len(str(error.value)) < 200

@@ -160,6 +160,8 @@ def test_indices_of_the_memo_take_no_memory():
         ("x" * 20_000, b"c_codecs\nencode\n(%sS'latin1'\ntR"),
         ({str(i): i for i in range(1000)}, b"cbuiltins\nNamespace\n)R%sb"),
         ([[str(i), i] for i in range(1000)], b"ccollections\nOrderedDict\n(%stR"),
+        (tuple((str(i), i) for i in range(1000)), b"ccollections\nOrderedDict\n(%stR"),
+        ("x" * 20_000, b"U\x01x%s\x93"),
         ("x" * 20_000, b"cnumpy.core.multiarray\n_reconstruct\n)R(NNNN%stb"),
     ],
 )
@@ -179,6 +181,31 @@ def test_keys_that_are_costly_to_hash_are_replaced():
     (key,) = read(b"ccollections\nOrderedDict\n(((" + doubled + b"I1\nlltR.")
     assert isinstance(key, Unknown)
     assert as_key("text") == "text"
+
+
+def test_a_long_name_is_not_copied_for_every_object():
+    named = b"(cx\n" + b"x" * 20_000 + b"\n" + b"r\xff\xff\xff\x00"
+    tracemalloc.start()
+    try:
+        assert len(read(named + 400 * b"j\xff\xff\xff\x00)R" + b"l.")) == 401
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_that_are_no_text_are_an_error():
+    with pytest.raises(ValueError, match="no text"):
+        read(b"U\x01x(t" + 17 * b"2\x86" + b"\x93.")
+
+
+def test_long_numbers_which_may_share_a_hash_are_no_keys():
+    for key in ((1 << 60) - 1, 1 - (1 << 60)):
+        assert as_key(key) == key
+        assert hash(key) == key
+    for key in (1 << 60, (1 << 61) - 1, -(1 << 60)):
+        assert isinstance(as_key(key), Unknown)
+        with pytest.raises(LookupError):
+            read(b"I1\np%d\n0g%d\n." % (key, key))
 
 
 def test_cycles_and_depth_end():
