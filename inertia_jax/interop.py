@@ -1,9 +1,10 @@
 """Reads and writes PyTorch weights, by renaming and transposing alone."""
 
+import contextlib
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +117,7 @@ def read_torch(
 ) -> tuple[dict[str, Any], str]:
     """Returns what `load_torch` does, and what it warns of ("" for nothing)."""
     loaded = path_or_state_dict
+    path = None
     if not isinstance(loaded, Mapping):
         path = pathlib.Path(loaded).expanduser()
         loaded = read_weights_file(path)
@@ -128,7 +130,8 @@ def read_torch(
     for prefix in reinitialise:
         if not any(name.startswith(_prefixes((prefix,))) for name in names.values()):
             raise ValueError(f"`reinitialise` (={prefix!r}) matches no key.")
-    found = find_weights(loaded, set(names.values()), ema=ema, rename=rename or {})
+    with _naming(path):
+        found = find_weights(loaded, set(names.values()), ema=ema, rename=rename or {})
     state = found.state
     first = [p for p in expected if p[-1] in _INERTIAL_LEAVES and names[p] not in state]
     taken = {p: leaf for p, leaf in expected.items() if p not in (*drawn, *first)}
@@ -150,7 +153,8 @@ def read_torch(
                 values[p] = _transposed(array, to_torch_layout=False)
             except ValueError as error:
                 problems.append(f"{error}")
-    check_keys(type(model).__name__, missing, surplus, problems)
+    with _naming(path):
+        check_keys(type(model).__name__, missing, surplus, problems)
     if drawn and key is None:
         raise ValueError("`key` (=None) must be given with `reinitialise`.")
     if drawn or first:
@@ -159,6 +163,17 @@ def read_torch(
         values |= {path: np.asarray(fresh[path]) for path in (*drawn, *first)}
     arrays = {path: jax.numpy.asarray(values[path]) for path in expected}
     return traverse_util.unflatten_dict(arrays), found.note()
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path | None) -> Iterator[None]:
+    """Names the file, where there is one, in the errors of what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        if path is None:
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -145,6 +145,14 @@ def test_a_file_of_no_weights_is_named(model, tmp_path):
         ij.load_torch(model, {"epoch": 3})
 
 
+def test_errors_of_what_a_file_holds_name_it(model, tmp_path):
+    path = tmp_path / "foreign.bin"
+    save_file({"x.weight": np.zeros(3, np.float32)}, path)
+    for options, message in (({}, "the weights do not"), ({"ema": True}, "`ema`")):
+        with pytest.raises(ValueError, match=f"foreign.bin: {message}"):
+            ij.load_torch(model, path, **options)
+
+
 def test_a_home_directory_is_known(model, variables, state, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_file(state, tmp_path / "weights.bin")
