@@ -193,7 +193,7 @@ class Frozen(nn.Module):
         norm = nn.remat(nn.BatchNorm) if self.is_remat else nn.BatchNorm
         x = norm(use_running_average=True, name="frozen")(x)
         # Its gradient is given in reverse mode alone.
-        x = ij.ops.max_pool2d(x, 2)
+        x = ij.ops.max_pool2d(x, window=2)
         x = reverse_only(x)
         return nn.BatchNorm(not train, momentum=0.999, name="moving")(x)
 
