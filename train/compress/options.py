@@ -147,6 +147,8 @@ def check_options(args: Compress) -> None:
             raise UsageError(f"`{name}` (={value}) must be {rule}.")
     if args.ranks is not None:
         parse_ranks(args.ranks)
+    if args.macs is not None and not 0 < args.macs <= 1:
+        raise UsageError(f"`macs` (={args.macs}) must be in (0, 1].")
 
 
 def check_options_without_data(args: Compress) -> None:

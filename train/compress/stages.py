@@ -27,6 +27,7 @@ from train.data import Split, load_data
 from train.data.augment import Augmentation
 from train.data.training_inputs import training_inputs
 from train.errors import UsageError, user_input
+from train.machine.processes import say
 from train.networks import NetworkDescription, TrainedNetwork, read_network
 
 
@@ -71,6 +72,8 @@ def compressed_stages(
         _recalibrated, args, draw=draw, batch_size=batch_size
     )
     stages: dict[str, Network] = {}
+    what = "thresholds" if args.is_inertial else "ranks and factors"
+    say(f"choosing {what}, which may take minutes")
     if args.macs is not None:
         recalibration = None
         if running_statistics(network.variables):
@@ -94,6 +97,7 @@ def compressed_stages(
         if recalibrated is not raw:
             stages["recalibrated"] = recalibrated
     if args.reconstruction_images:
+        say("fitting kernels to the outputs of the dense layers")
         model, variables = next(reversed(stages.values()))
         variables = reconstruct(
             model,
@@ -201,6 +205,7 @@ def _recalibrated(
     model, variables = network
     if not args.recalibration_images or not running_statistics(variables):
         return network
+    say("recalibrating BatchNorm")
     # Recalibration must not change thresholds.
     fixed_model = model.clone(plan=model.plan.with_fixed_thresholds())
     images = draw(args.recalibration_images, augment=True)

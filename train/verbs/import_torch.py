@@ -10,8 +10,8 @@ import tyro
 from inertia_jax import count_cost, create_model, save_checkpoint
 from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata, Preprocessing, both_sides
-from inertia_jax.models.create import input_shape
-from train.errors import user_input
+from inertia_jax.models.create import check_model_name, input_shape
+from train.errors import UsageError, user_input
 from train.machine.processes import say
 
 
@@ -71,8 +71,19 @@ def parse_renames(pairs: Sequence[str]) -> dict[str, str]:
 def run(argv: Sequence[str]) -> int:
     """Imports as the arguments say, and prints where the checkpoint is."""
     args = tyro.cli(Import, args=argv, prog="python -m train import")
+    out = pathlib.Path(args.out).expanduser()
+    if out.exists():
+        raise UsageError(f"`out` (={out}) must not exist; it was left as it is.")
+    # The warning of `fit` on other statistics than the images' would come too late.
+    for name in ("mean", "std"):
+        if max(getattr(args, name), default=0) > 1:
+            raise UsageError(
+                f"`{name}` (={getattr(args, name)}) must be at most 1: pixels are in "
+                f"[0, 1] here; divide what is of 0 to 255 by 255."
+            )
     say(f"reading {args.weights}")
     with user_input():
+        check_model_name("model", args.model)
         model = create_model(
             args.model,
             num_classes=args.num_classes,
@@ -101,7 +112,6 @@ def run(argv: Sequence[str]) -> int:
         metadata = Metadata(
             preprocessing, args.class_names, {"imported_from": args.weights}
         )
-        out = pathlib.Path(args.out).expanduser()
         save_checkpoint(out, model, variables, metadata=metadata)
     if note:
         print(f"{note}.")

@@ -192,6 +192,7 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
         (["--macs", "0.8", "--round-to", "8"], "`round_to` .*does nothing with --macs"),
         (["--ranks", "ratio:0.5", "--latency-batch", "-1"], "`latency_batch` .*>= 0"),
         (["--ranks", "half"], "`ranks` .=half. must be"),
+        (["--macs", "80"], "`macs` .=80.0. must be in .0, 1."),
         (["--macs", "0.9", "--seed", "-1"], "`seed` .* must be >= 0"),
         (["--macs", "0.9", "--crop-padding", "-1"], "`crop_padding` .* must be >= 0"),
         (["--macs", "0.9", "--finetune-learning-rate", "-1"], "must be > 0"),

@@ -41,6 +41,22 @@ def test_parts_of_keys_are_renamed(lenet, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
+def test_what_no_weights_are_read_for_is_refused_by_its_option(lenet, tmp_path, capsys):
+    _, _, command = lenet
+    for options, message in (
+        (
+            ["--mean", "33.3"],
+            r"`mean` (=(33.3,)) must be at most 1: pixels are in [0, 1]",
+        ),
+        (["--std", "78.6"], "divide what is of 0 to 255 by 255"),
+        (["--model", "lenet5"], "`model` (='lenet5') must be one of"),
+        (["--out", str(tmp_path)], f"`out` (={tmp_path}) must not exist"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_averaged_weights_are_taken_if_asked_for(lenet, tmp_path, capsys):
     variables, state, command = lenet
     both = {f"model.{key}": value for key, value in state.items()}
