@@ -525,7 +525,7 @@ def test_evaluate_refuses_what_does_not_fit(run, data, tmp_path, capsys):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"")
     assert main(["evaluate", str(weights)]) == 2
-    assert "`python -m train import` makes one" in capsys.readouterr().err
+    assert "-m train import` makes one" in capsys.readouterr().err
 
 
 @pytest.mark.slow
