@@ -15,7 +15,13 @@ from flax import traverse_util
 from inertia_jax.calls import plain_variables
 from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.layers.kinds import KINDS
-from inertia_jax.models.create import abstract_variables, init_variables, input_shape
+from inertia_jax.models.create import (
+    abstract_variables,
+    init_variables,
+    input_shape,
+    model_name,
+)
+from inertia_jax.models.network import Network
 from inertia_jax.weights.files import read_weights_file
 from inertia_jax.weights.found import find_weights, is_array
 from inertia_jax.weights.misfit import check_keys
@@ -154,7 +160,7 @@ def read_torch(
             except ValueError as error:
                 problems.append(f"{error}")
     with _naming(path):
-        check_keys(type(model).__name__, missing, surplus, problems)
+        check_keys(_in_words(model), missing, surplus, problems)
     if drawn and key is None:
         raise ValueError("`key` (=None) must be given with `reinitialise`.")
     if drawn or first:
@@ -220,6 +226,15 @@ def _numpy_type(value: Any) -> np.ndarray:
     array = np.asarray(value)
     # The types of ml_dtypes, which torch.from_numpy refuses, are not NumPy's own.
     return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+
+
+def _in_words(model: nn.Module) -> str:
+    """Returns a network's name, and the options that decide its keys and shapes."""
+    if not isinstance(model, Network):
+        return type(model).__name__
+    names = ("num_classes", "width", "stem", "shortcut")
+    options = [f"`{n}` (={getattr(model, n)})" for n in names if hasattr(model, n)]
+    return f"{model_name(model)} with {', '.join(options)}"
 
 
 def _gives(leaf: Any) -> tuple[int, ...]:

@@ -57,6 +57,14 @@ def test_what_no_weights_are_read_for_is_refused_by_its_option(lenet, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_of_another_network_are_told_what_decides_it(lenet, tmp_path, capsys):
+    _, state, command = lenet
+    save_file(state, tmp_path / "weights.ckpt")
+    assert main([*command, "--num-classes", "7"]) == 2
+    error = capsys.readouterr().err
+    assert "do not fit lenet with `num_classes` (=7), `width` (=0.1) (2 keys)" in error
+
+
 def test_averaged_weights_are_taken_if_asked_for(lenet, tmp_path, capsys):
     variables, state, command = lenet
     both = {f"model.{key}": value for key, value in state.items()}
