@@ -130,8 +130,18 @@ def _passed_on(eqn: Any) -> tuple[int, int]:
         return 0, count
     if name == "cond":
         return 1, count
-    # What a loop carries or slices is not what it was.
-    return 0, eqn.params["num_consts"] if name == "scan" else 0
+    if name == "scan":
+        # What a loop carries or slices is not what it was. Slices lack an axis inside.
+        # (JAX's versions differ in how they count these operands.)
+        body = next(_programs_inside(eqn))
+        return 0, _alike(eqn.invars, body.invars) - _alike(eqn.outvars, body.outvars)
+    return 0, 0
+
+
+def _alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Returns how many variables of a loop have the same shape inside of it."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(out.aval.shape == var.aval.shape for out, var in pairs)
 
 
 def _programs_inside(eqn: Any) -> Iterator[Any]:
