@@ -239,7 +239,10 @@ def test_a_compressed_import_needs_its_data_said_once(verb, source, tmp_path, ca
     if verb == "finetune":
         tuned = read_description(find_checkpoint(tmp_path / "run")).trained_on
         assert tuned is not None
-        assert (tuned.source, tuned.crop_padding, tuned.flip) == (source, 1, False)
+        assert (tuned.source, tuned.crop_padding) == (source, 1)
+        # Nobody said it: it is the default of a training, and printed.
+        assert tuned.flip == Data.flip
+        assert "`data.flip` (=True)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("equals", [True, False])
