@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -258,6 +259,22 @@ def stop_at(call, monkeypatch):
     calls = iter(range(1, 1000))
     found = lambda self: signal.SIGTERM if next(calls) == call else None  # noqa: E731
     monkeypatch.setattr(stop.StopSignal, "after_call", found)
+
+
+def make_odd(kind, path):
+    """Makes what stands where a file should, of any kind."""
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "link to nothing":
+        path.symlink_to(path.with_name("nothing"))
+    elif kind == "deeply nested":
+        path.write_text("[" * 100_000)
+    elif kind == "list":
+        path.write_text("[1]")
 
 
 def last_checkpoint(workdir):

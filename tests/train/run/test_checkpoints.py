@@ -1,32 +1,18 @@
 """A run's checkpoints: what is no checkpoint is put aside, and the one before taken."""
 
-import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers import make_odd
 
 import inertia_jax as ij
 from inertia_jax.checkpoint import verify_checkpoint
 from inertia_jax.metadata import Metadata
 from train.errors import UsageError
 from train.run.checkpoints import Checkpoints, latest_steps
-
-
-def make_odd(kind, path):
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "deeply nested":
-        path.write_text("[" * 100_000)
-    elif kind == "list":
-        path.write_text("[1]")
-
 
 ODD = ["directory", "pipe", "loop", "missing"]
 

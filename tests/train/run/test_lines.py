@@ -6,6 +6,7 @@ import os
 import pathlib
 
 import pytest
+from helpers import make_odd
 
 from train.__main__ import main
 from train.config import Config
@@ -79,17 +80,6 @@ def test_many_lines_are_said_in_few_words(tmp_path, capsys):
     file.write_bytes(b"?\n?\n" + start + (b"?\n" + start) * 8)
     assert len(read_starts(file)) == 9
     assert "left out: 1-2, 4, 6, 8, 10 and 4 more." in capsys.readouterr().err
-
-
-def make_odd(kind, path):
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "link to nothing":
-        path.symlink_to(path.with_name("nothing"))
 
 
 ODD = ["directory", "pipe", "loop", "link to nothing"]
