@@ -552,7 +552,8 @@ def test_the_real_resnet20_is_imported_and_scores_what_it_should(tmp_path, capsy
     assert "(933 of 1,017)" in capsys.readouterr().out
     assert main(command) == 2
     assert "must not exist" in capsys.readouterr().err
-    assert main(["import", str(weights), "--model", "resnet32", *command[4:]]) == 2
+    other = ["import", str(weights), "--model", "resnet32", *statistics]
+    assert main([*other, "--out", str(tmp_path / "other")]) == 2
     assert "missing layer1.3.conv1.weight" in capsys.readouterr().err
     assert main(["evaluate", out]) == 2
     assert "say which with --data" in capsys.readouterr().err
