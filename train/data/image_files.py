@@ -3,17 +3,26 @@
 import collections
 import functools
 import pathlib
+import warnings
+from typing import Any
 
 import numpy as np
 
-from train.data.resize import resize_and_crop
+from train.data.resize import covering_size, cropped
 
-# Formats in Pillow's registry that have no pixels of their own: it only writes them, or
-# it has other programs draw them (EPS by Ghostscript), or it opens what lies inside
-# (IPTC) as any format, EPS among them.
-_WITHOUT_PIXELS = {
-    *("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PALM", "PDF", "WMF"),
-}
+# The raster formats that are read, by Pillow's names; the common ones come first, since
+# they are tried in this order. Not among them are those that Pillow has other programs
+# draw (EPS by Ghostscript, WMF), opens as whatever lies inside (IPTC), or only writes.
+_FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF"),
+    *("BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO"),
+    *("IM", "IMT", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PSD", "QOI", "SGI"),
+    *("SPIDER", "SUN", "TGA", "XBM", "XPM", "XVTHUMB"),
+)
+
+# The bound above which Pillow warns. At four bytes a pixel, an image takes up to a
+# gigabyte while it is resized.
+_MOST_PIXELS = 89_478_485
 
 # Numbers of files by the reason why they are left out, and by path.
 LeftOut = collections.Counter[tuple[str, pathlib.Path]]
@@ -21,20 +30,20 @@ LeftOut = collections.Counter[tuple[str, pathlib.Path]]
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Returns the raster formats that Pillow reads, the common ones first."""
+    """Returns the formats of `_FORMATS` that this Pillow reads."""
     from PIL import Image
 
     Image.init()
-    return tuple(name for name in Image.ID if name not in _WITHOUT_PIXELS)
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def _suffixes() -> frozenset[str]:
-    """Returns the suffixes of these formats, in lower case."""
+    """Returns the suffixes of `_FORMATS`, in lower case."""
     from PIL import Image
 
     registered = Image.registered_extensions()
-    return frozenset(s for s, name in registered.items() if name not in _WITHOUT_PIXELS)
+    return frozenset(s for s, name in registered.items() if name in _FORMATS)
 
 
 def list_images(folder: pathlib.Path) -> tuple[list[pathlib.Path], LeftOut]:
@@ -96,25 +105,46 @@ def read_image(file: pathlib.Path, sides: tuple[int, int] | None = None) -> np.n
     """Returns an image as RGB, uint8 [h, w, 3], brought to `sides` if they are given.
 
     Raises:
-        ValueError: The file is damaged, no image, or has more than 8 bits a pixel and
-            channel.
+        ValueError: The file is damaged, no image, has more than 8 bits a pixel and
+            channel, or has more than 89,478,485 pixels, as it is or resized.
     """
     from PIL import Image
 
     try:
-        with Image.open(file, formats=_formats()) as opened:
-            mode = opened.mode
-            # Pillow would cut these to 8 bits instead of scaling them.
-            is_deep = mode == "F" or mode.startswith("I")
-            image = None if is_deep else np.asarray(opened.convert("RGB"))
+        with warnings.catch_warnings():
+            # What Pillow warns of is refused, also where it lies inside an icon.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=_formats()) as opened:
+                wrong = _cannot_use(opened, sides)
+                if wrong is None:
+                    rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
+                    return np.asarray(rgb if sides is None else cropped(rgb, sides))
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"cannot read {file}: no image that Pillow knows.") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        wrong = f"has too many pixels; must have at most {_MOST_PIXELS:,}"
     # Pillow's readers raise whatever damaged bytes lead them to: struct.error,
     # IndexError, SyntaxError, zlib.error and more.
     except Exception as error:
         raise ValueError(
             f"cannot read {file}: {type(error).__name__}: {error}."
         ) from error
-    if image is None:
-        raise ValueError(f"{file} has pixels of mode {mode!r}; must have 8 bits each.")
-    return image if sides is None else resize_and_crop(image, sides)
+    raise ValueError(f"{file} {wrong}.")
+
+
+def _cannot_use(picture: Any, sides: tuple[int, int] | None) -> str | None:
+    """Returns why the pixels of an image, which are not read yet, are of no use."""
+    # Pillow would cut these to 8 bits instead of scaling them.
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return f"has pixels of mode {picture.mode!r}; must have 8 bits each"
+    size = (picture.height, picture.width)
+    for what, (height, width) in (
+        ("", size),
+        (" when it is resized", size if sides is None else covering_size(size, sides)),
+    ):
+        if height * width > _MOST_PIXELS:
+            return (
+                f"has {height:,} x {width:,} pixels{what}; must have at most "
+                f"{_MOST_PIXELS:,} in all"
+            )
+    return None

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import math
 import pathlib
 
 import numpy as np
@@ -132,7 +133,15 @@ def _decode_all(
     for index, file in enumerate(files):
         image = read_image(file, sides)
         if index == 0:
-            images = np.empty((len(files), *image.shape), np.uint8)
+            shape = (len(files), *image.shape)
+            try:
+                images = np.empty(shape, np.uint8)
+            except MemoryError as error:
+                raise ValueError(
+                    f"{file} has shape {image.shape}; {len(files):,} of these take "
+                    f"{math.prod(shape) / 1e9:,.0f} GB, more than there is: "
+                    f"{how_to_resize}."
+                ) from error
         if image.shape != images.shape[1:]:
             raise ValueError(
                 f"{file} has shape {image.shape}, {files[0]} {images.shape[1:]}; must "

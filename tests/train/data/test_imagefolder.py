@@ -3,7 +3,9 @@
 import os
 import pathlib
 import shutil
+import struct
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -179,6 +181,59 @@ def test_postscript_is_never_interpreted(root, monkeypatch, tmp_path):
     inside.write_bytes(fields + b"\x1c\x08\x0a" + len(data).to_bytes(2, "big") + data)
     with pytest.raises(ValueError, match=r"cannot read .*inside\.png: no image that"):
         read_image(inside)
+
+
+def png(height, width):
+    """Returns a PNG of this size whose pixels are missing."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    sum_of_it = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + sum_of_it + b"\0\0\0\0IDAT"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "sides", "words"),
+    [
+        (1, 1_000_000, (32, 32), "has 32 x 32,000,000 pixels when it is resized;"),
+        (1_000_000, 1, (32, 32), "has 32,000,000 x 32 pixels when it is resized;"),
+        (64, 64, (10_000, 10_000), "has 10,000 x 10,000 pixels when it is resized;"),
+        (13_300, 13_300, (32, 32), "has too many pixels;"),  # of which Pillow warns
+        (20_000, 20_000, None, "has too many pixels;"),  # which Pillow refuses
+    ],
+)
+def test_large_images_are_refused_before_their_pixels_are_read(
+    height, width, sides, words, tmp_path
+):
+    file = tmp_path / "image.png"
+    file.write_bytes(png(height, width))
+    with pytest.raises(ValueError, match=rf"image\.png {words} must have at most 89,4"):
+        read_image(file, sides)
+
+
+def test_images_inside_an_icon_are_bounded_too(tmp_path):
+    file, inside = tmp_path / "image.ico", png(13_300, 13_300)
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
+    file.write_bytes(b"\0\0\1\0\1\0" + entry + inside)
+    with pytest.raises(ValueError, match=r"image\.ico has too many pixels;"):
+        read_image(file, (32, 32))
+
+
+def test_an_image_within_the_bound_is_read_and_resized(tmp_path):
+    file = tmp_path / "image.png"
+    Image.new("L", (100_000, 4), 7).save(file)
+    assert (read_image(file, (32, 32)) == 7).all()  # 32 x 800,000 before it is cut
+
+
+def test_a_set_that_memory_cannot_hold_is_refused_by_its_size(root, monkeypatch):
+    made = np.empty
+
+    def empty(shape, *args, **options):
+        if np.size(shape) == 4:
+            raise MemoryError
+        return made(shape, *args, **options)
+
+    monkeypatch.setattr(np, "empty", empty)
+    with pytest.raises(UsageError, match=r"0\.png has shape \(6, 7, 3\); 6 of these"):
+        load(root)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "webp", "tga", "psd"])
