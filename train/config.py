@@ -14,13 +14,18 @@ from inertia_jax.metadata import both_sides, shortest_sides
 from inertia_jax.models.create import check_model_name
 from inertia_jax.ops.inertial.settings import near_miss
 from train.errors import UsageError, user_input
+from train.sources import Source
 
 # Options of data, as verbs have them whose options are not nested. Either spelling is
 # taken everywhere.
-SourceOption = Annotated[str | None, tyro.conf.arg(aliases=("--data.source",))]
+SourceOption = Annotated[Source | None, tyro.conf.arg(aliases=("--data.source",))]
 CacheDirOption = Annotated[str, tyro.conf.arg(aliases=("--data.cache-dir",))]
 CropPaddingOption = Annotated[
     int | None, tyro.conf.arg(aliases=("--data.crop-padding",))
+]
+FlipOption = Annotated[bool | None, tyro.conf.arg(aliases=("--data.flip",))]
+ResizedCropOption = Annotated[
+    bool | None, tyro.conf.arg(aliases=("--data.resized-crop",))
 ]
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -62,7 +67,7 @@ def _check_range(
 class Data:
     """Images and what happens to them."""
 
-    source: Annotated[str, tyro.conf.arg(aliases=("--data",))] = "tfds:cifar10"
+    source: Annotated[Source, tyro.conf.arg(aliases=("--data",))] = "tfds:cifar10"
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits."""
     cache_dir: Annotated[str, tyro.conf.arg(aliases=("--cache-dir",))] = (
         "~/.cache/inertia_jax"
@@ -79,11 +84,11 @@ class Data:
     """Pixels around a training image before a random crop of its own size."""
     crop_mode: Literal["zeros", "reflect"] = "zeros"
     """Content of these pixels: zeros, or the image mirrored at its edges."""
-    flip: bool = True
+    flip: Annotated[bool, tyro.conf.arg(aliases=("--flip",))] = True
     """Mirror every second training image, by `flip_mode`."""
     flip_mode: Literal["random", "alternating"] = "random"
     """Mirrored images: drawn in every epoch, or drawn once and then alternating."""
-    resized_crop: bool = False
+    resized_crop: Annotated[bool, tyro.conf.arg(aliases=("--resized-crop",))] = False
     """Train on a random part (8% to 100%) of each image, resized, instead of the padded
     crop."""
     eval_resize: int | tuple[int, int] | None = None

@@ -151,16 +151,25 @@ class Plan:
             rules = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"a plan must be JSON; got {text!r:.200}: {error}."
+                f"a plan must be JSON{_example()}; got {text!r:.200}: {error}."
             ) from error
         if not isinstance(rules, list):
-            raise ValueError(f"a plan must be a JSON list of rules; got {text!r:.200}.")
+            raise ValueError(
+                f"a plan must be a JSON list of rules{_example()}; got {text!r:.200}."
+            )
         for rule in rules:
             if not isinstance(rule, list) or len(rule) != 2:
                 raise ValueError(
-                    f"a plan holds {rule!r:.200}; must be pairs [glob, spec]."
+                    f"a plan holds {rule!r:.200}; must be pairs [glob, "
+                    f"spec]{_example()}."
                 )
         return cls(tuple((glob, _from_jsonable(spec)) for glob, spec in rules))
+
+
+def _example() -> str:
+    """Returns a short plan, as the text of JSON is in an error."""
+    spec = {"type": "Inertial", "core_size": 3, "region_size": 5}
+    return f", e.g. {json.dumps([['layer1_*', spec]])}"
 
 
 def _to_jsonable(value: Any) -> Any:

@@ -225,7 +225,7 @@ def test_inertial_and_compressed_networks(tmp_path, capsys):
     out = tmp_path / "network.ijx"
     assert main(["export", str(checkpoint), "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert "`batch_size` (=None) must be a number" in error
+    assert "e.g. --batch-size 64" in error
     assert "tiled inertial layers" in error
     assert error.count("error:") == error.count("\n") - 1 == 1  # after `reading`
     assert list(tmp_path.iterdir()) == [checkpoint]

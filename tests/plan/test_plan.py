@@ -31,6 +31,14 @@ def test_globs_are_case_sensitive_and_cross_slashes():
     assert plan.spec("fc") == ij.Conv()
 
 
+def test_what_is_no_plan_is_answered_with_one():
+    for text in ("inertial", "{}", '["*"]'):
+        with pytest.raises(ValueError, match="e.g. ") as error:
+            ij.Plan.from_json(text)
+        example = str(error.value).split("e.g. ")[1].partition("]]")[0] + "]]"
+        assert ij.Plan.from_json(example) == ij.Plan((("layer1_*", ij.Inertial(3, 5)),))
+
+
 def test_json_there_and_back_is_the_same_plan():
     assert ij.Plan.from_json(PLAN.to_json()) == PLAN
     assert hash(ij.Plan.from_json(PLAN.to_json())) == hash(PLAN)

@@ -9,9 +9,17 @@ from inertia_jax.compression.reconstruct import LEAST_IMAGES
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.specs import Inertial
 from train.compress.rank_rules import parse_ranks
-from train.config import CacheDirOption, CropPaddingOption, Data, SourceOption
+from train.config import (
+    CacheDirOption,
+    CropPaddingOption,
+    Data,
+    FlipOption,
+    ResizedCropOption,
+    SourceOption,
+)
 from train.errors import UsageError
 from train.run.outputs import check_output, check_output_file
+from train.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +84,13 @@ class Compress:
     crop_padding: CropPaddingOption = None
     """Padding of random crops in the training of the checkpoint; None: as the
     checkpoint says. An imported one does not say it, so that this must be given."""
-    flip: bool | None = None
+    flip: FlipOption = None
     """Whether the training of the checkpoint mirrored images; None: as the checkpoint
     says. For an imported one this must be given."""
-    resized_crop: bool | None = None
+    resized_crop: ResizedCropOption = None
     """Whether it was on random parts of images, resized, instead of padded crops; None:
     as the checkpoint says, no if it was imported."""
-    also_test: tuple[str, ...] = ()
+    also_test: tuple[Source, ...] = ()
     """Further data whose test images are evaluated before and after."""
     finetune_epochs: int = 0
     """Number of epochs for which OUT is then trained, with the old network as teacher,

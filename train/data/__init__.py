@@ -4,7 +4,6 @@ from typing import Any
 
 from inertia_jax.atomic import local_path
 from inertia_jax.metadata import both_sides
-from inertia_jax.ops.inertial.settings import near_miss
 from train.config import Data
 from train.data.digits import load_digits
 from train.data.imagefolder import load_imagefolder
@@ -13,10 +12,9 @@ from train.data.sets import ImageSet, Split, warn_of_other_names
 from train.data.tfds import load_tfds
 from train.errors import UsageError, user_input
 from train.machine.processes import say
+from train.sources import KINDS, complete_source, describe_near
 
 __all__ = ["ImageSet", "Split", "load_configured", "load_data", "warn_of_other_names"]
-
-_KINDS = ("imagefolder", "npz", "tfds")
 
 
 def load_data(
@@ -29,7 +27,8 @@ def load_data(
     """Loads a set, checked.
 
     Args:
-        source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`.
+        source: `tfds:NAME`, `imagefolder:PATH`, `npz:PATH` or `digits`; a kind that is
+            plain may be left out.
         cache_dir: The directory in which decoded sets are kept.
         image_size: Height and width to which image folders, and images of several
             sizes, are brought; one number is both.
@@ -40,8 +39,9 @@ def load_data(
         UsageError: An unknown source, missing data, or images or labels that break a
             rule.
     """
+    source = complete_source(source)
     kind, _, rest = source.partition(":")
-    if source == "digits" or (kind in _KINDS and rest):
+    if source == "digits" or (kind in KINDS and rest):
         say(f"reading {source}")
     with user_input():
         for path in (cache_dir, rest):
@@ -61,7 +61,7 @@ def load_data(
             return load_tfds(rest, **options)
     raise UsageError(
         f"the source of images (={source!r}) must be tfds:NAME, imagefolder:PATH, "
-        f"npz:PATH or digits.{near_miss(kind, ('digits', *_KINDS))}"
+        f"npz:PATH or digits.{describe_near(source)}"
     )
 
 

@@ -43,14 +43,13 @@ def load_imagefolder(
             training lacks.
     """
     root = pathlib.Path(path).expanduser()
-    folders = {"train": root / "train", "test": root / "test"}
-    if not folders["test"].is_dir():
-        folders["test"] = root / "val"
+    folders = _split_folders(root)
     for folder in folders.values():
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {folder}; imagefolder:PATH needs "
                 f"PATH/train/CLASS/*.png and PATH/test/CLASS/*.png (or PATH/val)."
+                f"{_other_root(root)}"
             )
     classes = tuple(_class_folders(folders["train"]))
     left_out: LeftOut = collections.Counter()
@@ -59,6 +58,13 @@ def load_imagefolder(
         warn(describe_left_out(root, left_out))
     for split, folder in folders.items():
         _check_classes(folder, classes, files[split])
+    inner = _class_folders(folders["train"] / classes[0])
+    if len(classes) == 1 and len(inner) > 1:
+        raise ValueError(
+            f"{folders['train']} has one class, {classes[0]!r}, and training needs two "
+            f"or more; if the folders in it are the classes {shortened(inner)}, they "
+            f"belong one level higher."
+        )
 
     size = None if sides is None else shortest_sides(sides)
     fingerprint = hashlib.sha256(repr((size, classes)).encode())
@@ -81,6 +87,23 @@ def load_imagefolder(
         return splits, classes
 
     return cached_set(pathlib.Path(cache_dir).expanduser() / name, root_name, decode)
+
+
+def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns where the training and the test images of a folder lie, or would."""
+    test = root / "test"
+    return {
+        "train": root / "train",
+        "test": test if test.is_dir() else root / "val",
+    }
+
+
+def _other_root(root: pathlib.Path) -> str:
+    """Returns a hint at a folder that is a level or two above or below, if one fits."""
+    below = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    near = [*sorted(below), *root.absolute().parents[:2]]
+    fits = [p for p in near if all(f.is_dir() for f in _split_folders(p).values())]
+    return f" Did you mean imagefolder:{fits[0]}?" if len(fits) == 1 else ""
 
 
 def _class_folders(folder: pathlib.Path) -> list[str]:

@@ -38,7 +38,8 @@ def restart_with_huge_pages() -> None:
     It does nothing if the user has the setting (0 turns it off) or says
     `--no-huge-pages`, if the kernel gives huge pages to all or to nobody, or if this
     process is anything but the command `python -m train` with a verb that computes
-    for long. Programs that this one starts do not inherit the setting.
+    for long. The second process says so when it begins to work. Programs that this
+    one starts do not inherit the setting.
     """
     before = os.environ.pop(_RESTARTED, None)
     tunables = os.environ.get(_VARIABLE)
@@ -67,17 +68,23 @@ def restart_with_huge_pages() -> None:
         _VARIABLE: f"{tunables}:{setting}" if tunables else setting,
         _RESTARTED: tunables or "",
     }
-    print(
-        f"starting again with huge pages ({_VARIABLE}={changes[_VARIABLE]}); "
-        f"{NO_HUGE_PAGES} prevents it",
-        file=sys.stderr,
-    )
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **changes})
     except OSError as error:
         print(f"note: no huge pages; starting again failed: {error}", file=sys.stderr)
+
+
+@functools.cache
+def _say_restarted() -> None:
+    """Says, once, that this process was started again, if it was."""
+    if _restarted_with is not None:
+        print(
+            f"this process was started again with huge pages "
+            f"({_VARIABLE}={_restarted_with}); {NO_HUGE_PAGES} prevents it",
+            file=sys.stderr,
+        )
 
 
 def malloc_tunables() -> str | None:
@@ -103,6 +110,8 @@ def tunables_for_children() -> Iterator[None]:
 def give_back_after_compiling() -> None:
     """Makes glibc return what the compiler freed before a program first runs.
 
+    When the first one is compiled, it says whether this process was started again.
+
     glibc would keep it for later: hundreds of MB on top of a step's buffers.
     """
     if _glibc_version() == (0, 0):
@@ -113,8 +122,11 @@ def give_back_after_compiling() -> None:
     trim.argtypes = [ctypes.c_size_t]
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        is_compiled = event == "/jax/core/compile/backend_compile_duration"
-        if is_compiled and duration_secs > _LONG_S:
+        if event != "/jax/core/compile/backend_compile_duration":
+            return
+        # Now the options, and what they name, have been found good.
+        _say_restarted()
+        if duration_secs > _LONG_S:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -108,6 +108,7 @@ class RunDirectory:
                 raise UsageError(
                     f"{path} holds a run with another config; nothing was changed. "
                     f"Choose another --workdir, or undo:\n  {listed}"
+                    f"{self._longer(config_file)}"
                 )
             if not resume:
                 raise UsageError(
@@ -129,6 +130,22 @@ class RunDirectory:
             f"{config_file} holds no configuration; nothing was changed. The "
             f"checkpoints beside it are left: `{shell_command('finetune')}` trains one "
             f"further, with another --workdir."
+        )
+
+    def _longer(self, config_file: pathlib.Path) -> str:
+        """Returns the command that trains a run further that has come to its end.
+
+        It is "" unless more epochs were asked for.
+        """
+        epochs = read_json(config_file).get("epochs")
+        ended = [row.get("epoch") for row in read_metrics(self.path / "metrics.jsonl")]
+        if epochs not in ended or self._config.epochs <= epochs:
+            return ""
+        more = str(self._config.epochs - epochs)
+        return (
+            f"\nThe run has ended, and its learning rate was made for {epochs} epochs; "
+            f"this trains its best checkpoint further:\n"
+            f"{shell_command('finetune', self.path, '--epochs', more)}"
         )
 
     def _is_begun(self) -> bool:

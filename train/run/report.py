@@ -109,11 +109,15 @@ def format_curve(record: dict[str, Any]) -> str:
         [format(row[key], form) for key, form in columns.values()]
         for row in record["curve"]
     ]
+    highest = max(row["test_top1"] for row in record["curve"])
+    first, *equal = [r for r in record["curve"] if r["test_top1"] == highest]
+    tie = f", the first of {1 + len(equal)} with this accuracy" if equal else ""
+    best = f"best: epoch {first['epoch']}, test top-1 {highest:.2%}{tie}"
     reached = [
         f"{float(share):.2%} {_in_words(epoch)}"
         for share, epoch in record.get("seconds_to", {}).items()
     ]
-    return "\n".join([aligned([list(columns), *rows], left=0), *reached])
+    return "\n".join([aligned([list(columns), *rows], left=0), best, *reached])
 
 
 def _in_words(reached: dict[str, Any] | None) -> str:

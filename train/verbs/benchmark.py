@@ -4,8 +4,7 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-import tyro
-
+from train.arguments import parse_options
 from train.errors import UsageError, one_of
 from train.run.directory import describe_machine
 from train.run.outputs import check_output_file, write_json
@@ -32,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     name, options = _choose_suite(argv)
     # Only the chosen suite is imported: the imports of a suite take seconds.
     module = importlib.import_module(f"train.benchmark.{_MODULES.get(name, name)}")
-    suite = tyro.cli(module.Suite, args=options, prog=f"{_PROG} --suite {name}")
+    suite = parse_options(module.Suite, options, verb=f"benchmark --suite {name}")
     for option in ("repeats", "batch_size", "steps"):
         value = getattr(suite, option, 1)
         if value < 1:

@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tyro
-
 from inertia_jax import count_cost
+from train.arguments import parse_options
 from train.command import shell_command
 from train.compress import augmentation
 from train.compress.accuracy import Network, compare_stages, in_words, stage_evaluator
@@ -43,7 +42,7 @@ from train.run.outputs import write_json
 
 def run(argv: Sequence[str]) -> int:
     """Compresses as the arguments say, and prints cost and accuracy."""
-    args = tyro.cli(Compress, args=argv, prog="python -m train compress")
+    args = parse_options(Compress, argv, verb="compress")
     check_options(args)
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
     is_made = args.resume and out.exists()

@@ -9,6 +9,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from train.arguments import parse_options
 from train.config import SourceOption
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.evaluate.evaluation import paired_difference
@@ -41,7 +42,7 @@ class Evaluate:
 
 def run(argv: Sequence[str]) -> int:
     """Evaluates as the arguments say, and prints the result."""
-    args = tyro.cli(Evaluate, args=argv, prog="python -m train evaluate")
+    args = parse_options(Evaluate, argv, verb="evaluate")
     with joined(args.processes, saves_on_sigterm=False):
         is_first = jax.process_index() == 0  # the only process that prints
         with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):

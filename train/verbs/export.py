@@ -15,6 +15,7 @@ from inertia_jax import fold_batch_norm, load_exported, save_exported
 from inertia_jax.deploy.exported import check_platforms
 from inertia_jax.metadata import Preprocessing, both_sides
 from inertia_jax.plan.plan import without_ladders
+from train.arguments import parse_options
 from train.data.augment import Augmentation
 from train.errors import UsageError, user_input
 from train.networks import TrainedNetwork, read_network
@@ -59,7 +60,7 @@ class Export:
 
 def run(argv: Sequence[str]) -> int:
     """Exports as the arguments say, and compares the file with the checkpoint."""
-    args = tyro.cli(Export, args=argv, prog="python -m train export")
+    args = parse_options(Export, argv, verb="export")
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
     batch_size = None if args.batch_size == "dynamic" else int(args.batch_size)
     with user_input():
@@ -68,6 +69,12 @@ def run(argv: Sequence[str]) -> int:
         check_platforms(args.platforms)
         network = read_network(path)
         shape = _image_shape(args, network.preprocessing)
+        tiled = [s for s in network.model.plan.inertial if s.reading == "tiled"]
+        if batch_size is None and any(spec.capacities for spec in tiled):
+            raise ValueError(
+                "the capacities of tiled inertial layers depend on the number of "
+                "images a call; say it, e.g. --batch-size 64."
+            )
         function = _function(args, network)
         save_exported(
             out,

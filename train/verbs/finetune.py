@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.arguments import parse_options
 from train.config import FINETUNE, check_used
 from train.config_file import load_config
 from train.errors import UsageError, shortened
@@ -55,12 +56,10 @@ def _run(argv: Sequence[str]) -> int:
             default = dataclasses.replace(
                 default, name=f"{default.name}_{_checkpoint_name(argv[0])}"
             )
-    args = tyro.cli(
-        Finetune,
-        default=Finetune(default, config=file),
-        args=argv,
-        prog="python -m train finetune",
+    args = parse_options(
+        Finetune, argv, verb="finetune", default=Finetune(default, config=file)
     )
+    args.set_flags()
     if path is None:
         raise UsageError("`checkpoint` must be given, before the options.")
     config = args.run

@@ -5,11 +5,12 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
 
+from train.arguments import parse_options
 from train.config import Config, check_used
 from train.config_file import load_config
 from train.fit.loop import exit_code, fit, summary
@@ -30,9 +31,20 @@ class RunArguments:
     processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=Processes
     )
+    devices: int | None = None
+    """Number of devices to use, the first ones; None: all."""
+    deterministic: bool = False
+    """Make training on GPU bitwise repeatable, and slower."""
 
-    def train(self, devices: Sequence[Any] | None = None) -> int:
+    def set_flags(self) -> None:
+        """Sets the flags that XLA reads when JAX first asks for a device."""
+        if self.deterministic:
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+
+    def train(self) -> int:
         """Trains, prints where the results are, and returns the exit code."""
+        devices = first_devices(self.devices)
         workdir = pathlib.Path(self.workdir or f"runs/{self.run.name}").expanduser()
         result = fit(self.run, workdir=workdir, resume=self.resume, devices=devices)
         if jax.process_index() == 0:
@@ -43,11 +55,6 @@ class RunArguments:
 @dataclasses.dataclass(frozen=True)
 class Fit(RunArguments):
     """Trains a network; every field of the configuration is an option."""
-
-    devices: int | None = None
-    """Number of devices to use, the first ones; None: all."""
-    deterministic: bool = False
-    """Make training on GPU bitwise repeatable, and slower."""
 
 
 def config_option(argv: Sequence[str]) -> str | None:
@@ -67,9 +74,7 @@ def parse(argv: Sequence[str]) -> Fit:
     """
     path = config_option(argv)
     config = load_config(path) if path else Config()
-    args = tyro.cli(
-        Fit, default=Fit(config, config=path), args=argv, prog="python -m train fit"
-    )
+    args = parse_options(Fit, argv, verb="fit", default=Fit(config, config=path))
     check_used(args.run, config)
     return args
 
@@ -77,8 +82,6 @@ def parse(argv: Sequence[str]) -> Fit:
 def run(argv: Sequence[str]) -> int:
     """Trains as the arguments say."""
     args = parse(argv)
-    if args.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    args.set_flags()
     with joined(args.processes):
-        return args.train(first_devices(args.devices))
+        return args.train()

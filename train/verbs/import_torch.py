@@ -11,6 +11,7 @@ from inertia_jax import count_cost, create_model, save_checkpoint
 from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata, Preprocessing, both_sides
 from inertia_jax.models.create import check_model_name, input_shape
+from train.arguments import parse_options
 from train.errors import UsageError, user_input
 from train.machine.processes import say
 
@@ -70,7 +71,7 @@ def parse_renames(pairs: Sequence[str]) -> dict[str, str]:
 
 def run(argv: Sequence[str]) -> int:
     """Imports as the arguments say, and prints where the checkpoint is."""
-    args = tyro.cli(Import, args=argv, prog="python -m train import")
+    args = parse_options(Import, argv, verb="import")
     out = pathlib.Path(args.out).expanduser()
     if out.exists():
         raise UsageError(f"`out` (={out}) must not exist; it was left as it is.")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from train.arguments import parse_options
 from train.config import Config
 from train.config_file import load_from_file
 from train.errors import UsageError
@@ -45,11 +46,8 @@ def run(argv: Sequence[str]) -> int:
     default = Pipeline(run=Config())
     if file is not None:
         default = load_from_file(pathlib.Path(file), "pipeline", Pipeline)
-    args = tyro.cli(
-        Run,
-        default=Run(file or tyro.MISSING, default),
-        args=argv,
-        prog="python -m train pipeline",
+    args = parse_options(
+        Run, argv, verb="pipeline", default=Run(file or tyro.MISSING, default)
     )
     pipeline = args.pipeline
     workdir = pathlib.Path(args.workdir or f"runs/{pipeline.run.name}").expanduser()

@@ -5,8 +5,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-import tyro
-
+from train.arguments import parse_options
 from train.config_file import load_config
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.fit.loop import exit_code, fit, summary
@@ -26,7 +25,7 @@ class Quickstart:
 
 def run(argv: Sequence[str]) -> int:
     """Trains, evaluates from the checkpoint and prints where things lie."""
-    args = tyro.cli(Quickstart, args=argv, prog="python -m train quickstart")
+    args = parse_options(Quickstart, argv, verb="quickstart")
     start = time.monotonic()
     workdir = pathlib.Path(args.workdir).expanduser()
     result = fit(load_config(_CONFIG), workdir=workdir, resume=True)

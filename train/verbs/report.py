@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from train.arguments import parse_options
 from train.errors import user_input
 from train.run.outputs import write_json
 from train.run.report import draw_curve, format_curve, make_record
@@ -27,7 +28,7 @@ class Report:
 
 def run(argv: Sequence[str]) -> int:
     """Reports as the arguments say, and prints where the files are."""
-    args = tyro.cli(Report, args=argv, prog="python -m train report")
+    args = parse_options(Report, argv, verb="report")
     directory = pathlib.Path(args.run).expanduser()
     record = make_record(directory, seconds_to=args.seconds_to)
     out = pathlib.Path(args.out).expanduser() if args.out else directory / "report"

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from train.arguments import parse_options
 from train.config import SourceOption
 from train.errors import DivergedError, UsageError, user_input
 from train.experiments.sweep import (
@@ -46,7 +47,7 @@ class SweepArguments:
 
 def run(argv: Sequence[str]) -> int:
     """Trains the missing runs and prints the table; returns 1 if one diverged."""
-    args = tyro.cli(SweepArguments, args=argv, prog="python -m train sweep")
+    args = parse_options(SweepArguments, argv, verb="sweep")
     path, out = pathlib.Path(args.sweep), pathlib.Path(args.out)
     sweep = load_sweep(path)
     names = [config.name for config in sweep.configs]

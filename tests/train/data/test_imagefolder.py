@@ -292,3 +292,27 @@ def test_errors_about_classes_are_short(root):
         load(root)
     assert len(str(e.value)) < 300 + len(str(root))
     assert pathlib.Path(root).name in str(e.value)
+
+
+@pytest.mark.parametrize("given", ["..", "train", "train/c0", "nothing"])
+def test_a_folder_of_another_level_is_answered_with_the_right_one(root, given):
+    place = root.parent if given == ".." else root / given
+    with pytest.raises(UsageError, match="needs PATH/train/CLASS") as error:
+        load(place)
+    assert str(error.value).endswith(f"Did you mean imagefolder:{root}?")
+
+
+def test_two_folders_that_fit_are_not_guessed_between(root):
+    shutil.copytree(root, root.with_name("more"))
+    with pytest.raises(UsageError, match=r"\(or PATH/val\)\.$"):
+        load(root.parent)
+
+
+def test_classes_that_lie_a_level_too_deep_are_named(root):
+    for split in ("train", "test"):
+        (root / split).rename(root / "all")
+        (root / split).mkdir()
+        (root / "all").rename(root / split / "all")
+    message = r"one class, 'all', .* are the classes \['c0', 'c1'\].* one level higher"
+    with pytest.raises(UsageError, match=message):
+        load(root)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,12 +27,15 @@ from helpers import (
 )
 
 import inertia_jax as ij
-from inertia_jax.metadata import load_metadata
+from inertia_jax.metadata import Metadata, checkpoint_path, load_metadata
 from train.__main__ import VERBS, main
 from train.config_file import load_config
 from train.errors import UsageError
+from train.evaluate.evaluation import Evaluation
+from train.fit.loop import FitResult, summary
 from train.networks import make_model
 from train.run.checkpoints import best_step, latest_steps
+from train.run.report import format_curve
 from train.verbs.fit import parse
 
 FIT = [
@@ -279,6 +283,45 @@ def test_another_config_is_refused_and_nothing_changed(run, data, capsys):
     assert main([*arguments[:-1], str(run / "checkpoints"), "--resume"]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert {f: f.stat().st_mtime_ns for f in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("epochs", "more"), [(5, 2), (2, None)])
+def test_more_epochs_of_a_finished_run_are_a_finetuning(
+    epochs, more, run, data, capsys
+):
+    arguments = [*FIT, "--data.source", data, "--workdir", str(run), "--resume"]
+    assert main([*arguments, "--epochs", str(epochs)]) == 2
+    said = capsys.readouterr().err
+    assert f"epochs: 3 there, {epochs} here" in said
+    assert ("finetune" in said) == (more is not None)
+    if more is not None:
+        _, *words = shlex.split(said.splitlines()[-1])
+        command = ["-m", "train", "finetune", str(run), "--epochs", str(more)]
+        assert words == command
+
+
+def test_of_equal_checkpoints_the_first_is_called_the_best(tmp_path):
+    model = ij.create_model("lenet", width=0.1)
+    variables = ij.init_variables(model, jax.random.key(0), (8, 8, 1))
+    for step, top1 in ((1, 0.1), (2, 0.5), (3, 0.5)):
+        metadata = Metadata(info={"evaluation": {"top1": top1}})
+        path = checkpoint_path(tmp_path / "checkpoints", step)
+        ij.save_checkpoint(path, model, variables, metadata=metadata)
+        evaluation = Evaluation(
+            *(2, 0.1, top1, 1.0, np.eye(2), ("a", "b"), {}, np.ones(2, bool))
+        )
+        said = summary(FitResult(tmp_path, step, evaluation, None))
+        tie = ", the first of those with this accuracy" if step == 3 else ""
+        assert f"\nbest         step_0000000{min(step, 2)}{tie}\n" in said
+
+    rows = [(1, 0.1), (2, 0.5), (3, 0.5)]
+    numbers = dict.fromkeys(
+        ("train_loss", "train_accuracy", "test_loss", "images_per_s"), 0.5
+    )
+    curve = [{"epoch": epoch, "test_top1": top1, **numbers} for epoch, top1 in rows]
+    best = "best: epoch 2, test top-1 50.00%"
+    for count, end in ((3, ", the first of 2 with this accuracy"), (2, "")):
+        assert format_curve({"curve": curve[:count]}).endswith(best + end)
 
 
 def test_a_finished_run_is_evaluated_again(run, data, capsys):

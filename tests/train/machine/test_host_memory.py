@@ -69,10 +69,7 @@ def test_a_process_is_started_again_with_huge_pages(
     setting = os.environ["GLIBC_TUNABLES"]
     wanted = [*([before] if before else []), "glibc.malloc.hugetlb=1"]
     assert setting.split(":") == wanted
-    assert capsys.readouterr().err.splitlines() == [
-        f"starting again with huge pages (GLIBC_TUNABLES={setting}); --no-huge-pages "
-        f"prevents it"
-    ]
+    assert capsys.readouterr().err == ""
     # The second process has the setting, and its children do not inherit it.
     host_memory.restart_with_huge_pages()
     assert len(restarts) == 1
@@ -188,10 +185,11 @@ def test_the_program_starts_itself_again_and_says_what_it_would(tmp_path):
         assert [setting for _, setting in starts] == settings
         assert len({process for process, _ in starts}) == 1
         assert out.returncode == 2
-        assert "no such place" in out.stderr
+        (line,) = out.stderr.splitlines()
+        assert "no such place" in line
 
 
-def test_memory_is_given_back_after_long_compilations(monkeypatch):
+def test_memory_is_given_back_after_long_compilations(monkeypatch, capsys):
     trims = []
 
     def malloc_trim(pad):
@@ -212,8 +210,18 @@ def test_memory_is_given_back_after_long_compilations(monkeypatch):
     listen("/jax/core/compile/backend_compile_duration", 0.1)
     listen("/jax/core/compile/jaxpr_trace_duration", 9.0)
     assert not trims
-    listen("/jax/core/compile/backend_compile_duration", 0.3, fun_name="step")
-    assert trims == [0]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(host_memory, "_restarted_with", "glibc.malloc.hugetlb=1")
+    host_memory._say_restarted.cache_clear()
+    for _ in range(2):
+        listen("/jax/core/compile/backend_compile_duration", 0.3, fun_name="step")
+    host_memory._say_restarted.cache_clear()
+    assert trims == [0, 0]
+    # When the work has begun, and options have been found good.
+    assert capsys.readouterr().err == (
+        "this process was started again with huge pages "
+        "(GLIBC_TUNABLES=glibc.malloc.hugetlb=1); --no-huge-pages prevents it\n"
+    )
 
 
 def test_jax_says_how_long_it_compiled():

@@ -1,0 +1,94 @@
+"""Options in every spelling that people use, and the help."""
+
+import dataclasses
+import os
+from typing import Annotated
+
+import pytest
+import tyro
+
+from train.__main__ import VERBS, main
+from train.arguments import parse_options
+from train.compress.options import Compress
+from train.verbs.export import Export
+from train.verbs.finetune import Finetune
+from train.verbs.fit import Fit, RunArguments, parse
+
+ON = ["--flip", "--flip True", "--flip=true", "--data.flip", "--data.flip True"]
+OFF = ["--no-flip", "--flip False", "--data.no-flip", "--data.flip=False"]
+BOTH = [*((words, True) for words in ON), *((words, False) for words in OFF)]
+
+
+def read(kind, *words):
+    given = {Compress: ["run", "--out", "o"], Export: ["run", "--out", "o"]}
+    return parse_options(kind, [*given[kind], *words], verb="x")
+
+
+@pytest.mark.parametrize(("words", "value"), BOTH)
+def test_what_is_on_or_off_has_one_spelling_everywhere(words, value):
+    compress = read(Compress, *words.split(), "--seed", "3")
+    assert (compress.flip, compress.seed) == (value, 3)
+    fit = parse([*words.split(), "--seed", "3"])
+    assert (fit.run.data.flip, fit.run.seed) == (value, 3)
+
+
+def test_other_switches_are_spelt_alike():
+    assert read(Compress).flip is None
+    assert read(Compress, "--flip", "None", "--weigh", "False").weigh is False
+    assert read(Compress, "--resized_crop", "--keep-stem").resized_crop is True
+    assert read(Compress, "--data.resized-crop", "False").resized_crop is False
+    assert read(Export, "--fold=false").fold is False
+    run = parse(["--resized-crop", "true", "--optimizer.nesterov=True"]).run
+    assert run.data.resized_crop
+    assert run.optimizer.nesterov
+    assert parse(["--name", "True"]).run.name == "True"
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        (["--flip", "maybe"], "Expected one of"),
+        (["--flip=maybe"], "Expected one of"),
+        (["--weigh=maybe"], "Unrecognized options: maybe"),
+    ],
+)
+def test_a_value_that_is_neither_shows_the_right_form(words, form, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read(Compress, *words)
+    said = " ".join(capsys.readouterr().err.split())
+    assert form in said
+    assert "maybe" in said
+
+
+def test_an_option_of_any_depth_is_found():
+    @dataclasses.dataclass(frozen=True)
+    class Inner:
+        deep_one: Annotated[bool, tyro.conf.arg(name="deep")] = True
+
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        inner: Inner = Inner()
+        flat: Annotated[Inner, tyro.conf.arg(name="")] = Inner()
+
+    found = parse_options(Outer, ["--inner.deep", "False", "--no-deep"], verb="x")
+    assert not found.inner.deep_one
+    assert not found.flat.deep_one
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "benchmark"])
+def test_help_fits_a_page(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+def test_finetune_has_the_options_of_devices(monkeypatch):
+    for kind in (Fit, Finetune):
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert {"devices", "deterministic"} <= names
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    args = dataclasses.replace(parse([]), deterministic=True)
+    assert isinstance(args, RunArguments)
+    args.set_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_gpu_deterministic_ops=true"
