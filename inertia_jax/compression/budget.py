@@ -25,6 +25,7 @@ from inertia_jax.compression.sites import Factorised, Site, leaves_at, with_leav
 from inertia_jax.compression.weighed_kernel import WeighedKernel
 from inertia_jax.cost.count import count_cost
 from inertia_jax.plan.specs import Conv
+from inertia_jax.progress import Progress, counted
 
 # The lost shares of energy at which a layer's effect on the outputs is measured.
 _PROBES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
@@ -44,6 +45,7 @@ def choose_ranks(
     image_shape: tuple[int, ...],
     round_to: int,
     apply_fn: ApplyFn | None,
+    progress: Progress | None,
 ) -> dict[str, Conv | Factorised]:
     """Returns the form of every convolution.
 
@@ -57,6 +59,7 @@ def choose_ranks(
         image_shape: [h, w, c].
         round_to: The number that ranks become multiples of.
         apply_fn: How the network is called, as in `compress`.
+        progress: A function that is told how many layers are done, as in `compress`.
 
     Raises:
         ValueError: A budget that no ranks can meet; says the least possible.
@@ -68,7 +71,7 @@ def choose_ranks(
     }
     if budget.of == "latency":
         grids = {path: _thinned(sites[path], grid) for path, grid in grids.items()}
-        costs = _latencies(budget, dense[0], sites, grids)
+        costs = _latencies(budget, dense[0], sites, grids, progress)
     else:
         costs = {
             path: (site.macs if budget.of == "macs" else site.params)
@@ -96,7 +99,7 @@ def choose_ranks(
         )
     errors = {path: lambda lost: lost for path in sites}
     if batches:
-        errors = _measured_errors(dense, kernels, grids, batches, apply_fn)
+        errors = _measured_errors(dense, kernels, grids, batches, apply_fn, progress)
     forms = {
         path: all_forms(site, grids[path], cost_of=costs[path], error_of=errors[path])
         for path, site in sites.items()
@@ -136,12 +139,13 @@ def _latencies(
     model: nn.Module,
     sites: Mapping[str, Site],
     grids: Mapping[str, Forms],
+    progress: Progress | None,
 ) -> Costs:
     """Returns, for each layer, the time in milliseconds as a function of the form."""
     dtype = getattr(model, "dtype", None) or jnp.float32
     measured: dict[Any, dict[Any, float]] = {}
     costs: Costs = {}
-    for path, site in sites.items():
+    for path, site in counted(sites.items(), progress, "timing layers"):
         # Layers of one geometry are measured once.
         times = measured.setdefault(site.geometry, {})
         wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
@@ -158,6 +162,7 @@ def _measured_errors(
     grids: Mapping[str, Forms],
     batches: list[np.ndarray],
     apply_fn: ApplyFn | None,
+    progress: Progress | None,
 ) -> dict[str, Callable[[np.ndarray], Any]]:
     """Returns, for each layer, the outputs' divergence by the share of energy lost.
 
@@ -166,7 +171,7 @@ def _measured_errors(
     """
     divergence = divergence_of(*dense, batches, apply_fn)
     functions: dict[str, Callable[[np.ndarray], Any]] = {}
-    for path, layer in kernels.items():
+    for path, layer in counted(kernels.items(), progress, "trying ranks of layers"):
         specs, _, lost = grids[path].hull()
         # A layer without a cheaper form has nothing to probe.
         probes = {int(np.argmin(np.abs(lost - p))) for p in _PROBES if specs}

@@ -1,7 +1,7 @@
 """Measurements on calibration images: moments of inputs, divergence of outputs."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,7 +95,7 @@ def input_moments(
     model: nn.Module,
     variables: Mapping[str, Any],
     sites: Mapping[str, Site],
-    batches: list[np.ndarray],
+    batches: Iterable[np.ndarray],
     apply_fn: ApplyFn | None,
 ) -> dict[str, Float[np.ndarray, "g c c"]]:
     """Returns the mean of x x^T over each layer's inputs, for every group of channels.

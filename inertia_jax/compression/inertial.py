@@ -22,6 +22,7 @@ from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python
+from inertia_jax.progress import Progress
 
 
 def make_inertial(
@@ -39,6 +40,7 @@ def make_inertial(
     channel_stride: int = 1,
     batch_size: int = 256,
     apply_fn: ApplyFn | None = None,
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Makes a trained network's convolutions inertial, in the tiled reading.
 
@@ -77,6 +79,8 @@ def make_inertial(
         channel_stride: The step between channels that friction reads, as in `Inertial`.
         batch_size: Images per call; images that fill no whole batch are left out.
         apply_fn: How the network is called, as in `compress`.
+        progress: A function that is told how much of the search is done, in percent of
+            the MACs to save, as in `compress`.
 
     Returns:
         (model, variables) of the inertial network.
@@ -100,7 +104,7 @@ def make_inertial(
     shape = images.shape[1:]
     specs = _tileable(model, variables, shape, layers, tile_size, options, apply_fn)
     search = ThresholdSearch(model, variables, specs, images, batch_size, apply_fn)
-    state = search.run(macs)
+    state = search.run(macs, progress)
 
     rules: list[tuple[str, Inertial]] = []
     thresholds: dict[str, Any] = {}

@@ -34,6 +34,7 @@ from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
 from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import matches, without_ladders
+from inertia_jax.progress import Progress, counted
 
 # A quarter is held out, and BatchNorm needs two images.
 LEAST_IMAGES = 8
@@ -51,6 +52,7 @@ def reconstruct(
     iterations: int = 12,
     batch_size: int = 128,
     apply_fn: ApplyFn | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fits the kernels of a compressed network to the outputs of the dense one.
 
@@ -87,6 +89,7 @@ def reconstruct(
         iterations: The largest number of conjugate gradient steps per factor, >= 1.
         batch_size: Images per call, >= 2; a quarter of all images if that is less.
         apply_fn: How both networks are called, as in `compress`.
+        progress: A function that is told how many layers are done, as in `compress`.
 
     Returns:
         Variables with other kernels, and biases where layers have them. Those that were
@@ -124,7 +127,7 @@ def reconstruct(
     paths, now = tuple(modules), (model, variables)
     calls_on = _recorder(paths, now, dense, fitting[0], apply_fn)
     changed = dict(variables)
-    for path, module in modules.items():
+    for path, module in counted(modules.items(), progress, "fitting layers"):
         others = {name: subtree(tree, path) for name, tree in changed.items()}
         del others["params"]
         leaves: Mapping[str, Any] = leaves_at(changed, path)

@@ -22,6 +22,7 @@ from inertia_jax.cost.count import count_cost
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE
 from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
+from inertia_jax.progress import Progress
 
 # The shares of open tiles that are tried for a layer, in this order.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
@@ -140,8 +141,10 @@ class ThresholdSearch:
             threshold = float(np.quantile(state.frictions[path], 1 - rate))
         return self.measure({**state.thresholds, path: threshold})
 
-    def run(self, macs: float) -> SearchState:
+    def run(self, macs: float, progress: Progress | None = None) -> SearchState:
         """Lowers rates until the network takes at most the share `macs` of its MACs.
+
+        `progress` is told how much of the search is done, as in `make_inertial`.
 
         Raises:
             ValueError: A share that no rates can meet.
@@ -161,7 +164,11 @@ class ThresholdSearch:
         # Scores grow stale as other layers change. So the best one is measured again
         # before it is taken, and is put back if another one has become better.
         queue = [(-np.inf, path) for path in self._paths]
+        first = state.cost
         while True:
+            if progress is not None:
+                share = (first - state.cost) / (first - budget)
+                progress("choosing thresholds, percent", max(0, int(100 * share)), 100)
             _, path = heapq.heappop(queue)
             trial = self.with_rate(state, path, _RATES[levels[path] + 1])
             while trial.cost >= state.cost and levels[path] + 2 < len(_RATES):

@@ -24,6 +24,7 @@ from inertia_jax.models.create import image_shape_of
 from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import Conv, Spec, Tucker2
+from inertia_jax.progress import Progress, counted
 
 
 def compress(
@@ -40,6 +41,7 @@ def compress(
     image_shape: tuple[int, ...] | None = None,
     batch_size: int = 128,
     apply_fn: ApplyFn | None = None,
+    progress: Progress | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Factorises the convolutions of a trained network.
 
@@ -90,6 +92,8 @@ def compress(
             inside `flax.linen.apply`. None: as `model(images)`, with those of the
             arguments `train`, `training`, `is_training`, `deterministic` and
             `use_running_average` that it takes. Random streams of any name are there.
+        progress: A function that is told what is being done, how many parts of it are
+            done, and how many there are. None: nobody is told.
 
     Returns:
         (model, variables) of the compressed network.
@@ -114,7 +118,10 @@ def compress(
 
     dense = _multiplied_out(model, variables, every)
     batches = [] if images is None else batched(images, batch_size)
-    moments = input_moments(*dense, sites, batches, apply_fn) if batches else {}
+    moments = {}
+    if batches:
+        counting = counted(batches, progress, "measuring inputs of layers, batches")
+        moments = input_moments(*dense, sites, counting, apply_fn)
     kernels = {path: WeighedKernel(s, moments.get(path)) for path, s in sites.items()}
 
     if isinstance(ranks, Budget):
@@ -127,11 +134,12 @@ def compress(
             image_shape=shape,
             round_to=round_to,
             apply_fn=apply_fn,
+            progress=progress,
         )
     else:
         any_cost = not only_cheaper or isinstance(ranks, Plan)
         specs = {}
-        for path, site in sites.items():
+        for path, site in counted(sites.items(), progress, "choosing ranks, layers"):
             kernel = kernels[path].kernel
             spec = rank_by_rule(ranks, site, kernel, round_to=round_to)
             if any_cost or site.macs(spec) < site.macs(site.spec):
@@ -140,7 +148,7 @@ def compress(
     changed = {path: s for path, s in specs.items() if s != sites[path].spec}
     leaves = {
         path: kernels[path].parameters(spec, leaves_at(variables, path), method=method)
-        for path, spec in changed.items()
+        for path, spec in counted(changed.items(), progress, "factorising layers")
     }
     return _with_rules(model, changed, kept), with_leaves(variables, leaves)
 

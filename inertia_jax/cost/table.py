@@ -125,7 +125,8 @@ class CostTable:
             compiled = (self.ladder_macs + self.other_ops / 2) / max(1, self.dense_macs)
             text += (
                 f"\n{self.total_macs:,} MACs with two other ops counted as one, "
-                f"{share:.3f} of the dense network's; as compiled {compiled:.3f}"
+                f"{share:.3f} of the dense network's; as compiled {compiled:.3f}, open "
+                f"tiles rounded up to a capacity"
             )
         elif has_ranks:
             text += f"\n{share:.3f} of the dense network's MACs"

@@ -18,6 +18,7 @@ from inertia_jax import (
     save_checkpoint,
 )
 from inertia_jax.compression.recalibrate import running_statistics
+from inertia_jax.progress import Progress
 from train.compress.accuracy import Network
 from train.compress.augmentation import needed_augmentation
 from train.compress.options import Compress
@@ -52,6 +53,7 @@ def compressed_stages(
     split: Split | None,
     *,
     batch_size: int = 128,
+    progress: Progress | None = None,
 ) -> dict[str, Network]:
     """Returns the network after each stage, by name; the last one is the result.
 
@@ -60,13 +62,14 @@ def compressed_stages(
         network: The network as it was.
         split: The training images; None where no data are known.
         batch_size: The number of images a batch when BatchNorm is recalibrated.
+        progress: A function that is told how many layers are done.
 
     Raises:
         ValueError: The options do not fit the network.
     """
     dense = (network.model, network.variables)
     if split is None:
-        return {"raw": _make_tucker2(args, network, None)}
+        return {"raw": _make_tucker2(args, network, None, progress)}
     draw = _drawer(args, split, network)
     recalibrate = functools.partial(
         _recalibrated, args, draw=draw, batch_size=batch_size
@@ -89,10 +92,11 @@ def compressed_stages(
             reference=args.reference,
             low=args.low,
             channel_stride=args.channel_stride,
+            progress=progress,
         )
         stages["inertial"] = inertial
     else:
-        stages["raw"] = raw = _make_tucker2(args, network, draw)
+        stages["raw"] = raw = _make_tucker2(args, network, draw, progress)
         recalibrated = recalibrate(raw)
         if recalibrated is not raw:
             stages["recalibrated"] = recalibrated
@@ -105,6 +109,7 @@ def compressed_stages(
             dense=dense,
             images=draw(args.reconstruction_images, augment=True),
             layers=args.layers,
+            progress=progress,
         )
         stages["reconstructed"] = recalibrate((model, variables))
     return stages
@@ -177,7 +182,10 @@ def _drawer(
 
 
 def _make_tucker2(
-    args: Compress, network: TrainedNetwork, draw: Callable[..., Any] | None
+    args: Compress,
+    network: TrainedNetwork,
+    draw: Callable[..., Any] | None,
+    progress: Progress | None,
 ) -> Network:
     rule = parse_ranks(args.ranks or "")
     if isinstance(rule, Budget) and rule.of == "latency" and args.latency_batch:
@@ -195,6 +203,7 @@ def _make_tucker2(
         keep_stem=args.keep_stem,
         round_to=args.round_to,
         image_shape=network.preprocessing.image_shape,
+        progress=progress,
     )
 
 

@@ -12,6 +12,7 @@ from inertia_jax.cost.table import aligned
 from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata
 from train.compress.options import Compress
+from train.compress.progress import shown_progress
 from train.compress.rank_rules import plan_to_json
 from train.compress.stages import compressed_stages, save_compressed
 from train.config import Config
@@ -167,9 +168,13 @@ def _compress(
         seed=config.seed,
     )
     network = read_network(before)
-    with user_input():
+    with user_input(), shown_progress() as progress:
         stages = compressed_stages(
-            args, network, data.train, batch_size=config.batch_size
+            args,
+            network,
+            data.train,
+            batch_size=config.batch_size,
+            progress=progress,
         )
     save_compressed(args, network, next(reversed(stages.values())))
 

@@ -18,6 +18,7 @@ from train.compress.options import (
     check_options,
     check_options_without_data,
 )
+from train.compress.progress import shown_progress
 from train.compress.rank_rules import plan_to_json
 from train.compress.stages import (
     compressed_stages,
@@ -63,8 +64,8 @@ def run(argv: Sequence[str]) -> int:
         small, results = read_compressed(args)
     else:
         start = time.perf_counter()
-        with user_input():
-            stages = compressed_stages(args, network, split)
+        with user_input(), shown_progress() as progress:
+            stages = compressed_stages(args, network, split, progress=progress)
         seconds = time.perf_counter() - start
         small = next(reversed(stages.values()))
         tests = compare_stages(sources, before, evaluate(stages))
@@ -103,6 +104,7 @@ def _report(
     rows = []
     if args.is_inertial:
         print(cost)
+        print(_where_counted(args, tests[0]))
     else:
         rows = report_layers(
             (dense.model, dense.variables),
@@ -123,6 +125,8 @@ def _report(
     for test in tests:
         print(in_words(test))
     print(f"took {seconds:.0f} s; checkpoint {args.out}")
+    if not args.is_inertial and not args.finetune_epochs:
+        print(_finetune_advice(args))
     if args.finetune_epochs:
         print(f"fine-tuned: the run {_tuned_beside(pathlib.Path(args.out))}")
     record = {
@@ -177,6 +181,25 @@ def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> 
         optimizer=dataclasses.replace(
             config.optimizer, learning_rate=args.finetune_learning_rate
         ),
+    )
+
+
+def _where_counted(args: Compress, test: Mapping[str, Any]) -> str:
+    """Returns on which images the gate rates of an inertial network's cost are."""
+    return (
+        f"gate rates as on the {test['num_examples']:,} test images of {test['data']}; "
+        f"--macs {args.macs} holds on the {args.calibration_images:,} training images "
+        f"that chose the thresholds"
+    )
+
+
+def _finetune_advice(args: Compress) -> str:
+    """Returns how to regain accuracy that the factors have cost, as commands."""
+    data = () if args.data else ("--data", "SOURCE")
+    command = shell_command("finetune", args.out, "--teacher", args.checkpoint, *data)
+    return (
+        f"not fine-tuned, which regains accuracy: add --finetune-epochs 5 to this "
+        f"command (with another --out), or run\n{command}"
     )
 
 
