@@ -1,5 +1,8 @@
 """Smaller and faster convolutional networks in JAX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from inertia_jax import ops
 from inertia_jax.checkpoint import (
     CheckpointDamagedError,
@@ -7,22 +10,26 @@ from inertia_jax.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from inertia_jax.compression.inertial import make_inertial
 from inertia_jax.compression.planned import Planned
 from inertia_jax.compression.ranks import Budget, Energy, Evbmf, Ratio
-from inertia_jax.compression.recalibrate import recalibrate_batch_norm
-from inertia_jax.compression.reconstruct import reconstruct
-from inertia_jax.compression.tucker import compress, decompress
-from inertia_jax.cost.count import count_cost
 from inertia_jax.cost.table import CostTable, LayerCost
 from inertia_jax.deploy.exported import (
     ExportDamagedError,
     ExportedNetwork,
     load_exported,
+)
+from inertia_jax.deploy.fold import Folded
+from inertia_jax.dropped import DroppedRule, dropped_rules
+from inertia_jax.functions import (
+    compress,
+    count_cost,
+    decompress,
+    fold_batch_norm,
+    make_inertial,
+    recalibrate_batch_norm,
+    reconstruct,
     save_exported,
 )
-from inertia_jax.deploy.fold import Folded, fold_batch_norm
-from inertia_jax.dropped import DroppedRule, dropped_rules
 from inertia_jax.interop import load_torch, to_torch
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.low_rank import LowRankConv
@@ -40,6 +47,9 @@ from inertia_jax.plan.specs import (
     Tucker2,
 )
 from inertia_jax.plan.variants import published_variant
+
+if TYPE_CHECKING:
+    from inertia_jax import nnx
 
 __version__ = "0.1.0"
 
@@ -83,6 +93,7 @@ __all__ = [
     "load_metadata",
     "load_torch",
     "make_inertial",
+    "nnx",
     "ops",
     "published_variant",
     "recalibrate_batch_norm",
@@ -91,6 +102,13 @@ __all__ = [
     "save_exported",
     "to_torch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `nnx` where it is used: Flax's takes a quarter of a second."""
+    if name == "nnx":
+        return importlib.import_module("inertia_jax.nnx")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -141,7 +141,7 @@ def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 # Arguments by which networks are told that they are trained, and their values then.
-_MODES = {
+MODES = {
     "train": True,
     "training": True,
     "is_training": True,
@@ -232,7 +232,7 @@ def _default_call(model: Any, images: Any, train: bool) -> Any:
     how = "say how it is called with `apply_fn`, a function of (model, images, train)"
     if train and not modes:
         raise ValueError(
-            f"{name} takes none of {', '.join(_MODES)}, by which it would be told "
+            f"{name} takes none of {', '.join(MODES)}, by which it would be told "
             f"that it is trained; {how}."
         )
     # The first argument takes the images.
@@ -257,6 +257,6 @@ def _modes(model: nn.Module, *, train: bool) -> dict[str, bool]:
     # An argument that is also a field must be given in one place only.
     return {
         name: train == value
-        for name, value in _MODES.items()
+        for name, value in MODES.items()
         if name in taken and getattr(model, name, None) is None
     }

@@ -12,6 +12,7 @@ from jax import lax
 
 from inertia_jax.intercept import Answer, Wrapper, first_argument
 from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.opaque import Opaque
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.conv import pair
 from inertia_jax.ops.conv.dispatch import conv_for_linen
@@ -115,6 +116,8 @@ def _boxed_alike(module: nn.Conv, c_in: int) -> Any:
 
 def cannot_factorise(module: nn.Conv) -> str | None:
     """Returns why a convolution cannot be factorised, or None if it can."""
+    if isinstance(module, Opaque):
+        return module.why
     if type(module) is not nn.Conv:
         return f"is a {type(module).__name__}, which may compute anything"
     # A number is the filter size of a one-dimensional `nn.Conv`.

@@ -1,0 +1,21 @@
+"""The NNX face of the library: layers, plans and networks for `flax.nnx`."""
+
+from inertia_jax.nnx.forms import apply_plan, plan_of
+from inertia_jax.nnx.layers import LowRankConv, Tucker2Conv
+from inertia_jax.nnx.linen import as_linen, from_linen
+from inertia_jax.nnx.variables import GateThreshold
+
+__all__ = [
+    "GateThreshold",
+    "LowRankConv",
+    "Tucker2Conv",
+    "apply_plan",
+    "as_linen",
+    "from_linen",
+    "plan_of",
+]
+
+
+def __dir__() -> list[str]:
+    """Lists the public names: not the modules that they come from."""
+    return list(__all__)

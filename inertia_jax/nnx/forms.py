@@ -1,0 +1,115 @@
+"""The forms of an NNX module's convolutions, as a plan has them."""
+
+import inspect
+from typing import Any
+
+from flax import nnx
+
+from inertia_jax.compression.planned import cannot_factorise
+from inertia_jax.nnx.equals import PLANNED, Layer, find_layers, linen_layer
+from inertia_jax.nnx.graph import become, is_trained, iter_nodes
+from inertia_jax.nnx.layers import LowRankConv, Tucker2Conv
+from inertia_jax.plan.plan import Plan, as_glob, matches
+from inertia_jax.plan.specs import Conv, LowRank, Spec, Tucker2, fields_as
+
+_CLASSES: dict[type, type[nnx.Module]] = {
+    Conv: nnx.Conv,
+    Tucker2: Tucker2Conv,
+    LowRank: LowRankConv,
+}
+
+
+def plan_of(module: nnx.Module) -> Plan:
+    """Returns the plan of a module: a rule for each layer of a form that a plan has."""
+    rules = [
+        (as_glob("/".join(path)), layer.node.spec)
+        for path, layer in find_layers(module).items()
+        if isinstance(layer.node, PLANNED)
+    ]
+    return Plan(tuple(rules))
+
+
+def apply_plan(
+    module: nnx.Module, plan: Plan, *, rngs: nnx.Rngs | None = None
+) -> nnx.Module:
+    """Returns a module whose convolutions have the forms of a plan.
+
+    New layers have new variables, for those of a compressed network to be loaded into:
+
+        module = ij.nnx.apply_plan(Net(rngs=nnx.Rngs(0)), plan)
+        nnx.update(module, state)
+
+    Args:
+        module: A module; it is not changed.
+        plan: The forms of its convolutions: `Tucker2`, `LowRank`, or `Conv` for those
+            that stay.
+        rngs: The streams that new variables are drawn from. None: `nnx.Rngs(0)`.
+
+    Returns:
+        A module of the same class, in which those convolutions are other layers that
+        have another form in the plan. A layer that has several names stays one layer.
+
+    Raises:
+        ValueError: A rule that matches no convolution, or one that cannot have this
+            form.
+    """
+    changed = nnx.clone(module, graph=True)
+    convolutions = {
+        "/".join(path): layer
+        for path, layer in find_layers(changed).items()
+        if isinstance(layer.node, (nnx.Conv, *PLANNED))
+    }
+    for glob, _ in plan.rules:
+        if not any(matches(path, glob) for path in convolutions):
+            raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    trained = is_trained(changed)
+    for path, layer in convolutions.items():
+        node: Any = layer.node
+        spec = plan.spec(path)
+        if spec != getattr(node, "spec", Conv()):
+            become(node, _in_form(path, layer, spec, trained, rngs))
+    return changed
+
+
+def _in_form(
+    path: str, layer: Layer, spec: Spec, trained: bool, rngs: nnx.Rngs
+) -> nnx.Module:
+    """Returns a convolution in another form, with new variables like its own.
+
+    Raises:
+        ValueError: It cannot have that form.
+    """
+    node: Any = layer.node
+    dense: Any = linen_layer(node, None)
+    reason = layer.reason or cannot_factorise(dense)
+    if isinstance(spec, LowRank) and node.kernel_size != (1, 1):
+        reason = f"has filters of {node.kernel_size}; must be 1 x 1"
+    if isinstance(spec, Conv) and spec != Conv():
+        reason = "has filters of its own"
+    if reason is not None:
+        raise ValueError(f"`plan` has {spec} at {path!r}, which {reason}.")
+    cls: Any = _CLASSES[type(spec)]
+    taken = inspect.signature(cls.__init__).parameters
+    fields = {name: getattr(node, name) for name in taken if hasattr(node, name)}
+    if not isinstance(spec, Conv):
+        fields |= {n: v for n, v in fields_as(type(spec), spec).items() if n in taken}
+    if "use_running_average" in taken:
+        fields["use_running_average"] = not trained
+    made = cls(**fields, rngs=rngs)
+    _keep_boxes(node, made)
+    return made
+
+
+def _keep_boxes(node: nnx.Module, made: nnx.Module) -> None:
+    """Gives new parameters the classes and the metadata that the layer's own have."""
+    own = {
+        path[-1]: leaf
+        for path, leaf in iter_nodes(node)
+        if isinstance(leaf, nnx.Variable)
+    }
+    for _, part in list(iter_nodes(made)):
+        for name in own.keys() & vars(part).keys():
+            leaf = getattr(part, name)
+            if isinstance(leaf, nnx.Param):
+                setattr(part, name, own[name].copy(leaf.get_raw_value()))

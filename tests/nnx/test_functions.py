@@ -1,0 +1,142 @@
+"""The functions of the library on NNX modules, beside the same on Linen models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from nnx_networks import SHAPE, Block, Net, X, linen_variables, make_pair
+
+import inertia_jax as ij
+
+RULES = (("block/*", ij.Tucker2(4, 4)), ("point", ij.LowRank(4)))
+HALF = {"ranks": ij.Plan(RULES), "calibration": X, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return make_pair()
+
+
+@pytest.fixture(scope="module")
+def halves(pair):
+    """The network compressed in NNX, and (model, variables) compressed in Linen."""
+    net, (model, variables) = pair
+    return ij.compress(net, **HALF), ij.compress(model, variables, **HALF)
+
+
+def assert_same_variables(module, variables, tolerance=1e-6):
+    """The parameters and statistics of a module are those of Linen's variables."""
+    found = linen_variables(module)
+    assert jax.tree.structure(found) == jax.tree.structure(
+        {name: dict(variables[name]) for name in found}
+    )
+    for ours, theirs in zip(
+        jax.tree.leaves(found), jax.tree.leaves(variables), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_compression_is_that_of_the_same_network_in_linen(pair, halves):
+    net, _ = pair
+    small, (model, variables) = halves
+    assert type(small) is Net and type(small.block) is Block
+    assert type(net.stem) is nnx.Conv  # the network itself is not changed
+    assert dict(ij.nnx.plan_of(small).rules) == dict(model.plan.rules)
+    assert isinstance(small.block.conv2, ij.nnx.Tucker2Conv)
+    assert isinstance(small.point, ij.nnx.LowRankConv)
+    assert type(small.stem) is nnx.Conv
+    assert_same_variables(small, variables)
+    np.testing.assert_allclose(small(X), model.apply(variables, X), atol=1e-6)
+
+
+def test_costs_are_those_of_the_same_network_in_linen(pair, halves):
+    for module, (model, _) in (pair, halves):
+        rows = [
+            {row.path: row for row in ij.count_cost(network, SHAPE).rows}
+            for network in (module, model)
+        ]
+        assert rows[0] == rows[1]
+
+
+def test_factors_are_multiplied_out_again(halves):
+    small, _ = halves
+    dense = ij.decompress(small, image_shape=SHAPE)
+    assert type(dense.stem) is nnx.Conv and ij.nnx.plan_of(dense) == ij.Plan()
+    np.testing.assert_allclose(dense(X), small(X), atol=1e-5)
+    again = ij.compress(small, ranks=ij.Ratio(0.25), image_shape=SHAPE)
+    assert again.block.conv1.spec == ij.Tucker2(2, 2)
+
+
+def test_batch_norm_is_recalibrated_as_in_linen(halves):
+    small, (model, variables) = halves
+    measured = ij.recalibrate_batch_norm(small, X, batch_size=8)
+    expected = ij.recalibrate_batch_norm(model, variables, X, batch_size=8)
+    assert np.abs(measured.block.bn1.mean - small.block.bn1.mean).max() > 0.01
+    assert_same_variables(measured, expected)
+
+
+def test_reconstruction_is_that_of_linen(pair, halves):
+    net, dense = pair
+    small, (model, variables) = halves
+    options = {"images": X, "layers": "block/conv1", "iterations": 2}
+    fitted = ij.reconstruct(small, dense=net, **options)
+    expected = ij.reconstruct(model, variables, dense=dense, **options)
+    assert np.abs(fitted(X) - net(X)).mean() < np.abs(small(X) - net(X)).mean()
+    # Steps of conjugate gradients, of sums in another order.
+    assert_same_variables(fitted, expected, tolerance=1e-4)
+
+
+def test_batch_norm_is_folded_into_kernels(halves):
+    small, _ = halves
+    folded = ij.fold_batch_norm(small, image_shape=SHAPE)
+    assert not nnx.state(folded, nnx.BatchStat)
+    np.testing.assert_allclose(folded(X), small(X), atol=1e-5)
+    folded.train()
+    with pytest.raises(ValueError, match=r"`use_running_average` \(=False\) must be"):
+        folded(X)
+    assert np.isfinite(small(X)).all()  # which has its BatchNorm still
+
+
+def test_a_module_is_exported_in_evaluation_mode(halves, tmp_path):
+    small, _ = halves
+    trained = nnx.clone(small)
+    trained.train()
+    ij.save_exported(tmp_path / "net", trained, image_shape=SHAPE, platforms=("cpu",))
+    found = ij.load_exported(tmp_path / "net")(X)
+    np.testing.assert_allclose(found, small(X), atol=1e-6)
+
+
+class TwoInputs(nnx.Module):
+    def __init__(self):
+        self.conv = nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+
+    def __call__(self, images, scale):
+        return {"logits": self.conv(images).mean((1, 2)) * scale}
+
+
+def test_a_module_is_called_as_apply_fn_says():
+    def apply_fn(module, images, train):
+        assert isinstance(module, TwoInputs)
+        return module(images, jnp.float32(2))["logits"]
+
+    net, half = TwoInputs(), ij.Ratio(0.5)
+    small = ij.compress(net, ranks=half, calibration=X, apply_fn=apply_fn)
+    assert small.conv.spec == ij.Tucker2(2, 4)
+    with pytest.raises(ValueError, match="TwoInputs cannot be called.*scale"):
+        ij.compress(net, ranks=half, image_shape=SHAPE)
+
+
+def test_bad_modules_are_refused(pair):
+    net, (_, variables) = pair
+    half = {"ranks": ij.Ratio(0.5), "image_shape": SHAPE}
+    with pytest.raises(ValueError, match="`variables` must be left out"):
+        ij.compress(net, variables, **half)
+    with pytest.raises(ValueError, match="`variables` must be left out"):
+        ij.compress(net, variables=nnx.state(net), **half)
+    with pytest.raises(ValueError, match=r"`module` \(=Net\) is abstract"):
+        ij.compress(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), **half)
+    with pytest.raises(ValueError, match="images of shape .* 5 channels|5.*own error"):
+        ij.count_cost(net, (8, 8, 5))
+    with pytest.raises(ValueError, match=r"`image_shape` \(=None\).* Net, which"):
+        ij.compress(net, ranks=ij.Ratio(0.5))
