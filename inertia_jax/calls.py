@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from inertia_jax.intercept import Wrapper, first_argument, on_calls
+from inertia_jax.intercept import (
+    MODES,
+    Wrapper,
+    first_argument,
+    mode_names,
+    on_calls,
+)
 from inertia_jax.layers.kinds import KINDS, kind_of
 from inertia_jax.layers.pointwise import Pointwise
 
@@ -79,6 +85,9 @@ def record_calls(
         model: A network.
         shape: Shape of one image [h, w, c], or of a batch.
         apply_fn: How the network is called, as in `apply_network`.
+
+    Raises:
+        ValueError: No layer is recognised, although there are parameters.
     """
     calls: dict[str, Call] = {}
     # Inside `nn.scan` and its like, a layer is traced anew, below a scope of its own.
@@ -114,6 +123,15 @@ def record_calls(
         if not subtree(variables.get("params", {}), path).keys() & {*names}:
             # A layer that is applied by itself to arrays is none of the network's.
             calls[path] = dataclasses.replace(call, module=None)
+    if jax.tree.leaves(variables.get("params")) and not any(
+        call.module is not None for call in calls.values()
+    ):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has parameters, but no layer that is "
+            f"recognised: its convolutions must be `flax.linen.Conv` or this "
+            f"library's, its linear layers `flax.linen.Dense`. (Layers of an "
+            f"`nnx.Module` cannot be seen through `nnx.bridge.to_linen`.)"
+        )
     return calls, variables
 
 
@@ -138,16 +156,6 @@ def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:
             if found:
                 return found
     return {}
-
-
-# Arguments by which networks are told that they are trained, and their values then.
-MODES = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
 
 
 def apply_network(
@@ -220,7 +228,7 @@ def _network_call(train: bool, apply_fn: ApplyFn | None) -> Callable[[Any, Any],
     def network_call(model: Any, images: Any) -> Any:
         with contextlib.ExitStack() as stack:
             while isinstance(model, Wrapper):
-                model = stack.enter_context(model.inside())
+                model = stack.enter_context(model.inside(train=train))
             return call(model, images, train)
 
     return network_call
@@ -253,10 +261,4 @@ def _default_call(model: Any, images: Any, train: bool) -> Any:
 
 def _modes(model: nn.Module, *, train: bool) -> dict[str, bool]:
     """Returns the keyword arguments that tell a network whether it is trained."""
-    taken = inspect.signature(type(model).__call__).parameters
-    # An argument that is also a field must be given in one place only.
-    return {
-        name: train == value
-        for name, value in MODES.items()
-        if name in taken and getattr(model, name, None) is None
-    }
+    return {name: train == MODES[name] for name in mode_names(model)}

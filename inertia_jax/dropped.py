@@ -7,9 +7,10 @@ from typing import Any
 from flax import linen as nn
 
 from inertia_jax.calls import ApplyFn, Call, record_calls
+from inertia_jax.layers.in_place import cannot_be_inertial
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of
 from inertia_jax.plan.plan import Plan, matches, plan_of, without_ladders
-from inertia_jax.plan.specs import Spec, stays_dense
+from inertia_jax.plan.specs import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,10 @@ def dropped_rules(
     """Returns the rules of a model's plan that are not used at layers they match.
 
     An inertial convolution falls back to the ordinary one where its core is larger than
-    the network's filters, and, in the tiled reading, where the network has strides. A
-    rule that wins at no layer, since earlier ones match the same layers, is returned
-    once. Nothing is computed.
+    the network's filters, in the tiled reading where the network has strides, and where
+    the network has groups, dilation, a mask or a precision. A rule that wins at no
+    layer, since earlier ones match the same layers, is returned once. Nothing is
+    computed.
 
     Args:
         model: A network; one without a plan has dropped nothing.
@@ -96,9 +98,4 @@ def _reason(spec: Spec, module: Any) -> str | None:
     """Returns why a spec does not stand at a layer; None if it does."""
     if kind_of(module).name == "inertial":
         return None
-    # The first of one or two dimensions.
-    side, strides = (
-        size if isinstance(size, int) else size[0]
-        for size in (getattr(module, "kernel_size", 1), module.strides or 1)
-    )
-    return stays_dense(spec, kernel_size=side, strides=strides)
+    return cannot_be_inertial(module, spec)

@@ -1,6 +1,7 @@
 """Answers the calls of a network's layers, so that no model is edited."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,22 @@ from flax import linen as nn
 # `call(*args, **kwargs)`, or what takes its place.
 Answer = Callable[[Any, str, Callable[..., Any], Any, Any], Any]
 
+# Arguments by which networks are told that they are trained, and their values then.
+MODES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+
 
 class Wrapper(nn.Module):
-    """A module that stands around a network, and is called as the network is."""
+    """A module that stands around a network, and is called as the network is.
+
+    It takes `train`, too, for a network that takes none of the arguments by which it
+    would be told that it is trained.
+    """
 
     @property
     def wrapped(self) -> nn.Module:
@@ -20,24 +34,64 @@ class Wrapper(nn.Module):
         raise NotImplementedError
 
     @nn.nowrap
-    def make_answer(self) -> Answer:
-        """Returns what answers the calls of the network's layers."""
+    def make_answer(self, *, train: bool) -> Answer:
+        """Returns what answers the calls of the network's layers.
+
+        Args:
+            train: Whether the network is called in training mode.
+        """
         raise NotImplementedError
 
     @nn.nowrap
     @contextlib.contextmanager
-    def inside(self) -> Iterator[nn.Module]:
+    def inside(self, *, train: bool = False) -> Iterator[nn.Module]:
         """Gives the network, whose layers are answered inside the `with` block.
 
         The wrapper must be bound to variables, and so is the network. Methods of the
         network other than `__call__` are called in this way.
+
+        Args:
+            train: Whether the layers that the wrapper makes are trained.
         """
-        with on_calls(self.make_answer()):
+        with on_calls(self.make_answer(train=train)):
             yield on_scope(self.wrapped, self.scope)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.inside() as network:
+        network = self.wrapped
+        while isinstance(network, Wrapper):
+            network = network.wrapped
+        train = _trains(network, args, kwargs)
+        if "train" in kwargs and not mode_names(network):
+            kwargs.pop("train")
+        with self.inside(train=train) as network:
             return network(*args, **kwargs)
+
+
+def mode_names(model: nn.Module) -> list[str]:
+    """Returns the arguments by which a call tells the network that it is trained."""
+    taken = inspect.signature(type(model).__call__).parameters
+    # An argument that is also a field must be given in one place only.
+    return [n for n in MODES if n in taken and getattr(model, n, None) is None]
+
+
+def _trains(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether a call, or else a field of the network, says that it is trained.
+
+    What is no constant of the call, such as a traced boolean, says nothing.
+    """
+    taken = inspect.signature(type(model).__call__)
+    try:
+        given = taken.bind_partial(model, *args, **kwargs)
+    except TypeError:  # the network refuses it, or takes no `train`
+        return kwargs.get("train") is True
+    given.apply_defaults()
+    fields = {name: getattr(model, name, None) for name in MODES}
+    said = fields | {n: v for n, v in given.arguments.items() if v is not None}
+    return any(
+        said[name] == trained
+        for name, trained in MODES.items()
+        if isinstance(said[name], bool)
+    )
 
 
 def on_scope(model: nn.Module, scope: Any) -> nn.Module:

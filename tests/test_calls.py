@@ -164,3 +164,21 @@ def test_paths_may_be_made_of_names_with_slashes():
     tree = {"a": {"c": {"d": 1}}, "a/b": {"c": {"d": 2}}, "a/b/c": 3}
     found = [subtree(tree, path) for path in ("a", "a/c", "a/b", "a/b/c", "b", "")]
     assert found == [tree["a"], {"d": 1}, tree["a/b"], {"d": 2}, {}, tree]
+
+
+def test_a_model_without_a_layer_that_is_recognised_is_an_error():
+    class Mine(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param("scale", nn.initializers.ones, (3,))
+
+    calls = (
+        lambda model: ij.count_cost(model, (4, 4, 3)),
+        lambda model: ij.dropped_rules(
+            ij.Planned(model, ij.Plan((("*", ij.Inertial(1, 3)),))), (4, 4, 3)
+        ),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="no layer that is recognised"):
+            call(Mine())
+    assert not ij.count_cost(nn.Sequential([nn.relu]), (4, 4, 3)).rows

@@ -81,13 +81,18 @@ def apply_as_trained(
         apply_fn: How the network is called, as in `compress`.
     """
     can_train = takes_train(model, apply_fn)
-    mutable = ("batch_stats", "thresholds", "intermediates") if can_train else ()
+    mutable = ("batch_stats", "thresholds") if can_train else ()
     if train is None:
         # Dropout is on in training mode, so only BatchNorm is a reason for it; the mean
         # friction is none.
         train = can_train and bool(batch_norm_paths(variables))
     return apply_network(
-        model, variables, images, train=train, apply_fn=apply_fn, mutable=mutable
+        model,
+        variables,
+        images,
+        train=train,
+        apply_fn=apply_fn,
+        mutable=(*mutable, "intermediates"),
     )
 
 

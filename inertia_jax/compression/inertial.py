@@ -10,18 +10,24 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import ApplyFn, plain_variables
+from inertia_jax.calls import ApplyFn, plain_variables, takes_train
 from inertia_jax.compression.calibration import checked_images
+from inertia_jax.compression.planned import Planned
 from inertia_jax.compression.recalibrate import (
     recalibrate_batch_norm,
     running_statistics,
 )
+from inertia_jax.compression.sites import (
+    layer_places,
+    leaves_at,
+    reasons,
+    split_convolutions,
+)
 from inertia_jax.compression.thresholds import ThresholdSearch
-from inertia_jax.cost.count import count_cost
+from inertia_jax.dropped import dropped_rules
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
-from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
-from inertia_jax.plan.specs import CLOSED, OPEN, Fixed, Inertial, Rate, as_python
+from inertia_jax.plan.specs import CLOSED, OPEN, Conv, Fixed, Inertial, Rate, as_python
 from inertia_jax.progress import Progress
 
 
@@ -57,10 +63,18 @@ def make_inertial(
     (`recalibrate_batch_norm`).
 
     Thresholds become variables, which evaluation uses as they are. The plan has each
-    layer's rate as `Rate`, so that fine-tuning holds it.
+    layer's rate as `Rate`, so that fine-tuning holds it: a training step takes the
+    quantile of its batch, and moves the threshold towards it, in the collection
+    `thresholds`, which must be mutable. (With `model.clone(plan=
+    model.plan.with_fixed_thresholds())` training moves no threshold.)
+
+    Convolutions of other models than this library's can be inertial where `Planned`
+    says, and where their kernels are those stored; `Planned.kept` says which cannot. A
+    network that cannot be told that it is trained keeps its statistics.
 
     Args:
-        model: A network of this library.
+        model: A network of this library, or any Linen model made of `nn.Conv`, which
+            comes back as `Planned`.
         variables: Its trained variables.
         macs: The share of the network's MACs to take on the calibration images, in
             (0, 1]. They are `CostTable.total_macs`, which counts two operations of
@@ -91,7 +105,8 @@ def make_inertial(
             that is inertial already, or outputs that are not finite.
     """
     macs = as_python(macs)
-    _check_options(model, macs, tile_size, batch_size)
+    _check_options(macs, tile_size, batch_size)
+    original, model = model, _with_plan(model)
     variables = plain_variables(variables)
     images = checked_images(calibration)
     options: dict[str, Any] = {
@@ -102,26 +117,32 @@ def make_inertial(
         "channel_stride": channel_stride,
     }
     shape = images.shape[1:]
-    specs = _tileable(model, variables, shape, layers, tile_size, options, apply_fn)
+    specs, kept = _tileable(
+        model, variables, shape, layers, tile_size, options, apply_fn
+    )
     search = ThresholdSearch(model, variables, specs, images, batch_size, apply_fn)
     state = search.run(macs, progress)
 
     rules: list[tuple[str, Inertial]] = []
-    thresholds: dict[str, Any] = {}
-    wide = at_least_float32(model.dtype)
+    thresholds: dict[tuple[str, ...], Any] = {}
+    places = layer_places(variables["params"])
     for path, spec in specs.items():
         rate = state.rates[path]
         if rate == 1:
             continue
         target = Rate(rate) if rate else Fixed(CLOSED)
         rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
-        thresholds[f"{path}/threshold"] = jnp.asarray(state.thresholds[path], wide)
+        dtype = leaves_at(variables, path)["kernel"].dtype
+        threshold = jnp.asarray(state.thresholds[path], dtype)
+        thresholds[*places[path], "threshold"] = threshold
     if not rules:
-        return model, variables
+        return original, variables
     inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
-    nested = traverse_util.unflatten_dict(thresholds, sep="/")
+    if isinstance(inertial, Planned):
+        inertial = inertial.clone(kept=tuple({**dict(inertial.kept), **kept}.items()))
+    nested = traverse_util.unflatten_dict(thresholds)
     changed = {**variables, "thresholds": nested}
-    if not running_statistics(variables):
+    if not running_statistics(variables) or not takes_train(model, apply_fn):
         return inertial, changed
     # Recalibration uses the measured thresholds, not the quantiles of each batch.
     still = inertial.clone(plan=inertial.plan.with_fixed_thresholds())
@@ -131,21 +152,28 @@ def make_inertial(
     )
 
 
-def _check_options(model: Any, macs: Any, tile_size: int, batch_size: int) -> None:
+def _with_plan(model: nn.Module) -> Any:
+    """Returns the model with a plan, which has nothing inertial.
+
+    Raises:
+        ValueError: The model is inertial already.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        return Planned(model)
+    for glob, spec in plan.rules:
+        if isinstance(spec, Inertial):
+            raise ValueError(f"`model` has inertial layers already: {glob!r}, {spec}.")
+    return model
+
+
+def _check_options(macs: Any, tile_size: int, batch_size: int) -> None:
     if not isinstance(macs, (int, float)) or not 0 < macs <= 1:
         raise ValueError(f"`macs` (={macs!r}) must be in (0, 1].")
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
     if tile_size < 2:
         raise ValueError(f"`tile_size` (={tile_size}) must be >= 2.")
-    plan = plan_of(model)
-    if plan is None:
-        raise ValueError(
-            f"`model` (={type(model).__name__}) must be one that create_model makes."
-        )
-    for glob, spec in plan.rules:
-        if isinstance(spec, Inertial):
-            raise ValueError(f"`model` has inertial layers already: {glob!r}, {spec}.")
 
 
 def _tileable(
@@ -156,25 +184,32 @@ def _tileable(
     tile_size: int,
     options: dict[str, Any],
     apply_fn: ApplyFn | None,
-) -> dict[str, Inertial]:
-    """Returns specs, by path, for the matched convolutions that can be tiled."""
+) -> tuple[dict[str, Inertial], dict[str, str]]:
+    """Returns specs for the matched convolutions that can be tiled, by path.
+
+    The second dictionary has why others cannot, by path.
+    """
+    convolutions, kept = split_convolutions(model, variables, image_shape, apply_fn)
     specs: dict[str, Inertial] = {}
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
-    for row in count_cost(model, image_shape, apply_fn=apply_fn).rows:
-        if row.kind != "conv" or not matches(row.path, layers):
-            continue
-        side = params[f"{row.path}/kernel"].shape[0]
+    for path, site in convolutions.items():
+        side = min(site.kernel.shape[:2])
         # The friction of a 1x1 convolution costs about as much as closed tiles save.
-        if side > 1:
-            region = side + tile_size - 1
-            specs[row.path] = Inertial(side, region, threshold=Fixed(OPEN), **options)
+        if site.spec != Conv() or side == 1 or not matches(path, layers):
+            continue
+        if site.kernel.shape[:2] != (side, side):
+            kept[path] = "has filters that are not square"
+            continue
+        region = side + tile_size - 1
+        specs[path] = Inertial(side, region, threshold=Fixed(OPEN), **options)
     rules = tuple((as_glob(path), spec) for path, spec in specs.items())
     trial = model.clone(plan=Plan((*rules, *model.plan.rules)))
-    rows = count_cost(trial, image_shape, apply_fn=apply_fn).rows
-    inertial = {row.path for row in rows if row.kind == "inertial"}
-    if not inertial:
+    for rule in dropped_rules(trial, image_shape, apply_fn=apply_fn):
+        if specs.pop(rule.path, None):
+            kept[rule.path] = rule.reason
+    kept = {path: reason for path, reason in kept.items() if matches(path, layers)}
+    if not specs:
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution of stride 1 with filters "
-            f"larger than 1 x 1."
+            f"larger than 1 x 1{reasons(kept, layers)}."
         )
-    return {path: spec for path, spec in specs.items() if path in inertial}
+    return specs, kept

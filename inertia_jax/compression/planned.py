@@ -1,36 +1,61 @@
-"""Puts factorised convolutions into any Linen model, without editing the model."""
+"""Puts other convolutions into any Linen model, without editing the model."""
 
 import dataclasses
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from flax.linen.dtypes import promote_dtype
-from jax import lax
 
 from inertia_jax.intercept import Answer, Wrapper, first_argument
+from inertia_jax.layers.in_place import (
+    own_arithmetic,
+    standing,
+    with_region_padding,
+)
+from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.low_rank import LowRankConv
 from inertia_jax.layers.opaque import Opaque
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.conv import pair
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.plan.plan import Plan
-from inertia_jax.plan.specs import Conv, LowRank, Tucker2, fields_as
+from inertia_jax.plan.specs import (
+    Conv,
+    Inertial,
+    LowRank,
+    Spec,
+    Tucker2,
+    core_of,
+    fields_as,
+)
 
 
 class Planned(Wrapper):
     """A model of `nn.Conv` layers, some of which a plan replaces.
 
     Variables have the names that the model itself gives them, except in the layers that
-    the plan replaces by a `Tucker2Conv` or `LowRankConv`. Every call of such a layer is
-    intercepted (`flax.linen.intercept_methods`).
+    the plan replaces by a `Tucker2Conv`, `LowRankConv` or `InertialConv`. Every call of
+    such a layer is intercepted (`flax.linen.intercept_methods`).
+
+    An inertial convolution, or core, stands where the layer can hold it, as in `Plan`:
+    in an `nn.Conv` of two dimensions without groups, dilation, mask or precision. Other
+    layers stay ordinary, and `dropped_rules` lists them. It is in training mode when
+    the call says so by one of the arguments `train`, `training`, `is_training`,
+    `deterministic` and `use_running_average` that the network takes, or a field of that
+    name does. A network that has none of them is called with `train=True` all the same,
+    which is then the layers' alone. Elsewhere, as for other methods of the network:
+
+        nn.apply(call, model, mutable=["batch_stats", "thresholds"])(variables, images)
+
+    where `call(model, images)` uses `with model.inside(train=True) as network:`.
 
     Attributes:
         unplanned: Any Linen model.
-        plan: The forms of its `nn.Conv` layers: `Tucker2` with an ordinary core,
-            `LowRank`, or `Conv` for those that stay.
+        plan: The forms of its `nn.Conv` layers: `Tucker2`, `LowRank`, `Inertial`, or
+            `Conv` for those that stay.
         kept: Pairs of a layer's path and the reason why `compress` left it as it is;
             `count_cost` notes them.
 
@@ -48,21 +73,26 @@ class Planned(Wrapper):
         return self.unplanned
 
     @nn.nowrap
-    def make_answer(self) -> Answer:
+    def make_answer(self, *, train: bool) -> Answer:
         plan = self.plan
-        # The parts of a replacement layer are nn.Conv layers too.
+        # Replacements whose parts, nn.Conv layers too, are being called.
         replaced: set[tuple[str, ...]] = set()
 
         def replace(
             module: nn.Module, path: str, call: Any, args: Any, kwargs: Any
         ) -> Any:
-            spec = plan.spec(path)
-            is_part = module.path[:-1] in replaced
-            if type(module) is not nn.Conv or is_part or spec == Conv():
+            if type(module) is not nn.Conv or module.path[:-1] in replaced:
+                return call(*args, **kwargs)
+            spec = standing(plan.spec(path), module)
+            if spec == Conv():
                 return call(*args, **kwargs)
             replaced.add(module.path)
             x = first_argument(args, kwargs)
-            output = _factorised_like(module, spec, x.shape[-1])(x)
+            core = core_of(spec)
+            if isinstance(core, Inertial):
+                output = _inertial_like(module, spec, core, x, train=train)
+            else:
+                output = _factorised_like(module, spec, x.shape[-1])(x)
             replaced.remove(module.path)
             return output
 
@@ -76,8 +106,6 @@ def _factorised_like(
     path = "/".join(module.path)
     if reason := cannot_factorise(module):
         raise ValueError(f"`plan` has {spec} at {path!r}, which {reason}.")
-    if module.scope is None:
-        raise ValueError(f"{path!r} must be called inside `apply` or `init`.")
     cls: type[Tucker2Conv] | type[LowRankConv] = Tucker2Conv
     if isinstance(spec, LowRank):
         if pair(module.kernel_size) != (1, 1):
@@ -88,15 +116,41 @@ def _factorised_like(
         cls = LowRankConv
     elif not isinstance(spec, Tucker2) or spec.core != Conv():
         raise ValueError(
-            f"`plan` has {spec} at {path!r}; must be a Tucker2 with an ordinary core, "
-            f"or a LowRank."
+            f"`plan` has {spec} at {path!r}; must be a Tucker2, LowRank or Inertial, "
+            f"or Conv() for the network's own filters."
         )
+    kernel_init = _boxed_alike(module, c_in)
+    return _made_like(
+        module, cls, kernel_init=kernel_init, **fields_as(type(spec), spec)
+    )
+
+
+def _inertial_like(
+    module: nn.Conv, spec: Spec, core: Inertial, inputs: Any, *, train: bool
+) -> Any:
+    """Returns the output of the inertial layer that takes the place of an `nn.Conv`."""
+    cls = Tucker2Conv if isinstance(spec, Tucker2) else InertialConv
+    fields = fields_as(type(spec), spec)
+    size, side = module.kernel_size, (core.core_size,) * 2
+    if cls is Tucker2Conv:
+        fields["kernel_size"] = side
+    is_same = cls is InertialConv and pair(size) == side and core.combine != "stack"
+    if not is_same:
+        fields["kernel_init"] = _boxed_alike(module, inputs.shape[-1])
+    x, fields["padding"] = with_region_padding(module, core, jnp.asarray(inputs))
+    return _made_like(module, cls, **fields)(x, train=train)
+
+
+def _made_like(module: nn.Conv, cls: Any, **fields: Any) -> Any:
+    """Returns a layer on the scope of another, with its fields where none is given."""
+    if module.scope is None:
+        path = "/".join(module.path)
+        raise ValueError(f"{path!r} must be called inside `apply` or `init`.")
     names = [field.name for field in dataclasses.fields(cls)]
-    fields = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    same = {name: getattr(module, name) for name in names if hasattr(module, name)}
     # A layer called twice makes its parts twice, in the same places.
     own = {"parent": module.scope.rewound(), "name": None}
-    fields["kernel_init"] = _boxed_alike(module, c_in)
-    return cls(**fields | fields_as(type(spec), spec) | own)
+    return cls(**same | fields | own)
 
 
 def _boxed_alike(module: nn.Conv, c_in: int) -> Any:
@@ -132,17 +186,3 @@ def cannot_factorise(module: nn.Conv) -> str | None:
     if isinstance(convolve, functools.partial) and convolve.func is not conv_for_linen:
         return "computes in its own way (conv_general_dilated)"
     return own_arithmetic(module)
-
-
-def own_arithmetic(module: nn.Module) -> str | None:
-    """Returns in what a layer of Flax computes otherwise than Flax does, or None."""
-    if getattr(module, "promote_dtype", promote_dtype) is not promote_dtype:
-        return "promotes types in its own way"
-    known = (None, conv_for_linen, lax.conv_general_dilated, lax.dot_general)
-    for name in ("conv_general_dilated", "dot_general"):
-        function = getattr(module, name, None)
-        while isinstance(function, functools.partial):
-            function = function.func
-        if getattr(module, f"{name}_cls", None) is not None or function not in known:
-            return f"computes in its own way ({name})"
-    return None

@@ -27,9 +27,9 @@ from inertia_jax.compression.calibration import (
 )
 from inertia_jax.compression.layer_fit import LayerIO, fit_part
 from inertia_jax.compression.parameter_uses import find_misused
-from inertia_jax.compression.planned import own_arithmetic
 from inertia_jax.compression.sites import leaves_at, with_leaves
 from inertia_jax.intercept import check_in_view, first_argument, on_calls
+from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
 from inertia_jax.ops.precision import at_least_float32

@@ -16,7 +16,7 @@ from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.planned import cannot_factorise
 from inertia_jax.layers.kinds import dense_kernel, kind_of, spec_of
 from inertia_jax.ops.conv.conv import pair
-from inertia_jax.plan.plan import Plan, plan_of
+from inertia_jax.plan.plan import Plan, matches, plan_of
 from inertia_jax.plan.specs import Conv, Inertial, LowRank, Tucker2, core_of
 
 Factorised = Tucker2 | LowRank
@@ -177,6 +177,19 @@ def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns the parameters of a layer, those of its parts as `PART/kernel`."""
     params = subtree(variables.get("params", {}), path)
     return traverse_util.flatten_dict(params, sep="/")
+
+
+def layer_places(params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Returns the names along the path of each layer; a name may have a "/" in it."""
+    flat = traverse_util.flatten_dict(dict(params))
+    return {"/".join(place[:-1]): place[:-1] for place in flat}
+
+
+def reasons(kept: Mapping[str, str], glob: str) -> str:
+    """Returns why some convolutions that a glob matches stay, for an error."""
+    found = [f"{p!r} {why}" for p, why in kept.items() if matches(p, glob)]
+    more = [f"and {len(found) - 3} more"] if len(found) > 3 else []
+    return "".join(f"; {reason}" for reason in (*found[:3], *more))
 
 
 def with_leaves(

@@ -11,13 +11,14 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.calls import ApplyFn
+from inertia_jax.calls import ApplyFn, subtree
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batched,
     divergence,
     reference_outputs,
 )
+from inertia_jax.compression.sites import layer_places
 from inertia_jax.cost.count import count_cost
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE
 from inertia_jax.plan.plan import Plan, as_glob
@@ -73,6 +74,7 @@ class ThresholdSearch:
         self._dense = reference_outputs(model, variables, self._batches, apply_fn)
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
+        self._places = layer_places(variables["params"])
         shape = images.shape[1:]
         closed = dict.fromkeys(specs, 0.0)
         self._dense_cost = count_cost(model, shape, apply_fn=apply_fn)
@@ -90,7 +92,7 @@ class ThresholdSearch:
         self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
     ) -> Any:
         nested = traverse_util.unflatten_dict(
-            {(*path.split("/"), "threshold"): t for path, t in thresholds.items()}
+            {(*self._places[path], "threshold"): t for path, t in thresholds.items()}
         )
         logits, changed = apply_as_trained(
             self._model,
@@ -98,11 +100,18 @@ class ThresholdSearch:
             batch,
             apply_fn=self._apply_fn,
         )
-        flat = traverse_util.flatten_dict(changed.get("intermediates", {}))
-        named: dict[str, dict[str, Any]] = {GATE_RATE: {}, FRICTION: {}}
-        for (*path, name), value in flat.items():
-            named[name]["/".join(path)] = value[0]
-        return divergence(dense, logits), named[GATE_RATE], named[FRICTION]
+        sown = changed.get("intermediates", {})
+        rates, frictions = {}, {}
+        for path in self._paths:
+            # A layer that is called twice sows twice.
+            calls = [f.reshape(len(f), -1) for f in subtree(sown, path)[FRICTION]]
+            shares = subtree(sown, path)[GATE_RATE]
+            tiles = np.array([f.shape[1] for f in calls])
+            rates[path] = sum(
+                share * n for share, n in zip(shares, tiles / tiles.sum(), strict=True)
+            )
+            frictions[path] = jnp.concatenate(calls, 1)
+        return divergence(dense, logits), rates, frictions
 
     def measure(self, thresholds: dict[str, float]) -> SearchState:
         """Runs the calibration images with these thresholds."""

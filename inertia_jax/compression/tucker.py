@@ -16,6 +16,7 @@ from inertia_jax.compression.sites import (
     Site,
     find_sites,
     leaves_at,
+    reasons,
     split_convolutions,
     with_leaves,
 )
@@ -179,22 +180,15 @@ def _wanted_sites(
     if not wanted:
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution that can be "
-            f"factorised{_why(kept, layers)}."
+            f"factorised{reasons(kept, layers)}."
         )
     for glob, _ in ranks.rules if isinstance(ranks, Plan) else ():
         if not any(matches(path, glob) for path in every):
             raise ValueError(
                 f"`ranks` has {glob!r}, which matches no convolution that can be "
-                f"factorised{_why(kept, glob)}."
+                f"factorised{reasons(kept, glob)}."
             )
     return wanted
-
-
-def _why(kept: Mapping[str, str], glob: str) -> str:
-    """Returns the reasons of some convolutions that a glob matches, for an error."""
-    reasons = [f"{p!r} {why}" for p, why in kept.items() if matches(p, glob)]
-    more = [f"and {len(reasons) - 3} more"] if len(reasons) > 3 else []
-    return "".join(f"; {reason}" for reason in (*reasons[:3], *more))
 
 
 def decompress(

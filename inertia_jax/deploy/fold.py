@@ -11,10 +11,10 @@ from flax import traverse_util
 
 from inertia_jax.calls import ApplyFn, plain_variables
 from inertia_jax.compression.parameter_uses import find_misused
-from inertia_jax.compression.planned import own_arithmetic
 from inertia_jax.deploy.fold_trace import trace_layers
 from inertia_jax.intercept import Answer, Wrapper
 from inertia_jax.layers.batch_norm import BatchNormToTrain
+from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import KINDS, output_kernel
 from inertia_jax.models.create import image_shape_of
@@ -49,11 +49,10 @@ class Folded(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("train"):
             raise ValueError(_no_training(self.unfolded))
-        with self.inside() as network:
-            return network(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     @nn.nowrap
-    def make_answer(self) -> Answer:
+    def make_answer(self, *, train: bool) -> Answer:
         layers = {layer for layer, _ in self.folded}
         norms = {norm for _, norm in self.folded}
 

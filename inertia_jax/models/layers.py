@@ -28,6 +28,7 @@ from inertia_jax.plan.specs import (
     core_of,
     fields_as,
     stays_dense,
+    without_inertia,
 )
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's kaiming_uniform_(a=sqrt(5)).
@@ -209,9 +210,7 @@ class Layers:
 def _standing(spec: Spec, path: str, kernel_size: int, strides: int) -> Spec:
     """Returns the spec of a layer: the plan's, or the one that it falls back to."""
     if stays_dense(spec, kernel_size=kernel_size, strides=strides):
-        if isinstance(spec, Tucker2):
-            return dataclasses.replace(spec, core=Conv())
-        return Conv()
+        return without_inertia(spec)
     if isinstance(spec, LowRank) and kernel_size != 1:
         raise ValueError(
             f"the plan has {spec} at {path!r}, whose filters are {kernel_size} x "

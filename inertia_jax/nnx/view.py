@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import Scope
 
-from inertia_jax.calls import MODES
+from inertia_jax.intercept import MODES
 from inertia_jax.nnx.equals import (
     PLANNED,
     Layer,

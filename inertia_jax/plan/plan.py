@@ -46,7 +46,8 @@ class Plan:
     A network refuses a rule that matches none of its convolutions, and ranks that a
     layer cannot have. An `Inertial`, or the inertial core of a `Tucker2`, falls back to
     the ordinary convolution where the layer cannot hold it: where its core is larger
-    than the network's filters, or its reading is tiled and the layer has strides.
+    than the network's filters, its reading is tiled and the layer has strides, or the
+    layer of another's network is more than a plain convolution of two dimensions.
     `dropped_rules` lists these layers, `count_cost` notes them, and
     `create_model(strict=True)` refuses them.
 

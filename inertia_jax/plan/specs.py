@@ -262,3 +262,10 @@ def stays_dense(spec: Spec, *, kernel_size: int, strides: int) -> str | None:
     if spec.reading == "tiled" and strides != 1:
         return f"tiles need stride 1, it has {strides}"
     return None
+
+
+def without_inertia(spec: Spec) -> Spec:
+    """Returns a spec with the ordinary convolution in place of an inertial one."""
+    if isinstance(spec, Tucker2):
+        return dataclasses.replace(spec, core=Conv())
+    return Conv()

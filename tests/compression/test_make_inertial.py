@@ -190,5 +190,8 @@ def test_networks_that_cannot_be_made_inertial_are_refused(lenet):
         ij.make_inertial(
             model.clone(plan=plan), variables, macs=0.5, calibration=images
         )
-    with pytest.raises(ValueError, match="`model` .*create_model"):
-        ij.make_inertial(nn.Dense(3), {"params": {}}, macs=0.5, calibration=images)
+    dense = nn.Dense(3)
+    with pytest.raises(ValueError, match="`layers` .*matches no convolution"):
+        ij.make_inertial(
+            dense, dense.init(jax.random.key(0), images), macs=0.5, calibration=images
+        )
