@@ -1,20 +1,18 @@
 """Reads and writes PyTorch weights, by renaming and transposing alone."""
 
-import contextlib
 import pathlib
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from inertia_jax.calls import plain_variables
 from inertia_jax.layers.inertial import FRICTION_MEAN
-from inertia_jax.layers.kinds import KINDS
 from inertia_jax.models.create import (
     abstract_variables,
     init_variables,
@@ -22,37 +20,14 @@ from inertia_jax.models.create import (
     model_name,
 )
 from inertia_jax.models.network import Network
-from inertia_jax.weights.files import read_weights_file
+from inertia_jax.weights.files import naming, read_weights
 from inertia_jax.weights.found import find_weights, is_array
+from inertia_jax.weights.layout import torch_key, torch_shape, transposed
 from inertia_jax.weights.misfit import check_keys
 from inertia_jax.weights.numbers import as_numbers
 
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-# The parts of a factorised convolution, which is a Sequential in PyTorch.
-_PARTS = {part: str(i) for kind in KINDS.values() for i, part in enumerate(kind.parts)}
 # Variables of an inertial convolution besides its core, which PyTorch's networks lack.
 _INERTIAL_LEAVES = ("threshold", "weights", FRICTION_MEAN)
-
-
-def torch_key(path: Sequence[str]) -> str:
-    """Returns the state-dict key of a variable, e.g. `layer1.0.conv1.weight`.
-
-    Args:
-        path: Module names and the variable's name, e.g. `("layer1_0", "conv1",
-            "kernel")`; `name_N` stands for PyTorch's `name.N`, and the parts of a
-            factorised convolution `name` for `name.0`, `name.1` and `name.2`.
-    """
-    *modules, leaf = path
-    dotted = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
-    # A part owns its leaf. SimpleDLA's blocks `left` and `right` own none.
-    dotted[-1:] = [_PARTS.get(name, name) for name in dotted[-1:]]
-    return ".".join([*dotted, _LEAVES.get(leaf, leaf)])
 
 
 def load_torch(
@@ -64,29 +39,39 @@ def load_torch(
     image_shape: tuple[int, int, int] | None = None,
     ema: bool = False,
     rename: Mapping[str, str] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> dict[str, Any]:
     """Reads PyTorch weights into variables for `model`.
 
     Kernels go from OIHW to HWIO, linear weights are transposed; types are kept (float64
     needs JAX's x64 mode). The weights are found wherever they are nested, under
     `state_dict`, `model` or another name, with prefixes such as `module.` (of
-    DataParallel) and `_orig_mod.` (of torch.compile); `num_batches_tracked` is dropped.
-    A warning says which weights are taken of several. Dense weights fit a network of
-    tiled inertial convolutions with cores of the same size; thresholds that the file
-    lacks keep their first values.
+    DataParallel), `_orig_mod.` (of torch.compile) and `backbone.`, beside which the
+    last layer may stand; `num_batches_tracked` is dropped. What other programs call the
+    same layers is known: `fc`, `classifier` or `head` for `linear`, `downsample` for
+    `shortcut`, and the other way round. A warning says which weights are taken of
+    several. Dense weights fit a network of tiled inertial convolutions with cores of
+    the same size; thresholds that the file lacks keep their first values.
+
+    Weights of the same network that Flax has saved are read, too: a file that
+    `flax.serialization` wrote, or a tree of orbax, also of a state of training.
 
     Args:
         model: The network that the weights belong to.
-        path_or_state_dict: A file that torch.save or safetensors wrote, whatever its
-            name, or a mapping of arrays. PyTorch is not needed, and what a file holds
-            besides arrays is never run.
+        path_or_state_dict: A file that torch.save, safetensors or Flax wrote, whatever
+            its name, the index of several (`model.safetensors.index.json`), a folder of
+            orbax, or a mapping of arrays by PyTorch's keys. PyTorch is not needed, and
+            what a file holds besides arrays is never run.
         reinitialise: Prefixes of keys to draw anew, e.g. `("fc",)` for a new head. In
             the file these weights may be missing or have another shape.
         key: The key for the layers drawn anew; required with `reinitialise`.
         image_shape: The shape [h, w, c] of an input. None: the one that the network was
             published for. The sizes of `lenet`'s weights depend on it.
         ema: Whether averaged weights (EMA, SWA) are taken, of a file that has both.
-        rename: New names of parts of keys, e.g. `{"fc": "linear"}`; "" drops a part.
+        rename: New names of parts of keys, e.g. `{"top": "linear"}`; "" drops a part.
+            `*` stands for any characters of one part: `{"conv*_x": "layer*"}`.
+        dtype: The type that weights of another are converted to, which a warning says.
+            None: they keep their types.
 
     Returns:
         `{"params": ..., "batch_stats": ...}`, and `thresholds` of an inertial network.
@@ -105,6 +90,7 @@ def load_torch(
         image_shape=image_shape,
         ema=ema,
         rename=rename,
+        dtype=dtype,
     )
     if note:
         warnings.warn(f"{note}.", stacklevel=2)
@@ -120,15 +106,10 @@ def read_torch(
     image_shape: tuple[int, int, int] | None = None,
     ema: bool = False,
     rename: Mapping[str, str] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Returns what `load_torch` does, and what it warns of ("" for nothing)."""
-    loaded = path_or_state_dict
-    path = None
-    if not isinstance(loaded, Mapping):
-        path = pathlib.Path(loaded).expanduser()
-        loaded = read_weights_file(path)
-        if not isinstance(loaded, Mapping):
-            raise ValueError(f"{path} holds a {type(loaded).__name__}; must be a dict.")
+    loaded, path = read_weights(path_or_state_dict)
     shape = image_shape or input_shape(model)
     expected = traverse_util.flatten_dict(abstract_variables(model, shape))
     names = {path: torch_key(path[1:]) for path in expected}
@@ -136,13 +117,13 @@ def read_torch(
     for prefix in reinitialise:
         if not any(name.startswith(_prefixes((prefix,))) for name in names.values()):
             raise ValueError(f"`reinitialise` (={prefix!r}) matches no key.")
-    with _naming(path):
+    with naming(path):
         found = find_weights(loaded, set(names.values()), ema=ema, rename=rename or {})
     state = found.state
     first = [p for p in expected if p[-1] in _INERTIAL_LEAVES and names[p] not in state]
     taken = {p: leaf for p, leaf in expected.items() if p not in (*drawn, *first)}
     missing = {
-        names[p]: _torch_shape(leaf.shape)
+        names[p]: torch_shape(leaf.shape)
         for p, leaf in taken.items()
         if names[p] not in state
     }
@@ -155,11 +136,11 @@ def read_torch(
     for p, leaf in taken.items():
         if names[p] in state:
             try:
-                array = as_numbers(names[p], state[names[p]], _torch_shape(leaf.shape))
-                values[p] = _transposed(array, to_torch_layout=False)
+                array = as_numbers(names[p], state[names[p]], torch_shape(leaf.shape))
+                values[p] = transposed(array, to_torch_layout=False)
             except ValueError as error:
                 problems.append(f"{error}")
-    with _naming(path):
+    with naming(path):
         check_keys(_in_words(model), missing, surplus, problems)
     if drawn and key is None:
         raise ValueError("`key` (=None) must be given with `reinitialise`.")
@@ -168,18 +149,14 @@ def read_torch(
         fresh = traverse_util.flatten_dict(init_variables(model, key, shape))
         values |= {path: np.asarray(fresh[path]) for path in (*drawn, *first)}
     arrays = {path: jax.numpy.asarray(values[path]) for path in expected}
-    return traverse_util.unflatten_dict(arrays), found.note()
-
-
-@contextlib.contextmanager
-def _naming(path: pathlib.Path | None) -> Iterator[None]:
-    """Names the file, where there is one, in the errors of what it holds."""
-    try:
-        yield
-    except ValueError as error:
-        if path is None:
-            raise
-        raise ValueError(f"{path}: {error}") from error
+    notes = [found.note()]
+    if dtype is not None:
+        others = {str(leaf.dtype) for leaf in arrays.values() if leaf.dtype != dtype}
+        arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
+        if others:
+            listed = " and ".join(sorted(others))
+            notes.append(f"weights of {listed} become {jax.numpy.dtype(dtype).name}")
+    return traverse_util.unflatten_dict(arrays), "; ".join(filter(None, notes))
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -217,7 +194,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
             stacklevel=2,
         )
     return {
-        torch_key(path[1:]): _transposed(_numpy_type(value), to_torch_layout=True)
+        torch_key(path[1:]): transposed(_numpy_type(value), to_torch_layout=True)
         for path, value in flat.items()
     }
 
@@ -245,19 +222,3 @@ def _gives(leaf: Any) -> tuple[int, ...]:
 
 def _prefixes(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name.rstrip('.')}." for name in names)
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _axes(len(shape), to_torch_layout=True))
-
-
-def _axes(ndim: int, *, to_torch_layout: bool) -> tuple[int, ...]:
-    if ndim == 4:
-        return (3, 2, 0, 1) if to_torch_layout else (2, 3, 1, 0)
-    return tuple(reversed(range(ndim)))
-
-
-def _transposed(value: np.ndarray, *, to_torch_layout: bool) -> np.ndarray:
-    axes = _axes(value.ndim, to_torch_layout=to_torch_layout)
-    # PyTorch warns of arrays that cannot be written, so this is a copy.
-    return np.array(np.transpose(value, axes), order="C")

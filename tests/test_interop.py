@@ -181,7 +181,7 @@ def test_averaged_weights_are_taken_if_asked_for(model, variables, state):
 
 
 def test_another_spelling_is_guessed_and_renamed(model, variables, state):
-    names = {"linear": "fc", "shortcut": "downsample"}
+    names = {"linear": "top", "shortcut": "identity"}
     foreign = {}
     for key, value in state.items():
         parts = (names.get(part, part) for part in key.split("."))
@@ -189,8 +189,8 @@ def test_another_spelling_is_guessed_and_renamed(model, variables, state):
     with pytest.raises(ValueError, match=r"\(24 keys\)") as error:
         ij.load_torch(model, foreign)
     lines = str(error.value).split("\n  ")[1:]
-    assert [line.split()[1] for line in lines] == ["downsample=shortcut", "fc=linear"]
-    rename = {"fc": "linear", "downsample": "shortcut"}
+    assert [line.split()[1] for line in lines] == ["identity=shortcut", "top=linear"]
+    rename = {"top": "linear", "identity": "shortcut"}
     assert_equal(ij.load_torch(model, foreign, rename=rename), variables)
 
 

@@ -4,22 +4,28 @@ PyTorch's files, of both formats, need no PyTorch: `pickles.py` reads them, and 
 nothing of what they name.
 """
 
+import contextlib
 import io
+import json
 import mmap
 import pathlib
 import struct
 import zipfile
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, cast
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.flax import load_file
 
+from inertia_jax.weights.flax_files import is_msgpack, read_msgpack, read_orbax
 from inertia_jax.weights.pickles import Unknown, as_key, is_text, read_pickle
 from inertia_jax.weights.rebuild import TABLE, Storage, storage_dtype
+from inertia_jax.weights.safetensors_files import read_safetensors
 
 # The first pickle of PyTorch's format before version 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# An index has a line for each weight.
+_MAX_INDEX_BYTES = 1 << 26
 # What bytes that are damaged, or made by hand, lead to.
 _DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError),
@@ -38,6 +44,35 @@ class _Map(mmap.mmap):
         return True
 
 
+def read_weights(
+    weights: str | pathlib.Path | Mapping[str, Any],
+) -> tuple[Mapping[str, Any], pathlib.Path | None]:
+    """Returns what a file holds, and its path; what is no path is returned, and None.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is of another kind, or damaged.
+    """
+    if isinstance(weights, Mapping):
+        return weights, None
+    path = pathlib.Path(weights).expanduser()
+    loaded = read_weights_file(path)
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}; must be a dict.")
+    return loaded, path
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path | None) -> Iterator[None]:
+    """Names the file, where there is one, in the errors of what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        if path is None:
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_weights_file(path: pathlib.Path) -> Any:
     """Returns what a file holds: a mapping of arrays, which others may nest.
 
@@ -45,31 +80,56 @@ def read_weights_file(path: pathlib.Path) -> Any:
         FileNotFoundError: There is no such file.
         ValueError: The file is of another kind, or damaged.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; must be a file of weights.")
-    if not path.is_file():
+    is_folder = path.is_dir()
+    if not is_folder and not path.is_file():
         raise FileNotFoundError(f"there is no weights file at {path}.")
-    with path.open("rb") as file:
-        head = file.read(512)
-        try:
+    head = b""
+    try:
+        if is_folder:
+            return read_orbax(path)
+        with path.open("rb") as file:
+            head = file.read(512)
             if head[8:9] == b"{":
-                return load_file(path)
+                return read_safetensors(path)
+            if is_msgpack(head):
+                return read_msgpack(path.read_bytes())
+            if head.lstrip()[:1] == b"{":
+                return _read_shards(path)
             if head.startswith((b"PK\x03\x04", b"\x80")):
                 read = _read_legacy if head[0] == 0x80 else _read_zip
                 with _Map(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     return read(content)
-        except _DAMAGE as error:
-            message = f"{path} cannot be read as weights: {error!s:.200}."
-            raise ValueError(message) from error
+    except _DAMAGE as error:
+        reason = f"{error!s:.200}".rstrip(".") or type(error).__name__
+        message = f"{path} cannot be read as weights: {reason}."
+        raise ValueError(message) from error
     hint = ""
     if head[257:262] == b"ustar":
         hint = (
             " It is a tar file, as PyTorch wrote at first: save it again with PyTorch."
         )
     raise ValueError(
-        f"{path} holds no weights: neither a file of torch.save nor safetensors. It "
+        f"{path} holds no weights: no file of torch.save, safetensors or Flax. It "
         f"begins with {head[:32]!r}.{hint}"
     )
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, Any]:
+    """Reads the files that an index such as `model.safetensors.index.json` names."""
+    if index.stat().st_size > _MAX_INDEX_BYTES:
+        raise ValueError(f"its JSON is longer than {_MAX_INDEX_BYTES} bytes")
+    names = set(json.loads(index.read_bytes())["weight_map"].values())
+    weights: dict[str, Any] = {}
+    for name in sorted(names):
+        shard = index.parent / name
+        # A name with folders in it would reach anywhere, an index itself for ever.
+        if shard.name != name or shard.suffix == ".json":
+            raise ValueError(f"{name!r:.100} is no file of weights beside it")
+        loaded = read_weights_file(shard)
+        if not isinstance(loaded, Mapping):
+            raise ValueError(f"{name} holds a {type(loaded).__name__}; must be a dict")
+        weights |= loaded
+    return weights
 
 
 def _typed(saved: Any) -> tuple[np.dtype | None, Any, int]:

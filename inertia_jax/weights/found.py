@@ -17,6 +17,7 @@ import numpy as np
 
 from inertia_jax.weights.pickles import Unknown
 from inertia_jax.weights.rebuild import NumPyArray
+from inertia_jax.weights.spellings import check_rename, known_spellings, renamed
 
 # Parts of keys that name a wrapper, or that stand in a pickled module.
 _WRAPPERS = ("module", "_orig_mod", "_modules", "_parameters", "_buffers")
@@ -82,6 +83,8 @@ def find_weights(
         ValueError: There are no averaged weights, more than one set of weights, or two
             weights of one key; or a name of `rename` is nowhere in the file.
     """
+    for old, new in rename.items():
+        check_rename(old, new)
     values, twice = _named(loaded, keys, rename)
     arrays = [name for name, value in values.items() if is_array(value)]
     if not arrays:
@@ -98,16 +101,40 @@ def find_weights(
     taken = [name for name in values if owners[name] == place]
     if both := sorted(twice.intersection(taken)):
         raise ValueError(f"the weights have two values for {both[0]}.")
-    start = len(place) + 1 if place else 0
+    state = {_below(place, name): values[name] for name in taken}
+    beside = {name: values[name] for name in arrays if owners[name] is None}
+    _respell(state, beside, place, keys)
     return FoundWeights(
-        {name[start:]: values[name] for name in taken},
+        state,
         place,
         tuple(sorted(other for other in places if other != place)),
         # A single number is a best accuracy or a count.
-        tuple(
-            n for n in arrays if owners[n] is None and math.prod(values[n].shape) > 1
-        ),
+        tuple(name for name, value in beside.items() if math.prod(value.shape) > 1),
     )
+
+
+def _respell(
+    state: dict[str, Any], beside: dict[str, Any], place: str, keys: Collection[str]
+) -> None:
+    """Gives weights of known other spellings the names that the network has for them.
+
+    The last layer may stand beside the others, as `head` beside `backbone.conv1`: it is
+    taken out of `beside` and into `state`.
+    """
+    strange = [name for name in state if name not in keys and is_array(state[name])]
+    missing = set(keys).difference(state)
+    for name, key in known_spellings(strange, missing).items():
+        state[key] = state.pop(name)
+    while place:
+        place = place.rpartition(".")[0]
+        names = {_below(place, name): name for name in beside}
+        missing = set(keys).difference(state)
+        for name, key in known_spellings(names, missing).items():
+            state[key] = beside.pop(names[name])
+
+
+def _below(place: str, name: str) -> str:
+    return name.removeprefix(f"{place}.") if place else name
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -118,12 +145,6 @@ def _listed(names: Sequence[str]) -> str:
 def is_array(value: Any) -> bool:
     """Tells whether a value may be a weight: NumPy's scalars stand beside weights."""
     return hasattr(value, "shape") and not isinstance(value, np.generic)
-
-
-def renamed(name: str, old: str, new: str) -> str:
-    """Returns a key in which the part `old`, or parts joined by dots, is `new`."""
-    changed = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", lambda _: new, name)
-    return changed.replace("..", ".").strip(".")
 
 
 def _named(

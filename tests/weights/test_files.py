@@ -412,7 +412,7 @@ def test_other_files_are_named(content, message, tmp_path):
 def test_places_without_a_file_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         read_weights_file(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="it is a folder, but not one that orbax"):
         read_weights_file(tmp_path)
     np.savez(tmp_path / "x.npz", x=NUMBERS)
     with pytest.raises(ValueError, match="zip file, but not one of torch.save"):

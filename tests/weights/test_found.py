@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from inertia_jax.weights.found import find_weights, is_array, renamed
+from inertia_jax.weights.found import find_weights, is_array
 from inertia_jax.weights.pickles import Unknown
 
 KEYS = ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "linear.bias")
@@ -134,17 +134,40 @@ def test_arrays_beside_the_weights_are_said():
 
 
 def test_parts_of_keys_are_renamed():
-    assert renamed("fc.weight", "fc", "linear") == "linear.weight"
-    assert renamed("a.fc2.weight", "fc", "linear") == "a.fc2.weight"
-    assert renamed("a.b.c.b.c", "b.c", "d") == "a.d.d"
-    assert renamed("student.fc.bias", "student", "") == "fc.bias"
     loaded = weights(prefix="module.")
-    loaded["module.fc.bias"] = loaded.pop("module.linear.bias")
-    assert set(find(loaded, rename={"fc": "linear"}).state) == set(KEYS)
-    with pytest.raises(ValueError, match="'fcc', which is part of no key. Is it 'fc'?"):
-        find(loaded, rename={"fcc": "linear"})
+    loaded["module.top.bias"] = loaded.pop("module.linear.bias")
+    assert set(find(loaded, rename={"top": "linear"}).state) == set(KEYS)
+    assert set(find(loaded, rename={"t*": "linear"}).state) == set(KEYS)
+    with pytest.raises(ValueError, match="'tops', which is part of no key. Is it 'top"):
+        find(loaded, rename={"tops": "linear"})
     with pytest.raises(ValueError, match="two values for conv1.weight"):
         find({**weights(), "fc.weight": np.ones(2)}, rename={"fc": "conv1"})
+    with pytest.raises(ValueError, match="at most as many \\* as the old one"):
+        find(loaded, rename={"top": "linear*"})
+
+
+@pytest.mark.parametrize("name", ["fc", "classifier", "head"])
+def test_known_spellings_of_layers_are_renamed(name):
+    loaded = weights(1)
+    loaded[f"{name}.bias"] = loaded.pop("linear.bias")
+    assert set(find(loaded).state) == set(KEYS)
+    # Both are there: which one is meant is unknown.
+    loaded["head.bias" if name == "fc" else "fc.bias"] = np.ones(2)
+    assert "linear.bias" not in find(loaded).state
+    # What the network has is no other spelling.
+    assert find({**weights(1), f"{name}.bias": np.ones(2)}).state["linear.bias"][0] == 1
+
+
+@pytest.mark.parametrize("head", ["head", "linear", "net.fc"])
+def test_the_last_layer_is_found_beside_the_others(head):
+    loaded = weights(1, "net.encoder.")
+    loaded[f"{head}.bias"] = loaded.pop("net.encoder.linear.bias")
+    loaded["projector.bias"] = np.ones(2)
+    found = find({"state_dict": loaded})
+    assert set(found.state) == set(KEYS)
+    assert found.note() == (
+        "arrays beside them are left out: state_dict.projector.bias"
+    )
 
 
 def test_two_keys_of_one_weight_are_an_error():

@@ -24,10 +24,10 @@ from inertia_jax import (
 from inertia_jax.calls import Network
 from inertia_jax.compression.sites import Site, find_sites
 from inertia_jax.cost.table import aligned
-from inertia_jax.interop import torch_key
 from inertia_jax.models.create import abstract_variables, input_shape, model_name
 from inertia_jax.ops.tucker.unfold import max_ranks
 from inertia_jax.plan.specs import LowRank, Tucker2
+from inertia_jax.weights.layout import torch_key
 from train.benchmark.suite import NetworkSuite
 from train.benchmark.timing import Calls, interleaved, random_images, relative_gap
 from train.compress.layer_report import LayerReport, format_layers, report_layers

@@ -1,10 +1,11 @@
-"""`python -m train import`: make a checkpoint from PyTorch weights."""
+"""`python -m train import`: make a checkpoint from weights of PyTorch or Flax."""
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 from inertia_jax import count_cost, create_model, save_checkpoint
@@ -18,10 +19,12 @@ from train.machine.processes import say
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Makes a checkpoint from PyTorch weights."""
+    """Makes a checkpoint from weights of PyTorch or Flax."""
 
     weights: Annotated[str, tyro.conf.Positional]
-    """File of weights that torch.save or safetensors wrote, whatever its suffix."""
+    """File that torch.save, safetensors or flax.serialization wrote, whatever its name,
+    the JSON index of several files, or a folder of orbax. What is narrower than float32
+    becomes float32."""
     out: str
     """Directory of the checkpoint, which must not exist."""
     model: str
@@ -49,7 +52,8 @@ class Import:
     ema: bool = False
     """Whether averaged weights are taken, of a file that has both."""
     rename: tuple[str, ...] = ()
-    """Parts of keys that have another name in the file, as OLD=NEW: `fc=linear`."""
+    """Parts of keys that have another name in the file, as OLD=NEW: `top=linear`,
+    `conv*_x=layer*`."""
 
 
 def parse_renames(pairs: Sequence[str]) -> dict[str, str]:
@@ -62,7 +66,7 @@ def parse_renames(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         old, equals, new = pair.partition("=")
         if not old or not equals:
-            raise ValueError(f"`rename` (={pair!r}) must be OLD=NEW, e.g. fc=linear.")
+            raise ValueError(f"`rename` (={pair!r}) must be OLD=NEW, e.g. top=linear.")
         if old in renames:
             raise ValueError(f"`rename` (={pair!r}) has a second name for {old!r}.")
         renames[old] = new
@@ -109,6 +113,7 @@ def run(argv: Sequence[str]) -> int:
             image_shape=shape,
             ema=args.ema,
             rename=parse_renames(args.rename),
+            dtype=np.float32,
         )
         metadata = Metadata(
             preprocessing, args.class_names, {"imported_from": args.weights}
