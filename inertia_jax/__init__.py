@@ -47,6 +47,7 @@ from inertia_jax.plan.specs import (
     Tucker2,
 )
 from inertia_jax.plan.variants import published_variant
+from inertia_jax.weights.match.match import TorchMatch, match_torch
 
 if TYPE_CHECKING:
     from inertia_jax import nnx
@@ -79,6 +80,7 @@ __all__ = [
     "Preprocessing",
     "Rate",
     "Ratio",
+    "TorchMatch",
     "Tucker2",
     "Tucker2Conv",
     "compress",
@@ -93,6 +95,7 @@ __all__ = [
     "load_metadata",
     "load_torch",
     "make_inertial",
+    "match_torch",
     "nnx",
     "ops",
     "published_variant",

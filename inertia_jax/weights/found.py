@@ -113,6 +113,33 @@ def find_weights(
     )
 
 
+def weights_by_key(
+    loaded: Mapping[Any, Any], rename: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns the weights of a network whose keys are not known.
+
+    Args:
+        loaded: What a file holds: the weights, or a mapping that has them at one of the
+            usual places.
+        rename: New names of parts of keys, as for `find_weights`.
+
+    Raises:
+        ValueError: There are none, two of one key, or a name of `rename` is nowhere.
+    """
+    for old, new in rename.items():
+        check_rename(old, new)
+    values, twice = _named(loaded, (), rename)
+    if twice:
+        raise ValueError(f"the weights have two values for {min(twice)}.")
+    is_nested = any(isinstance(value, Mapping) for value in loaded.values())
+    place = _usual_place(values) if is_nested else ""
+    return {
+        _below(place, name): value
+        for name, value in values.items()
+        if is_array(value) and _owner(name, [place]) is not None
+    }
+
+
 def _respell(
     state: dict[str, Any], beside: dict[str, Any], place: str, keys: Collection[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""Which weight of a PyTorch network is which variable of a Flax network."""
