@@ -133,11 +133,15 @@ def weights_by_key(
         raise ValueError(f"the weights have two values for {min(twice)}.")
     is_nested = any(isinstance(value, Mapping) for value in loaded.values())
     place = _usual_place(values) if is_nested else ""
-    return {
+    found = {
         _below(place, name): value
         for name, value in values.items()
-        if is_array(value) and _owner(name, [place]) is not None
+        if _owner(name, [place]) is not None
     }
+    for name, value in found.items():
+        if isinstance(value, Unknown) and "tensor" in value.kind:
+            raise ValueError(f"unreadable {name}: {value.kind:.100}.")
+    return {name: value for name, value in found.items() if is_array(value)}
 
 
 def _respell(
@@ -214,6 +218,8 @@ def _joined(loaded: Mapping[Any, Any]) -> dict[str, Any]:
         name, value, above = rest.pop()
         if isinstance(value, NumPyArray):
             value = value.array
+        if getattr(value, "is_nested", False):  # it raises where its shape is asked for
+            value = Unknown("a nested tensor")
         if not isinstance(value, Mapping) or (isinstance(value, Unknown) and not value):
             joined[name] = value
             continue

@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from conftest import shared_file
 from flax import serialization
 from flax.training.train_state import TrainState
+from helpers import exact_cifar10
 
 import inertia_jax as ij
 from train.__main__ import main
@@ -265,3 +267,81 @@ def test_narrow_types_are_widened_if_asked_for_and_said(name, small, tmp_path):
         widened = ij.load_torch(model, tmp_path / name, dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(widened)} == {jnp.dtype("float32")}
     assert_equal(widened, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kept))
+
+
+def torch_logits(state, images):
+    """Returns the logits of ResNet20 in PyTorch, of images with channels first."""
+    functional = torch.nn.functional
+
+    def conv_norm(x, conv, norm, stride=1):
+        kernel = state[f"{conv}.weight"]
+        x = functional.conv2d(x, kernel, None, stride, kernel.shape[-1] // 2)
+        leaves = ("running_mean", "running_var", "weight", "bias")
+        return functional.batch_norm(x, *(state[f"{norm}.{leaf}"] for leaf in leaves))
+
+    x = conv_norm(images, "conv1", "bn1").relu()
+    for stage in range(1, 4):
+        for block in range(3):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and not block else 1
+            y = conv_norm(x, f"{name}.conv1", f"{name}.bn1", stride).relu()
+            y = conv_norm(y, f"{name}.conv2", f"{name}.bn2")
+            if stride == 2:  # option A
+                more = x.shape[1] // 2
+                x = functional.pad(x[..., ::2, ::2], (0, 0, 0, 0, more, more))
+            x = (x + y).relu()
+    weight, bias = state["linear.weight"], state["linear.bias"]
+    return functional.linear(x.mean((2, 3)), weight, bias)
+
+
+@pytest.mark.slow
+def test_every_form_of_a_real_network_scores_as_in_pytorch(tmp_path, capsys, optimised):
+    loaded = torch.load(shared_file("weights/resnet20_cifar10.pth"), map_location="cpu")
+    model = ij.create_model("resnet20")
+    variables = ij.load_torch(model, loaded)
+    state = {k: torch.from_numpy(v) for k, v in ij.to_torch(model, variables).items()}
+    with np.load(exact_cifar10(tmp_path).removeprefix("npz:")) as data:
+        pixels, labels = data["x_test"], data["y_test"].ravel()
+    mean, std = (np.array(STATISTICS[i : i + 3], np.float32) for i in (1, 5))
+    images = (pixels.astype(np.float32) / 255 - mean) / std
+    apply = jax.jit(lambda variables: model.apply(variables, images, train=False))
+
+    def pytorch(weights):
+        with torch.no_grad():
+            channels_first = torch.from_numpy(images.transpose(0, 3, 1, 2))
+            return torch_logits(weights, channels_first).numpy()
+
+    forms = {name: (write, state, []) for name, write in PYTORCH.items()}
+    forms |= {
+        name: (write, state, options) for name, (write, options, _) in ASKED.items()
+    }
+    forms |= {name: (write, variables, []) for name, write in FLAX.items()}
+    for name, (write, dtype) in NARROW.items():
+        narrow = {k: v.to(getattr(torch, dtype)) for k, v in state.items()}
+        forms[name] = (write, narrow, [])
+    expected, found = {}, {}
+    for number, (name, (write, weights, options)) in enumerate(forms.items()):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        write(weights, folder / name)
+        command = ["import", str(folder / name), "--model", "resnet20", *STATISTICS]
+        assert main([*command, *options, "--out", str(folder / "out")]) == 0
+        said = capsys.readouterr().out
+        logits = np.asarray(apply(ij.load_checkpoint(folder / "out")[1]))
+        dtype = NARROW[name][1] if name in NARROW else "float32"
+        if name in NARROW:
+            assert f"weights of {dtype} become float32" in said
+        if dtype not in expected:
+            rounded = {k: v.to(getattr(torch, dtype)).float() for k, v in state.items()}
+            expected[dtype] = pytorch(rounded)
+        theirs = expected[dtype]
+        correct = [int((x.argmax(1) == labels).sum()) for x in (logits, theirs)]
+        found[name] = (*correct, np.abs(logits - theirs).max() / np.abs(theirs).max())
+    with capsys.disabled():
+        print()
+        for name, (ours, theirs, gap) in found.items():
+            print(f"{name:32} {ours} of {len(labels)}, PyTorch {theirs}, gap {gap:.0e}")
+    assert len(found) >= 34
+    for name, (ours, theirs, gap) in found.items():
+        assert ours == theirs, name
+        # Sums in another order.
+        assert gap < 1e-4, name

@@ -175,6 +175,18 @@ def test_two_keys_of_one_weight_are_an_error():
         find({**weights(), "module.linear.bias": np.ones(2)})
 
 
+def test_a_nested_tensor_is_no_array():
+    class Nested:
+        is_nested = True
+
+        @property
+        def shape(self):
+            raise RuntimeError("nested tensors have no sizes")
+
+    found = find({**weights(), "linear.bias": Nested()})
+    assert repr(found.state["linear.bias"]) == "<a nested tensor>"
+
+
 def test_names_of_the_network_are_no_wrappers():
     key = "module.conv.weight"
     found = find_weights({key: np.ones(2)}, {key}, ema=False, rename={})

@@ -64,15 +64,16 @@ def assign(
     problems = []
     if transposed is None:
         problems += _square_doubts(ours, squares, flipped)
+    within = [f" (within {a} and {b})" for a, b in pairs.items()] + [""]
     assigned: dict[str, str] = {}
-    for (_, signature), (flax, torch) in buckets.items():
+    for (region, signature), (flax, torch) in buckets.items():
         found = None
         if len(flax) == len(torch):
             found = pair_names(flax, torch, is_ordered=is_ordered)
         if found is None:
             problems.append(
                 f"{in_words(signature)}: {shortened(flax) or 'none'} of Flax, "
-                f"{shortened(torch) or 'none'} of PyTorch"
+                f"{shortened(torch) or 'none'} of PyTorch{within[region]}"
             )
         assigned |= found or {}
     if problems:
@@ -83,8 +84,8 @@ def assign(
         listed = "\n  ".join(shown)
         raise ValueError(
             f"it is not clear which layer is which. Say it with `pairs`, e.g. "
-            f"{{'Block_0': 'layer1.0'}}, or delete surplus weights from the state "
-            f"dict. These layers have the same shapes:\n  {listed}"
+            f"{{'Block_0': 'layer1.0'}}, or with `rename`, or delete surplus weights "
+            f"from the state dict. These layers have the same shapes:\n  {listed}"
         )
     return assigned, flipped
 

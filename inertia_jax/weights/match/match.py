@@ -129,8 +129,8 @@ def match_torch(
         if doubts:
             listed = "\n  ".join(doubts[:_MAX_DOUBTS])
             raise ValueError(
-                f"shapes do not tell what {len(doubts)} layers take or give. PyTorch "
-                f"has an image in one row as [c, h, w], Flax as [h, w, c]. Say its "
+                f"shapes do not tell whether these layers take or give an image in one "
+                f"row, which PyTorch has as [c, h, w] and Flax as [h, w, c]. Say its "
                 f"shape, or None where there is none (globs, e.g. {{'*': None}}, are "
                 f"taken):\n  {listed}"
             )

@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax import nnx, traverse_util
 
 import inertia_jax as ij
+from inertia_jax.weights.pickles import Unknown
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: the extra `torch`")
 tnn = torch.nn
@@ -164,6 +165,15 @@ def test_layers_that_are_left_over_are_listed():
         ij.match_torch(variables, state)
     assert "bias (4,), weight (4, 4): a, b of Flax, 0 of PyTorch" in str(error.value)
     assert "bias (3,), weight (3, 4): none of Flax, 1 of PyTorch" in str(error.value)
+    with pytest.raises(ValueError, match=r"none of PyTorch \(within a and 1\)"):
+        ij.match_torch(variables, state, pairs={"a": "1"})
+
+
+def test_tensors_without_numbers_are_named():
+    variables, state = shapes_of(Unnamed(), 1, 4), {"a.bias": torch.ones(4)}
+    unread = Unknown("a sparse tensor")
+    with pytest.raises(ValueError, match="unreadable a.weight: a sparse tensor"):
+        ij.match_torch(variables, state | {"a.weight": unread})
 
 
 def test_numbers_against_the_order_of_the_network_are_refused():
@@ -244,7 +254,7 @@ def test_every_layer_that_takes_an_image_is_doubted_and_globs_say_none():
         state |= {f"{name}.weight": torch.rand(shape), f"{name}.bias": torch.ones(8)}
     state["out.bias"] = torch.ones(3)
     variables = shapes_of(Heads(), 1, 4, 4, 3)
-    with pytest.raises(ValueError, match="what 2 layers take") as error:
+    with pytest.raises(ValueError, match="layers take or give an image") as error:
         ij.match_torch(variables, state)
     assert "`flattened={'std': (4, 4, 4)}`" in str(error.value)
     match = ij.match_torch(variables, state, flattened={"std": (4, 4, 4), "*": None})
