@@ -1,5 +1,7 @@
 """The one error of all keys that do not fit, and how they may be spelt otherwise."""
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 # Lines of an error that anyone reads: guesses, and keys.
@@ -55,8 +57,15 @@ def _likely_renames(
                 gives.setdefault(_difference(old, new), {})[new] = old
     found: dict[tuple[str, str], dict[str, str]] = {}
     while gives and len(found) < _MAX_GUESSES:
-        # The most fruitful, and the shortest of these.
-        best = max(gives, key=lambda pair: (len(gives[pair]), -len("".join(pair))))
+        # The most fruitful, of these one that keeps the numbers, and the shortest.
+        best = max(
+            gives,
+            key=lambda pair: (
+                len(gives[pair]),
+                _same_numbers(*next(iter(gives[pair].items()))),
+                -len("".join(pair)),
+            ),
+        )
         found[best] = gives.pop(best)
         used = {*found[best], *found[best].values()}
         for pair, given in list(gives.items()):
@@ -67,6 +76,15 @@ def _likely_renames(
             if not left:
                 del gives[pair]
     return found
+
+
+def _same_numbers(old: str, new: str) -> int:
+    """Returns how many numbers two keys begin with in common: blocks, then layers."""
+    numbers = [re.findall(r"\d+", key) for key in (old, new)]
+    shared = itertools.takewhile(
+        lambda pair: pair[0] == pair[1], zip(*numbers, strict=False)
+    )
+    return len(list(shared))
 
 
 def _difference(old: str, new: str) -> tuple[str, str]:

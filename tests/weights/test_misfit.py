@@ -44,6 +44,23 @@ def test_other_depths_are_guessed_and_other_shapes_are_not():
     assert "likely" not in text
 
 
+def test_guesses_among_layers_of_one_shape_keep_their_numbers():
+    missing, surplus = {}, {}
+    for stage in (1, 2):
+        for block in (0, 1):
+            for layer in (1, 2):
+                for leaf in ("weight", "bias"):
+                    missing[f"layer{stage}.{block}.bn{layer}.{leaf}"] = (8,)
+                    key = f"conv{stage}_x.{block}.residual.{layer}.1.{leaf}"
+                    surplus = {key: (8,), **surplus}
+    text = message(missing, surplus)
+    assert "missing" not in text
+    for line in text.split("\n  ")[1:]:
+        theirs, ours = line.split()[1].split("=")
+        stage, block, layer = (int(c) for c in ours if c.isdigit())
+        assert theirs == f"conv{stage}_x.{block}.residual.{layer}.1"
+
+
 def test_long_lists_are_cut():
     missing = {f"layer{i:03}.weight": (i + 1,) for i in range(200)}
     text = message(missing, {}, ["bn1.weight holds int64"])
