@@ -1,8 +1,8 @@
 # All of these need Python >= 3.11 and make, and set up the rest.
 PYTHON ?= python3
 VENV ?= .venv
-# What `make test` installs; EXTRAS=dev is light: tests of PyTorch and TFDS are skipped.
-EXTRAS ?= dev,tfds,torch
+# What `make test` installs; EXTRAS=dev is light: tests of the others are skipped.
+EXTRAS ?= dev,int8,tfds,torch
 TESTS ?= tests
 # What Python does with warnings in the quickstart.
 WARNINGS ?= default

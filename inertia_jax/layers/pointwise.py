@@ -9,7 +9,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jaxtyping import Float
 
-from inertia_jax.ops.tucker.factors import pointwise
+from inertia_jax.ops.tucker.factors import pointwise_conv
 
 
 class Pointwise(nn.Module):
@@ -39,11 +39,8 @@ class Pointwise(nn.Module):
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = pointwise(
-            jnp.asarray(x),
-            jnp.asarray(kernel)[0, 0],
-            groups=groups,
-            precision=self.precision,
+        y = pointwise_conv(
+            jnp.asarray(x), kernel, groups=groups, precision=self.precision
         )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 

@@ -26,7 +26,6 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import (
-    Padding,
     Pads,
     conv2d,
     explicit_padding,
@@ -35,6 +34,7 @@ from inertia_jax.ops.conv.conv import (
     stride_pair,
 )
 from inertia_jax.ops.conv.gradients import kernel_gradient, strided_input_gradient
+from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.conv.winograd import (
     Planes,
     transform_filters,
@@ -230,20 +230,32 @@ def _may_be_cut(x: Array, kernel: Array) -> bool:
 
 def conv_for_linen(
     lhs: Array,
-    rhs: Array,
+    rhs: Any,
     window_strides: Sequence[int],
-    padding: Padding,
+    padding: Any,
     *,
     rhs_dilation: Sequence[int],
     feature_group_count: int,
     precision: Any = None,
     train: bool = False,
-    **_: object,
+    **options: Any,
 ) -> Array:
     """Convolves, as the function that `nn.Conv` takes.
 
     With `train`, only reverse mode is differentiable.
     """
+    if is_replaced():
+        # The kernel may be of a type that only the replacement knows.
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            rhs_dilation=rhs_dilation,
+            feature_group_count=feature_group_count,
+            precision=precision,
+            **options,
+        )
     strides = stride_pair(window_strides)
     taps = pair(rhs_dilation, "dilation", least=1)
     if feature_group_count != 1 or taps != (1, 1) or precision is not None:

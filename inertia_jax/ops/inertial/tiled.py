@@ -9,8 +9,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv.conv import Padding, conv2d, pad_image
+from inertia_jax.ops.conv.conv import Padding, conv2d, in_one_type, pad_image
 from inertia_jax.ops.conv.dispatch import conv2d_to_apply
+from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.conv.winograd import Planes, convolve_transformed
 from inertia_jax.ops.inertial.friction import friction as region_friction
 from inertia_jax.ops.inertial.gates import is_open, select
@@ -104,8 +105,7 @@ def inertial_conv_tiled(
     check_slope(slope)
     if threshold.shape != ():
         raise ValueError(f"`threshold` (shape {threshold.shape}) must be one number.")
-    dtype = jnp.result_type(x, core)
-    x, core = x.astype(dtype), core.astype(dtype)
+    x, core = in_one_type(x, core)
     tiling = make_tiling(
         (x.shape[1], x.shape[2]),
         core_size=core.shape[0],
@@ -137,7 +137,7 @@ def inertial_conv_tiled(
         slope=slope,
     )
     compute = dense
-    if capacities is not None and x.size:
+    if capacities is not None and x.size and not is_replaced():
         sparse = functools.partial(
             _compute_open, tiling=tiling, measure=measure, capacities=tuple(capacities)
         )
@@ -158,7 +158,8 @@ def _compute_all(
     slope: float,
 ) -> Result:
     """Computes every tile in detail, and fills the closed ones from their outputs."""
-    high = conv2d_to_apply(images.x, core, (1, 1), tiling.pads)
+    convolve = conv2d if is_replaced() else conv2d_to_apply
+    high = convolve(images.x, core, strides=(1, 1), padding=tiling.pads)
     friction = images.friction
     if friction is None:
         friction = measure(pad_image(images.x, tiling.pads))

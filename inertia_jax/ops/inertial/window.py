@@ -9,7 +9,14 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from inertia_jax.ops.conv.conv import Padding, conv2d, pad_image, stride_pair
+from inertia_jax.ops.conv.conv import (
+    Padding,
+    conv2d,
+    in_one_type,
+    pad_image,
+    stride_pair,
+)
+from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.inertial.friction import friction as region_friction
 from inertia_jax.ops.inertial.gates import is_open, select
 from inertia_jax.ops.inertial.settings import (
@@ -129,8 +136,7 @@ def inertial_conv(
     check_slope(slope)
     m, d = core.shape[0], region_size
     weights = _check_weights(weights, combine, core, steps=d - m + 1)
-    dtype = jnp.result_type(x, core)
-    x, core = x.astype(dtype), core.astype(dtype)
+    x, core = in_one_type(x, core)
     steps = stride_pair(strides)
     pads, size = region_grid(x.shape[1:3], d, steps, padding)
     if friction is None:
@@ -237,7 +243,11 @@ def _responses(
         evaluate = lambda image: conv2d(  # noqa: E731
             image, core, strides=strides, padding="VALID"
         )
-        return evaluate(middle), evaluate(sum_views(x, weights, side=k + 1))
+        joined = sum_views(x, weights, side=k + 1)
+        if is_replaced():  # It sees the core once, and each image by itself.
+            low, high = jnp.split(evaluate(jnp.concatenate([middle, joined])), 2)
+            return low, high
+        return evaluate(middle), evaluate(joined)
     spans = [
         (size - 1) * s + region_size
         for size, s in zip(output_size, strides, strict=True)

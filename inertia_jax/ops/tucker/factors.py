@@ -9,6 +9,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import mix_channels
+from inertia_jax.ops.conv.dispatch import conv_for_linen
+from inertia_jax.ops.conv.replaced import is_replaced
 
 
 class Tucker2Factors(NamedTuple):
@@ -81,6 +83,35 @@ def pointwise(
     kernel = kernel.reshape(kernel.shape[0], groups, -1)
     y = jnp.einsum("...gi,igo->...go", x, kernel, precision=precision)
     return y.reshape(*y.shape[:-2], -1)
+
+
+def pointwise_conv(
+    x: Float[Array, "*batch c_in"],
+    kernel: Any,
+    *,
+    groups: int = 1,
+    precision: Any = None,
+) -> Float[Array, "*batch c_out"]:
+    """Applies a 1x1 convolution, as layers do: as a product, unless JAX's is replaced.
+
+    The kernel comes with its spatial axes, [1, 1, c_in / groups, c_out].
+    """
+    if not is_replaced():
+        matrix = kernel.reshape(kernel.shape[-2:])
+        return pointwise(x, matrix, groups=groups, precision=precision)
+    spatial = kernel.ndim - 2
+    axes = "DHW"[-spatial:]
+    y = conv_for_linen(
+        x.reshape(-1, *x.shape[-spatial - 1 :]),
+        kernel,
+        (1,) * spatial,
+        "VALID",
+        rhs_dilation=(1,) * spatial,
+        feature_group_count=groups,
+        precision=precision,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+    )
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def factor_kernels(

@@ -1,0 +1,104 @@
+"""Networks of this library in int8, by qwix: after training, and in training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import inertia_jax as ij
+
+qwix = pytest.importorskip("qwix", reason="needs the extra `int8`")
+
+RULES = [qwix.QuantizationRule(weight_qtype=jnp.int8, act_qtype=jnp.int8)]
+SHAPE = (8, 8, 6)
+IMAGES = jax.random.normal(jax.random.key(1), (4, *SHAPE))
+pytestmark = [
+    # qwix's kernels are of its own type, which checks of shapes do not take for arrays.
+    pytest.mark.usefixtures("no_shape_checks"),
+    # qwix 0.1.8 asks for a name that Flax 0.12 has renamed.
+    pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),
+]
+
+
+class Net(nn.Module):
+    """Somebody's own network."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        for features in (16, 24):
+            x = nn.Conv(features, (3, 3), use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+def compressed():
+    model = Net()
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    return ij.compress(model, variables, ranks=ij.Ratio(0.5), image_shape=SHAPE)
+
+
+def folded():
+    return ij.fold_batch_norm(*compressed(), image_shape=SHAPE)
+
+
+def planned(spec):
+    model = ij.create_model("lenet", width=0.25, plan=ij.Plan((("conv2", spec),)))
+    return model, ij.init_variables(model, jax.random.key(0), SHAPE)
+
+
+NETWORKS = {
+    "one's own, compressed": compressed,
+    "one's own, compressed and folded": folded,
+    "factors": lambda: planned(ij.Tucker2(4, 6)),
+    "tiles": lambda: planned(ij.Inertial(3, 4, reading="tiled")),
+    "window": lambda: planned(ij.Inertial(1, 3)),
+}
+
+
+def in_int8(model, variables):
+    """Returns the network that qwix makes after training, with its variables."""
+    quantised = qwix.quantize_model(model, qwix.PtqProvider(RULES))
+    shapes = jax.eval_shape(quantised.init, jax.random.key(0), IMAGES)
+    params = qwix.quantize_params(variables["params"], shapes["params"])
+    return quantised, {**variables, "params": params}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_int8_keeps_every_kernel_in_a_byte_and_the_output_near(name):
+    model, variables = NETWORKS[name]()
+    expected = jax.jit(model.apply)(variables, IMAGES)
+    quantised, small = in_int8(model, variables)
+    sizes = [x.size for x in jax.tree.leaves(variables["params"]) if x.ndim > 1]
+    stored = [x for x in jax.tree.leaves(small["params"]) if x.dtype == jnp.int8]
+    assert sorted(x.size for x in stored) == sorted(sizes)
+    error = jax.jit(quantised.apply)(small, IMAGES) - expected
+    # int8 rounds by up to 1/254 of the largest entry, a few layers deep.
+    assert 0 < np.abs(error).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ij.Tucker2Conv(8, 3, 4, 5),
+        ij.InertialConv(8, 3, 4, reading="tiled"),
+        ij.InertialConv(8, 1, 3, combine="weighted_input"),
+    ],
+    ids=["factors", "tiles", "window"],
+)
+def test_training_in_int8_has_nearly_the_gradients_of_training(layer):
+    variables = jax.jit(layer.init)(jax.random.key(0), IMAGES)
+
+    def gradients(layer):
+        def loss(params):
+            inside = {**variables, "params": params}
+            return (layer.apply(inside, IMAGES, train=True, mutable=True)[0] ** 2).sum()
+
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    quantised = qwix.quantize_model(layer, qwix.QtProvider(RULES))
+    leaves = map(jax.tree.leaves, (gradients(quantised), gradients(layer)))
+    for found, expected in zip(*leaves, strict=True):
+        # Rounding by up to 1/254 of the largest entry, forwards and in what is kept.
+        error = np.linalg.norm(found - expected)
+        assert 0 < error < 0.05 * np.linalg.norm(expected)
