@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from helpers import PREPARE
 from PIL import Image
+from sklearn import datasets, model_selection
 
 from inertia_jax.metadata import both_sides
 from train.data import load_data, tfds
@@ -41,6 +42,19 @@ def test_digits_are_split_with_all_classes():
     assert data.train.images.max() == 255
     assert set(np.bincount(data.test.labels)) <= {33, 34, 35, 36, 37}
     np.testing.assert_array_equal(load("digits").test.images, data.test.images)
+
+
+def test_digits_are_those_of_scikit_learn():
+    digits = datasets.load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    x_train, x_test, y_train, y_test = model_selection.train_test_split(
+        images, digits.target, test_size=360, stratify=digits.target, random_state=0
+    )
+    data = load("digits")
+    np.testing.assert_array_equal(data.train.images, x_train)
+    np.testing.assert_array_equal(data.train.labels, y_train)
+    np.testing.assert_array_equal(data.test.images, x_test)
+    np.testing.assert_array_equal(data.test.labels, y_test)
 
 
 def test_npz_reads_keras_keys(tmp_path):
