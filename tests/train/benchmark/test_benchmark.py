@@ -23,6 +23,7 @@ from train.benchmark import ops as bench_ops
 from train.benchmark import startup as bench_startup
 from train.benchmark.loop import _blocks, overhead
 from train.benchmark.timing import median_with_interval, relative_gap, times_in_turn
+from train.errors import UsageError
 from train.fit.trainer import Trainer
 from train.machine import platform
 from train.verbs.benchmark import SUITES
@@ -35,7 +36,7 @@ OPTIONS = {
     "infer": {*NETWORKS, "repeats"},
     "ops": {"batch-size", "dtype", "against", "repeats"},
     "memory": NETWORKS,
-    "startup": {"repeats"},
+    "startup": {"verbs", "repeats", "against", "small-pages", "no-small-pages"},
     "loop": {"config", "data", "width", "steps", "repeats"},
     "inertial": {"batch-size", "width", "repeats"},
     "tucker": {*NETWORKS, "stem", "repeats"},
@@ -67,6 +68,59 @@ def test_options_of_other_suites_are_refused(capsys):
 
 def test_starts_are_timed_from_the_root_of_the_repository():
     assert (bench_startup._ROOT / "configs" / "quickstart.py").is_file()
+
+
+def test_a_start_is_timed_to_what_it_prints(tmp_path):
+    program = tmp_path / "train" / "__main__.py"
+    program.parent.mkdir()
+    program.write_text(
+        """if True:
+        import sys, time
+        print(sys.argv[1], "before")
+        while time.process_time() < 0.3: pass
+        sys.exit("early") if sys.argv[1] == "fail" else print("after")
+        time.sleep(60)
+        """
+    )
+    start = functools.partial(
+        bench_startup._start, root=tmp_path, caches=tmp_path, marks=("before", "after")
+    )
+    found = start(["fit"])
+    assert list(found) == ["compiling", "first step"]
+    (cpu_before, before), (cpu_after, after) = found.values()
+    assert cpu_before < 0.3 <= cpu_after + 0.02  # the system counts hundredths
+    assert 0 < before < after < 60
+    with pytest.raises(UsageError, match=r"(?s)\['fail'\] ended early: .*early"):
+        start(["fail"])
+
+
+def test_starts_of_two_checkouts_take_turns(tmp_path, monkeypatch):
+    started = []
+
+    def start(command, *, root, caches, marks):
+        started.append((command, root, caches.name))
+        number = len(started)
+        return {"compiling": (number, 2 * number), "first step": (number, number)}
+
+    monkeypatch.setattr(bench_startup, "_start", start)
+    suite = bench_startup.Suite(verbs=("fit",), repeats=3, against=str(tmp_path))
+    (row,) = suite.rows()
+    assert [root for _, root, _ in started[:4]] == 2 * [ROOT] + 2 * [tmp_path]
+    cold, cached = started[0], started[1]
+    assert cold[2] == cached[2] != started[4][2]  # a round has its own cache
+    assert cold[0][:3] == ["fit", "--config", "configs/quickstart.py"]
+    assert cold[0][-2:] != cached[0][-2:]  # each has its own directory
+    spread = {"median": 12, "min": 4, "max": 20}
+    assert row["here, cached"]["compiling"]["wall_s"] == spread
+    assert row["here, cached"]["first step"]["cpu_s"] == {
+        "median": 6,
+        "min": 2,
+        "max": 10,
+    }
+    assert set(row) == {
+        "verb",
+        *(f"{s}, {c}" for s in ("here", "against") for c in ("cold", "cached")),
+    }
 
 
 def test_help_lists_the_suites_and_imports_none():
