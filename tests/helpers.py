@@ -121,8 +121,7 @@ def relative(a, b):
 
 def abstract_state(trainer):
     """Returns the shapes of a trainer's state."""
-    shape, key = trainer.preprocessing.image_shape, jax.random.key(0)
-    return jax.eval_shape(lambda: init_state(trainer.model, trainer.update, shape, key))
+    return trainer.abstract_state()
 
 
 @contextlib.contextmanager
@@ -191,7 +190,9 @@ def take_steps(
     )
     spread = (False, *[True] * 4, False)
     call = Parallel("pmap", (jax.devices()[0],)).wrap(step.call, spread)
-    first = last = init_state(model, update, shape, jax.random.key(0))
+    first = last = init_state(
+        model, update, ij.init_variables(model, jax.random.key(0), shape)
+    )
     for _ in range(steps):
         last, _ = call(
             last, images[None], labels[None], places[None, None], places[None], teacher

@@ -179,23 +179,45 @@ def init_variables(
         key: The key that the parameters are drawn with.
         shape: Image shape [h, w, c]; None means the one the network was made for.
     """
-    init = functools.partial(_first_variables, model, shape=shape)
-    # Under a transformation JAX takes no such options. A constant key is no tracer
-    # there, but its copy is.
+    # A constant key is no tracer under a transformation, but its copy is.
     key = jax.random.clone(key)
-    is_traced = isinstance(key, jax.core.Tracer)
-    on_cpu = jax.default_backend() == "cpu"
-    return jax.jit(init, compiler_options=None if is_traced or not on_cpu else _QUICK)(
-        key
-    )
+    if isinstance(key, jax.core.Tracer):
+        return _jitted(model, shape)(key)
+    return drawn_variables(trace_variables(model, key, shape), key)
+
+
+def trace_variables(
+    model: nn.Module, key: Any, shape: tuple[int, int, int] | None = None
+) -> jax.stages.Traced:
+    """Traces the program that draws first variables; `out_info` has their shapes.
+
+    Args:
+        model: Any Linen module that takes images and `train`.
+        key: A key of the kind that the parameters are drawn with, or its shape.
+        shape: Image shape [h, w, c]; None means the one the network was made for.
+    """
+    traced: jax.stages.Traced = _jitted(model, shape).trace(key)
+    return traced
+
+
+def drawn_variables(traced: jax.stages.Traced, key: jax.Array) -> dict[str, Any]:
+    """Returns the variables that the program of `trace_variables` draws with a key."""
+    options = _QUICK if jax.default_backend() == "cpu" else None
+    variables: dict[str, Any] = traced.lower().compile(options)(key)
+    return variables
 
 
 def abstract_variables(
     model: nn.Module, shape: tuple[int, int, int] | None = None
 ) -> dict[str, Any]:
     """Returns shapes and types of a network's variables without computing any."""
-    init = functools.partial(_first_variables, model, shape=shape)
-    return jax.eval_shape(init, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes: dict[str, Any] = trace_variables(model, key, shape).out_info
+    return shapes
+
+
+def _jitted(model: nn.Module, shape: tuple[int, int, int] | None) -> Any:
+    return jax.jit(functools.partial(_first_variables, model, shape=shape))
 
 
 def _first_variables(

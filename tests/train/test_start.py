@@ -47,8 +47,8 @@ def nothing_drawn_or_read(monkeypatch):
         assert isinstance(key, jax.core.Tracer), "variables are drawn"
         return ij.init_variables(model, key, *args)
 
-    for module in ("train.step.state", "train.fit.initial"):
-        monkeypatch.setattr(f"{module}.init_variables", trace)
+    monkeypatch.setattr("train.fit.initial.init_variables", trace)
+    monkeypatch.setattr("train.fit.trainer.drawn_variables", fail)
     monkeypatch.setattr("train.fit.loop.load_configured", fail)
 
 
@@ -94,9 +94,7 @@ def test_the_optimisers_first_state_is_its_own(name, schedule, decays_all):
     optimizer = Optimizer(name=name, schedule=schedule, decay_norm_and_bias=decays_all)
     tx = make_optimizer(optimizer, steps_per_epoch=3, epochs=300)
     variables = {"params": {"conv": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}}
-    state = init_state(
-        ij.create_model("lenet"), Update(tx), (1, 1, 1), jax.random.key(0), variables
-    )
+    state = init_state(ij.create_model("lenet"), Update(tx), variables)
     assert_bitwise_equal(state.opt_state, tx.init(variables["params"]))
 
 

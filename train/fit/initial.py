@@ -79,19 +79,23 @@ def check_initial(config: Config, data: ImageSet) -> None:
 
 
 def read_initial(
-    config: Config, data: ImageSet, model: nn.Module, key: jax.Array
-) -> dict[str, Any] | None:
-    """Returns the variables of `config.init`; None if that is not set.
+    config: Config,
+    data: ImageSet,
+    model: nn.Module,
+    key: jax.Array,
+    *,
+    expected: dict[str, Any],
+) -> dict[str, Any]:
+    """Returns the variables of `config.init`, which is set.
 
     With `config.new_head`, the last layer is drawn with `key`, and nothing else is.
-    `verify_initial` and `check_initial` have passed.
+    `verify_initial` and `check_initial` have passed. `expected` has the shapes of the
+    model's variables.
 
     Raises:
         UsageError: The variables are not those of the network.
     """
-    if config.init is None:
-        return None
-    path = find_checkpoint(config.init)
+    path = find_checkpoint(str(config.init))
     with user_input():
         variables = load_arrays(path)["variables"]
     if jax.process_count() > 1:
@@ -107,7 +111,7 @@ def read_initial(
             return {name: drawn[name] for name in head}
 
         kept |= draw(key)
-    if differing := differing_fields(_shapes_of(kept), _shapes(model, shape)):
+    if differing := differing_fields(_shapes_of(kept), _shapes_of(_flat(expected))):
         raise UsageError(
             f"`init` (={config.init}) has not the variables of its network: "
             f"{'; '.join(differing[:3])}."

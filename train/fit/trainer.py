@@ -1,6 +1,7 @@
 """A run on its devices: its compiled calls, their inputs and the first state."""
 
 import contextlib
+import functools
 from collections.abc import Generator
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax.metadata import Metadata
-from inertia_jax.models.create import abstract_variables
+from inertia_jax.models.create import drawn_variables, trace_variables
 from train.config import Config
 from train.config_file import config_to_json
 from train.data import ImageSet
@@ -108,8 +109,7 @@ class Trainer:
         config, trained = self.config, None
         if config.train_only or config.freeze:
             with user_input():
-                shape = self.preprocessing.image_shape
-                params = abstract_variables(self.model, shape)["params"]
+                params = self._draw.out_info["params"]
             trained = trained_paths(
                 params, train_only=config.train_only, freeze=config.freeze
             )
@@ -157,7 +157,8 @@ class Trainer:
             UsageError: The model cannot take the images.
         """
         with user_input():
-            return jax.eval_shape(self._first_state)
+            variables = self._draw.out_info
+        return jax.eval_shape(self._first_state, variables)
 
     def init_state(self) -> TrainState:
         """Puts the first state on the devices, as `config.init` has it or drawn.
@@ -168,16 +169,27 @@ class Trainer:
         config = self.config
         say(f"starting {config.model.name} from {config.init or 'random weights'}")
         key = run_keys(config.seed).init
-        variables = read_initial(config, self.data, self.model, key)
         with user_input():
-            state = self._first_state(variables)
+            draw = self._draw
+        if config.init is None:
+            variables = drawn_variables(draw, key)
+        else:
+            variables = read_initial(
+                config, self.data, self.model, key, expected=draw.out_info
+            )
+        state = self._first_state(variables)
         # The state is in its final place before the first step, which compiles twice
         # otherwise.
         return self.parallel.replicate(jax.device_get(state))
 
-    def _first_state(self, variables: Any = None) -> TrainState:
-        shape, key = self.preprocessing.image_shape, run_keys(self.config.seed).init
-        return init_state(self.model, self.update, shape, key, variables)
+    @functools.cached_property
+    def _draw(self) -> jax.stages.Traced:
+        """The program that draws the first variables, traced once."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return trace_variables(self.model, key, self.preprocessing.image_shape)
+
+    def _first_state(self, variables: Any) -> TrainState:
+        return init_state(self.model, self.update, variables)
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""

@@ -11,7 +11,6 @@ from flax import linen as nn
 from flax import serialization, struct
 from jax import Array
 
-from inertia_jax import init_variables
 from inertia_jax.ops.precision import at_least_float32
 from train.step.trainable import split_params
 
@@ -153,21 +152,15 @@ def moving_average(averages: Any, variables: Any, *, decay: float, step: Array) 
 def init_state(
     model: nn.Module,
     update: Update,
-    image_shape: tuple[int, int, int],
-    key: Array,
-    variables: dict[str, Any] | None = None,
+    variables: dict[str, Any],
 ) -> TrainState:
     """Returns the first state, in which all but the variables is zero.
 
     Args:
         model: The network.
         update: How steps change the state.
-        image_shape: Shape of an image [h, w, c].
-        key: The key that variables are drawn with.
-        variables: Variables to start from; None means that they are drawn.
+        variables: Variables to start from.
     """
-    if variables is None:
-        variables = init_variables(model, key, image_shape)
     variables = widened(variables, training_dtype(model))
     moving, _ = split_params(variables["params"], update.trained)
     state = TrainState(

@@ -109,7 +109,7 @@ def nothing_compiled(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("variables were drawn")
 
-    monkeypatch.setattr("train.step.state.init_variables", fail)
+    monkeypatch.setattr("train.fit.trainer.drawn_variables", fail)
 
 
 @pytest.mark.usefixtures("nothing_compiled")
@@ -208,7 +208,7 @@ def test_the_checkpoint_of_a_run_is_hashed_once(checkpoint, monkeypatch):
     monkeypatch.setattr("train.fit.initial.verify_checkpoint", hashed.append)
     verify_initial(config)
     check_initial(config, data)
-    found = read_initial(config, data, model, jax.random.key(0))
+    found = read_initial(config, data, model, jax.random.key(0), expected=variables)
     jax.tree.map(np.testing.assert_array_equal, found, variables)
     assert hashed == [checkpoint]
 

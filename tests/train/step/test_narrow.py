@@ -117,10 +117,10 @@ def test_whatever_the_way_in_they_train_as_float32(trainer, way, dtype, tmp_path
 
 @pytest.mark.slow
 def test_a_network_with_narrow_parameters_of_its_own_learns_in_float32(monkeypatch):
-    draw = lambda model, key, shape: narrowed(  # noqa: E731
-        ij.init_variables(model, key, shape), "bfloat16"
+    init = ij.init_variables
+    monkeypatch.setattr(
+        "helpers.ij.init_variables", lambda *args: narrowed(init(*args), "bfloat16")
     )
-    monkeypatch.setattr("train.step.state.init_variables", draw)
     for dtype in ("float32", "bfloat16"):
         first, last = take_steps(Small(dtype=dtype), 1, ema_decay=0.9)
         assert isinstance(first, TrainState)
