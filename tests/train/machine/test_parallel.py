@@ -18,6 +18,8 @@ from helpers import (
     train_steps,
 )
 
+import inertia_jax as ij
+from inertia_jax.models.resnet_cifar import CifarResNet
 from train.config import Model, Optimizer
 from train.data.feed import Feed, choose_steps_per_call, even_calls
 from train.fit.trainer import Trainer
@@ -26,7 +28,24 @@ from train.machine.parallel import Parallel
 pytestmark = pytest.mark.usefixtures("optimised")
 
 
-# On images of 8 x 8: on larger ones the steps take longer than compiling them.
+def make_resnet8(config, *, num_classes):
+    """Makes a residual network of seven convolutions, as `make_model` makes others."""
+    return CifarResNet(
+        depth=8,
+        num_classes=num_classes,
+        width=config.width,
+        plan=ij.Plan(),
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def train_resnet8(config, num_devices):
+    """Returns what twenty steps on images of 8 x 8 give."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.fit.trainer.make_model", make_resnet8)
+        return train_steps(config, synthetic_set(8), num_devices, 20)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_devices", "parallel", "memory_share", "steps_per_call"),
@@ -40,22 +59,22 @@ pytestmark = pytest.mark.usefixtures("optimised")
 def test_twenty_steps_in_float64_agree(
     x64, one_device, num_devices, parallel, memory_share, steps_per_call
 ):
-    config = make_config(parallel=parallel, steps_per_call=steps_per_call)
+    config = make_config(width=0.5, parallel=parallel, steps_per_call=steps_per_call)
     data = dataclasses.replace(config.data, memory_share=memory_share)
     config = dataclasses.replace(config, data=data)
-    values = train_steps(config, synthetic_set(8), num_devices, 20)
+    values = train_resnet8(config, num_devices)
     assert relative(values, one_device) < 1e-9
 
 
 @pytest.fixture(scope="module")
 def one_device():
     with jax.enable_x64(True):
-        return train_steps(make_config(), synthetic_set(8), 1, 20)
+        return train_resnet8(make_config(width=0.5), 1)
 
 
 @pytest.mark.slow
 def test_the_result_depends_on_the_seed(x64, one_device):
-    values = train_steps(make_config(seed=2), synthetic_set(8), 1, 20)
+    values = train_resnet8(make_config(width=0.5, seed=2), 1)
     assert relative(values, one_device) > 0.1
 
 
@@ -100,8 +119,8 @@ def test_dropout_and_adadelta_agree_over_devices(x64, quick_compile):
 
 @pytest.mark.slow
 def test_unsynchronised_batch_norm_differs_over_devices(x64, one_device):
-    config = make_config(sync_batch_norm=False)
-    assert relative(train_steps(config, synthetic_set(8), 8, 20), one_device) > 1e-6
+    config = make_config(width=0.5, sync_batch_norm=False)
+    assert relative(train_resnet8(config, 8), one_device) > 1e-6
 
 
 @pytest.mark.slow
@@ -121,7 +140,8 @@ def test_every_step_lowers_for_tpu(name, parallel):
 
 
 @pytest.mark.slow
-def test_bfloat16_trains_with_float32_parameters(quick_compile):
+def test_bfloat16_trains_with_float32_parameters(quick_compile, monkeypatch):
+    monkeypatch.setattr("train.fit.trainer.make_model", make_resnet8)
     config = make_config("bfloat16")
     trainer = Trainer(config, synthetic_set(16))
     state, totals = trainer.train_call(trainer.init_state(), next(trainer.inputs(0, 0)))
@@ -164,7 +184,8 @@ def test_calls_are_as_long_as_the_platform_takes_them():
 
 
 @pytest.mark.slow
-def test_the_step_compiles_once(quick_compile):
+def test_the_step_compiles_once(quick_compile, monkeypatch):
+    monkeypatch.setattr("train.fit.trainer.make_model", make_resnet8)
     trainer = Trainer(make_config("float32"), synthetic_set(16))
     state = trainer.init_state()
     with compilations() as compiled:
