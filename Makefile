@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-floor lint clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
@@ -22,6 +22,15 @@ test: lint
 # The rest: the slow tests, among them each extra in an environment of its own.
 test-all: $(VENV)/.$(EXTRAS)
 	$(PYTEST) -m slow $(TESTS)
+
+# The quick tests with the oldest versions that pyproject.toml allows, on Python 3.11 or
+# 3.12; those that need TensorFlow or PyTorch are skipped.
+test-floor:
+	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor
+	sed -n '/^dependencies/,/^tfds/s/^ *"\([^>]*\)>=\([^"]*\)",/\1==\2/p' \
+		pyproject.toml > $(VENV)-floor/floor.txt
+	$(VENV)-floor/bin/python -m pip install -q -c $(VENV)-floor/floor.txt -e '.[dev]'
+	$(MAKE) BIN=$(VENV)-floor/bin -o lint test
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .

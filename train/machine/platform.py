@@ -16,7 +16,7 @@ _CPU_FLAGS = (
     (
         "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",
         "_ynn_",
-        (0, 10, 2),
+        (0, 10, 0),
         (0, 11, 0),
     ),
     # This order of operations needs the least memory; the default lets the most of them
@@ -25,7 +25,7 @@ _CPU_FLAGS = (
     (
         "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "_scheduler",
-        (0, 10, 2),
+        (0, 10, 0),
         (0, 13, 0),
     ),
 )

@@ -364,6 +364,7 @@ def test_versions_without_a_flag_are_not_given_it(monkeypatch):
 
     ynn = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
     scheduler = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-    assert chosen((0, 10, 2)) == f"--other {ynn} {scheduler}"
+    assert chosen((0, 9, 2)) == "--other"
+    assert chosen((0, 10, 0)) == f"--other {ynn} {scheduler}"
     assert chosen((0, 12, 0)) == f"--other {scheduler}"
     assert chosen((0, 13, 0)) == "--other"
