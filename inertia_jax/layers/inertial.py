@@ -1,5 +1,6 @@
 """The inertial convolution as a Linen module: its variables, and when they move."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv.conv import Padding, stride_pair
+from inertia_jax.ops.conv.conv import Padding, pair, stride_pair
 from inertia_jax.ops.inertial.friction import friction as region_friction
 from inertia_jax.ops.inertial.gates import hard_gate, rate_threshold
 from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
@@ -32,6 +33,8 @@ _MOMENTUM = 0.9
 class InertialConv(nn.Module):
     """An inertial convolution, which is used like `nn.Conv` of two dimensions.
 
+        InertialConv(32, (3, 3), padding="VALID", reading="tiled")
+
     Parameters: `kernel` [m, m, c_in, features] (half the features for `stack`), `bias`,
     `weights` of the weighted joins, `threshold` if learned. Other thresholds are in the
     collection `thresholds`, so that they change without compiling anew; the running
@@ -48,6 +51,10 @@ class InertialConv(nn.Module):
 
     Attributes:
         features: Number of output channels.
+        core_size: Side m of the core, or both sides, as `nn.Conv` has them. By name, it
+            may also be called `kernel_size`.
+        region_size: Side d of the region, > m. None: m + 1 in the tiled reading, whose
+            tiles are then 2 x 2, and m + 2 in the window reading.
         strides: Distance between outputs, in pixels; 1 for the tiled reading.
         padding: Zeros around the image: of the region in the window reading, of the
             m x m convolution in the tiled one.
@@ -55,13 +62,13 @@ class InertialConv(nn.Module):
             together.
 
     Raises:
-        ValueError: What `Inertial` refuses, tiles with strides, or `stack` of an odd
-            number of features.
+        ValueError: What `Inertial` refuses, a core that is not square, tiles with
+            strides, or `stack` of an odd number of features.
     """
 
     features: int
-    core_size: int
-    region_size: int
+    core_size: Any = None
+    region_size: Any = None
     strides: int | Sequence[int] | None = 1
     padding: Padding = "SAME"
     use_bias: bool = True
@@ -82,6 +89,30 @@ class InertialConv(nn.Module):
     slope: float = Inertial.slope
     channel_stride: int = Inertial.channel_stride
     capacities: Sequence[float] | None = Inertial.capacities
+    kernel_size: dataclasses.InitVar[Any] = None
+
+    def __post_init__(self, kernel_size: Any) -> None:
+        """Fills in the sizes that are not given."""
+        call = "InertialConv(features, (3, 3), strides=1)"
+        if (self.core_size is None) == (kernel_size is None):
+            raise ValueError(
+                f"either `core_size` (={self.core_size}) or `kernel_size` "
+                f"(={kernel_size}) must be given, as in {call}."
+            )
+        given = self.core_size if kernel_size is None else kernel_size
+        sides = pair(given, "core_size", least=1)
+        if len({*sides}) > 1:
+            raise ValueError(f"`core_size` (={given}) must be square, as in {call}.")
+        if np.ndim(self.region_size):
+            raise ValueError(
+                f"`region_size` (={self.region_size}) must be one integer; strides and "
+                f"what follows them are given by name, as in {call}."
+            )
+        self.core_size = sides[0]
+        if self.region_size is None:
+            more = 1 if self.reading == "tiled" else 2
+            self.region_size = self.core_size + more
+        super().__post_init__()
 
     @property
     def spec(self) -> Inertial:

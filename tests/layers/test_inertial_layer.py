@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
@@ -284,3 +285,33 @@ def test_bad_settings_are_refused(options, message):
 def test_a_rate_of_nothing_is_refused():
     with pytest.raises(ValueError, match="`target` .*must be > 0"):
         ij.Rate(0)
+
+
+def test_it_reads_as_the_ordinary_convolution_does():
+    window, tiled = ij.InertialConv(4, (3, 3)), ij.InertialConv(4, 3, reading="tiled")
+    assert (window.core_size, window.region_size) == (3, 5)
+    assert (tiled.core_size, tiled.region_size) == (3, 4)
+    assert ij.InertialConv(features=4, kernel_size=(3, 3)) == window
+    assert ij.InertialConv(4, 3, 5) == window == window.clone()
+    assert ij.InertialConv(4, core_size=1, region_size=3).region_size == 3
+    # With every gate open the tiled reading is the ordinary convolution.
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 3)), jnp.float32)
+    layer = tiled.clone(threshold=ij.Fixed.OPEN)
+    variables = layer.init(jax.random.key(0), x)
+    plain = nn.Conv(4, (3, 3)).apply({"params": variables["params"]}, x)
+    np.testing.assert_allclose(layer.apply(variables, x), plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((4,), {}, r"`core_size` \(=None\) or `kernel_size` .* InertialConv\(feat"),
+        ((4, 3), {"kernel_size": 3}, r"either `core_size` \(=3\) or `kernel_size`"),
+        ((4, (3, 5)), {}, r"`core_size` \(=\(3, 5\)\) must be square"),
+        ((4, (3, 3), (2, 2)), {}, r"`region_size` \(=\(2, 2\)\) .*strides .*by name"),
+        ((4, "SAME"), {}, r"`core_size` \(='SAME'\) must be"),
+    ],
+)
+def test_a_call_that_is_not_that_of_a_layer_shows_the_right_one(args, options, message):
+    with pytest.raises(ValueError, match=message):
+        ij.InertialConv(*args, **options)
