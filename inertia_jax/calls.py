@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import meta
 
 from inertia_jax.intercept import (
     MODES,
@@ -21,6 +20,7 @@ from inertia_jax.intercept import (
 )
 from inertia_jax.layers.kinds import KINDS, kind_of
 from inertia_jax.layers.pointwise import Pointwise
+from inertia_jax.variables import subtree, without_boxes
 
 # A model and its variables.
 Network = tuple[nn.Module, Mapping[str, Any]]
@@ -30,21 +30,6 @@ Network = tuple[nn.Module, Mapping[str, Any]]
 ApplyFn = Callable[[Any, Any, bool], Any]
 
 _COUNTED: tuple[type[nn.Module], ...] = (Pointwise, *KINDS)
-
-
-def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns variables as dictionaries of arrays.
-
-    Mappings of any class become dictionaries, such as `FrozenDict`. Boxes are opened,
-    such as the `nn.Partitioned` of `nn.with_partitioning`. The arrays stay themselves.
-    """
-
-    def plain(node: Any) -> Any:
-        if not isinstance(node, Mapping):
-            return node
-        return {name: plain(child) for name, child in node.items()}
-
-    return dict(meta.unbox(plain(variables)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +102,13 @@ def record_calls(
     with on_calls(record):
         images = jax.ShapeDtypeStruct((1, *shape[-3:]), jnp.float32)
         init = functools.partial(init_network, model, apply_fn=apply_fn)
-        variables = plain_variables(jax.eval_shape(init, jax.random.key(0), images))
+        variables = without_boxes(jax.eval_shape(init, jax.random.key(0), images))
     for path, call in calls.items():
         names = kind_of(call.module).parts or ("kernel",)
         if not subtree(variables.get("params", {}), path).keys() & {*names}:
             # A layer that is applied by itself to arrays is none of the network's.
             calls[path] = dataclasses.replace(call, module=None)
-    if jax.tree.leaves(variables.get("params")) and not any(
-        call.module is not None for call in calls.values()
-    ):
+    if variables and not any(call.module is not None for call in calls.values()):
         raise ValueError(
             f"`model` (={type(model).__name__}) has parameters, but no layer that is "
             f"recognised: its convolutions must be `flax.linen.Conv` or this "
@@ -142,20 +125,6 @@ def _image_ndim(module: Any) -> int:
     size = module.kernel_size if isinstance(module, nn.Conv) else (1, 1)
     # A number is the filter size of a one-dimensional `nn.Conv`.
     return 2 if isinstance(size, int) else len(size) + 1
-
-
-def subtree(collection: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns a layer's variables in one collection, {} if it has none there."""
-    if not path:
-        return dict(collection)
-    for name, child in collection.items():
-        # A name may have a "/" in it.
-        rest = f"{path}/".removeprefix(f"{name}/").removesuffix("/")
-        if rest != path and isinstance(child, Mapping):
-            found = subtree(child, rest)
-            if found:
-                return found
-    return {}
 
 
 def apply_network(
@@ -196,8 +165,32 @@ def apply_network(
 def init_network(
     model: nn.Module, key: jax.Array, images: Any, *, apply_fn: ApplyFn | None = None
 ) -> Mapping[str, Any]:
-    """Returns the first variables of a network, called as by `apply_network`."""
-    return nn.init(_network_call(False, apply_fn), model)(key, images)
+    """Returns the first variables of a network, called as by `apply_network`.
+
+    Raises:
+        ValueError: It cannot be called on such images; the text has its own error.
+    """
+    with own_errors(model, images.shape):
+        return nn.init(_network_call(False, apply_fn), model)(key, images)
+
+
+@contextlib.contextmanager
+def own_errors(model: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
+    """Says on which images a network could not be called, before its own error."""
+    try:
+        yield
+    except Exception as error:
+        while isinstance(model, Wrapper):
+            model = model.wrapped
+        notes = getattr(error, "__notes__", ())
+        # JAX's, on its tracebacks, begin with a line.
+        words = [str(error), *(note for note in notes if note[:3] != "---")]
+        if not isinstance(error, ValueError):
+            words[0] = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{type(model).__name__} cannot be called on images of shape {shape}. "
+            f"{' '.join(words)}"
+        ) from error
 
 
 def takes_train(model: nn.Module, apply_fn: ApplyFn | None = None) -> bool:

@@ -25,13 +25,16 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from inertia_jax.atomic import appearing, local_path
-from inertia_jax.calls import plain_variables
+from inertia_jax.calls import ApplyFn
+from inertia_jax.differences import differing_from
 from inertia_jax.metadata import (
     Metadata,
     describe,
     find_checkpoint,
     load_description,
 )
+from inertia_jax.models.create import image_shape_of
+from inertia_jax.variables import plain_variables
 
 
 class CheckpointDamagedError(ValueError):
@@ -60,7 +63,9 @@ def save_checkpoint(
 
     Args:
         path: The directory to make.
-        model: A network that `create_model` makes; its plan is stored.
+        model: A network; its plan is stored. Of a model that `create_model` does not
+            make, such as a `Planned`, the checkpoint has the name of the class, and
+            `load_checkpoint` is given the model.
         variables: Its variables.
         metadata: The description to store beside the arrays.
         training: Nested dictionaries of arrays that training continues from.
@@ -69,7 +74,7 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: Something exists at `path`.
-        ValueError: `model` is not a network of this library, or `path` is a URL.
+        ValueError: `model` is `Folded`, or `path` is a URL.
         CheckpointWriteError: It could not be written, e.g. because the disk is full.
     """
     path = local_path(path).absolute()
@@ -127,11 +132,20 @@ def _on_each_process(tree: Any) -> Any:
 
 def load_checkpoint(
     path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    image_shape: tuple[int, ...] | None = None,
+    apply_fn: ApplyFn | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Checks every file of a checkpoint against its SHA-256, and reads the checkpoint.
 
     Args:
         path: The checkpoint, or a run, of which the best checkpoint is taken.
+        model: The model, if the checkpoint has none of this library's networks; its
+            plan is that of the checkpoint.
+        image_shape: The shape [h, w, c] of an input of `model`. None: that of the
+            checkpoint's preprocessing.
+        apply_fn: How `model` is called, as in `compress`.
 
     Returns:
         (model, variables), ready for `model.apply(variables, images)`.
@@ -140,11 +154,23 @@ def load_checkpoint(
         FileNotFoundError: There is no checkpoint at `path`.
         CheckpointDamagedError: A file is missing, surplus or altered.
         OSError: A file could not be read.
+        ValueError: `model` is missing, or its layers and arrays are not those of the
+            checkpoint; the message says which.
     """
     path = find_checkpoint(path)
     verify_checkpoint(path)
-    model, _ = load_description(path)
-    return model, load_arrays(path)["variables"]
+    make = None if model is None else lambda about, metadata: model
+    found, metadata = load_description(path, make)
+    variables = load_arrays(path)["variables"]
+    if model is not None:
+        known = metadata.preprocessing
+        given = known.image_shape if image_shape is None and known else image_shape
+        shape = image_shape_of(model, given)
+        if differing := differing_from(found, variables, shape, apply_fn=apply_fn):
+            raise ValueError(
+                f"{path} is not of `model` (={type(model).__name__}): {differing}."
+            )
+    return found, variables
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from inertia_jax.calls import plain_variables
 from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.models.create import (
     abstract_variables,
@@ -20,6 +19,7 @@ from inertia_jax.models.create import (
     model_name,
 )
 from inertia_jax.models.network import Network
+from inertia_jax.variables import plain_variables
 from inertia_jax.weights.files import naming, read_weights
 from inertia_jax.weights.found import find_weights, is_array
 from inertia_jax.weights.layout import torch_key, torch_shape, transposed

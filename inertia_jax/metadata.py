@@ -7,19 +7,23 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import linen as nn
 
 from inertia_jax.atomic import local_path
-from inertia_jax.models.create import create_model, model_name
-from inertia_jax.plan.plan import Plan
+from inertia_jax.compression.planned import Planned
+from inertia_jax.intercept import Wrapper
+from inertia_jax.models.create import create_model, known_name
+from inertia_jax.plan.plan import Plan, plan_of
 
 _FORMAT = 1
 _FIELDS = {"model", "plan", "preprocessing", "class_names", "info"}
 _MODEL_OPTIONS = ("num_classes", "width", "stem", "shortcut")
+# Of a model of others: what makes it, if its maker says so.
+_OWN_OPTIONS = ("factory", "num_classes")
 
 
 def both_sides(sides: int | Sequence[int]) -> tuple[int, int]:
@@ -106,31 +110,59 @@ class Metadata:
         preprocessing: How images become the network's input.
         class_names: A name for each class, or none at all.
         info: Further facts, e.g. step, metrics and configuration, as JSON.
+        network: The network's name, or the qualified name of the class of another's
+            model. `save_checkpoint` writes it, whatever is here.
     """
 
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] = ()
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    network: str = dataclasses.field(default="", compare=False)
+
+
+# A function of what a checkpoint says of a model of others, and of its metadata.
+MakeModel = Callable[[Mapping[str, Any], Metadata], nn.Module]
 
 
 def describe(model: nn.Module, metadata: Metadata) -> str:
     """Returns the text of `metadata.json`.
 
     Raises:
-        ValueError: `model` is not a network of this library.
+        ValueError: `model` stands around a network that can be trained further.
     """
-    options = {name: getattr(model, name, None) for name in _MODEL_OPTIONS}
+    told = dataclasses.asdict(metadata)
+    del told["network"]
     description = {
         "format": _FORMAT,
-        "model": {
-            "name": model_name(model),
-            "dtype": np.dtype(model.dtype).name,
-            **{name: value for name, value in options.items() if value is not None},
-        },
-        "plan": json.loads(model.plan.to_json()),
-        **dataclasses.asdict(metadata),
+        "model": _describe_model(model),
+        "plan": json.loads((plan_of(model) or Plan()).to_json()),
+        **told,
     }
     return json.dumps(description, indent=1, default=_jsonable)
+
+
+def _describe_model(model: nn.Module) -> dict[str, Any]:
+    """Returns what a network of this library is made of, or the class of another."""
+    name = known_name(model)
+    options = _OWN_OPTIONS if name is None else _MODEL_OPTIONS
+    given = {option: getattr(model, option, None) for option in options}
+    told = {option: value for option, value in given.items() if value is not None}
+    if name is not None:
+        return {"name": name, "dtype": np.dtype(model.dtype).name, **told}
+    kept: tuple[tuple[str, str], ...] = ()
+    if isinstance(model, Planned):
+        model, kept = model.unplanned, model.kept
+    if isinstance(model, Wrapper):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be a network that can be trained "
+            f"further: save the one inside, and fold what `load_checkpoint` returns."
+        )
+    return {"class": class_name(model), "kept": kept, **told}
+
+
+def class_name(model: nn.Module) -> str:
+    """Returns the qualified name of a model's class."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:
@@ -147,20 +179,49 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     return _make_metadata(path, _read_description(path))
 
 
-def load_description(path: str | os.PathLike[str]) -> tuple[nn.Module, Metadata]:
+def load_description(
+    path: str | os.PathLike[str], make: MakeModel | None = None
+) -> tuple[nn.Module, Metadata]:
     """Reads the network, with its plan, and its description, but no arrays.
+
+    Args:
+        path: The checkpoint.
+        make: A function of what is known of a model that is none of this library's
+            (`class`, `kept`, and `factory` and `num_classes` where they were saved),
+            and of the checkpoint's metadata. It returns the model without a plan.
 
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
-        ValueError: Its description is broken, or of another version.
+        ValueError: Its description is broken, or of another version, or it has another
+            kind of network than `make` says.
     """
     description = _read_description(path)
+    metadata = _make_metadata(path, description)
     try:
         plan = Plan.from_json(json.dumps(description["plan"]))
-        model = create_model(plan=plan, **description["model"])
-    except TypeError as error:
+        about = {**description["model"]}
+        if "class" not in about:
+            if make is not None:
+                raise ValueError(
+                    f"{path} has a {about.get('name')} of this library, which it makes "
+                    f"itself: give no `model`."
+                )
+            return create_model(plan=plan, **about), metadata
+        kept = tuple((str(layer), str(why)) for layer, why in about["kept"])
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
-    return model, _make_metadata(path, description)
+    if make is None:
+        raise ValueError(
+            f"{path} has a {about['class']}, which is none of this library's networks: "
+            f"give one as `model`, with any or no plan."
+        )
+    model = make(about, metadata)
+    if plan_of(model) is None:
+        if not plan.rules and not kept:
+            return model, metadata
+        model = Planned(model)
+    model = model.clone(plan=plan)
+    return model.clone(kept=kept) if isinstance(model, Planned) else model, metadata
 
 
 def checkpoint_path(directory: pathlib.Path, step: int) -> pathlib.Path:
@@ -232,7 +293,9 @@ def _make_metadata(
         names, info = tuple(description["class_names"]), dict(description["info"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
-    return Metadata(preprocessing, names, info)
+    about = description["model"]
+    network = about.get("class") or about.get("name") if isinstance(about, dict) else ""
+    return Metadata(preprocessing, names, info, str(network or ""))
 
 
 def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,15 +10,10 @@ import pytest
 from flax import linen as nn
 
 import inertia_jax as ij
-from inertia_jax.calls import (
-    apply_network,
-    one_array,
-    plain_variables,
-    subtree,
-    takes_train,
-)
+from inertia_jax.calls import apply_network, one_array, takes_train
 from inertia_jax.intercept import on_calls
 from inertia_jax.plan.plan import plan_of, without_ladders
+from inertia_jax.variables import plain_variables, subtree
 
 
 class Two(nn.Module):
@@ -170,7 +165,7 @@ def test_a_model_without_a_layer_that_is_recognised_is_an_error():
     class Mine(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return x * self.param("scale", nn.initializers.ones, (3,))
+            return x * self.param("scale", nn.initializers.ones, (1, 1, 1, 3))
 
     calls = (
         lambda model: ij.count_cost(model, (4, 4, 3)),
@@ -182,3 +177,71 @@ def test_a_model_without_a_layer_that_is_recognised_is_an_error():
         with pytest.raises(ValueError, match="no layer that is recognised"):
             call(Mine())
     assert not ij.count_cost(nn.Sequential([nn.relu]), (4, 4, 3)).rows
+
+
+def test_a_network_that_cannot_be_traced_names_the_images_and_its_own_error():
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x.reshape(len(x), 7))
+
+    for model in (Flat(), ij.Planned(Flat())):
+        message = (
+            r"Flat cannot be called on images of shape \(1, 4, 4, 3\). TypeError: "
+        )
+        with pytest.raises(ValueError, match=message):
+            ij.count_cost(model, (4, 4, 3))
+        with pytest.raises(ValueError, match=message):
+            ij.fold_batch_norm(model, {"params": {}}, image_shape=(4, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (jnp.ones(3), "`variables` .*must be a dictionary of collections"),
+        (None, "`variables` .*NoneType.*must be a dictionary of collections"),
+        (
+            {"params": {"a": jax.ShapeDtypeStruct((3,), jnp.float32)}},
+            r"\['params'\]\['a'\] is a shape alone",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("no_shape_checks")
+def test_variables_that_are_no_arrays_are_refused(variables, message):
+    model = ij.create_model("lenet", width=0.1)
+    images = np.ones((2, 28, 28, 1), np.float32)
+    for call in (
+        lambda: ij.compress(model, variables, ranks=ij.Ratio(0.5)),
+        lambda: ij.make_inertial(model, variables, macs=0.9, calibration=images),
+        lambda: ij.fold_batch_norm(model, variables),
+        lambda: ij.recalibrate_batch_norm(model, variables, images),
+        lambda: ij.reconstruct(
+            model, variables, dense=(model, variables), images=images
+        ),
+        lambda: ij.save_checkpoint("nowhere", model, variables),
+        lambda: ij.save_exported(
+            "nowhere", (model, variables), image_shape=(28, 28, 1)
+        ),
+        lambda: ij.to_torch(model, variables),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_model_that_needs_a_key_in_evaluation_has_one():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+            return nn.Dense(3)(nn.Conv(4, (3, 3))(x).mean((1, 2)))
+
+    model, images = Noisy(), np.ones((2, 4, 4, 3), np.float32)
+    variables = model.init(jax.random.key(0), images)
+    small, factors = ij.compress(
+        model, variables, ranks=ij.Ratio(1.0), calibration=images, only_cheaper=False
+    )
+    outputs = [
+        apply_network(*each, images)[0]
+        for each in ((model, variables), (small, factors))
+    ]
+    np.testing.assert_allclose(*outputs, atol=1e-5)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import ApplyFn, apply_network, one_array, takes_train
+from inertia_jax.calls import ApplyFn, apply_network, one_array, own_errors, takes_train
 from inertia_jax.compression.sites import Site
 from inertia_jax.intercept import check_in_view, first_argument, on_calls
 from inertia_jax.ops.precision import at_least_float32
@@ -86,14 +86,15 @@ def apply_as_trained(
         # Dropout is on in training mode, so only BatchNorm is a reason for it; the mean
         # friction is none.
         train = can_train and bool(batch_norm_paths(variables))
-    return apply_network(
-        model,
-        variables,
-        images,
-        train=train,
-        apply_fn=apply_fn,
-        mutable=(*mutable, "intermediates"),
-    )
+    with own_errors(model, images.shape):
+        return apply_network(
+            model,
+            variables,
+            images,
+            train=train,
+            apply_fn=apply_fn,
+            mutable=(*mutable, "intermediates"),
+        )
 
 
 def input_moments(

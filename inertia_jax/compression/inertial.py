@@ -10,7 +10,7 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import ApplyFn, plain_variables, takes_train
+from inertia_jax.calls import ApplyFn, takes_train
 from inertia_jax.compression.calibration import checked_images
 from inertia_jax.compression.planned import Planned
 from inertia_jax.compression.recalibrate import (
@@ -29,6 +29,7 @@ from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import CLOSED, OPEN, Conv, Fixed, Inertial, Rate, as_python
 from inertia_jax.progress import Progress
+from inertia_jax.variables import plain_variables
 
 
 def make_inertial(

@@ -11,7 +11,7 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import ApplyFn, plain_variables
+from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batch_norm_paths,
@@ -19,6 +19,7 @@ from inertia_jax.compression.calibration import (
 )
 from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.ops.precision import at_least_float32
+from inertia_jax.variables import plain_variables
 
 _Stats = dict[tuple[str, ...], Any]
 # A start beside which the statistics of no batch count, in the numbers of float32.

@@ -12,13 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import (
-    ApplyFn,
-    Network,
-    plain_variables,
-    record_calls,
-    subtree,
-)
+from inertia_jax.calls import ApplyFn, Network, record_calls
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batch_norm_paths,
@@ -35,6 +29,7 @@ from inertia_jax.layers.kinds import linear_parts
 from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import matches, without_ladders
 from inertia_jax.progress import Progress, counted
+from inertia_jax.variables import plain_variables, subtree
 
 # A quarter is held out, and BatchNorm needs two images.
 LEAST_IMAGES = 8

@@ -11,13 +11,14 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
 
-from inertia_jax.calls import ApplyFn, plain_variables, record_calls, subtree
+from inertia_jax.calls import ApplyFn, record_calls
 from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.planned import cannot_factorise
 from inertia_jax.layers.kinds import dense_kernel, kind_of, spec_of
 from inertia_jax.ops.conv.conv import pair
 from inertia_jax.plan.plan import Plan, matches, plan_of
 from inertia_jax.plan.specs import Conv, Inertial, LowRank, Tucker2, core_of
+from inertia_jax.variables import plain_variables, subtree
 
 Factorised = Tucker2 | LowRank
 

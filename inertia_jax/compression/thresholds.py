@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.calls import ApplyFn, subtree
+from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batched,
@@ -24,6 +24,7 @@ from inertia_jax.layers.inertial import FRICTION, GATE_RATE
 from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
 from inertia_jax.progress import Progress
+from inertia_jax.variables import subtree
 
 # The shares of open tiles that are tried for a layer, in this order.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.calls import ApplyFn, plain_variables
+from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.budget import choose_ranks
 from inertia_jax.compression.calibration import batched, checked_images, input_moments
 from inertia_jax.compression.planned import Planned
@@ -26,6 +26,7 @@ from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import Conv, Spec, Tucker2
 from inertia_jax.progress import Progress, counted
+from inertia_jax.variables import plain_variables
 
 
 def compress(

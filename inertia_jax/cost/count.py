@@ -74,7 +74,7 @@ def count_cost(
         notes = {rule.path: rule.reason for rule in dropped if rule.path}
     if plan is not None:
         notes |= dict(getattr(model, "kept", ()))
-    owned = _leaves_by_layer(calls, variables["params"])
+    owned = _leaves_by_layer(calls, variables.get("params", {}))
     rows = []
     for path in [*calls, *(path for path in owned if path not in calls)]:
         if path not in owned:

@@ -207,6 +207,9 @@ def _evaluation(
     """Returns a network's evaluation as a function of images."""
     # Whoever reads files needs JAX alone.
     from inertia_jax.calls import apply_network, one_array
+    from inertia_jax.variables import plain_variables
+
+    variables = plain_variables(variables)
 
     def evaluation(images: Any) -> Any:
         return one_array(apply_network(model, variables, images, apply_fn=apply_fn)[0])

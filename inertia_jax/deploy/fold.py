@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.calls import ApplyFn, plain_variables
+from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.deploy.fold_trace import trace_layers
 from inertia_jax.intercept import Answer, Wrapper
@@ -18,6 +18,7 @@ from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import KINDS, output_kernel
 from inertia_jax.models.create import image_shape_of
+from inertia_jax.variables import plain_variables
 
 _SEVERAL = "holds the variables of several layers"
 

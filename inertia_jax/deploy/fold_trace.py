@@ -12,9 +12,10 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from inertia_jax.calls import ApplyFn, init_network, plain_variables
+from inertia_jax.calls import ApplyFn, init_network
 from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import KINDS
+from inertia_jax.variables import without_boxes
 
 _MARK = "inertia_jax.deploy.fold"
 
@@ -68,7 +69,7 @@ def trace_layers(
     with on_calls(mark):
         init = functools.partial(init_network, model, apply_fn=apply_fn)
         traced = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0), images)
-    jaxpr, variables = traced[0].jaxpr, plain_variables(traced[1])
+    jaxpr, variables = traced[0].jaxpr, without_boxes(traced[1])
     follows: dict[str, str] = {}
     calls: collections.Counter[str] = collections.Counter()
     for inner in _with_subjaxprs(jaxpr):

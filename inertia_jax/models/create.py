@@ -153,20 +153,25 @@ def image_shape_of(model: nn.Module, given: tuple[int, ...] | None) -> tuple[int
     )
 
 
+def known_name(model: nn.Module) -> str | None:
+    """Returns the name that `create_model` knows a network by; None for another's."""
+    if type(model) is CifarResNet:
+        return f"resnet{model.depth}"
+    return next((n for n, make in _MODELS.items() if type(model) is make), None)
+
+
 def model_name(model: nn.Module) -> str:
     """Returns the name that `create_model` knows the network by.
 
     Raises:
         ValueError: The network is none of this library's.
     """
-    if isinstance(model, CifarResNet):
-        return f"resnet{model.depth}"
-    for name, make in _MODELS.items():
-        if type(model) is make:
-            return name
-    raise ValueError(
-        f"`model` (={type(model).__name__}) must be one that create_model makes."
-    )
+    name = known_name(model)
+    if name is None:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be one that create_model makes."
+        )
+    return name
 
 
 def init_variables(
