@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from inertia_jax.calls import plain_variables
+from inertia_jax.variables import without_boxes
 from inertia_jax.weights.files import naming, read_weights
 from inertia_jax.weights.found import weights_by_key
 from inertia_jax.weights.layout import transposed as in_layout
@@ -96,7 +96,7 @@ def match_torch(
         ValueError: Weights or variables are left over, or what is whose is ambiguous.
         FileNotFoundError: There is no such file.
     """
-    flat = traverse_util.flatten_dict(plain_variables(variables))
+    flat = traverse_util.flatten_dict(without_boxes(variables))
     leaves = {tuple(map(str, path)): leaf for path, leaf in flat.items()}
     # Counters and keys have no counterpart in PyTorch.
     shapes = {
