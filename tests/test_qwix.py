@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import inertia_jax as ij
 
@@ -16,8 +17,8 @@ IMAGES = jax.random.normal(jax.random.key(1), (4, *SHAPE))
 pytestmark = [
     # qwix's kernels are of its own type, which checks of shapes do not take for arrays.
     pytest.mark.usefixtures("no_shape_checks"),
-    # qwix 0.1.8 asks for a name that Flax 0.12 has renamed.
-    pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),
+    # qwix 0.1.8 uses names that Flax 0.12 has renamed.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*"),
 ]
 
 
@@ -64,6 +65,13 @@ def in_int8(model, variables):
     return quantised, {**variables, "params": params}
 
 
+def assert_near(gradients, expected):
+    leaves = map(jax.tree.leaves, (gradients, expected))
+    for a, b in zip(*leaves, strict=True):
+        # Rounding by up to 1/254 of the largest entry, forwards and in what is kept.
+        assert 0 < np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_int8_keeps_every_kernel_in_a_byte_and_the_output_near(name):
     model, variables = NETWORKS[name]()
@@ -75,6 +83,25 @@ def test_int8_keeps_every_kernel_in_a_byte_and_the_output_near(name):
     error = jax.jit(quantised.apply)(small, IMAGES) - expected
     # int8 rounds by up to 1/254 of the largest entry, a few layers deep.
     assert 0 < np.abs(error).max() < 0.05 * np.abs(expected).max()
+
+
+def test_an_nnx_module_keeps_its_factors_in_a_byte_and_trains_so():
+    rngs = nnx.Rngs(0)
+    dense = nnx.Sequential(
+        nnx.Conv(6, 8, (3, 3), rngs=rngs), nnx.Conv(8, 12, (1, 1), rngs=rngs)
+    )
+    ranks = ij.Plan((("*0", ij.Tucker2(4, 5)), ("*1", ij.LowRank(3))))
+    small = ij.compress(dense, ranks=ranks, image_shape=SHAPE)
+    expected = small(IMAGES)
+    quantised = qwix.quantize_model(small, qwix.PtqProvider(RULES), IMAGES)
+    stored = [x for x in jax.tree.leaves(nnx.state(quantised)) if x.dtype == jnp.int8]
+    assert sorted(x.size for x in stored) == sorted([24, 180, 40, 24, 36])
+    error = nnx.jit(lambda model, x: model(x))(quantised, IMAGES) - expected
+    assert 0 < np.abs(error).max() < 0.05 * np.abs(expected).max()
+
+    gradients = nnx.jit(nnx.grad(lambda model: (model(IMAGES) ** 2).sum()))
+    in_training = qwix.quantize_model(small, qwix.QtProvider(RULES), IMAGES)
+    assert_near(gradients(in_training), gradients(small))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +124,4 @@ def test_training_in_int8_has_nearly_the_gradients_of_training(layer):
         return jax.jit(jax.grad(loss))(variables["params"])
 
     quantised = qwix.quantize_model(layer, qwix.QtProvider(RULES))
-    leaves = map(jax.tree.leaves, (gradients(quantised), gradients(layer)))
-    for found, expected in zip(*leaves, strict=True):
-        # Rounding by up to 1/254 of the largest entry, forwards and in what is kept.
-        error = np.linalg.norm(found - expected)
-        assert 0 < error < 0.05 * np.linalg.norm(expected)
+    assert_near(gradients(quantised), gradients(layer))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from inertia_jax.layers.pointwise import check_groups
 from inertia_jax.ops.conv.conv import pair
 from inertia_jax.ops.conv.dispatch import conv_for_linen
-from inertia_jax.ops.tucker.factors import pointwise
+from inertia_jax.ops.tucker.factors import pointwise_conv
 from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
 from inertia_jax.plan.specs import LowRank, Tucker2
 
@@ -42,14 +42,14 @@ class QuickConv(nnx.Conv):
 
 def conv_pointwise(
     x: Array,
-    kernel: Array,
+    kernel: Any,
     *_: Any,
     feature_group_count: int,
     precision: Any,
     **__: Any,
 ) -> Array:
     """Multiplies channels, as the function that an `nnx.Conv` of 1x1 takes."""
-    return pointwise(x, kernel[0, 0], groups=feature_group_count, precision=precision)
+    return pointwise_conv(x, kernel, groups=feature_group_count, precision=precision)
 
 
 class Tucker2Conv(nnx.Module):
