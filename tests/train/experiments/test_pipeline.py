@@ -24,11 +24,15 @@ SMALL = [
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Weights of a narrow ResNet18 with torchvision's stem, keys and 1,000 classes."""
-    model = ij.create_model("resnet18", num_classes=1000, width=0.1, stem="imagenet")
-    variables = ij.init_variables(model, jax.random.key(5), (16, 16, 1))
     file = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
-    save_file(ij.to_torch(model, variables), file)
+    save_weights(file, "resnet18", width=0.1, stem="imagenet")
     return file
+
+
+def save_weights(file, name, **options):
+    model = ij.create_model(name, num_classes=1000, **options)
+    variables = ij.init_variables(model, jax.random.key(5), (16, 16, 1))
+    save_file(ij.to_torch(model, variables), file)
 
 
 def pipeline(workdir, *options):
@@ -182,9 +186,13 @@ def test_weights_are_asked_for_and_rules_are_checked_first(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_compressing_in_rounds(done, weights, tmp_path):
-    record = tmp_path / "record.json"
+def test_compressing_in_rounds(tmp_path):
+    # LeNet, of which four steps and their teachers are compiled in seconds.
+    record, weights = tmp_path / "record.json", tmp_path / "lenet.safetensors"
+    save_weights(weights, "lenet", width=0.25)
     options = ["--ranks", "ratio:0.6", "ratio:0.3", "--no-control", "--distill"]
+    options += ["--run.model.name", "lenet", "--run.model.stem", "cifar"]
+    options += ["--run.model.width", "0.25", "--head", "fc2"]
     options += ["--recalibration-images", "64", "--weights", str(weights)]
     assert pipeline(tmp_path / "run", *options, "--record", str(record)) == 0
     stages = json.loads(record.read_text())["stages"]
