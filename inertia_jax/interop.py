@@ -21,9 +21,10 @@ from inertia_jax.models.create import (
 from inertia_jax.models.network import Network
 from inertia_jax.variables import plain_variables
 from inertia_jax.weights.files import naming, read_weights
-from inertia_jax.weights.found import find_weights, is_array
+from inertia_jax.weights.found import find_weights
 from inertia_jax.weights.layout import torch_key, torch_shape, transposed
 from inertia_jax.weights.misfit import check_keys
+from inertia_jax.weights.names import is_array
 from inertia_jax.weights.numbers import as_numbers
 
 # Variables of an inertial convolution besides its core, which PyTorch's networks lack.

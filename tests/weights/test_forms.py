@@ -318,7 +318,8 @@ def test_every_form_of_a_real_network_scores_as_in_pytorch(tmp_path, capsys, opt
     for name, (write, dtype) in NARROW.items():
         narrow = {k: v.to(getattr(torch, dtype)) for k, v in state.items()}
         forms[name] = (write, narrow, [])
-    expected, found = {}, {}
+    # Most forms give the same variables, which are scored once.
+    expected, found, scored = {}, {}, {}
     for number, (name, (write, weights, options)) in enumerate(forms.items()):
         folder = tmp_path / f"{number}"
         folder.mkdir()
@@ -326,7 +327,11 @@ def test_every_form_of_a_real_network_scores_as_in_pytorch(tmp_path, capsys, opt
         command = ["import", str(folder / name), "--model", "resnet20", *STATISTICS]
         assert main([*command, *options, "--out", str(folder / "out")]) == 0
         said = capsys.readouterr().out
-        logits = np.asarray(apply(ij.load_checkpoint(folder / "out")[1]))
+        _, imported = ij.load_checkpoint(folder / "out")
+        content = b"".join(leaf.tobytes() for leaf in jax.tree.leaves(imported))
+        if content not in scored:
+            scored[content] = np.asarray(apply(imported))
+        logits = scored[content]
         dtype = NARROW[name][1] if name in NARROW else "float32"
         if name in NARROW:
             assert f"weights of {dtype} become float32" in said

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from inertia_jax.weights.found import find_weights, is_array
+from inertia_jax.weights.found import find_weights
+from inertia_jax.weights.names import is_array
 from inertia_jax.weights.pickles import Unknown
 
 KEYS = ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "linear.bias")
