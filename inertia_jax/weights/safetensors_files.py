@@ -26,7 +26,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Any]:
     return {name: _array(**parts) for name, parts in deserialize(path.read_bytes())}
 
 
-def _array(dtype: str, shape: list[int], data: bytearray) -> Any:
+def _array(dtype: str, shape: list[int], data: bytes | bytearray) -> Any:
     if dtype not in _DTYPES:
         return Unknown(f"a tensor of {dtype}")
     return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
