@@ -32,7 +32,7 @@ from inertia_jax.functions import (
 )
 from inertia_jax.interop import load_torch, to_torch
 from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.metadata import Metadata, Preprocessing, load_metadata
 from inertia_jax.models.create import MODEL_NAMES, create_model, init_variables
@@ -74,6 +74,7 @@ __all__ = [
     "Learned",
     "LowRank",
     "LowRankConv",
+    "LowRankDense",
     "Metadata",
     "Plan",
     "Planned",

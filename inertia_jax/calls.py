@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
+from inertia_jax.inputs import Shape, one_input, shown
 from inertia_jax.intercept import (
     MODES,
     Wrapper,
@@ -18,7 +20,13 @@ from inertia_jax.intercept import (
     mode_names,
     on_calls,
 )
-from inertia_jax.layers.kinds import KINDS, kind_of
+from inertia_jax.layers.kinds import (
+    KINDS,
+    OTHER_CONVOLUTIONS,
+    OTHER_LINEAR,
+    kind_of,
+    num_axes,
+)
 from inertia_jax.layers.pointwise import Pointwise
 from inertia_jax.variables import subtree, without_boxes
 
@@ -29,7 +37,13 @@ Network = tuple[nn.Module, Mapping[str, Any]]
 # variables, as inside `nn.apply`.
 ApplyFn = Callable[[Any, Any, bool], Any]
 
-_COUNTED: tuple[type[nn.Module], ...] = (Pointwise, *KINDS)
+_TRACES = itertools.count()
+_COUNTED: tuple[type[nn.Module], ...] = (
+    Pointwise,
+    *KINDS,
+    *OTHER_CONVOLUTIONS,
+    *OTHER_LINEAR,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Call:
 
     Attributes:
         module: The layer; None for one whose operations are not counted.
-        input_shape: The input's shape, [n, h, w, c_in].
+        input_shape: The input's shape, [n, *image, c_in].
         output_shape: The output's shape, of one image.
         again: Further calls of the same layer.
     """
@@ -60,7 +74,7 @@ class Call:
 
 
 def record_calls(
-    model: nn.Module, shape: tuple[int, ...], *, apply_fn: ApplyFn | None = None
+    model: nn.Module, shape: Shape, *, apply_fn: ApplyFn | None = None
 ) -> tuple[dict[str, Call], dict[str, Any]]:
     """Returns how every layer is called, by path, and the shapes of all variables.
 
@@ -68,7 +82,7 @@ def record_calls(
 
     Args:
         model: A network.
-        shape: Shape of one image [h, w, c], or of a batch.
+        shape: The shape of one input.
         apply_fn: How the network is called, as in `apply_network`.
 
     Raises:
@@ -88,8 +102,12 @@ def record_calls(
         elif known is before:  # no replacement of the layer was recorded inside it
             x = first_argument(args, kwargs)
             into, out = x.shape, output.shape
-            if x.ndim == _image_ndim(module):  # without an axis of images
+            if x.ndim == num_axes(module) + 1:  # without an axis of images
                 into, out = (1, *into), (1, *out)
+            if isinstance(module, nn.Einsum) and module.einsum_str is None:
+                # The equation was an argument of the call.
+                equation = kwargs.get("einsum_str", args[-1])
+                module = module.clone(einsum_str=equation, parent=module.scope)
             found = Call(module, into, out[1:])
             root = None if module.scope is None else module.scope.root
             if roots.setdefault(path, root) is not root:
@@ -100,7 +118,7 @@ def record_calls(
         return output
 
     with on_calls(record):
-        images = jax.ShapeDtypeStruct((1, *shape[-3:]), jnp.float32)
+        images = one_input(shape)
         init = functools.partial(init_network, model, apply_fn=apply_fn)
         variables = without_boxes(jax.eval_shape(init, jax.random.key(0), images))
     for path, call in calls.items():
@@ -118,15 +136,6 @@ def record_calls(
     return calls, variables
 
 
-def _image_ndim(module: Any) -> int:
-    """Returns the number of axes of one image, as a layer sees it."""
-    if isinstance(module, nn.Dense):
-        return 1
-    size = module.kernel_size if isinstance(module, nn.Conv) else (1, 1)
-    # A number is the filter size of a one-dimensional `nn.Conv`.
-    return 2 if isinstance(size, int) else len(size) + 1
-
-
 def apply_network(
     model: nn.Module,
     variables: Mapping[str, Any],
@@ -141,7 +150,7 @@ def apply_network(
     Args:
         model: The network.
         variables: Its variables, plain or not.
-        images: A batch of its inputs.
+        images: A batch of its inputs: an array, or a dictionary of arrays.
         train: Whether it is called in training mode.
         apply_fn: How it is called. None: as `model(images)`, with those of the
             arguments `train`, `training`, `is_training`, `deterministic` and
@@ -156,7 +165,7 @@ def apply_network(
     key = jax.random.key(0)
     # Streams of any other name come from that of the parameters.
     rngs = {"params": key, "dropout": key}
-    changing = {*variables, *mutable} - {"params"}
+    changing = {*variables, *mutable, _fresh_name()} - {"params"}
     apply = nn.apply(_network_call(train, apply_fn), model, mutable=sorted(changing))
     outputs, changed = apply(variables, images, rngs=rngs)
     return outputs, changed
@@ -170,12 +179,22 @@ def init_network(
     Raises:
         ValueError: It cannot be called on such images; the text has its own error.
     """
-    with own_errors(model, images.shape):
-        return nn.init(_network_call(False, apply_fn), model)(key, images)
+    mutable = flax.core.DenyList(("intermediates", _fresh_name()))
+    with own_errors(model, images):
+        return nn.init(_network_call(False, apply_fn), model, mutable)(key, images)
+
+
+def _fresh_name() -> str:
+    """Returns the name of a collection that nobody has.
+
+    `nn.jit` keeps programs by the collections that may change. With a new one among
+    them, it takes none in which the calls of layers were not answered.
+    """
+    return f"inertia_jax trace {next(_TRACES)}"
 
 
 @contextlib.contextmanager
-def own_errors(model: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
+def own_errors(model: nn.Module, images: Any) -> Iterator[None]:
     """Says on which images a network could not be called, before its own error."""
     try:
         yield
@@ -188,8 +207,8 @@ def own_errors(model: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
         if not isinstance(error, ValueError):
             words[0] = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{type(model).__name__} cannot be called on images of shape {shape}. "
-            f"{' '.join(words)}"
+            f"{type(model).__name__} cannot be called on images of shape "
+            f"{shown(images)}. {' '.join(words)}"
         ) from error
 
 

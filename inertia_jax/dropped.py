@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen as nn
 
 from inertia_jax.calls import ApplyFn, Call, record_calls
+from inertia_jax.inputs import Shape
 from inertia_jax.layers.in_place import cannot_be_inertial
 from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of
 from inertia_jax.plan.plan import Plan, matches, plan_of, without_ladders
@@ -41,7 +42,7 @@ class DroppedRule:
 
 def dropped_rules(
     model: nn.Module,
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     *,
     apply_fn: ApplyFn | None = None,
 ) -> tuple[DroppedRule, ...]:
@@ -55,7 +56,7 @@ def dropped_rules(
 
     Args:
         model: A network; one without a plan has dropped nothing.
-        image_shape: Shape of one image, [h, w, c].
+        image_shape: The shape of one input, such as [h, w, c].
         apply_fn: How the network is called, as in `compress`.
     """
     plan = plan_of(model)

@@ -120,27 +120,6 @@ def on_calls(answer: Answer) -> contextlib.AbstractContextManager[None]:
     return nn.intercept_methods(intercept)
 
 
-def check_in_view(module: nn.Module, roots: list[Any], *, is_wanted: bool) -> None:
-    """Checks that a layer's inputs are still there when the network has been called.
-
-    Whoever records inputs checks every module that is called, the network first, with
-    the same list of `roots`, empty at first. Modules that are not wanted are not
-    checked.
-
-    Raises:
-        ValueError: The layer is inside a lifted transformation.
-    """
-    root = None if module.scope is None else module.scope.root
-    if not roots:
-        roots.append(root)
-    if is_wanted and root is not roots[0]:
-        path = "/".join(module.path)
-        raise ValueError(
-            f"{path!r} is called inside nn.scan, nn.remat, nn.vmap or nn.jit, where "
-            f"its inputs cannot be seen; leave it out with `layers`."
-        )
-
-
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Returns the input of a layer, whether it is passed by place or by name."""
     return args[0] if args else next(iter(kwargs.values()))

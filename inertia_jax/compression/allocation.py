@@ -71,7 +71,7 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
         kernel: Its kernel, weighed by its inputs where those are known.
         round_to: The number that every rank but the largest is a multiple of.
     """
-    _, _, c_in, c_out = kernel.shape
+    *_, c_in, c_out = kernel.shape
     most_in, most_out = max_ranks(kernel.shape, groups=site.groups)
     if site.is_pointwise:
         ranks = _steps(min(most_in, most_out), round_to)

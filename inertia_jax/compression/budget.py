@@ -23,7 +23,8 @@ from inertia_jax.compression.latency import model_latency_ms, site_latencies_ms
 from inertia_jax.compression.ranks import Budget
 from inertia_jax.compression.sites import Factorised, Site, leaves_at, with_leaves
 from inertia_jax.compression.weighed_kernel import WeighedKernel
-from inertia_jax.cost.count import count_cost
+from inertia_jax.cost.count import count_one
+from inertia_jax.inputs import Shape
 from inertia_jax.plan.specs import Conv
 from inertia_jax.progress import Progress, counted
 
@@ -40,9 +41,9 @@ def choose_ranks(
     now: Network,
     dense: Network,
     kernels: Mapping[str, WeighedKernel],
-    batches: list[np.ndarray],
+    batches: list[Any],
     *,
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     round_to: int,
     apply_fn: ApplyFn | None,
     progress: Progress | None,
@@ -56,7 +57,7 @@ def choose_ranks(
         kernels: The convolutions that may change, by path.
         batches: Batches of the network's inputs; without any, the relative errors of
             the kernels are summed.
-        image_shape: [h, w, c].
+        image_shape: The shape of one input.
         round_to: The number that ranks become multiples of.
         apply_fn: How the network is called, as in `compress`.
         progress: A function that is told how many layers are done, as in `compress`.
@@ -113,7 +114,7 @@ def choose_ranks(
 def _cost(
     budget: Budget,
     network: Network,
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     apply_fn: ApplyFn | None,
 ) -> float:
     """Returns the cost of a whole network, in the units of the budget."""
@@ -121,7 +122,7 @@ def _cost(
         return model_latency_ms(
             *network, image_shape, batch_size=budget.batch_size, apply_fn=apply_fn
         )
-    table = count_cost(network[0], image_shape, apply_fn=apply_fn)
+    table = count_one(network[0], image_shape, apply_fn=apply_fn)
     return float(table.macs if budget.of == "macs" else table.params)
 
 
@@ -160,7 +161,7 @@ def _measured_errors(
     dense: Network,
     kernels: Mapping[str, WeighedKernel],
     grids: Mapping[str, Forms],
-    batches: list[np.ndarray],
+    batches: list[Any],
     apply_fn: ApplyFn | None,
     progress: Progress | None,
 ) -> dict[str, Callable[[np.ndarray], Any]]:

@@ -10,39 +10,18 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.calls import ApplyFn, apply_network, one_array, own_errors, takes_train
-from inertia_jax.compression.sites import Site
-from inertia_jax.intercept import check_in_view, first_argument, on_calls
+from inertia_jax.compression.sites import Site, layer_places
+from inertia_jax.intercept import first_argument, on_calls
 from inertia_jax.ops.precision import at_least_float32
 
 # The ridge added to the eigenvalues, relative to their mean. Without it, directions
 # that inputs hardly use would blow up when the weighing is undone.
 _RIDGE = 1e-3
-
-
-def checked_images(calibration: Any, name: str = "calibration") -> np.ndarray:
-    """Returns images as an array; errors call them `name`.
-
-    Raises:
-        ValueError: The array is no batch of images, or is not finite.
-    """
-    images = np.asarray(calibration)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(
-            f"`{name}` (shape {images.shape}) must be [n, h, w, c], n >= 1."
-        )
-    if not np.isfinite(images).all():
-        raise ValueError(f"`{name}` must be finite; some of it is not.")
-    return images
-
-
-def batched(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Returns whole batches, or all images as one batch if they do not fill one."""
-    size = min(batch_size, len(images))
-    return [images[i : i + size] for i in range(0, len(images) - size + 1, size)]
+# The collection that sums of inputs' products are in, and their name there.
+_MOMENTS, _SUMS = "inertia_jax moments", "inertia_jax sums"
 
 
 def batch_norm_paths(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
@@ -61,10 +40,11 @@ def batch_norm_paths(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
 def apply_as_trained(
     model: nn.Module,
     variables: Mapping[str, Any],
-    images: Array,
+    images: Any,
     *,
     train: bool | None = None,
     apply_fn: ApplyFn | None = None,
+    recorded: Sequence[str] = (),
 ) -> tuple[Any, Mapping[str, Any]]:
     """Returns outputs under the batch's own statistics, and all that the call changed.
 
@@ -79,6 +59,7 @@ def apply_as_trained(
         train: Whether the model is called in training mode. None: it is if it has
             BatchNorm and can be told.
         apply_fn: How the network is called, as in `compress`.
+        recorded: Further collections that the call may make.
     """
     can_train = takes_train(model, apply_fn)
     mutable = ("batch_stats", "thresholds") if can_train else ()
@@ -86,14 +67,14 @@ def apply_as_trained(
         # Dropout is on in training mode, so only BatchNorm is a reason for it; the mean
         # friction is none.
         train = can_train and bool(batch_norm_paths(variables))
-    with own_errors(model, images.shape):
+    with own_errors(model, images):
         return apply_network(
             model,
             variables,
             images,
             train=train,
             apply_fn=apply_fn,
-            mutable=(*mutable, "intermediates"),
+            mutable=(*mutable, "intermediates", *recorded),
         )
 
 
@@ -101,38 +82,61 @@ def input_moments(
     model: nn.Module,
     variables: Mapping[str, Any],
     sites: Mapping[str, Site],
-    batches: Iterable[np.ndarray],
+    batches: Iterable[Any],
     apply_fn: ApplyFn | None,
 ) -> dict[str, Float[np.ndarray, "g c c"]]:
     """Returns the mean of x x^T over each layer's inputs, for every group of channels.
 
-    The moments are not centred, because an error of the mean is an error too.
+    The moments are not centred, because an error of the mean is an error too. They are
+    summed in a collection of variables, which `nn.remat`, `nn.jit` and `nn.cond` pass
+    on. Layers in `nn.scan` and `nn.vmap`, which do not, are left out.
 
     Raises:
-        ValueError: Inputs that are not finite, or a layer inside `nn.scan` or its like.
+        ValueError: Inputs that are not finite.
     """
+    places = layer_places(variables["params"])
+    sums = {}
+    for path, site in sites.items():
+        channels, dtype = site.kernel.shape[-2], at_least_float32(site.kernel.dtype)
+        zeros = jnp.zeros((site.groups, channels, channels), dtype)
+        sums[*places[path], _SUMS] = (zeros, jnp.zeros((), jnp.int32))
+    hidden: set[str] = set()
+
+    def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        if path in sites:
+            x = jnp.asarray(first_argument(args, kwargs))
+            groups = sites[path].groups
+            rows = x.reshape(-1, groups, x.shape[-1] // groups)
+            rows = rows.astype(at_least_float32(rows.dtype))
+            products = jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
+            scope = module.scope
+            total, count = scope.get_variable(_MOMENTS, _SUMS, (jnp.zeros(()), 0))
+            is_open = scope.is_mutable_collection(_MOMENTS)
+            if not is_open or total.shape != products.shape:
+                hidden.add(path)
+                return call(*args, **kwargs)
+            # A layer may be called more than once, so its calls are summed.
+            total = total + products.astype(total.dtype)
+            scope.put_variable(_MOMENTS, _SUMS, (total, count + len(rows)))
+        return call(*args, **kwargs)
 
     @jax.jit
-    def batch_moments(variables: Any, batch: Array) -> dict[str, Array]:
-        found: dict[str, tuple[Array, int]] = {}
-        roots: list[Any] = []
-
-        def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
-            check_in_view(module, roots, is_wanted=path in sites)
-            if path in sites:
-                x = jnp.asarray(first_argument(args, kwargs))
-                groups = sites[path].groups
-                rows = x.reshape(-1, groups, x.shape[-1] // groups)
-                rows = rows.astype(at_least_float32(rows.dtype))
-                products = jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
-                # A layer may be called more than once, so its calls are summed.
-                before, count = found.get(path, (0.0, 0))
-                found[path] = (before + products, count + len(rows))
-            return call(*args, **kwargs)
-
+    def batch_moments(variables: Any, batch: Any) -> dict[str, Array]:
+        start = {_MOMENTS: traverse_util.unflatten_dict(sums)}
         with on_calls(record):
-            apply_as_trained(model, variables, batch, apply_fn=apply_fn)
-        return {path: total / count for path, (total, count) in found.items()}
+            _, changed = apply_as_trained(
+                model,
+                {**variables, **start},
+                batch,
+                apply_fn=apply_fn,
+                recorded=[_MOMENTS],
+            )
+        found = traverse_util.flatten_dict(dict(changed[_MOMENTS]))
+        return {
+            path: found[*places[path], _SUMS][0] / found[*places[path], _SUMS][1]
+            for path in sites
+            if path not in hidden
+        }
 
     parts = [jax.device_get(batch_moments(variables, batch)) for batch in batches]
     moments = {
@@ -161,7 +165,7 @@ def weighing(
 def reference_outputs(
     model: nn.Module,
     variables: Mapping[str, Any],
-    batches: Sequence[ArrayLike],
+    batches: Sequence[Any],
     apply_fn: ApplyFn | None,
 ) -> list[Array]:
     """Returns the network's outputs on each batch of calibration images.
@@ -171,7 +175,7 @@ def reference_outputs(
     """
 
     @jax.jit
-    def outputs(variables: Any, batch: Array) -> Array:
+    def outputs(variables: Any, batch: Any) -> Array:
         found, _ = apply_as_trained(model, variables, batch, apply_fn=apply_fn)
         return one_array(found)
 
@@ -197,7 +201,7 @@ def divergence(
 def divergence_of(
     model: nn.Module,
     variables: Mapping[str, Any],
-    batches: list[np.ndarray],
+    batches: list[Any],
     apply_fn: ApplyFn | None = None,
 ) -> Callable[[Mapping[str, Any]], float]:
     """Returns a function that measures how far other variables move the outputs.
@@ -208,11 +212,11 @@ def divergence_of(
     Raises:
         ValueError: Outputs that are not finite, or not one array.
     """
-    device_batches = [jnp.asarray(batch) for batch in batches]
+    device_batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
     reference = reference_outputs(model, variables, device_batches, apply_fn)
 
     @jax.jit
-    def on_batch(changed: Any, batch: Array, expected: Array) -> Array:
+    def on_batch(changed: Any, batch: Any, expected: Array) -> Array:
         logits, _ = apply_as_trained(model, changed, batch, apply_fn=apply_fn)
         return divergence(expected, logits).mean()
 

@@ -14,10 +14,12 @@ from flax import linen as nn
 
 from inertia_jax.calls import ApplyFn, apply_network
 from inertia_jax.compression.sites import Factorised, Site
+from inertia_jax.inputs import Shape, one_input
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.factors import (
     LowRankFactors,
     Tucker2Factors,
+    as_matrix,
     factor_kernels,
     pointwise,
     stack_groups,
@@ -72,10 +74,12 @@ def site_latencies_ms(
     """
     key = jax.random.key(0)
     # Axes before the image are more images.
-    images = [
-        jax.random.normal(key, (batch_size * math.prod(shape[:-3]), *shape[-3:]), dtype)
+    count = site.num_axes + 1
+    shapes = [
+        (batch_size * math.prod(shape[:-count]), *shape[-count:])
         for shape, _ in site.calls
     ]
+    images = [jax.random.normal(key, shape, dtype) for shape in shapes]
     calls = []
     for spec in specs:
         kernels = [
@@ -93,33 +97,35 @@ def _forward(
     site: Site, spec: Conv | Factorised, x: jax.Array, kernels: list[jax.Array]
 ) -> jax.Array:
     groups = site.groups
-    # The time depends on the width of the padding, not on its values.
-    wrapped = site.padding in ("CIRCULAR", "REFLECT")
+    # The time depends on the width of the padding, not on its values or its side.
+    is_same = site.padding in ("CIRCULAR", "REFLECT", "CAUSAL")
     # Layers compute with this function, which differs from `conv2d` on CPU.
     convolve = functools.partial(
         conv_for_linen,
         window_strides=site.strides,
-        padding="SAME" if wrapped else site.padding,
+        padding="SAME" if is_same else site.padding,
         rhs_dilation=site.dilation,
         feature_group_count=groups,
     )
     if isinstance(spec, Conv):
+        if site.is_linear:
+            return pointwise(x, kernels[0])
         return convolve(x, kernels[0])
-    into, out = stack_groups(kernels[0], groups), kernels[-1][0, 0].T
+    into, out = stack_groups(kernels[0], groups), as_matrix(kernels[-1]).T
     if isinstance(spec, LowRank):
         return low_rank_conv(
             x, LowRankFactors(into, out), strides=site.strides, groups=groups
         )
     factors = Tucker2Factors(into, kernels[1], out)
     first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
-    x = convolve(pointwise(x, first[0, 0], groups=groups), core)
-    return pointwise(x, last[0, 0], groups=groups)
+    x = convolve(pointwise(x, as_matrix(first), groups=groups), core)
+    return pointwise(x, as_matrix(last), groups=groups)
 
 
 def model_latency_ms(
     model: nn.Module,
     variables: Any,
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     *,
     batch_size: int,
     apply_fn: ApplyFn | None = None,
@@ -129,13 +135,18 @@ def model_latency_ms(
     Args:
         model: A network.
         variables: Its variables.
-        image_shape: [h, w, c].
+        image_shape: The shape of one input.
         batch_size: Images per call.
         apply_fn: How the network is called, as in `compress`.
     """
-    images = jnp.asarray(
-        np.random.default_rng(0).standard_normal((batch_size, *image_shape)),
-        jnp.float32,
-    )
+    random = np.random.default_rng(0)
+
+    def draw(shaped: Any) -> jax.Array:
+        # Whole numbers are indices, of which 0 is always one.
+        is_float = jnp.issubdtype(shaped.dtype, jnp.floating)
+        values = random.standard_normal(shaped.shape) * is_float
+        return jnp.asarray(values, shaped.dtype)
+
+    images = jax.tree.map(draw, one_input(image_shape, number=batch_size))
     forward = jax.jit(lambda v, x: apply_network(model, v, x, apply_fn=apply_fn)[0])
     return time_interleaved([lambda: forward(variables, images)])[0]

@@ -1,18 +1,19 @@
 """Finds layers whose variables the network does not pass on as they are stored."""
 
 import collections
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from inertia_jax.calls import ApplyFn, apply_network
+from inertia_jax.calls import ApplyFn, apply_network, takes_train
+from inertia_jax.inputs import Shape, one_input
 from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import kind_of
 
@@ -36,8 +37,10 @@ _COPIES = {
 def find_misused(
     model: nn.Module,
     variables: Mapping[str, Any],
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     apply_fn: ApplyFn | None,
+    *,
+    training: bool = False,
 ) -> dict[str, str | None]:
     """Returns why no others can replace the variables of a layer, by path.
 
@@ -52,9 +55,34 @@ def find_misused(
     Args:
         model: The network.
         variables: Its variables for such images, plain, or their shapes.
-        image_shape: The shape [h, w, c] of an image.
+        image_shape: The shape of one input.
         apply_fn: How the network is called, as in `compress`.
+        training: Whether the network is looked at in training, too, if it can be called
+            so. A layer is called in evaluation, or left out.
     """
+    trace = functools.partial(_traced, model, variables, image_shape, apply_fn)
+    found = trace(train=False)
+    if training and takes_train(model, apply_fn):
+        try:
+            trained = trace(train=True)
+        except Exception:
+            # It is not trained in this way: over a mesh, perhaps, by other code.
+            return found
+        for path, reason in found.items():
+            if reason is None and (in_training := trained.get(path)):
+                found[path] = f"{in_training}, in training"
+    return found
+
+
+def _traced(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: Shape,
+    apply_fn: ApplyFn | None,
+    *,
+    train: bool,
+) -> dict[str, str | None]:
+    """Returns what `find_misused` does, of one mode."""
 
     def mark(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
         if kind_of(module).name == "other" and not isinstance(module, nn.BatchNorm):
@@ -69,9 +97,16 @@ def find_misused(
 
     def forward(leaves: list[Any], images: Any) -> Any:
         every = traverse_util.unflatten_dict(dict(zip(places, leaves, strict=True)))
-        return apply_network(model, every, images, apply_fn=apply_fn)[0]
+        return apply_network(
+            model,
+            every,
+            images,
+            train=train,
+            apply_fn=apply_fn,
+            mutable=("batch_stats", "thresholds", "intermediates") if train else (),
+        )[0]
 
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    images = one_input(image_shape)
     with on_calls(mark):
         jaxpr = jax.make_jaxpr(forward)([*places.values()], images).jaxpr
     uses = _Uses()

@@ -16,10 +16,11 @@ from inertia_jax.layers.in_place import (
     with_region_padding,
 )
 from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.kinds import OTHER_CONVOLUTIONS, OTHER_LINEAR, num_axes
+from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
 from inertia_jax.layers.opaque import Opaque
 from inertia_jax.layers.tucker import Tucker2Conv
-from inertia_jax.ops.conv.conv import pair
+from inertia_jax.ops.conv.conv import per_axis
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import (
@@ -34,11 +35,12 @@ from inertia_jax.plan.specs import (
 
 
 class Planned(Wrapper):
-    """A model of `nn.Conv` layers, some of which a plan replaces.
+    """A model of `nn.Conv` and `nn.Dense` layers, some of which a plan replaces.
 
     Variables have the names that the model itself gives them, except in the layers that
-    the plan replaces by a `Tucker2Conv`, `LowRankConv` or `InertialConv`. Every call of
-    such a layer is intercepted (`flax.linen.intercept_methods`).
+    the plan replaces by a `Tucker2Conv`, `LowRankConv`, `InertialConv` or
+    `LowRankDense`. Every call of such a layer is intercepted
+    (`flax.linen.intercept_methods`).
 
     An inertial convolution, or core, stands where the layer can hold it, as in `Plan`:
     in an `nn.Conv` of two dimensions without groups, dilation, mask or precision. Other
@@ -55,7 +57,8 @@ class Planned(Wrapper):
     Attributes:
         unplanned: Any Linen model.
         plan: The forms of its `nn.Conv` layers: `Tucker2`, `LowRank`, `Inertial`, or
-            `Conv` for those that stay.
+            `Conv` for those that stay. A `LowRank` is also the form of an `nn.Dense`
+            that its rule matches; other rules leave linear layers alone.
         kept: Pairs of a layer's path and the reason why `compress` left it as it is;
             `count_cost` notes them.
 
@@ -81,9 +84,9 @@ class Planned(Wrapper):
         def replace(
             module: nn.Module, path: str, call: Any, args: Any, kwargs: Any
         ) -> Any:
-            if type(module) is not nn.Conv or module.path[:-1] in replaced:
+            if module.path[:-1] in replaced:
                 return call(*args, **kwargs)
-            spec = standing(plan.spec(path), module)
+            spec = _spec_there(plan.spec(path), module)
             if spec == Conv():
                 return call(*args, **kwargs)
             replaced.add(module.path)
@@ -99,21 +102,27 @@ class Planned(Wrapper):
         return replace
 
 
-def _factorised_like(
-    module: nn.Conv, spec: Any, c_in: int
-) -> Tucker2Conv | LowRankConv:
-    """Returns the layer that takes the place of an `nn.Conv`, on its scope."""
+def _spec_there(spec: Spec, module: nn.Module) -> Spec:
+    """Returns the spec of a layer: the plan's, or `Conv` for what stays as it is."""
+    if type(module) is nn.Dense:
+        return spec if isinstance(spec, LowRank) else Conv()
+    return standing(spec, module) if type(module) is nn.Conv else Conv()
+
+
+def _factorised_like(module: Any, spec: Any, c_in: int) -> nn.Module:
+    """Returns the layer that takes the place of another, on its scope."""
     path = "/".join(module.path)
     if reason := cannot_factorise(module):
         raise ValueError(f"`plan` has {spec} at {path!r}, which {reason}.")
-    cls: type[Tucker2Conv] | type[LowRankConv] = Tucker2Conv
+    cls: type[nn.Module] = Tucker2Conv
+    sides = _sides(module)
     if isinstance(spec, LowRank):
-        if pair(module.kernel_size) != (1, 1):
+        if {*sides} - {1}:
             raise ValueError(
-                f"`plan` has {spec} at {path!r}, whose filters are "
-                f"{module.kernel_size}; must be 1 x 1."
+                f"`plan` has {spec} at {path!r}, whose filters are {sides}; must be "
+                f"{' x '.join('1' * len(sides))}."
             )
-        cls = LowRankConv
+        cls = LowRankConv if sides else LowRankDense
     elif not isinstance(spec, Tucker2) or spec.core != Conv():
         raise ValueError(
             f"`plan` has {spec} at {path!r}; must be a Tucker2, LowRank or Inertial, "
@@ -126,40 +135,48 @@ def _factorised_like(
 
 
 def _inertial_like(
-    module: nn.Conv, spec: Spec, core: Inertial, inputs: Any, *, train: bool
+    module: Any, spec: Spec, core: Inertial, inputs: Any, *, train: bool
 ) -> Any:
     """Returns the output of the inertial layer that takes the place of an `nn.Conv`."""
     cls = Tucker2Conv if isinstance(spec, Tucker2) else InertialConv
     fields = fields_as(type(spec), spec)
-    size, side = module.kernel_size, (core.core_size,) * 2
+    side = (core.core_size,) * 2
     if cls is Tucker2Conv:
         fields["kernel_size"] = side
-    is_same = cls is InertialConv and pair(size) == side and core.combine != "stack"
+    is_same = cls is InertialConv and _sides(module) == side and core.combine != "stack"
     if not is_same:
         fields["kernel_init"] = _boxed_alike(module, inputs.shape[-1])
     x, fields["padding"] = with_region_padding(module, core, jnp.asarray(inputs))
     return _made_like(module, cls, **fields)(x, train=train)
 
 
-def _made_like(module: nn.Conv, cls: Any, **fields: Any) -> Any:
+def _made_like(module: Any, cls: Any, **fields: Any) -> Any:
     """Returns a layer on the scope of another, with its fields where none is given."""
     if module.scope is None:
         path = "/".join(module.path)
         raise ValueError(f"{path!r} must be called inside `apply` or `init`.")
     names = [field.name for field in dataclasses.fields(cls)]
     same = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    if sides := _sides(module):
+        same["kernel_size"] = sides
     # A layer called twice makes its parts twice, in the same places.
     own = {"parent": module.scope.rewound(), "name": None}
     return cls(**same | fields | own)
 
 
-def _boxed_alike(module: nn.Conv, c_in: int) -> Any:
+def _sides(module: Any) -> tuple[int, ...]:
+    """Returns the sides of a layer's filters; a linear layer has none."""
+    count = num_axes(module)
+    return per_axis(module.kernel_size, count=count) if count else ()
+
+
+def _boxed_alike(module: Any, c_in: int) -> Any:
     """Returns Flax's own initialiser, in the box that the module's kernel is in.
 
     The module's initialiser may know the shape of its own kernel alone.
     """
-    groups, size = module.feature_group_count, pair(module.kernel_size)
-    shape = (*size, c_in // groups, module.features)
+    groups = getattr(module, "feature_group_count", 1)
+    shape = (*_sides(module), c_in // groups, module.features)
     init = lambda key: module.kernel_init(key, shape, module.param_dtype)  # noqa: E731
     box = jax.eval_shape(init, jax.random.key(0))
     plain = nn.linear.default_kernel_init
@@ -168,16 +185,17 @@ def _boxed_alike(module: nn.Conv, c_in: int) -> Any:
     return lambda *args, **kwargs: box.replace_boxed(plain(*args, **kwargs))
 
 
-def cannot_factorise(module: nn.Conv) -> str | None:
-    """Returns why a convolution cannot be factorised, or None if it can."""
+def cannot_factorise(module: Any) -> str | None:
+    """Returns why a layer cannot be factorised, or None if it can."""
     if isinstance(module, Opaque):
         return module.why
-    if type(module) is not nn.Conv:
+    if type(module) in (*OTHER_CONVOLUTIONS, *OTHER_LINEAR):
+        return f"is an nn.{type(module).__name__}, of which there is no factorised form"
+    if type(module) not in (nn.Conv, nn.Dense):
         return f"is a {type(module).__name__}, which may compute anything"
-    # A number is the filter size of a one-dimensional `nn.Conv`.
-    if isinstance(module.kernel_size, int) or len(module.kernel_size) != 2:
-        return "is not two-dimensional"
-    if pair(module.input_dilation or 1) != (1, 1):
+    if type(module) is nn.Dense:
+        return own_arithmetic(module)
+    if {*per_axis(module.input_dilation or 1, count=num_axes(module))} != {1}:
         return "dilates its input"
     if module.mask is not None:
         return "has a mask"

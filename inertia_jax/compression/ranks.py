@@ -26,7 +26,7 @@ def _set_share(rule: object, name: str) -> None:
 class Ratio:
     """The rule that ranks are `max(1, int(channels * ratio))` everywhere.
 
-    1x1 convolutions become Tucker-2 too.
+    1x1 convolutions become Tucker-2 too. A linear layer takes the smaller rank.
 
     Attributes:
         ratio: The share of the channels, in (0, 1].
@@ -147,9 +147,11 @@ def rank_by_rule(
     if isinstance(rule, Plan):
         return _by_plan(rule, site)
     if isinstance(rule, Ratio):
-        _, _, c_in, c_out = kernel.shape
-        ratios = (c_in * rule.ratio, c_out // site.groups * rule.ratio)
-        return _make_spec(site, map(int, ratios), round_to)
+        *_, c_in, c_out = kernel.shape
+        shares = [c_in * rule.ratio, c_out // site.groups * rule.ratio]
+        if site.is_linear:
+            shares = [min(shares)]
+        return _make_spec(site, map(int, shares), round_to)
     modes = 1 if site.is_pointwise else 2
     ranks = []
     for part in split_groups(kernel, site.groups):
@@ -167,13 +169,17 @@ def _by_plan(plan: Plan, site: Site) -> Conv | Factorised:
     if plan.rule(site.path) is None:
         return site.spec
     spec = plan.spec(site.path)
-    kh, kw, c_in, c_out = site.kernel.shape
+    *sides, c_in, c_out = site.kernel.shape
     if not isinstance(spec, Conv | Tucker2 | LowRank):
         raise ValueError(f"`ranks` has {spec}; must hold Tucker2, LowRank and Conv.")
     if isinstance(spec, LowRank) and not site.is_pointwise:
         raise ValueError(
-            f"`ranks` has {spec} at {site.path!r}, whose filters are {kh} x {kw}; "
-            f"must be 1 x 1."
+            f"`ranks` has {spec} at {site.path!r}, whose filters are "
+            f"{' x '.join(map(str, sides))}; must be {' x '.join('1' * len(sides))}."
+        )
+    if isinstance(spec, Tucker2) and site.is_linear:
+        raise ValueError(
+            f"`ranks` has {spec} at {site.path!r}, a linear layer; must be a LowRank."
         )
     c_out //= site.groups
     limits = {"rank_in": c_in, "rank_out": c_out, "rank": min(c_in, c_out)}

@@ -9,14 +9,14 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batch_norm_paths,
-    batched,
 )
+from inertia_jax.inputs import batched, num_inputs
 from inertia_jax.layers.inertial import FRICTION_MEAN
 from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.variables import plain_variables
@@ -29,7 +29,7 @@ _FAR = 2.0**60
 def recalibrate_batch_norm(
     model: nn.Module,
     variables: Mapping[str, Any],
-    images: Float[ArrayLike, "n h w c"],
+    images: Shaped[ArrayLike, "n *image"] | Mapping[str, Any],
     *,
     batch_size: int = 128,
     apply_fn: ApplyFn | None = None,
@@ -69,11 +69,12 @@ def recalibrate_batch_norm(
         raise ValueError(
             "`variables` has no `batch_stats` of BatchNorm; nothing to recalibrate."
         )
-    images = np.asarray(images)
-    if batch_size < 2 or len(images) < 2:
+    images = images if isinstance(images, Mapping) else np.asarray(images)
+    number = num_inputs(images)
+    if batch_size < 2 or number < 2:
         raise ValueError(
             f"`batch_size` (={batch_size}) and the number of `images` "
-            f"(={len(images)}) must be >= 2."
+            f"(={number}) must be >= 2."
         )
     stored = traverse_util.flatten_dict(variables["batch_stats"])
     old = {path: jnp.asarray(stored[path]) for path in paths}
@@ -116,9 +117,9 @@ def running_statistics(variables: Mapping[str, Any]) -> set[tuple[str, ...]]:
 
 
 def _measured(
-    after_a_step: Callable[[_Stats, np.ndarray], _Stats],
+    after_a_step: Callable[[_Stats, Any], _Stats],
     old: _Stats,
-    batches: list[np.ndarray],
+    batches: list[Any],
 ) -> list[_Stats]:
     """Returns the statistics of each batch, or the old ones where no step moves them.
 

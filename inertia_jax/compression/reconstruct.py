@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jax import Array
+from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -16,13 +15,19 @@ from inertia_jax.calls import ApplyFn, Network, record_calls
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     batch_norm_paths,
-    batched,
-    checked_images,
 )
 from inertia_jax.compression.layer_fit import LayerIO, fit_part
 from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.sites import leaves_at, with_leaves
-from inertia_jax.intercept import check_in_view, first_argument, on_calls
+from inertia_jax.inputs import (
+    Shape,
+    batched,
+    checked_inputs,
+    num_inputs,
+    shape_of_one,
+    taken,
+)
+from inertia_jax.intercept import first_argument, on_calls
 from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
@@ -35,6 +40,8 @@ from inertia_jax.variables import plain_variables, subtree
 LEAST_IMAGES = 8
 # The most bytes that one program returns for a batch; they are all held at once.
 _PROGRAM_BYTES = 1 << 29
+# The collection that layers sow their calls into, and the name there.
+_CALLS = "inertia_jax calls"
 
 
 def reconstruct(
@@ -42,7 +49,7 @@ def reconstruct(
     variables: Mapping[str, Any],
     *,
     dense: Network,
-    images: Float[ArrayLike, "n h w c"],
+    images: Float[ArrayLike, "n *image"] | Mapping[str, Any],
     layers: str = "*",
     iterations: int = 12,
     batch_size: int = 128,
@@ -92,7 +99,7 @@ def reconstruct(
 
     Raises:
         ValueError: A glob that matches no convolution, a convolution inside `nn.scan`,
-            `nn.remat` or their like, a dense network that has other layers, other
+            `nn.vmap`, a dense network that has other layers, other
             shapes or BatchNorm elsewhere, too few images, or images or outputs that are
             not finite.
 
@@ -105,20 +112,21 @@ def reconstruct(
     if batch_size < 2:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
     variables, dense = plain_variables(variables), (dense[0], plain_variables(dense[1]))
-    images = checked_images(images, "images")
-    if len(images) < LEAST_IMAGES:
-        raise ValueError(f"`images` (={len(images)}) must be at least {LEAST_IMAGES}.")
+    images = checked_inputs(images, "images")
+    number = num_inputs(images)
+    if number < LEAST_IMAGES:
+        raise ValueError(f"`images` (={number}) must be at least {LEAST_IMAGES}.")
     if batch_norm_paths(variables) != batch_norm_paths(dense[1]):
         raise ValueError(
             "`dense` must have BatchNorm where `model` has it; fold after fitting."
         )
-    num_held_out = len(images) // 4
+    num_held_out = number // 4
     size = min(batch_size, num_held_out)
-    fitting = batched(images[:-num_held_out], size)
-    held_out = batched(images[-num_held_out:], size)
+    fitting = batched(taken(images, None, -num_held_out), size)
+    held_out = batched(taken(images, -num_held_out, None), size)
 
     model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
-    modules = _modules_to_fit(model, images.shape[1:], layers, apply_fn)
+    modules = _modules_to_fit(model, shape_of_one(images), layers, apply_fn)
     paths, now = tuple(modules), (model, variables)
     calls_on = _recorder(paths, now, dense, fitting[0], apply_fn)
     changed = dict(variables)
@@ -138,7 +146,7 @@ def reconstruct(
 
 def _modules_to_fit(
     model: nn.Module,
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     layers: str,
     apply_fn: ApplyFn | None,
 ) -> dict[str, nn.Module]:
@@ -171,9 +179,9 @@ def _recorder(
     paths: tuple[str, ...],
     compressed: Network,
     dense: Network,
-    batch: np.ndarray,
+    batch: Any,
     apply_fn: ApplyFn | None,
-) -> Callable[[list[np.ndarray], str, Mapping[str, Any]], list[LayerIO]]:
+) -> Callable[[list[Any], str, Mapping[str, Any]], list[LayerIO]]:
     """Returns a function from batches, a layer and variables to the layer's calls.
 
     One program serves many layers. It also computes the layers after the wanted one,
@@ -200,7 +208,7 @@ def _recorder(
         programs |= dict.fromkeys(group, (inputs, outputs))
 
     def calls_on(
-        batches: list[np.ndarray], path: str, variables: Mapping[str, Any]
+        batches: list[Any], path: str, variables: Mapping[str, Any]
     ) -> list[LayerIO]:
         inputs, outputs = programs[path]
         pairs: list[LayerIO] = []
@@ -236,24 +244,21 @@ def _calls_of(
     *,
     which: int | None = None,
     apply_fn: ApplyFn | None,
-) -> Callable[[Mapping[str, Any], Array], dict[str, list[Any]]]:
+) -> Callable[[Mapping[str, Any], Any], dict[str, list[Any]]]:
     """Returns a function from variables and a batch to the calls of some layers.
 
     These are the calls' inputs for `which=0`, their outputs for `which=1`, and pairs of
     both for None, in float32 or wider.
     """
 
-    def calls(variables: Mapping[str, Any], batch: Array) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {path: [] for path in paths}
+    def calls(variables: Mapping[str, Any], batch: Any) -> dict[str, list[Any]]:
         depth = dict.fromkeys(paths, 0)
-        roots: list[Any] = []
 
         def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
-            check_in_view(module, roots, is_wanted=path in found)
             if isinstance(module, InertialConv):
                 # In evaluation mode no batch moves a threshold.
                 kwargs = {**kwargs, "train": False}
-            if path not in found:
+            if path not in depth:
                 return call(*args, **kwargs)
             # A replacement is called inside the replaced layer, under the same path.
             depth[path] += 1
@@ -263,11 +268,21 @@ def _calls_of(
                 x = jnp.asarray(first_argument(args, kwargs))
                 wide = at_least_float32(x.dtype)
                 pair = (x.astype(wide), output.astype(wide))
-                found[path].append(pair if which is None else pair[which])
+                value = pair if which is None else pair[which]
+                if not module.sow(_CALLS, _CALLS, value):
+                    raise ValueError(
+                        f"{path!r} is called inside nn.scan or nn.vmap, where its "
+                        f"inputs cannot be seen; leave it out with `layers`."
+                    )
             return output
 
         with on_calls(record):
-            apply_as_trained(model, variables, batch, apply_fn=apply_fn)
-        return found
+            _, changed = apply_as_trained(
+                model, variables, batch, apply_fn=apply_fn, recorded=[_CALLS]
+            )
+        # `nn.remat` and `nn.jit` pass on what layers sow.
+        sown = traverse_util.flatten_dict(dict(changed.get(_CALLS, {})))
+        by_path = {"/".join(place[:-1]): calls for place, calls in sown.items()}
+        return {path: list(by_path.get(path, ())) for path in paths}
 
     return calls

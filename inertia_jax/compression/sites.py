@@ -14,8 +14,17 @@ from jaxtyping import Float
 from inertia_jax.calls import ApplyFn, record_calls
 from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.planned import cannot_factorise
-from inertia_jax.layers.kinds import dense_kernel, kind_of, spec_of
-from inertia_jax.ops.conv.conv import pair
+from inertia_jax.inputs import Shape
+from inertia_jax.layers.kinds import (
+    OTHER_CONVOLUTIONS,
+    OTHER_LINEAR,
+    dense_kernel,
+    kind_of,
+    num_axes,
+    spec_of,
+)
+from inertia_jax.models.network import Network
+from inertia_jax.ops.conv.conv import per_axis
 from inertia_jax.plan.plan import Plan, matches, plan_of
 from inertia_jax.plan.specs import Conv, Inertial, LowRank, Tucker2, core_of
 from inertia_jax.variables import plain_variables, subtree
@@ -29,33 +38,44 @@ class Site:
 
     Attributes:
         path: The layer's path.
-        kernel: The dense kernel [kh, kw, c_in / groups, c_out], multiplied out where
-            the layer is factorised.
+        kernel: The dense kernel [*sides, c_in / groups, c_out], multiplied out where
+            the layer is factorised. It has a side for each axis of an image, and none
+            where the layer is linear.
         groups: The number of groups of channels.
-        strides: The vertical and the horizontal stride.
+        strides: The stride along each axis.
         padding: The layer's padding, in the layer's own form.
-        dilation: The vertical and the horizontal dilation.
-        calls: Shapes of input [h, w, c_in] and output [h_out, w_out, c_out] of every
-            call, for one image.
+        dilation: The dilation along each axis.
+        calls: Shapes of input [*image, c_in] and output [*out, c_out] of every call,
+            for one image.
         spec: The form of the layer.
         core: The ordinary convolution of that place, with the filters that the plan
             has for it.
     """
 
     path: str
-    kernel: Float[np.ndarray, "kh kw c_in c_out"]
+    kernel: Float[np.ndarray, "*sides c_in c_out"]
     groups: int
-    strides: tuple[int, int]
+    strides: tuple[int, ...]
     padding: Any
-    dilation: tuple[int, int]
+    dilation: tuple[int, ...]
     calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     spec: Conv | Factorised
     core: Conv
 
     @property
+    def num_axes(self) -> int:
+        """The number of axes of an image; 0 for a linear layer."""
+        return self.kernel.ndim - 2
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the layer is linear, and no convolution."""
+        return self.num_axes == 0
+
+    @property
     def is_pointwise(self) -> bool:
-        """Whether the filters are 1 x 1, and no plan gave them this size."""
-        return self.kernel.shape[:2] == (1, 1) and self.core == Conv()
+        """Whether the filters have one tap, and no plan gave them this size."""
+        return {*self.kernel.shape[:-2]} <= {1} and self.core == Conv()
 
     @property
     def geometry(self) -> tuple[Any, ...]:
@@ -79,26 +99,27 @@ class Site:
 
     def _parts(self, spec: Conv | Factorised) -> list[tuple[int, tuple[int, ...]]]:
         """Returns the number of positions and the shape of each kernel in turn."""
-        kh, kw, c_in, c_out = self.kernel.shape
+        *sides, c_in, c_out = self.kernel.shape
+        ones = (1,) * len(sides)
         before = sum(math.prod(into[:-1]) for into, _ in self.calls)
         after = sum(math.prod(out[:-1]) for _, out in self.calls)
         if isinstance(spec, Tucker2):
             r_in, r_out = spec.rank_in, self.groups * spec.rank_out
             return [
-                (before, (1, 1, c_in, self.groups * r_in)),
-                (after, (kh, kw, r_in, r_out)),
-                (after, (1, 1, spec.rank_out, c_out)),
+                (before, (*ones, c_in, self.groups * r_in)),
+                (after, (*sides, r_in, r_out)),
+                (after, (*ones, spec.rank_out, c_out)),
             ]
         if isinstance(spec, LowRank):
-            left = (1, 1, c_in, self.groups * spec.rank)
-            return [(after, left), (after, (1, 1, spec.rank, c_out))]
-        return [(after, (kh, kw, c_in, c_out))]
+            left = (*ones, c_in, self.groups * spec.rank)
+            return [(after, left), (after, (*ones, spec.rank, c_out))]
+        return [(after, (*sides, c_in, c_out))]
 
 
 def find_sites(
     model: nn.Module,
     variables: Mapping[str, Any],
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     *,
     apply_fn: ApplyFn | None = None,
 ) -> dict[str, Site]:
@@ -113,10 +134,14 @@ def find_sites(
 def split_convolutions(
     model: nn.Module,
     variables: Mapping[str, Any],
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     apply_fn: ApplyFn | None,
+    *,
+    linear: bool = False,
 ) -> tuple[dict[str, Site], dict[str, str]]:
     """Returns the convolutions that can be factorised, and why others cannot, by path.
+
+    With `linear`, linear layers are among them. Those that are factorised always are.
 
     Raises:
         ValueError: A kernel that is not finite, or variables of another network.
@@ -129,12 +154,21 @@ def split_convolutions(
         path: call
         for path, call in calls.items()
         # A plan has no name for the network itself.
-        if path and path.rpartition("/")[0] not in inside and _is_kernel(call.module)
+        if path
+        and path.rpartition("/")[0] not in inside
+        and _is_kernel(call.module, linear)
     }
     for path in convolutions:
         _check_shapes(path, leaves_at(variables, path), leaves_at(expected, path))
     # Layers besides convolutions may have the shapes of other images.
-    misused = find_misused(model, expected, image_shape, apply_fn)
+    # Networks of this library use no kernels besides their layers.
+    misused = find_misused(
+        model,
+        expected,
+        image_shape,
+        apply_fn,
+        training=not isinstance(model, Network),
+    )
     sites, kept = {}, {}
     for path, call in convolutions.items():
         module, leaves = call.module, leaves_at(variables, path)
@@ -150,12 +184,12 @@ def split_convolutions(
         sites[path] = Site(
             path=path,
             kernel=kernel,
-            groups=module.feature_group_count,
-            strides=pair(module.strides or 1),
-            padding=module.padding,
-            dilation=pair(getattr(module, "kernel_dilation", None) or 1),
+            groups=getattr(module, "feature_group_count", 1),
+            strides=_per_axis(module, "strides"),
+            padding=getattr(module, "padding", "VALID"),
+            dilation=_per_axis(module, "kernel_dilation"),
             calls=tuple((c.input_shape[1:], c.output_shape) for c in call.every),
-            spec=spec_of(module),
+            spec=Conv() if type(module) is nn.Dense else spec_of(module),
             core=core if isinstance(core, Conv) else Conv(),
         )
     return sites, kept
@@ -211,8 +245,17 @@ def with_leaves(
     return {**variables, "params": traverse_util.unflatten_dict(kept)}
 
 
-def _is_kernel(module: Any) -> bool:
-    """Returns whether a layer is a convolution of one kernel."""
+def _per_axis(module: Any, name: str) -> tuple[int, ...]:
+    """Returns the numbers of a field of a layer, one for each axis; 1 without it."""
+    return per_axis(getattr(module, name, None) or 1, name, count=num_axes(module))
+
+
+def _is_kernel(module: Any, linear: bool) -> bool:
+    """Returns whether a layer is a convolution, or a linear layer, of one kernel."""
+    if isinstance(module, (nn.Dense, *OTHER_LINEAR)):
+        return linear
+    if isinstance(module, OTHER_CONVOLUTIONS):
+        return True
     kind = kind_of(module)
     if kind.spec is None:
         return False
@@ -227,6 +270,7 @@ def _cannot_replace(module: Any, leaves: Mapping[str, Any]) -> str | None:
         if others := sorted(leaves.keys() - {"kernel", "bias"}):
             return f"holds parameters of other layers: {', '.join(others)}"
     # A layer in `nn.scan` or `nn.vmap` is called on one of them.
-    if any(np.ndim(leaf) != 4 for name, leaf in leaves.items() if "kernel" in name):
+    ndim = num_axes(module) + 2
+    if any(np.ndim(leaf) != ndim for name, leaf in leaves.items() if "kernel" in name):
         return "holds the kernels of several layers, as in nn.scan and nn.vmap"
     return None

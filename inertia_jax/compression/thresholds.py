@@ -14,12 +14,12 @@ from flax import traverse_util
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.calibration import (
     apply_as_trained,
-    batched,
     divergence,
     reference_outputs,
 )
 from inertia_jax.compression.sites import layer_places
 from inertia_jax.cost.count import count_cost
+from inertia_jax.inputs import batched
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE
 from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.budget import choose_ranks
-from inertia_jax.compression.calibration import batched, checked_images, input_moments
+from inertia_jax.compression.calibration import input_moments
 from inertia_jax.compression.planned import Planned
 from inertia_jax.compression.ranks import Budget, RankRule, rank_by_rule
 from inertia_jax.compression.sites import (
@@ -21,12 +21,19 @@ from inertia_jax.compression.sites import (
     with_leaves,
 )
 from inertia_jax.compression.weighed_kernel import WeighedKernel
+from inertia_jax.inputs import Shape, batched, checked_inputs, shape_of_one
 from inertia_jax.models.create import image_shape_of
 from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import Conv, Spec, Tucker2
 from inertia_jax.progress import Progress, counted
 from inertia_jax.variables import plain_variables
+
+_NONE = "matches no convolution that can be factorised"
+_HIDDEN = (
+    "is called inside nn.scan, nn.vmap or a loop, where `calibration` cannot see its "
+    "inputs"
+)
 
 
 def compress(
@@ -35,12 +42,13 @@ def compress(
     *,
     ranks: RankRule | Budget,
     method: Method = "hosvd",
-    calibration: Float[ArrayLike, "n h w c"] | None = None,
+    calibration: Float[ArrayLike, "n *image"] | Mapping[str, Any] | None = None,
     layers: str = "*",
+    dense: bool = False,
     keep_stem: bool = False,
     only_cheaper: bool = True,
     round_to: int = 1,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: Shape | None = None,
     batch_size: int = 128,
     apply_fn: ApplyFn | None = None,
     progress: Progress | None = None,
@@ -110,27 +118,31 @@ def compress(
         Kim et al., 2016, https://arxiv.org/abs/1511.06530
     """
     _check_options(ranks, round_to, batch_size)
-    images = None if calibration is None else checked_images(calibration)
+    images = None if calibration is None else checked_inputs(calibration)
     if image_shape is None and images is not None:
-        image_shape = images.shape[1:]
+        image_shape = shape_of_one(images)
     shape = image_shape_of(model, image_shape)
     variables = plain_variables(variables)
-    every, kept = split_convolutions(model, variables, shape, apply_fn)
-    sites = _wanted_sites(every, kept, ranks, layers, keep_stem)
+    every, kept = split_convolutions(model, variables, shape, apply_fn, linear=dense)
+    sites = _wanted_sites(every, kept, ranks, layers, keep_stem, dense)
 
-    dense = _multiplied_out(model, variables, every)
+    multiplied = _multiplied_out(model, variables, every)
     batches = [] if images is None else batched(images, batch_size)
-    moments = {}
+    moments: dict[str, Any] = {}
     if batches:
         counting = counted(batches, progress, "measuring inputs of layers, batches")
-        moments = input_moments(*dense, sites, counting, apply_fn)
+        moments = input_moments(*multiplied, sites, counting, apply_fn)
+        hidden = {path: _HIDDEN for path in sites if path not in moments}
+        kept, sites = kept | hidden, {path: sites[path] for path in moments}
+        if not sites:
+            raise ValueError(f"`layers` (={layers!r}) {_NONE}{reasons(kept, layers)}.")
     kernels = {path: WeighedKernel(s, moments.get(path)) for path, s in sites.items()}
 
     if isinstance(ranks, Budget):
         specs = choose_ranks(
             ranks,
             (model, variables),
-            dense,
+            multiplied,
             kernels,
             batches,
             image_shape=shape,
@@ -174,20 +186,21 @@ def _wanted_sites(
     ranks: RankRule | Budget,
     layers: str,
     keep_stem: bool,
+    dense: bool,
 ) -> dict[str, Site]:
-    """Returns the convolutions that may change; every glob must match one."""
-    sites = list(every.items())[1 if keep_stem else 0 :]
+    """Returns the layers that may change; every glob must match one."""
+    can_change = {p: site for p, site in every.items() if dense or not site.is_linear}
+    sites = list(can_change.items())[1 if keep_stem else 0 :]
     wanted = {p: site for p, site in sites if matches(p, layers)}
+    hint = "" if dense else "; linear layers change with `dense` (=True) alone"
     if not wanted:
         raise ValueError(
-            f"`layers` (={layers!r}) matches no convolution that can be "
-            f"factorised{reasons(kept, layers)}."
+            f"`layers` (={layers!r}) {_NONE}{reasons(kept, layers)}{hint}."
         )
     for glob, _ in ranks.rules if isinstance(ranks, Plan) else ():
-        if not any(matches(path, glob) for path in every):
+        if not any(matches(path, glob) for path in can_change):
             raise ValueError(
-                f"`ranks` has {glob!r}, which matches no convolution that can be "
-                f"factorised{reasons(kept, glob)}."
+                f"`ranks` has {glob!r}, which {_NONE}{reasons(kept, glob)}{hint}."
             )
     return wanted
 
@@ -196,7 +209,7 @@ def decompress(
     model: nn.Module,
     variables: Mapping[str, Any],
     *,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: Shape | None = None,
     apply_fn: ApplyFn | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Multiplies the factors of a compressed network out to dense kernels.

@@ -27,7 +27,7 @@ class WeighedKernel:
 
     Attributes:
         site: The convolution.
-        kernel: M^(1/2) K over the input channels, [kh, kw, c_in / groups, c_out]. M is
+        kernel: M^(1/2) K over the input channels, [*sides, c_in / groups, c_out]. M is
             the second moment of the inputs; without it, the kernel is K itself.
     """
 
@@ -46,8 +46,8 @@ class WeighedKernel:
     def _multiplied(self, matrices: np.ndarray, kernel: Any) -> np.ndarray:
         """Multiplies each group's matrix into the input channels."""
         parts = np.asarray(split_groups(kernel, self.site.groups))
-        parts = np.einsum("gij,ghwjo->hwigo", matrices, parts, optimize=True)
-        return parts.reshape(*parts.shape[:3], -1).astype(self.kernel.dtype)
+        parts = np.einsum("gij,g...jo->...igo", matrices, parts, optimize=True)
+        return parts.reshape(*parts.shape[:-2], -1).astype(self.kernel.dtype)
 
     def factors(
         self, spec: Factorised, *, method: Method = "hosvd"
@@ -63,7 +63,9 @@ class WeighedKernel:
             two = low_rank(self.kernel, rank=spec.rank, groups=groups)
             if self._inverse is None:
                 return two
-            product = low_rank_to_kernel(two, groups=groups)
+            product = low_rank_to_kernel(
+                two, groups=groups, num_axes=self.site.num_axes
+            )
             kernel = self._multiplied(self._inverse, product)
             return low_rank(kernel, rank=spec.rank, groups=groups)
         three = tucker2(
@@ -86,7 +88,8 @@ class WeighedKernel:
     def dense_kernel(self, spec: Factorised) -> np.ndarray:
         """Returns the kernel that HOSVD's factors stand for."""
         factors, groups = self.factors(spec), self.site.groups
-        return np.asarray(kind_of(spec).to_kernel(factors, groups=groups))
+        kernel = np.asarray(kind_of(spec).to_kernel(factors, groups=groups))
+        return kernel.reshape(self.site.kernel.shape)
 
     def parameters(
         self, spec: Conv | Factorised, leaves: Mapping[str, Any], *, method: Method
@@ -104,7 +107,9 @@ class WeighedKernel:
         if not isinstance(spec, Conv):
             # On devices, each reshape of each shape would be compiled by itself.
             factors = jax.device_get(self.factors(spec, method=method))
-            kernels = factor_kernels(factors, groups=self.site.groups)
+            kernels = factor_kernels(
+                factors, groups=self.site.groups, num_axes=self.site.num_axes
+            )
             parts = tuple(f"{part}/" for part in kind_of(spec).parts)
         new = {
             f"{part}kernel": jnp.asarray(kernel, dtype)

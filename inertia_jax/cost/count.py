@@ -2,26 +2,38 @@
 
 import collections
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.calls import ApplyFn, Call, record_calls
+from inertia_jax.calls import ApplyFn, Call, init_network, record_calls
 from inertia_jax.cost.inertial import count_inertial
+from inertia_jax.cost.other import count_other
 from inertia_jax.cost.table import CostTable, LayerCost
 from inertia_jax.dropped import find_convolutions, find_dropped
+from inertia_jax.inputs import Shape, one_input
+from inertia_jax.intercept import on_calls
 from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of, ranks_of
+from inertia_jax.layers.kinds import (
+    CONVOLUTIONS,
+    OTHER_CONVOLUTIONS,
+    OTHER_LINEAR,
+    kind_of,
+    num_axes,
+    ranks_of,
+)
 from inertia_jax.plan.plan import Plan, plan_of, without_ladders
 from inertia_jax.plan.specs import Fixed, Rate, Threshold
 
 
 def count_cost(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    input_shape: Shape,
     *,
     gate_rates: Mapping[str, float] | None = None,
     apply_fn: ApplyFn | None = None,
@@ -37,8 +49,10 @@ def count_cost(
 
     Args:
         model: A network.
-        input_shape: Shape of one image [h, w, c], or of a batch [n, h, w, c]; MACs are
-            those of one image either way.
+        input_shape: Shape of one input: of an image [h, w, c], a sequence [length, c]
+            or a volume [depth, h, w, c]; or, by name, of each of several inputs. Where
+            the first convolution of the network has not three axes, four entries are
+            those of a batch of images [n, h, w, c]; MACs are those of one.
         gate_rates: Share of open gates of inertial layers by path, as evaluation
             measures it (`LAYER/core` where the core is inertial). Layers that are not
             named have the target of their `Rate`, 0 at `Fixed.CLOSED`, and otherwise 1.
@@ -48,14 +62,53 @@ def count_cost(
         The table.
 
     Raises:
-        ValueError: `input_shape` has neither three nor four positive entries, or
-            `gate_rates` names no inertial layer or lies outside [0, 1].
+        ValueError: `input_shape` is not made of positive entries, or `gate_rates` names
+            no inertial layer or lies outside [0, 1].
     """
-    shape = tuple(int(size) for size in input_shape)
-    if len(shape) not in (3, 4) or min(shape) < 1:
-        raise ValueError(
-            f"`input_shape` (={input_shape}) must be (h, w, c) or (n, h, w, c)."
-        )
+    shape = input_shape
+    if isinstance(shape, Sequence):
+        if not shape or min(shape) < 1:
+            raise ValueError(
+                f"`input_shape` (={input_shape}) must be (h, w, c) or (n, h, w, c), or "
+                f"the shape of another input."
+            )
+        if len(shape) == 4 and not _takes_volumes(model, shape, apply_fn):
+            shape = shape[1:]
+    return count_one(model, shape, gate_rates=gate_rates, apply_fn=apply_fn)
+
+
+class _FirstError(Exception):
+    """The end of a trace, at the network's first convolution."""
+
+
+def _takes_volumes(model: nn.Module, shape: Shape, apply_fn: ApplyFn | None) -> bool:
+    """Returns whether the first convolution of a network has three axes."""
+    found: list[int] = []
+
+    def stop(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        if kind_of(module).spec is not None:
+            found.append(num_axes(module))
+            raise _FirstError
+        return call(*args, **kwargs)
+
+    try:
+        with on_calls(stop):
+            init = functools.partial(init_network, model, apply_fn=apply_fn)
+            jax.eval_shape(init, jax.random.key(0), one_input(shape))
+    except Exception:
+        # What cannot be traced on volumes takes images, or says itself what is wrong.
+        pass
+    return found == [3]
+
+
+def count_one(
+    model: nn.Module,
+    shape: Shape,
+    *,
+    gate_rates: Mapping[str, float] | None = None,
+    apply_fn: ApplyFn | None = None,
+) -> CostTable:
+    """Counts as `count_cost` does, for the shape of one input."""
     # Ladders take most of the time to trace and hold the same layers.
     calls, variables = record_calls(without_ladders(model), shape, apply_fn=apply_fn)
     rates = dict(gate_rates or {})
@@ -68,7 +121,7 @@ def count_cost(
             layer = call.module.clone(capacities=spec.capacities, parent=None)
             calls[path] = dataclasses.replace(call, module=layer)
     if plan is not None and plan.rules:
-        plain = count_cost(model.clone(plan=Plan()), shape, apply_fn=apply_fn)
+        plain = count_one(model.clone(plan=Plan()), shape, apply_fn=apply_fn)
         dense = {row.path: row.macs for row in plain.rows}
         dropped = find_dropped(plan, find_convolutions(calls))
         notes = {rule.path: rule.reason for rule in dropped if rule.path}
@@ -87,8 +140,8 @@ def count_cost(
         if path in dense and kind in CONVOLUTIONS and kind != "conv":
             fields["dense_macs"] = dense[path]
         note = notes.get(path, "")
-        shape = call.output_shape
-        rows.append(LayerCost(path, kind, shape, params, macs, note=note, **fields))
+        out = call.output_shape
+        rows.append(LayerCost(path, kind, out, params, macs, note=note, **fields))
     return CostTable(tuple(rows))
 
 
@@ -135,6 +188,8 @@ def _count_layer(
         return cost.pop("macs"), {"gate_rate": rate, **cost}
     if isinstance(module, (nn.Conv, nn.Dense)):
         return _outputs(call) * _taps(leaves["kernel"]), {}
+    if isinstance(module, (*OTHER_CONVOLUTIONS, *OTHER_LINEAR)):
+        return count_other(call, leaves["kernel"].shape), {}
     if not call.is_factorised:
         return 0, {}
     fields: dict[str, Any] = {"ranks": ranks_of(module)}

@@ -14,9 +14,9 @@ class LayerCost:
 
     Attributes:
         path: The layer's path, e.g. `layer1_0/conv1`.
-        kind: `conv`, `inertial`, `tucker2`, `low_rank`, `dense`, or `other` for layers
-            counted by parameters alone.
-        output_shape: Shape of one image's output; empty for `other`.
+        kind: `conv`, `inertial`, `tucker2`, `low_rank`, `dense`, or `other`.
+        output_shape: Shape of one image's output; empty for layers that are counted by
+            parameters alone.
         params: Number of parameters.
         macs: Multiply-accumulates an image, without bias (FLOPs = 2 x MACs), at the
             gate rate: core evaluations of an inertial layer, closed tiles' included.

@@ -12,11 +12,12 @@ from flax import traverse_util
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.deploy.fold_trace import trace_layers
+from inertia_jax.inputs import Shape
 from inertia_jax.intercept import Answer, Wrapper
 from inertia_jax.layers.batch_norm import BatchNormToTrain
 from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.kinds import KINDS, output_kernel
+from inertia_jax.layers.kinds import KINDS, num_axes, output_kernel
 from inertia_jax.models.create import image_shape_of
 from inertia_jax.variables import plain_variables
 
@@ -76,7 +77,7 @@ def fold_batch_norm(
     model: nn.Module,
     variables: Mapping[str, Any],
     *,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: Shape | None = None,
     apply_fn: ApplyFn | None = None,
 ) -> tuple[Folded, dict[str, Any]]:
     """Merges every BatchNorm that directly follows a convolution into its kernel.
@@ -124,7 +125,14 @@ def fold_batch_norm(
     shape = image_shape_of(model, image_shape)
     trace = trace_layers(model, shape, apply_fn)
     misused = find_misused(model, trace.variables, shape, apply_fn)
-    flat = traverse_util.flatten_dict(dict(variables))
+    # Names may have a "/" in them, so that a path does not say where it is cut.
+    places = {
+        "/".join(place): place for place in traverse_util.flatten_dict(dict(variables))
+    }
+    flat = {
+        "/".join(place): leaf
+        for place, leaf in traverse_util.flatten_dict(dict(variables)).items()
+    }
     folded: list[tuple[str, str]] = []
     kept: list[tuple[str, str]] = []
     for path, norm in trace.norms.items():
@@ -134,8 +142,8 @@ def fold_batch_norm(
             continue
         reason: str | None = None
         module = trace.layers[layer]
-        kernel = flat.get(_kernel_place(layer, module))
-        if kernel is not None and np.ndim(kernel) != _kernel_ndim(module):
+        kernel = flat.get(_kernel_path(layer, module))
+        if kernel is not None and np.ndim(kernel) != num_axes(module) + 2:
             reason = _SEVERAL
         elif why := own_arithmetic(module) or misused.get(layer):
             reason = f"follows {layer!r}, which {why}"
@@ -146,7 +154,9 @@ def fold_batch_norm(
         else:
             kept.append((path, reason))
     merged: dict[str, Any] = {name: {} for name in variables if name != "batch_stats"}
-    merged |= traverse_util.unflatten_dict(flat)
+    merged |= traverse_util.unflatten_dict(
+        {_place(path, places): leaf for path, leaf in flat.items()}
+    )
     return Folded(model, tuple(folded), tuple(kept)), merged
 
 
@@ -170,20 +180,19 @@ def _as_normalised(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
     return x.astype(module.dtype or jnp.result_type(x, *weights))
 
 
-def _kernel_place(path: str, layer: Any) -> tuple[str, ...]:
-    return ("params", *path.split("/"), *output_kernel(layer).split("/"))
+def _kernel_path(path: str, layer: Any) -> str:
+    return f"params/{path}/{output_kernel(layer)}"
 
 
-def _kernel_ndim(layer: Any) -> int:
-    if isinstance(layer, nn.Dense):
-        return 2
-    # A number is the kernel size of a one-dimensional `nn.Conv`.
-    size = layer.kernel_size if isinstance(layer, nn.Conv) else (1, 1)
-    return 3 if isinstance(size, int) else len(size) + 2
+def _place(path: str, places: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Returns the place of a variable; a new bias stands beside its kernel."""
+    if path in places:
+        return places[path]
+    return (*places[f"{path.removesuffix('/bias')}/kernel"][:-1], "bias")
 
 
 def _merge(
-    flat: dict[tuple[str, ...], Any],
+    flat: dict[str, Any],
     layer_path: str,
     layer: Any,
     norm_path: str,
@@ -200,30 +209,28 @@ def _merge(
     if combine == "stack":
         return "follows combine='stack', whose filters serve two channels each"
 
-    def wide(place: tuple[str, ...]) -> np.ndarray:
-        if place not in flat:
-            raise ValueError(
-                f"`variables` has no {'/'.join(place[1:])!r} in {place[0]!r}."
-            )
-        return np.asarray(flat[place]).astype(np.float64)
+    def wide(path: str) -> np.ndarray:
+        if path not in flat:
+            collection, _, rest = path.partition("/")
+            raise ValueError(f"`variables` has no {rest!r} in {collection!r}.")
+        return np.asarray(flat[path]).astype(np.float64)
 
-    here = tuple(norm_path.split("/"))
-    kernel_at = _kernel_place(layer_path, layer)
-    bias_at = (*kernel_at[:-1], "bias")
-    mean = wide(("batch_stats", *here, "mean"))
-    scale = 1 / np.sqrt(wide(("batch_stats", *here, "var")) + norm.epsilon)
+    kernel_at = _kernel_path(layer_path, layer)
+    bias_at = f"{kernel_at.removesuffix('/kernel')}/bias"
+    mean = wide(f"batch_stats/{norm_path}/mean")
+    scale = 1 / np.sqrt(wide(f"batch_stats/{norm_path}/var") + norm.epsilon)
     if norm.use_scale:
-        scale = scale * wide(("params", *here, "scale"))
+        scale = scale * wide(f"params/{norm_path}/scale")
     if scale.ndim != 1:
         return _SEVERAL
     if combine == "max" and scale.min() < 0:
         return "follows combine='max' and has a negative scale"
     shift = scale * ((wide(bias_at) if layer.use_bias else 0) - mean)
     if norm.use_bias:
-        shift = shift + wide(("params", *here, "bias"))
+        shift = shift + wide(f"params/{norm_path}/bias")
     dtype = flat[kernel_at].dtype
     flat[kernel_at] = jnp.asarray((wide(kernel_at) * scale).astype(dtype))
     flat[bias_at] = jnp.asarray(shift.astype(dtype))
-    for place in [place for place in flat if place[1:-1] == here]:
-        del flat[place]
+    for path in [p for p in flat if p.partition("/")[2].startswith(f"{norm_path}/")]:
+        del flat[path]
     return None

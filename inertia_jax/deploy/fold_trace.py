@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from inertia_jax.calls import ApplyFn, init_network
+from inertia_jax.inputs import Shape, one_input
 from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import KINDS
 from inertia_jax.variables import without_boxes
@@ -39,7 +39,7 @@ class NormTrace:
 
 
 def trace_layers(
-    model: nn.Module, image_shape: tuple[int, ...], apply_fn: ApplyFn | None
+    model: nn.Module, image_shape: Shape, apply_fn: ApplyFn | None
 ) -> NormTrace:
     """Returns which BatchNorm is called on the output of which layer.
 
@@ -65,7 +65,7 @@ def trace_layers(
         outputs[path] = checkpoint_name(output, f"{_MARK}:layer:{path}")
         return outputs[path]
 
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    images = one_input(image_shape)
     with on_calls(mark):
         init = functools.partial(init_network, model, apply_fn=apply_fn)
         traced = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0), images)

@@ -17,9 +17,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
+from inertia_jax.layers.pointwise import Pointwise
 from inertia_jax.layers.tucker import Tucker2Conv
-from inertia_jax.ops.tucker.factors import LowRankFactors, Tucker2Factors, stack_groups
+from inertia_jax.ops.tucker.factors import (
+    LowRankFactors,
+    Tucker2Factors,
+    as_matrix,
+    stack_groups,
+)
 from inertia_jax.ops.tucker.low_rank import low_rank_to_kernel
 from inertia_jax.ops.tucker.tucker import tucker2_to_kernel
 from inertia_jax.plan.specs import Conv, Inertial, LowRank, Tucker2, core_of, fields_as
@@ -36,7 +42,7 @@ class Kind:
         spec: The class of a plan's spec for such a layer, or None for a layer that no
             plan chooses.
         parts: Names of the layers that it consists of, in the order of computation. The
-            first and last are 1x1, the last has the bias; one between is `core`.
+            first and last have one tap, the last has the bias; one between is `core`.
         ranks: Names of its ranks, fields of the spec and of the layer.
         factors: Class of the tuple of its factors, in the order of `parts`.
         to_kernel: Their product as a function, `to_kernel(factors, groups=groups)`.
@@ -71,10 +77,22 @@ KINDS: dict[type[nn.Module], Kind] = {
         factors=LowRankFactors,
         to_kernel=low_rank_to_kernel,
     ),
+    LowRankDense: Kind(
+        "low_rank",
+        LowRank,
+        parts=("left", "right"),
+        ranks=("rank",),
+        factors=LowRankFactors,
+        to_kernel=low_rank_to_kernel,
+    ),
 }
 # Kinds that a plan chooses between.
-CONVOLUTIONS = tuple(kind.name for kind in KINDS.values() if kind.spec is not None)
+CONVOLUTIONS = {kind.name for kind in KINDS.values() if kind.spec is not None}
 _OTHER = Kind("other")
+# Layers of Flax with a kernel that no factors stand for: convolutions of other kinds,
+# and linear layers over several axes.
+OTHER_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.ConvTranspose, nn.ConvLocal)
+OTHER_LINEAR: tuple[type[nn.Module], ...] = (nn.DenseGeneral, nn.Einsum)
 
 
 def kind_of(module: Any) -> Kind:
@@ -83,6 +101,19 @@ def kind_of(module: Any) -> Kind:
         if isinstance(module, cls) or type(module) is kind.spec:
             return kind
     return _OTHER
+
+
+def num_axes(module: Any) -> int:
+    """Returns the number of axes of an image of a layer; 0 for a linear layer."""
+    if isinstance(module, (nn.Dense, LowRankDense, *OTHER_LINEAR)):
+        return 0
+    if isinstance(module, InertialConv):
+        return 2
+    if isinstance(module, Pointwise):
+        return module.num_axes
+    size = module.sides if isinstance(module, Tucker2Conv) else module.kernel_size
+    # A number is the filter size of a one-dimensional `nn.Conv`.
+    return 1 if isinstance(size, int) else len(size)
 
 
 def ranks_of(module: Any) -> tuple[int, ...]:
@@ -138,7 +169,7 @@ def linear_parts(module: Any) -> tuple[str, ...]:
 
 def dense_kernel(
     module: Any, leaves: Mapping[str, Any]
-) -> Float[ArrayLike, "kh kw c_in c_out"]:
+) -> Float[ArrayLike, "*sides c_in c_out"]:
     """Returns the kernel of a convolution, its factors multiplied out.
 
     The core is an ordinary one. Parameters of the parts are named `PART/kernel`.
@@ -147,6 +178,8 @@ def dense_kernel(
     if not kind.parts:
         return leaves["kernel"]
     kernels = [jnp.asarray(leaves[f"{part}/kernel"]) for part in kind.parts]
-    groups = module.feature_group_count
-    into, out = stack_groups(kernels[0], groups), kernels[-1][0, 0].T
-    return kind.to_kernel(kind.factors(into, *kernels[1:-1], out), groups=groups)
+    groups = getattr(module, "feature_group_count", 1)
+    into, out = stack_groups(kernels[0], groups), as_matrix(kernels[-1]).T
+    kernel = kind.to_kernel(kind.factors(into, *kernels[1:-1], out), groups=groups)
+    # The core has all sides, and so has every factor where there is none.
+    return kernel.reshape(*kernels[-2].shape[:-2], *kernel.shape[-2:])

@@ -1,4 +1,4 @@
-"""A 1x1 convolution in two factors, as a Linen module."""
+"""A convolution of one tap, or a linear layer, in two factors: Linen modules."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from inertia_jax.ops.tucker.unfold import check_rank
 
 
 class LowRankConv(nn.Module):
-    """A 1x1 convolution as two, used like `nn.Conv` of two dimensions.
+    """A 1x1 convolution as two, used like `nn.Conv`.
 
     Children: `left`, from the input channels to `rank` a group, with strides and
     padding; `right`, from there to the features, with the bias. Attributes that are not
@@ -29,9 +29,11 @@ class LowRankConv(nn.Module):
         strides: Strides of the first, as `nn.Conv` has them.
         padding: Padding of the first, as `nn.Conv` has it.
         feature_group_count: Groups of channels that do not mix, in both.
+        kernel_size: A 1 for each axis of an image.
 
     Raises:
-        ValueError: A rank outside its range, or groups that do not divide the channels.
+        ValueError: A rank outside its range, a side that is not 1, or groups that do
+            not divide the channels.
     """
 
     features: int
@@ -45,12 +47,17 @@ class LowRankConv(nn.Module):
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
     precision: Any = None
+    kernel_size: Sequence[int] = (1, 1)
 
     @nn.compact
     def __call__(
-        self, inputs: Float[ArrayLike, "*batch h w c_in"]
-    ) -> Float[Array, "*batch h_out w_out features"]:
+        self, inputs: Float[ArrayLike, "*image c_in"]
+    ) -> Float[Array, "*out features"]:
         x = jnp.asarray(inputs)
+        if set(self.kernel_size) != {1}:
+            raise ValueError(
+                f"`kernel_size` (={self.kernel_size}) must be a 1 for each axis."
+            )
         groups = self.feature_group_count
         check_groups(groups, x.shape[-1], self.features)
         check_rank("rank", self.rank, min(x.shape[-1], self.features) // groups)
@@ -63,7 +70,7 @@ class LowRankConv(nn.Module):
         }
         x = nn.Conv(
             groups * self.rank,
-            (1, 1),
+            tuple(self.kernel_size),
             strides=self.strides,
             padding=self.padding,
             use_bias=False,
@@ -71,6 +78,53 @@ class LowRankConv(nn.Module):
             name="left",
             **common,
         )(x)
+        return Pointwise(
+            self.features,
+            use_bias=self.use_bias,
+            bias_init=self.bias_init,
+            num_axes=len(self.kernel_size),
+            name="right",
+            **common,
+        )(x)
+
+
+class LowRankDense(nn.Module):
+    """A linear layer as two, used like `nn.Dense`.
+
+    Children: `left`, from the inputs to `rank`; `right`, from there to the features,
+    with the bias. Attributes that are not listed are those of `nn.Dense`, for both.
+
+    Attributes:
+        features: Outputs.
+        rank: Numbers between the two, in [1, min(c_in, features)].
+
+    Raises:
+        ValueError: A rank outside its range.
+    """
+
+    features: int
+    rank: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = nn.linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(
+        self, inputs: Float[ArrayLike, "*batch c_in"]
+    ) -> Float[Array, "*batch features"]:
+        x = jnp.asarray(inputs)
+        check_rank("rank", self.rank, min(x.shape[-1], self.features))
+        common: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": self.kernel_init,
+            "precision": self.precision,
+            "num_axes": 0,
+        }
+        x = Pointwise(self.rank, name="left", **common)(x)
         return Pointwise(
             self.features,
             use_bias=self.use_bias,

@@ -1,4 +1,4 @@
-"""A 1x1 convolution as a product of matrices."""
+"""A convolution of one tap as a product of matrices."""
 
 from typing import Any
 
@@ -13,10 +13,13 @@ from inertia_jax.ops.tucker.factors import pointwise_conv
 
 
 class Pointwise(nn.Module):
-    """A 1x1 convolution as a product of matrices.
+    """A convolution of one tap, or a linear layer, as a product of matrices.
 
-    Parameters: `kernel` [1, 1, c_in / feature_group_count, features] and `bias`. The
-    attributes are those of `nn.Conv`.
+    Parameters: `kernel` [1, 1, c_in / feature_group_count, features], with a 1 for each
+    axis of an image, and `bias`. Attributes that are not listed are those of `nn.Conv`.
+
+    Attributes:
+        num_axes: The number of an image's axes; 0 for a linear layer.
     """
 
     features: int
@@ -27,11 +30,13 @@ class Pointwise(nn.Module):
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
     precision: Any = None
+    num_axes: int = 2
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c_in"]) -> Float[Array, "*batch c_out"]:
         groups = self.feature_group_count
-        shape = (1, 1, x.shape[-1] // groups, self.features)
+        ones = (1,) * self.num_axes
+        shape = (*ones, x.shape[-1] // groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:

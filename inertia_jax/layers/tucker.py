@@ -13,14 +13,14 @@ from jaxtyping import Float
 
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.pointwise import Pointwise, check_groups
-from inertia_jax.ops.conv.conv import pair
+from inertia_jax.ops.conv.conv import pair, per_axis
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
 from inertia_jax.plan.specs import Conv, Inertial
 
 
 class Tucker2Conv(nn.Module):
-    """A Tucker-2 factorised convolution, used like `nn.Conv` of two dimensions.
+    """A Tucker-2 factorised convolution, used like `nn.Conv`.
 
     Children: `u_in`, 1x1 from the input channels to `rank_in` a group; `core`, the
     convolution between the ranks, with these strides, padding and dilation; `u_out`,
@@ -31,7 +31,8 @@ class Tucker2Conv(nn.Module):
 
     Attributes:
         features: Output channels.
-        kernel_size: Sides of the core, or one of a square one.
+        kernel_size: Sides of the core, one for each axis of an image. One number is the
+            side of a square, where `nn.Conv` takes it for the only axis.
         rank_in: Channels before the core, of each group, in [1, c_in / groups], and at
             most what the kernel's unfolding can have (`max_ranks`).
         rank_out: Channels after the core, of each group, in [1, features / groups], and
@@ -42,8 +43,8 @@ class Tucker2Conv(nn.Module):
         feature_group_count: Groups of channels that do not mix, in all three.
         precision: Precision of all three products, as `nn.Conv` has it; None with an
             inertial core.
-        core: A `Conv`, or an `Inertial` whose `core_size` is `kernel_size`; in the
-            window reading, `padding` is then that of its region.
+        core: A `Conv`, or, for images of two axes, an `Inertial` whose `core_size` is
+            `kernel_size`; in the window reading, `padding` is then that of its region.
         axis_name: Mesh axis of an inertial core, as `InertialConv` has it.
 
     Raises:
@@ -70,11 +71,10 @@ class Tucker2Conv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[ArrayLike, "*batch h w c_in"], *, train: bool = False
-    ) -> Float[Array, "*batch h_out w_out features"]:
+        self, inputs: Float[ArrayLike, "*image c_in"], *, train: bool = False
+    ) -> Float[Array, "*out features"]:
         x = jnp.asarray(inputs)
-        groups = self.feature_group_count
-        size = pair(self.kernel_size, "kernel_size", least=1)
+        groups, size = self.feature_group_count, self.sides
         c_in = x.shape[-1]
         check_groups(groups, c_in, self.features)
         most_in, most_out = max_ranks(
@@ -87,22 +87,21 @@ class Tucker2Conv(nn.Module):
             "param_dtype": self.param_dtype,
             "kernel_init": self.kernel_init,
         }
-        x = Pointwise(
-            groups * self.rank_in,
-            feature_group_count=groups,
-            precision=self.precision,
-            name="u_in",
-            **common,
-        )(x)
+        outer = common | {
+            "feature_group_count": groups,
+            "precision": self.precision,
+            "num_axes": len(size),
+        }
+        x = Pointwise(groups * self.rank_in, name="u_in", **outer)(x)
         core_common = {"padding": self.padding, "use_bias": False, **common}
         core = self.core
         side = core.core_size if isinstance(core, Inertial) else core.kernel_size
-        if side is not None and size != (side, side):
+        if side is not None and size != (side,) * len(size):
             raise ValueError(
                 f"`kernel_size` (={self.kernel_size}) must be that of `core` (={core})."
             )
         if isinstance(core, Inertial):
-            self._check_plain(core)
+            self._check_plain(core, size)
             x = InertialConv.from_spec(
                 core,
                 self.rank_out,
@@ -126,15 +125,22 @@ class Tucker2Conv(nn.Module):
         return Pointwise(
             self.features,
             use_bias=self.use_bias,
-            feature_group_count=groups,
             bias_init=self.bias_init,
-            precision=self.precision,
             name="u_out",
-            **common,
+            **outer,
         )(x)
 
-    def _check_plain(self, core: Inertial) -> None:
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of the core, one for each axis of an image."""
+        size = self.kernel_size
+        count = 2 if isinstance(size, int) else len(size)
+        return per_axis(size, "kernel_size", count=count, least=1)
+
+    def _check_plain(self, core: Inertial, size: tuple[int, ...]) -> None:
         """Raises ValueError where the convolution is more than an inertial core can."""
+        if len(size) != 2:
+            raise ValueError(f"`core` (={core}) must be one of images of two axes.")
         if self.feature_group_count != 1 or pair(self.kernel_dilation or 1) != (1, 1):
             raise ValueError(f"`core` (={core}) must have neither groups nor dilation.")
         if self.precision is not None:

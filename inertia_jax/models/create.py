@@ -2,7 +2,7 @@
 
 import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from inertia_jax.calls import record_calls
 from inertia_jax.dropped import find_convolutions, find_dropped
+from inertia_jax.inputs import Shape
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18
@@ -135,16 +136,18 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
     return (32, 32, 3)
 
 
-def image_shape_of(model: nn.Module, given: tuple[int, ...] | None) -> tuple[int, ...]:
+def image_shape_of(model: nn.Module, given: Shape | None) -> Any:
     """Returns `given`, or the shape that a network of this library was published for.
 
     Raises:
-        ValueError: `given` has not three entries, or is None and must not be.
+        ValueError: `given` is None and must not be, or has not three entries for a
+            network of this library.
     """
     if given is not None:
-        if len(given) != 3:
-            raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
-        return tuple(given)
+        if isinstance(model, Network):
+            if not isinstance(given, Sequence) or len(given) != 3:
+                raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
+        return given
     if isinstance(model, Network):
         return input_shape(model)
     raise ValueError(

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from inertia_jax.layers.batch_norm import BatchNormToTrain
 from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.low_rank import LowRankConv
+from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.precision import at_least_float32
@@ -195,16 +195,20 @@ class Layers:
     def dense(
         self, parent: nn.Module, name: str, x: Float[Array, "n c_in"], features: int
     ) -> Float[Array, "n c_out"]:
-        """Applies a linear layer with bias."""
-        return nn.Dense(
-            features,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=torch_kernel_init,
-            bias_init=torch_bias_init(x.shape[-1]),
-            parent=parent,
-            name=name,
-        )(x)
+        """Applies a linear layer with bias, or its factors where the plan has them."""
+        spec = self.plan.spec("/".join((*parent.path, name)))
+        fan_in = spec.rank if isinstance(spec, LowRank) else x.shape[-1]
+        common: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "kernel_init": torch_kernel_init,
+            "bias_init": torch_bias_init(fan_in),
+            "parent": parent,
+            "name": name,
+        }
+        if isinstance(spec, LowRank):
+            return LowRankDense(features, spec.rank, **common)(x)
+        return nn.Dense(features, **common)(x)
 
 
 def _standing(spec: Spec, path: str, kernel_size: int, strides: int) -> Spec:

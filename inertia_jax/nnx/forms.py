@@ -83,7 +83,7 @@ def _in_form(
     node: Any = layer.node
     dense: Any = linen_layer(node, None)
     reason = layer.reason or cannot_factorise(dense)
-    if isinstance(spec, LowRank) and node.kernel_size != (1, 1):
+    if isinstance(spec, LowRank) and {*node.kernel_size} != {1}:
         reason = f"has filters of {node.kernel_size}; must be 1 x 1"
     if isinstance(spec, Conv) and spec != Conv():
         reason = "has filters of its own"

@@ -11,7 +11,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Float
 
 from inertia_jax.layers.pointwise import check_groups
-from inertia_jax.ops.conv.conv import pair
+from inertia_jax.ops.conv.conv import per_axis
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.factors import pointwise_conv
 from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
@@ -98,7 +98,10 @@ class Tucker2Conv(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         """Draws the variables of the children from `rngs`."""
-        groups, size = feature_group_count, pair(kernel_size, "kernel_size", least=1)
+        groups = feature_group_count
+        count = 2 if isinstance(kernel_size, int) else len(kernel_size)
+        size = per_axis(kernel_size, "kernel_size", count=count, least=1)
+        ones = (1,) * count
         check_groups(groups, in_features, out_features)
         most_in, most_out = max_ranks(
             (*size, in_features // groups, out_features), groups=groups
@@ -122,7 +125,7 @@ class Tucker2Conv(nnx.Module):
         self.u_in = nnx.Conv(
             in_features,
             groups * rank_in,
-            (1, 1),
+            ones,
             use_bias=False,
             conv_general_dilated=conv_pointwise,
             **common,
@@ -141,7 +144,7 @@ class Tucker2Conv(nnx.Module):
         self.u_out = nnx.Conv(
             groups * rank_out,
             out_features,
-            (1, 1),
+            ones,
             use_bias=use_bias,
             bias_init=bias_init,
             conv_general_dilated=conv_pointwise,
@@ -154,13 +157,13 @@ class Tucker2Conv(nnx.Module):
         return Tucker2(self.rank_in, self.rank_out)
 
     def __call__(
-        self, inputs: Float[Array, "*batch h w c_in"]
-    ) -> Float[Array, "*batch h_out w_out features"]:
+        self, inputs: Float[Array, "*image c_in"]
+    ) -> Float[Array, "*out features"]:
         return self.u_out(self.core(self.u_in(inputs)))
 
 
 class LowRankConv(nnx.Module):
-    """A 1x1 convolution as two, used like `nnx.Conv` of two dimensions.
+    """A 1x1 convolution as two, used like `nnx.Conv`.
 
     Children: `left`, from the input channels to `rank` a group, with strides and
     padding; `right`, from there to the features, with the bias. Arguments that are not
@@ -172,9 +175,10 @@ class LowRankConv(nnx.Module):
         out_features: Output channels.
         rank: Channels between the two, of each group, in [1, min(in_features,
             out_features) / groups].
+        kernel_size: A 1 for each axis of an image.
 
     Raises:
-        ValueError: A rank outside its range, or groups that do not divide the channels.
+        ValueError: A rank outside its range, a side that is not 1, or groups that do not divide the channels.
     """
 
     def __init__(
@@ -184,6 +188,7 @@ class LowRankConv(nnx.Module):
         strides: int | Sequence[int] | None = 1,
         *,
         rank: int,
+        kernel_size: Sequence[int] = (1, 1),
         padding: Any = "SAME",
         feature_group_count: int = 1,
         use_bias: bool = True,
@@ -199,7 +204,11 @@ class LowRankConv(nnx.Module):
         check_groups(groups, in_features, out_features)
         check_rank("rank", rank, min(in_features, out_features) // groups)
         self.in_features, self.out_features = in_features, out_features
-        self.kernel_size, self.kernel_dilation = (1, 1), 1
+        if {*kernel_size} != {1}:
+            raise ValueError(
+                f"`kernel_size` (={kernel_size}) must be a 1 for each axis."
+            )
+        self.kernel_size, self.kernel_dilation = tuple(kernel_size), 1
         self.strides, self.padding = strides, padding
         self.feature_group_count, self.rank = groups, rank
         self.use_bias, self.precision = use_bias, precision
@@ -215,7 +224,7 @@ class LowRankConv(nnx.Module):
         self.left = nnx.Conv(
             in_features,
             groups * rank,
-            (1, 1),
+            tuple(kernel_size),
             strides,
             padding=padding,
             use_bias=False,
@@ -225,7 +234,7 @@ class LowRankConv(nnx.Module):
         self.right = nnx.Conv(
             groups * rank,
             out_features,
-            (1, 1),
+            tuple(kernel_size),
             use_bias=use_bias,
             bias_init=bias_init,
             conv_general_dilated=conv_pointwise,
@@ -238,6 +247,6 @@ class LowRankConv(nnx.Module):
         return LowRank(self.rank)
 
     def __call__(
-        self, inputs: Float[Array, "*batch h w c_in"]
-    ) -> Float[Array, "*batch h_out w_out features"]:
+        self, inputs: Float[Array, "*image c_in"]
+    ) -> Float[Array, "*out features"]:
         return self.right(self.left(inputs))

@@ -9,10 +9,10 @@ from flax import linen as nn
 import inertia_jax as ij
 from inertia_jax.compression.calibration import (
     apply_as_trained,
-    batched,
     divergence,
     divergence_of,
 )
+from inertia_jax.inputs import batched
 
 IMAGES = np.random.default_rng(0).normal(size=(6, 4, 4, 2)).astype(np.float32)
 

@@ -18,10 +18,10 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
-def pair(
-    value: Any, name: str = "value", *, least: int | None = None
-) -> tuple[int, int]:
-    """Returns one integer, or two, as (vertical, horizontal).
+def per_axis(
+    value: Any, name: str = "value", *, count: int, least: int | None = None
+) -> tuple[int, ...]:
+    """Returns one integer, or one for each of `count` axes, as one for each.
 
     Raises:
         ValueError: `value` is neither, or is below `least`; the message has `name`.
@@ -31,11 +31,25 @@ def pair(
     except TypeError:
         sizes = []
     if len(sizes) == 1:
-        sizes *= 2
-    if len(sizes) != 2 or (least is not None and min(sizes) < least):
-        rule = "" if least is None else f" >= {least}"
-        raise ValueError(f"`{name}` (={value!r}) must be one or two integers{rule}.")
-    return (sizes[0], sizes[1])
+        sizes *= count
+    if len(sizes) != count or (least is not None and min(sizes) < least):
+        number = {1: "an integer", 2: "one or two integers"}
+        rule = number.get(count, f"one or {count} integers")
+        rule += "" if least is None else f" >= {least}"
+        raise ValueError(f"`{name}` (={value!r}) must be {rule}.")
+    return tuple(sizes)
+
+
+def pair(
+    value: Any, name: str = "value", *, least: int | None = None
+) -> tuple[int, int]:
+    """Returns one integer, or two, as (vertical, horizontal).
+
+    Raises:
+        ValueError: `value` is neither, or is below `least`; the message has `name`.
+    """
+    vertical, horizontal = per_axis(value, name, count=2, least=least)
+    return (vertical, horizontal)
 
 
 def stride_pair(strides: int | Sequence[int] | None) -> tuple[int, int]:
@@ -47,8 +61,8 @@ def stride_pair(strides: int | Sequence[int] | None) -> tuple[int, int]:
     return pair(1 if strides is None else strides, "strides", least=1)
 
 
-def padding_pairs(padding: Padding) -> str | Pads:
-    """Returns `padding` as `((top, bottom), (left, right))`, or in capital letters.
+def pads_per_axis(padding: Padding, *, count: int) -> str | tuple[tuple[int, int], ...]:
+    """Returns `padding` as a pair for each of `count` axes, or in capital letters.
 
     Raises:
         ValueError: `padding` is neither a rule's name nor made of integers.
@@ -60,12 +74,20 @@ def padding_pairs(padding: Padding) -> str | Pads:
             )
         return padding.upper()
     if isinstance(padding, int | np.integer):
-        both = pair(int(padding), "padding")
-        return (both, both)
-    if not isinstance(padding, Sequence | np.ndarray) or len(padding) != 2:
+        return (pair(int(padding), "padding"),) * count
+    if not isinstance(padding, Sequence | np.ndarray) or len(padding) != count:
         raise ValueError(f"`padding` (={padding!r}) must have one entry per dimension.")
-    top, left = (pair(around, "padding") for around in padding)
-    return (top, left)
+    return tuple(pair(around, "padding") for around in padding)
+
+
+def padding_pairs(padding: Padding) -> str | Pads:
+    """Returns `padding` as `((top, bottom), (left, right))`, or in capital letters.
+
+    Raises:
+        ValueError: `padding` is neither a rule's name nor made of integers.
+    """
+    pads = pads_per_axis(padding, count=2)
+    return pads if isinstance(pads, str) else (pads[0], pads[1])
 
 
 def conv2d(

@@ -25,6 +25,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
+from inertia_jax.ops.conv.any_axes import conv
 from inertia_jax.ops.conv.conv import (
     Pads,
     conv2d,
@@ -242,7 +243,8 @@ def conv_for_linen(
 ) -> Array:
     """Convolves, as the function that `nn.Conv` takes.
 
-    With `train`, only reverse mode is differentiable.
+    With `train`, only reverse mode is differentiable. Images of another number of axes
+    than two are XLA's.
     """
     if is_replaced():
         # The kernel may be of a type that only the replacement knows.
@@ -255,6 +257,16 @@ def conv_for_linen(
             feature_group_count=feature_group_count,
             precision=precision,
             **options,
+        )
+    if lhs.ndim != 4:
+        return conv(
+            lhs,
+            rhs,
+            strides=window_strides,
+            padding=padding,
+            dilation=rhs_dilation,
+            groups=feature_group_count,
+            precision=precision,
         )
     strides = stride_pair(window_strides)
     taps = pair(rhs_dilation, "dilation", least=1)

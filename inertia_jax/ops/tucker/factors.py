@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -18,17 +18,18 @@ class Tucker2Factors(NamedTuple):
 
     Attributes:
         u_in: Factor of the input channels, [c_in, r_in], with rows by group.
-        core: Kernel of a convolution of `groups`, [kh, kw, r_in, groups * r_out].
+        core: Kernel of a convolution of `groups`, [*sides, r_in, groups * r_out], with
+            a side for each axis of an image.
         u_out: Factor of the output channels, [c_out, r_out], with rows by group.
     """
 
     u_in: Float[Array, "c_in r_in"]
-    core: Float[Array, "kh kw r_in r_out_groups"]
+    core: Float[Array, "*sides r_in r_out_groups"]
     u_out: Float[Array, "c_out r_out"]
 
 
 class LowRankFactors(NamedTuple):
-    """A 1x1 kernel as a product of two; groups lie one below the other.
+    """A kernel of one tap as a product of two; groups lie one below the other.
 
     Attributes:
         left: Factor of the input channels, [c_in, r], with rows by group.
@@ -48,11 +49,14 @@ def check_factors(
     """Raises ValueError unless the factors fit each other, and an input's channels."""
     shapes = {name: np.shape(factor) for name, factor in factors._asdict().items()}
     found = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
-    axes = [len(shape) for shape in shapes.values()]
-    if axes not in ([2, 4, 2], [2, 2]):
-        raise ValueError(f"`factors` ({found}) must have axes (2, 4, 2), or (2, 2).")
-    (c_in, rank_in), *between, (c_out, rank_out) = shapes.values()
-    inner = between[0][2:] if between else (rank_out, groups * rank_out)
+    first, *between, last = (len(shape) for shape in shapes.values())
+    if (first, last) != (2, 2) or min(between, default=2) < 2:
+        raise ValueError(
+            f"`factors` ({found}) must be matrices, but for `core` [*sides, r_in, "
+            f"r_out]."
+        )
+    (c_in, rank_in), *cores, (c_out, rank_out) = shapes.values()
+    inner = cores[0][-2:] if cores else (rank_out, groups * rank_out)
     if inner != (rank_in, groups * rank_out):
         raise ValueError(
             f"`factors` ({found}) must have the same ranks where they meet, with "
@@ -73,9 +77,9 @@ def pointwise(
     groups: int = 1,
     precision: Any = None,
 ) -> Float[Array, "*batch c_out"]:
-    """Applies a 1x1 convolution as a product of matrices.
+    """Applies a convolution of one tap as a product of matrices.
 
-    The kernel comes without its first two axes, [c_in / groups, c_out].
+    The kernel comes without the axes of its sides, [c_in / groups, c_out].
     """
     if groups == 1:
         return mix_channels(x, kernel, precision=precision)
@@ -94,12 +98,16 @@ def pointwise_conv(
 ) -> Float[Array, "*batch c_out"]:
     """Applies a 1x1 convolution, as layers do: as a product, unless JAX's is replaced.
 
-    The kernel comes with its spatial axes, [1, 1, c_in / groups, c_out].
+    The kernel comes with its spatial axes, [1, 1, c_in / groups, c_out]; that of a
+    linear layer has none.
     """
     if not is_replaced():
         matrix = kernel.reshape(kernel.shape[-2:])
         return pointwise(x, matrix, groups=groups, precision=precision)
     spatial = kernel.ndim - 2
+    if not spatial:
+        over = (((x.ndim - 1,), (0,)), ((), ()))
+        return lax.dot_general(x, kernel, over, precision=precision)
     axes = "DHW"[-spatial:]
     y = conv_for_linen(
         x.reshape(-1, *x.shape[-spatial - 1 :]),
@@ -115,24 +123,38 @@ def pointwise_conv(
 
 
 def factor_kernels(
-    factors: Tucker2Factors | LowRankFactors, *, groups: int = 1
+    factors: Tucker2Factors | LowRankFactors, *, groups: int = 1, num_axes: int = 2
 ) -> tuple[Array | np.ndarray, ...]:
-    """Returns the kernels [kh, kw, c_in / groups, c_out] to apply one after another.
+    """Returns the kernels [*sides, c_in / groups, c_out] to apply one after another.
 
     NumPy factors without groups give NumPy arrays, for which nothing is compiled.
+
+    Args:
+        factors: The factors.
+        groups: Groups of the convolution.
+        num_axes: The number of an image's axes, where no core says it.
     """
-    into, out = factors[0], factors[-1]
-    first = into[None, None]
+    into, *core, out = factors
+    ones = (1,) * (core[0].ndim - 2 if core else num_axes)
+    first = into.reshape(*ones, *into.shape)
     if groups > 1:
         stacked = into.reshape(groups, -1, into.shape[1])
-        first = jnp.moveaxis(stacked, 0, 1).reshape(1, 1, stacked.shape[1], -1)
-    return first, *factors[1:-1], out.T[None, None]
+        first = jnp.moveaxis(stacked, 0, 1).reshape(*ones, stacked.shape[1], -1)
+    return first, *core, out.T.reshape(*ones, *out.T.shape)
+
+
+def as_matrix(
+    kernel: Float[ArrayLike, "*ones c_in c_out"],
+) -> Float[Array, "c_in c_out"]:
+    """Returns a kernel of one tap without the axes of its sides."""
+    kernel = jnp.asarray(kernel)
+    return kernel.reshape(kernel.shape[-2:])
 
 
 def stack_groups(
-    kernel: Float[ArrayLike, "1 1 c_in_group r_groups"], groups: int
+    kernel: Float[ArrayLike, "*ones c_in_group r_groups"], groups: int
 ) -> Float[Array, "c_in r"]:
-    """Returns a grouped 1x1 kernel as the factor whose rows are group after group."""
-    matrix = jnp.asarray(kernel)[0, 0]
+    """Returns a grouped kernel of one tap as a factor: its rows are group by group."""
+    matrix = as_matrix(kernel)
     matrix = matrix.reshape(matrix.shape[0], groups, -1)
     return jnp.moveaxis(matrix, 1, 0).reshape(groups * matrix.shape[0], -1)

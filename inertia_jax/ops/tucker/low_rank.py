@@ -1,4 +1,4 @@
-"""Low-rank factorisation of 1x1 kernels, and its application."""
+"""Low-rank factorisation of kernels of one tap, and its application."""
 
 import functools
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv.conv import stride_pair
+from inertia_jax.ops.conv.conv import per_axis
 from inertia_jax.ops.precision import precise_einsum
 from inertia_jax.ops.tucker.factors import (
     LowRankFactors,
+    as_matrix,
     check_factors,
     factor_kernels,
     pointwise,
@@ -21,37 +22,39 @@ from inertia_jax.ops.tucker.unfold import as_wide_kernel, check_rank, split_grou
 
 
 def low_rank(
-    kernel: Float[ArrayLike, "1 1 c_in c_out"], *, rank: int, groups: int = 1
+    kernel: Float[ArrayLike, "*ones c_in c_out"], *, rank: int, groups: int = 1
 ) -> LowRankFactors:
-    """Factorises a 1x1 kernel into two: K = left right^T, truncated.
+    """Factorises a kernel of one tap into two: K = left right^T, truncated.
 
     The singular values are split evenly, by their square roots, so that in training
     neither factor moves faster than the other.
 
     Args:
-        kernel: Kernel, [1, 1, c_in / groups, c_out].
+        kernel: Kernel, [1, 1, c_in / groups, c_out], with a 1 for each axis of an
+            image; the matrix [c_in, c_out] of a linear layer has none.
         rank: Rank, in [1, min(c_in, c_out) / groups].
         groups: Groups of the convolution; each is factorised by itself.
 
     Raises:
-        ValueError: The rank is outside its range, or the kernel is not 1x1.
+        ValueError: The rank is outside its range, or the kernel has several taps.
 
     References:
         Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
     """
     kernel = as_wide_kernel(kernel, groups)
-    if kernel.shape[:2] != (1, 1):
+    if set(kernel.shape[:-2]) - {1}:
         raise ValueError(
-            f"`kernel` (shape {kernel.shape}) must be [1, 1, c_in, c_out]."
+            f"`kernel` (shape {kernel.shape}) must be [1, 1, c_in, c_out], with a 1 "
+            f"for each axis of an image."
         )
-    check_rank("rank", rank, min(kernel.shape[2], kernel.shape[3] // groups))
+    check_rank("rank", rank, min(kernel.shape[-2], kernel.shape[-1] // groups))
     return _low_rank(kernel, rank=rank, groups=groups)
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "groups"))
 def _low_rank(kernel: Array, *, rank: int, groups: int) -> LowRankFactors:
     u, s, vt = jnp.linalg.svd(
-        split_groups(kernel, groups)[:, 0, 0], full_matrices=False
+        split_groups(as_matrix(kernel), groups), full_matrices=False
     )
     root = jnp.sqrt(s[:, None, :rank])
     left = u[..., :rank] * root
@@ -60,9 +63,14 @@ def _low_rank(kernel: Array, *, rank: int, groups: int) -> LowRankFactors:
 
 
 def low_rank_to_kernel(
-    factors: LowRankFactors, *, groups: int = 1
-) -> Float[Array, "1 1 c_in c_out"]:
-    """Returns the 1x1 kernel that the factors stand for.
+    factors: LowRankFactors, *, groups: int = 1, num_axes: int = 2
+) -> Float[Array, "*ones c_in c_out"]:
+    """Returns the kernel of one tap that the factors stand for.
+
+    Args:
+        factors: Factors, as `low_rank` returns them, or trained since.
+        groups: Groups of the convolution.
+        num_axes: The number of an image's axes; 0 for a linear layer's matrix.
 
     Raises:
         ValueError: The factors do not fit each other.
@@ -72,22 +80,23 @@ def low_rank_to_kernel(
     left = left.reshape(groups, -1, left.shape[1])
     right = right.reshape(groups, -1, right.shape[1])
     kernel = precise_einsum("gir,gor->igo", left, right)
-    return kernel.reshape(1, 1, kernel.shape[0], -1)
+    return kernel.reshape(*(1,) * num_axes, kernel.shape[0], -1)
 
 
 def low_rank_conv(
-    x: Float[ArrayLike, "n h w c_in"],
+    x: Float[ArrayLike, "n *image c_in"],
     factors: LowRankFactors,
     *,
     strides: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Float[Array, "n h_out w_out c_out"]:
-    """Convolves images with a factorised 1x1 kernel, without padding.
+) -> Float[Array, "n *out c_out"]:
+    """Convolves images with a factorised kernel of one tap, without padding.
 
     Args:
-        x: Images.
+        x: Images of any number of axes.
         factors: Factors, as `low_rank` returns them.
-        strides: Distance between output positions, in pixels.
+        strides: Distance between output positions, in pixels: one for all axes, or one
+            each.
         groups: Groups of the convolution.
 
     Raises:
@@ -95,7 +104,7 @@ def low_rank_conv(
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])
-    down, across = stride_pair(strides)
-    first, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
-    x = pointwise(x[:, ::down, ::across], first[0, 0], groups=groups)
-    return pointwise(x, last[0, 0], groups=groups)
+    steps = per_axis(strides, "strides", count=x.ndim - 2, least=1)
+    first, last = map(as_matrix, factor_kernels(factors, groups=groups))
+    x = x[:, *(slice(None, None, step) for step in steps)]
+    return pointwise(pointwise(x, first, groups=groups), last, groups=groups)

@@ -106,7 +106,7 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
 
 
 def mode_spectra(
-    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+    kernel: Float[ArrayLike, "*sides c_in c_out"],
 ) -> tuple[Float[np.ndarray, "k_in"], Float[np.ndarray, "k_out"]]:
     """Returns the singular values of both channel unfoldings of a kernel."""
     kernel = jnp.asarray(kernel)
@@ -116,7 +116,7 @@ def mode_spectra(
 
 
 def kept_energy(
-    core: Float[ArrayLike, "kh kw c_in c_out"],
+    core: Float[ArrayLike, "*sides c_in c_out"],
 ) -> Float[np.ndarray, "c_in c_out"]:
     """Returns the share of a kernel's energy that each pair of ranks keeps.
 
@@ -125,6 +125,7 @@ def kept_energy(
     exactly, not by the sum of the two tails that bounds it. The core is the one that
     `tucker2` returns at full rank; entry [i, j] is the share of ranks (i + 1, j + 1).
     """
-    energy = np.sum(np.asarray(core, np.float64) ** 2, axis=(0, 1))
+    core = np.asarray(core, np.float64)
+    energy = np.sum(core**2, axis=(*range(core.ndim - 2),))
     kept = energy.cumsum(0).cumsum(1)
     return kept / kept[-1, -1] if kept[-1, -1] > 0 else np.ones_like(kept)

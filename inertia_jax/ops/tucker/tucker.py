@@ -1,6 +1,7 @@
 """Tucker-2 factorisation of convolution kernels: HOSVD, HOOI, and their application."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,10 +11,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from inertia_jax.ops.conv.conv import Padding, conv2d
+from inertia_jax.ops.conv.any_axes import conv
+from inertia_jax.ops.conv.conv import Padding
 from inertia_jax.ops.precision import precise_einsum
 from inertia_jax.ops.tucker.factors import (
     Tucker2Factors,
+    as_matrix,
     check_factors,
     factor_kernels,
     pointwise,
@@ -32,7 +35,7 @@ Method = Literal["hosvd", "hooi"]
 
 
 def tucker2(
-    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+    kernel: Float[ArrayLike, "*sides c_in c_out"],
     *,
     rank_in: int,
     rank_out: int,
@@ -51,8 +54,8 @@ def tucker2(
     iterations of `hooi` is not known beforehand.
 
     Args:
-        kernel: Kernel, [kh, kw, c_in / groups, c_out]; narrower types are raised to
-            float32.
+        kernel: Kernel, [kh, kw, c_in / groups, c_out], or with another number of sides,
+            one for each axis of an image; narrower types are raised to float32.
         rank_in: Rank of the input channels, in [1, c_in / groups]; lowered to
             `max_ranks`.
         rank_out: Rank of the output channels, in [1, c_out / groups]; lowered to
@@ -66,8 +69,8 @@ def tucker2(
         The factors; `u_in` and `u_out` have orthonormal columns in each group.
 
     Raises:
-        ValueError: A rank is outside its range, the kernel is not four-dimensional, the
-            method is unknown, or the groups do not divide the output channels.
+        ValueError: A rank is outside its range, the kernel has no channels, the method
+            is unknown, or the groups do not divide the output channels.
 
     References:
         Tucker, 1966, https://doi.org/10.1007/BF02289464
@@ -75,8 +78,8 @@ def tucker2(
         Kim et al., 2016, https://arxiv.org/abs/1511.06530, section 3.1
     """
     kernel = as_wide_kernel(kernel, groups)
-    check_rank("rank_in", rank_in, kernel.shape[2])
-    check_rank("rank_out", rank_out, kernel.shape[3] // groups)
+    check_rank("rank_in", rank_in, kernel.shape[-2])
+    check_rank("rank_out", rank_out, kernel.shape[-1] // groups)
     if method not in ("hosvd", "hooi"):
         raise ValueError(f"`method` (={method!r}) must be hosvd or hooi.")
     most_in, most_out = max_ranks(kernel.shape, groups=groups)
@@ -107,16 +110,16 @@ def _tucker2(
         u_out = leading_singular(unfold_out(kernel), rank_out)
         if num_iterations:
             u_in, u_out = _hooi(kernel, u_in, u_out, num_iterations, tolerance)
-        core = precise_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
+        core = precise_einsum("...io,ir,os->...rs", kernel, u_in, u_out)
         return Tucker2Factors(u_in, core, u_out)
 
     if groups == 1:  # A loop of one takes three times as long to compile.
         return one_group(kernel)
     u_in, core, u_out = lax.map(one_group, split_groups(kernel, groups))
-    core = jnp.moveaxis(core, 0, 3)
+    core = jnp.moveaxis(core, 0, -2)
     return Tucker2Factors(
         u_in.reshape(-1, u_in.shape[2]),
-        core.reshape(*core.shape[:3], -1),
+        core.reshape(*core.shape[:-2], -1),
         u_out.reshape(-1, u_out.shape[2]),
     )
 
@@ -129,17 +132,17 @@ def _hooi(
     rank_in, rank_out = u_in.shape[1], u_out.shape[1]
 
     def best_in(u_out: Array) -> Array:
-        projection = precise_einsum("hwio,os->hwis", kernel, u_out)
+        projection = precise_einsum("...io,os->...is", kernel, u_out)
         return leading_singular(unfold_in(projection), rank_in)
 
     def best_out(u_in: Array) -> Array:
-        projection = precise_einsum("hwio,ir->hwro", kernel, u_in)
+        projection = precise_einsum("...io,ir->...ro", kernel, u_in)
         return leading_singular(unfold_out(projection), rank_out)
 
     def relative_error(u_in: Array, u_out: Array) -> Array:
         # ||K||^2 - ||core||^2 would cancel at high ranks; the difference does not.
-        core = precise_einsum("hwio,ir,os->hwrs", kernel, u_in, u_out)
-        again = precise_einsum("hwrs,ir,os->hwio", core, u_in, u_out)
+        core = precise_einsum("...io,ir,os->...rs", kernel, u_in, u_out)
+        again = precise_einsum("...rs,ir,os->...io", core, u_in, u_out)
         missed = jnp.sum((kernel - again) ** 2)
         return jnp.sqrt(missed / jnp.where(total > 0, total, 1))
 
@@ -163,7 +166,7 @@ def _hooi(
             error,
         )
 
-    if rank_in >= kernel.shape[0] * kernel.shape[1] * rank_out:
+    if rank_in >= math.prod(kernel.shape[:-2]) * rank_out:
         # U_in can hold all that U_out leaves, so that HOSVD's U_out is the best. Where
         # U_out can hold all that U_in leaves, the first iteration finds it.
         u_in = best_in(u_out)
@@ -175,7 +178,7 @@ def _hooi(
 
 def tucker2_to_kernel(
     factors: Tucker2Factors, *, groups: int = 1
-) -> Float[Array, "kh kw c_in c_out"]:
+) -> Float[Array, "*sides c_in c_out"]:
     """Returns the kernel that the factors stand for.
 
     Args:
@@ -190,26 +193,27 @@ def tucker2_to_kernel(
     core = split_groups(core, groups)
     u_in = u_in.reshape(groups, -1, u_in.shape[1])
     u_out = u_out.reshape(groups, -1, u_out.shape[1])
-    kernel = precise_einsum("ghwrs,gir,gos->hwigo", core, u_in, u_out)
-    return kernel.reshape(*kernel.shape[:3], -1)
+    kernel = precise_einsum("g...rs,gir,gos->...igo", core, u_in, u_out)
+    return kernel.reshape(*kernel.shape[:-2], -1)
 
 
 def tucker2_conv(
-    x: Float[ArrayLike, "n h w c_in"],
+    x: Float[ArrayLike, "n *image c_in"],
     factors: Tucker2Factors,
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Float[Array, "n h_out w_out c_out"]:
+) -> Float[Array, "n *out c_out"]:
     """Convolves images with a factorised kernel: 1x1, core, 1x1.
 
     Args:
-        x: Images.
+        x: Images, with as many axes as the core has sides.
         factors: Factors, as `tucker2` returns them.
         strides: Strides of the factorised convolution, which the core has.
-        padding: Padding of the factorised convolution, as `conv2d` takes it.
+        padding: Padding of the factorised convolution, as `conv2d` takes it, with a
+            pair for each axis.
         dilation: Dilation of the factorised convolution.
         groups: Groups of the factorised convolution.
 
@@ -223,8 +227,8 @@ def tucker2_conv(
     check_factors(factors, groups=groups, channels=x.shape[-1])
     factors = Tucker2Factors(*map(jnp.asarray, factors))
     first, core, last = factor_kernels(factors, groups=groups)
-    x = pointwise(x, first[0, 0], groups=groups)
-    x = conv2d(
+    x = pointwise(x, as_matrix(first), groups=groups)
+    x = conv(
         x, core, strides=strides, padding=padding, dilation=dilation, groups=groups
     )
-    return pointwise(x, last[0, 0], groups=groups)
+    return pointwise(x, as_matrix(last), groups=groups)

@@ -1,5 +1,6 @@
 """Convolution kernels as matrices: their unfoldings, singular vectors and ranks."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ from inertia_jax.ops.precision import at_least_float32, precise_einsum
 def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int]:
     """Returns the largest (rank_in, rank_out) that a kernel's unfoldings can have.
 
-    The shape is [kh, kw, c_in / groups, c_out]; the ranks are those of one group.
+    The shape is [*sides, c_in / groups, c_out]; the ranks are those of one group.
     """
-    kh, kw, c_in, c_out = kernel_shape
-    c_out //= groups
-    return min(c_in, kh * kw * c_out), min(c_out, kh * kw * c_in)
+    *sides, c_in, c_out = kernel_shape
+    taps, c_out = math.prod(sides), c_out // groups
+    return min(c_in, taps * c_out), min(c_out, taps * c_in)
 
 
 def left_singular(
@@ -51,44 +52,44 @@ def leading_singular(matrix: Float[Array, "m n"], rank: int) -> Float[Array, "m 
 
 
 def unfold_in(
-    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+    kernel: Float[ArrayLike, "*sides c_in c_out"],
 ) -> Float[Array, "c_in rest"]:
     """Returns the kernel as a matrix, with one row per input channel."""
     kernel = jnp.asarray(kernel)
-    return jnp.moveaxis(kernel, 2, 0).reshape(kernel.shape[2], -1)
+    return jnp.moveaxis(kernel, -2, 0).reshape(kernel.shape[-2], -1)
 
 
 def unfold_out(
-    kernel: Float[ArrayLike, "kh kw c_in c_out"],
+    kernel: Float[ArrayLike, "*sides c_in c_out"],
 ) -> Float[Array, "c_out rest"]:
     """Returns the kernel as a matrix, with one row per output channel."""
     kernel = jnp.asarray(kernel)
-    return kernel.reshape(-1, kernel.shape[3]).T
+    return kernel.reshape(-1, kernel.shape[-1]).T
 
 
 def split_groups(
-    kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int
-) -> Float[Array, "g kh kw c_in c_out_group"]:
+    kernel: Float[ArrayLike, "*sides c_in c_out"], groups: int
+) -> Float[Array, "g *sides c_in c_out_group"]:
     """Returns each group's kernel."""
     kernel = jnp.asarray(kernel)
-    shape = (*kernel.shape[:3], groups, kernel.shape[3] // groups)
-    return jnp.moveaxis(kernel.reshape(shape), 3, 0)
+    shape = (*kernel.shape[:-1], groups, kernel.shape[-1] // groups)
+    return jnp.moveaxis(kernel.reshape(shape), -2, 0)
 
 
-def as_wide_kernel(kernel: Float[ArrayLike, "kh kw c_in c_out"], groups: int) -> Array:
+def as_wide_kernel(kernel: Float[ArrayLike, "*sides c_in c_out"], groups: int) -> Array:
     """Returns the kernel in float32 at least.
 
     Raises:
-        ValueError: It is not four-dimensional, or cannot have as many groups.
+        ValueError: It has no channels, or cannot have as many groups.
     """
     kernel = jnp.asarray(kernel)
-    if kernel.ndim != 4:
+    if kernel.ndim < 2:
         raise ValueError(
-            f"`kernel` (shape {kernel.shape}) must be [kh, kw, c_in, c_out]."
+            f"`kernel` (shape {kernel.shape}) must be [*sides, c_in, c_out]."
         )
-    if groups < 1 or kernel.shape[3] % groups:
+    if groups < 1 or kernel.shape[-1] % groups:
         raise ValueError(
-            f"`groups` (={groups}) must divide {kernel.shape[3]}, the output channels."
+            f"`groups` (={groups}) must divide {kernel.shape[-1]}, the output channels."
         )
     return kernel.astype(at_least_float32(kernel.dtype))
 
