@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from inertia_jax.calls import record_calls
+from inertia_jax.calls import ApplyFn, init_network, record_calls
 from inertia_jax.dropped import find_convolutions, find_dropped
 from inertia_jax.inputs import Shape
 from inertia_jax.models.lenet import LeNet
@@ -178,20 +178,25 @@ def model_name(model: nn.Module) -> str:
 
 
 def init_variables(
-    model: nn.Module, key: jax.Array, shape: tuple[int, int, int] | None = None
+    model: nn.Module,
+    key: jax.Array,
+    shape: tuple[int, int, int] | None = None,
+    *,
+    apply_fn: ApplyFn | None = None,
 ) -> dict[str, Any]:
     """Draws a network's first variables, in one compiled call.
 
     Args:
-        model: Any Linen module that takes images and `train`.
+        model: Any Linen module that takes images.
         key: The key that the parameters are drawn with.
         shape: Image shape [h, w, c]; None means the one the network was made for.
+        apply_fn: How the network is called, as in `inertia_jax.compress`.
     """
     # A constant key is no tracer under a transformation, but its copy is.
     key = jax.random.clone(key)
     if isinstance(key, jax.core.Tracer):
-        return _jitted(model, shape)(key)
-    return drawn_variables(trace_variables(model, key, shape), key)
+        return _jitted(model, shape, apply_fn)(key)
+    return drawn_variables(_jitted(model, shape, apply_fn).trace(key), key)
 
 
 def trace_variables(
@@ -200,7 +205,7 @@ def trace_variables(
     """Traces the program that draws first variables; `out_info` has their shapes.
 
     Args:
-        model: Any Linen module that takes images and `train`.
+        model: Any Linen module that takes images.
         key: A key of the kind that the parameters are drawn with, or its shape.
         shape: Image shape [h, w, c]; None means the one the network was made for.
     """
@@ -224,15 +229,24 @@ def abstract_variables(
     return shapes
 
 
-def _jitted(model: nn.Module, shape: tuple[int, int, int] | None) -> Any:
-    return jax.jit(functools.partial(_first_variables, model, shape=shape))
+def _jitted(
+    model: nn.Module,
+    shape: tuple[int, int, int] | None,
+    apply_fn: ApplyFn | None = None,
+) -> Any:
+    init = functools.partial(_first_variables, model, shape=shape, apply_fn=apply_fn)
+    return jax.jit(init)
 
 
 def _first_variables(
-    model: nn.Module, key: jax.Array, *, shape: tuple[int, int, int] | None
+    model: nn.Module,
+    key: jax.Array,
+    *,
+    shape: tuple[int, int, int] | None,
+    apply_fn: ApplyFn | None = None,
 ) -> dict[str, Any]:
     images = jnp.zeros((1, *(shape or input_shape(model))), jnp.float32)
-    variables = model.init(key, images, train=False)
+    variables = init_network(model, key, images, apply_fn=apply_fn)
     # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
     dtype = getattr(model, "dtype", None) or jnp.float32
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from inertia_jax.weights.names import is_array, named
 from inertia_jax.weights.pickles import Unknown
+from inertia_jax.weights.shadows import name_averages, unnamed_averages
 from inertia_jax.weights.spellings import known_spellings
 
 # Where training programs keep the weights, and words for averages of them.
@@ -78,7 +79,9 @@ def find_weights(
     counts = _count_fits(arrays, keys)
     places = [place for place, count in counts.items() if 2 * count >= len(keys)]
     place = _choose(places, counts, ema=ema) if places else _usual_place(values)
-    if ema and not _is_averaged(place):
+    unnamed = unnamed_averages(values)
+    takes_unnamed = ema and not _is_averaged(place)
+    if takes_unnamed and not unnamed:
         raise ValueError(
             "`ema` (=True) needs averaged weights, as at `ema` or `state_dict_ema`; "
             "there are none."
@@ -87,13 +90,20 @@ def find_weights(
     taken = [name for name in values if owners[name] == place]
     if both := sorted(twice.intersection(taken)):
         raise ValueError(f"the weights have two values for {both[0]}.")
+    others = {*places, *unnamed} - {place}
+    source = place
+    if takes_unnamed:
+        source = next(iter(unnamed))
+        raw = {name: values[name] for name in taken}
+        values |= name_averages(source, unnamed[source], raw)
+        others = others - {source} | {place}
     state = {_below(place, name): values[name] for name in taken}
     beside = {name: values[name] for name in arrays if owners[name] is None}
     _respell(state, beside, place, keys)
     return FoundWeights(
         state,
-        place,
-        tuple(sorted(other for other in places if other != place)),
+        source,
+        tuple(sorted(others)),
         # A single number is a best accuracy or a count.
         tuple(name for name, value in beside.items() if math.prod(value.shape) > 1),
     )

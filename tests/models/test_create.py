@@ -175,3 +175,24 @@ def test_dir_lists_public_names_and_modules_still_import(module):
 
     assert inertia_jax.plan.specs.Conv is ij.Conv
     assert tucker.compress is ij.compress
+
+
+class Called(nn.Module):
+    """A network that is called in a way of its own."""
+
+    @nn.compact
+    def __call__(self, inputs, phase):
+        x = nn.Dense(3, name="dense")(inputs["x"])
+        return {"logits": nn.Dropout(0.5, deterministic=phase != "fit")(x)}
+
+
+def test_first_variables_of_a_network_called_in_its_own_way():
+    def call(model, images, train):
+        return model({"x": images}, "fit" if train else "test")["logits"]
+
+    drawn = ij.init_variables(Called(), KEY, (2, 2, 4), apply_fn=call)
+    expected = Called().init(KEY, {"x": jnp.zeros((1, 2, 2, 4))}, "test")
+    # Drawn inside one program, products are rounded otherwise.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), drawn, expected)
+    with pytest.raises((ValueError, TypeError, IndexError)):
+        ij.init_variables(Called(), KEY, (2, 2, 4))

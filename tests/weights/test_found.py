@@ -104,9 +104,8 @@ def test_averaged_weights_are_taken_if_asked_for(case):
 
 def test_averaged_weights_alone_are_taken_and_lacking_ones_are_an_error():
     assert find({"ema": weights(2)}).state["conv1.weight"][0] == 2
-    lists = {"model": weights(), "ema": {"shadow_params": [np.ones(2)]}}
     # A schema is no average.
-    for loaded in (weights(), {"schema": weights()}, lists):
+    for loaded in (weights(), {"schema": weights()}):
         with pytest.raises(ValueError, match="`ema` .*there are none"):
             find(loaded, ema=True)
 
@@ -243,3 +242,47 @@ def test_an_error_names_no_more_than_a_few_of_many_sets():
     with pytest.raises(ValueError, match="set0, set1, set10, 97 more"):
         find(loaded)
     assert "97 more" in find({"state_dict": weights(), **loaded}).note()
+
+
+def shadows(*values):
+    return {"decay": 0.9, "num_updates": 3, "shadow_params": list(values)}
+
+
+def test_averages_without_names_are_those_of_the_parameters_in_order():
+    """As torch_ema keeps them: without the statistics, which stay the raw ones."""
+    raw = {key: np.full((i + 1,), 0.0) for i, key in enumerate(KEYS)}
+    averages = [np.full((size,), float(size)) for size in (1, 3, 4)]
+    loaded = {"model": raw, "ema": shadows(*averages)}
+    found = find(loaded)
+    assert found.state == raw
+    note = (
+        "the weights at `model` are taken, not those at `ema.shadow_params`; `ema` "
+        "(=True) takes the averaged ones"
+    )
+    assert found.note() == note
+    found = find(loaded, ema=True)
+    assert list(found.state) == list(KEYS)
+    assert [array[0] for array in found.state.values()] == [1, 0, 3, 4]
+    assert found.note() == (
+        "the weights at `ema.shadow_params` are taken, not those at `model`"
+    )
+    # Named averages are surer.
+    loaded["model_ema"] = {key: array + 7 for key, array in raw.items()}
+    assert find(loaded, ema=True).state["linear.bias"][0] == 7
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (1, 4, 3), (1, 2, 3, 4)])
+def test_averages_without_names_that_do_not_fit_are_refused(sizes):
+    raw = {key: np.full((i + 1,), 0.0) for i, key in enumerate(KEYS)}
+    loaded = {"model": raw, "ema": shadows(*map(np.ones, sizes))}
+    message = rf"shadow_params has {len(sizes)} averages .* the 3 parameters beside"
+    with pytest.raises(ValueError, match=message):
+        find(loaded, ema=True)
+    assert find(loaded).state == raw
+
+
+@pytest.mark.parametrize("listed", [[], [1.0], "ab", np.ones(3)])
+def test_other_lists_are_no_averages(listed):
+    loaded = {"model": weights(), "ema": {"shadow_params": listed}}
+    with pytest.raises(ValueError, match="needs averaged weights"):
+        find(loaded, ema=True)

@@ -38,6 +38,29 @@ class ImageSet:
         """Number of classes."""
         return len(self.class_names)
 
+    def with_classes(self, class_names: Sequence[str]) -> "ImageSet | None":
+        """Returns the set with labels that count a checkpoint's classes, by name.
+
+        None means that names do not tell which class is which: they are missing (then
+        numbers stand for them), occur twice, or are not all the checkpoint's.
+        """
+        places = {name: place for place, name in enumerate(class_names)}
+        has_names = self.class_names != tuple(map(str, range(self.num_classes)))
+        is_clear = len(places) == len(class_names)
+        if not (has_names and is_clear and {*self.class_names} <= places.keys()):
+            return None
+        found = np.array([places[name] for name in self.class_names], np.int32)
+
+        def renumbered(split: Split) -> Split:
+            return dataclasses.replace(split, labels=found[split.labels])
+
+        return dataclasses.replace(
+            self,
+            class_names=tuple(class_names),
+            train=None if self.train is None else renumbered(self.train),
+            test=renumbered(self.test),
+        )
+
     def describe(self) -> dict[str, object]:
         """Returns what must be the same when a run is resumed, as JSON."""
         return {

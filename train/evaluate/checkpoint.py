@@ -99,6 +99,11 @@ def _load_fitting(
             f"{data.name} has images of {data.image_shape[0]} x {data.image_shape[1]}; "
             f"the network was trained on {height} x {width} (--resize resizes them)."
         )
+    by_name = data.with_classes(network.class_names)
+    if by_name is not None:
+        if by_name.class_names != data.class_names:
+            say(f"classes of {data.name} are those of the network by their names")
+        return by_name
     warn_of_other_names(data, network.class_names)
     highest, num_classes = int(data.test.labels.max()), network.model.num_classes
     if highest >= num_classes:

@@ -16,7 +16,12 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from inertia_jax import count_cost
-from inertia_jax.metadata import load_metadata
+from inertia_jax.metadata import (
+    best_step,
+    checkpoint_path,
+    latest_steps,
+    load_metadata,
+)
 from train.command import shell_command
 from train.config import Config
 from train.config_file import config_to_json, differing_fields
@@ -33,7 +38,7 @@ from train.fit.teacher import resolve_teacher
 from train.fit.trainer import Trainer, make_metadata
 from train.machine.processes import differing_process, is_lost, say
 from train.networks import make_model
-from train.run.checkpoints import Checkpoints, find_checkpoint, last_checkpoint
+from train.run.checkpoints import Checkpoints
 from train.run.directory import RunDirectory
 from train.step.state import TrainState, training_to_dict
 from train.step.trainable import describe_trained
@@ -307,17 +312,23 @@ def summary(result: FitResult) -> str:
         raise ValueError("a run that was not stopped has an evaluation.")
     options = ["--flip-test"] if evaluation.flip_test else []
     top5 = f", top-5 {evaluation.top5:.2%}" if evaluation.has_top5 else ""
-    best = find_checkpoint(result.workdir)
-    tie = ""
-    if best != last_checkpoint(result.workdir):
-        found = load_metadata(best).info.get("evaluation") or {}
-        if found.get("top1") == evaluation.top1:
-            tie = ", the first of those with this accuracy"
     return (
         f"test top-1 {evaluation.top1:.2%}{top5}, loss "
         f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
         f"checkpoints  {result.workdir}/checkpoints\n"
-        f"best         {best.name}{tie}\n"
+        f"{_best(result.workdir / 'checkpoints', evaluation.top1)}"
         f"metrics      {result.workdir}/metrics.jsonl, {result.workdir}/tensorboard\n"
         f"evaluate     {shell_command('evaluate', result.workdir, *options)}"
     )
+
+
+def _best(checkpoints: pathlib.Path, last_top1: float) -> str:
+    """Returns a line that names the best checkpoint, "" where none was evaluated."""
+    step = best_step(checkpoints)
+    if step is None:
+        return ""
+    path, tie = checkpoint_path(checkpoints, step), ""
+    is_last = step == latest_steps(checkpoints)[-1]
+    if not is_last and load_metadata(path).info["evaluation"]["top1"] == last_top1:
+        tie = ", the first of those with this accuracy"
+    return f"best         {path.name}{tie}\n"

@@ -163,6 +163,10 @@ class Trainer:
     def init_state(self) -> TrainState:
         """Puts the first state on the devices, as `config.init` has it or drawn.
 
+        The files of `config.init` are not hashed here: `fit` has done it before it read
+        the data, and a second time would double the start. Whoever makes a trainer
+        without `fit` calls `verify_initial` and `check_initial` first.
+
         Raises:
             UsageError: As `read_initial`, or the model cannot take the images.
         """

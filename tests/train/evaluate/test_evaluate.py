@@ -13,6 +13,7 @@ from PIL import Image
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata
 from train.__main__ import main
+from train.data import ImageSet, Split
 from train.evaluate.evaluation import Evaluation
 from train.fit.loop import FitResult, summary
 from train.machine.processes import warn
@@ -123,16 +124,48 @@ def test_another_number_of_classes_is_said(names, tmp_path, capsys):
     source = save_images(tmp_path / "set.npz", [0, 1, 2, 1], label_names=list("abc"))
     assert main(["evaluate", checkpoint, "--data", source]) == 0
     said = capsys.readouterr()
-    assert (
+    by_name = names == "abcdefghij"
+    warning = (
         "warning: set has 3 classes, the network 10; classes are compared by their "
-        in (said.err)
     )
+    assert (warning in said.err) == (not by_name)
+    assert ("of set are those of the network by their names" in said.err) == by_name
     differs = "label 2 is 'c' in set and 'x' in the checkpoint" in said.err
     assert differs == (names == "abxdefghij")
     assert "nan" not in said.out and "without images: " in said.out
     rows = said.out.split("answer)\n")[1].splitlines()
     assert [row.split()[0] for row in rows[:-1]] == ["a", "b", names[2:3] or "c"]
     assert "top-5" in said.out
+
+
+def test_classes_are_compared_by_name_where_both_have_names(tmp_path, capsys):
+    checkpoint = save_network(tmp_path / "checkpoint", names="abcdefghij")
+    found = {}
+    for listed in ("ca", "abcdefghij", "acdefghijb"):
+        labels = [listed.index(name) for name in "acca"]
+        source = save_images(tmp_path / "set.npz", labels, label_names=list(listed))
+        out = tmp_path / "found.json"
+        arguments = ["evaluate", checkpoint, "--data", source, "--out", str(out)]
+        assert main(arguments) == 0
+        said = capsys.readouterr()
+        assert "warning" not in said.err
+        assert ("by their names" in said.err) == (listed != "abcdefghij")
+        found[listed] = json.loads(out.read_text())
+    assert np.sum(found["ca"]["confusion"], 1).tolist() == [2, 0, 2, *[0] * 7]
+    assert found["ca"] == found["abcdefghij"] == found["acdefghijb"]
+
+
+def test_names_that_do_not_tell_the_classes_leave_the_numbers():
+    split = Split(np.zeros((3, *SHAPE), np.uint8), np.array([0, 1, 1], np.int32))
+    data = ImageSet("set", split, split, ("b", "a"))
+    renumbered = data.with_classes(("a", "x", "b"))
+    assert renumbered.train.labels.tolist() == [2, 0, 0]
+    assert renumbered.test.labels.tolist() == [2, 0, 0]
+    assert renumbered.class_names == ("a", "x", "b")
+    for theirs in ((), ("a", "c"), ("a", "b", "b"), ("0", "1")):
+        assert data.with_classes(theirs) is None
+    unnamed = dataclasses.replace(data, class_names=("0", "1"))
+    assert unnamed.with_classes(("0", "1", "2")) is None
 
 
 @pytest.mark.parametrize(("num_classes", "shown"), [(3, False), (5, False), (6, True)])

@@ -338,7 +338,7 @@ TOO_LARGE = ij.Plan((("conv2", ij.Inertial(5, 6)),)).to_json()
     [
         (["--model.name", "resnet19"], "resnet19"),
         (["--model.plan", "{"], "a plan must be JSON"),
-        (["--data.source", "mnist"], "must be tfds:NAME"),
+        (["--data.source", "mnits"], "must be tfds:NAME"),
         (["--data.source", "npz:none.npz"], "no file none.npz"),
         (["--batch-size", "12"], "multiple of the 8 devices"),
         (["--batch-size", "800"], "at most 165"),
@@ -638,7 +638,7 @@ def test_checkpoints_are_compared_on_the_same_images(run, data, tmp_path, capsys
 
 def test_other_names_of_classes_are_said(run, data, tmp_path, capsys):
     archive = dict(np.load(data.removeprefix("npz:")))
-    names = {"one": list("abcdefghij"), "two": list("abdcefghij")}
+    names = {"one": list("abcdefghij"), "two": list("abxcefghij")}
     for name, listed in names.items():
         np.savez(tmp_path / f"{name}.npz", **archive, label_names=listed)
     arguments = [*FIT, "--epochs", "1", "--workdir", str(tmp_path / "run")]
@@ -646,7 +646,7 @@ def test_other_names_of_classes_are_said(run, data, tmp_path, capsys):
     capsys.readouterr()
     arguments = ["evaluate", str(tmp_path / "run"), "--data"]
     assert main([*arguments, f"npz:{tmp_path / 'two.npz'}"]) == 0
-    assert "label 2 is 'd' in two and 'c' in the checkpoint" in capsys.readouterr().err
+    assert "label 2 is 'x' in two and 'c' in the checkpoint" in capsys.readouterr().err
     assert main([*arguments, data]) == 0  # unnamed: numbers alone
     assert "warning" not in capsys.readouterr().err
 
