@@ -94,8 +94,8 @@ def make_inertial(
         channel_stride: The step between channels that friction reads, as in `Inertial`.
         batch_size: Images per call; images that fill no whole batch are left out.
         apply_fn: How the network is called, as in `compress`.
-        progress: A function that is told how much of the search is done, in percent of
-            the MACs to save, as in `compress`.
+        progress: A function that is told how much of the search is done, as in
+            `compress`: layers that were tried, then percent of the MACs to save.
 
     Returns:
         (model, variables) of the inertial network.

@@ -177,8 +177,13 @@ class ThresholdSearch:
         first = state.cost
         while True:
             if progress is not None:
-                share = (first - state.cost) / (first - budget)
-                progress("choosing thresholds, percent", max(0, int(100 * share)), 100)
+                untried = sum(score == -np.inf for score, _ in queue)
+                if untried:
+                    every = len(self._paths)
+                    progress("trying to close tiles, layers", every - untried, every)
+                else:
+                    percent = int(100 * (first - state.cost) / (first - budget))
+                    progress("choosing thresholds, percent", max(0, percent), 100)
             _, path = heapq.heappop(queue)
             trial = self.with_rate(state, path, _RATES[levels[path] + 1])
             while trial.cost >= state.cost and levels[path] + 2 < len(_RATES):
