@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -80,8 +81,14 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """
     # `pathlib` makes one slash of two. A drive of Windows has one letter.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        url = os.fspath(path)
+        if url.startswith(("http:", "https:", "ftp:")):
+            raise ValueError(
+                f"{url} is a URL; files are read by paths of this machine alone: "
+                f"download it first, with `curl -LO {shlex.quote(url)}`."
+            )
         raise ValueError(
-            f"{os.fspath(path)} is a URL; files are read and written by paths of this "
+            f"{url} is a URL; files are read and written by paths of this "
             f"machine alone: mount that storage, or copy from and to it."
         )
     return pathlib.Path(path)

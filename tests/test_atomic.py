@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import inertia_jax as ij
 from inertia_jax.atomic import appearing, local_path, this_machine
 
 
@@ -185,5 +186,11 @@ def test_urls_are_refused(path, tmp_path, monkeypatch):
     ):
         pass
     assert names(tmp_path) == []
+    url = "https://host/a.pth?x=1&y=2"
+    command = r"download it first, with `curl -LO 'https://host/a.pth\?x=1&y=2'`"
+    with pytest.raises(ValueError, match=command):
+        local_path(url)
+    with pytest.raises(ValueError, match=command):
+        ij.load_torch(ij.create_model("lenet", width=0.1), url)
     assert local_path("a:b/c") == pathlib.Path("a:b/c")
     assert local_path("C:/x") == pathlib.Path("C:/x")

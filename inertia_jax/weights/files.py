@@ -17,6 +17,7 @@ from typing import IO, Any, cast
 import numpy as np
 from safetensors import SafetensorError
 
+from inertia_jax.atomic import local_path
 from inertia_jax.weights.flax_files import is_msgpack, read_msgpack, read_orbax
 from inertia_jax.weights.pickles import Unknown, as_key, is_text, read_pickle
 from inertia_jax.weights.rebuild import TABLE, Storage, storage_dtype
@@ -55,7 +56,7 @@ def read_weights(
     """
     if isinstance(weights, Mapping):
         return weights, None
-    path = pathlib.Path(weights).expanduser()
+    path = local_path(weights).expanduser()
     loaded = read_weights_file(path)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; must be a dict.")
