@@ -178,7 +178,8 @@ class LowRankConv(nnx.Module):
         kernel_size: A 1 for each axis of an image.
 
     Raises:
-        ValueError: A rank outside its range, a side that is not 1, or groups that do not divide the channels.
+        ValueError: A rank outside its range, a side that is not 1, or groups that do
+            not divide the channels.
     """
 
     def __init__(
