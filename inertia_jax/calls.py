@@ -165,9 +165,16 @@ def apply_network(
     key = jax.random.key(0)
     # Streams of any other name come from that of the parameters.
     rngs = {"params": key, "dropout": key}
-    changing = {*variables, *mutable, _fresh_name()} - {"params"}
-    apply = nn.apply(_network_call(train, apply_fn), model, mutable=sorted(changing))
-    outputs, changed = apply(variables, images, rngs=rngs)
+    changing = {*variables, *mutable} - {"params"}
+    call = _network_call(train, apply_fn)
+    try:
+        apply = nn.apply(call, model, mutable=sorted({*changing, _fresh_name()}))
+        outputs, changed = apply(variables, images, rngs=rngs)
+    except flax.errors.ScopeCollectionNotFound:
+        # With a collection that may change, `nn.map_variables(init=True)` takes the
+        # call for the first one.
+        apply = nn.apply(call, model, mutable=sorted(changing))
+        outputs, changed = apply(variables, images, rngs=rngs)
     return outputs, changed
 
 

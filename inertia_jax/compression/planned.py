@@ -157,8 +157,9 @@ def _made_like(module: Any, cls: Any, **fields: Any) -> Any:
         raise ValueError(f"{path!r} must be called inside `apply` or `init`.")
     names = [field.name for field in dataclasses.fields(cls)]
     same = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    if sides := _sides(module):
-        same["kernel_size"] = sides
+    if "kernel_size" in same:
+        # A number would be the side of a square.
+        same["kernel_size"] = _sides(module)
     # A layer called twice makes its parts twice, in the same places.
     own = {"parent": module.scope.rewound(), "name": None}
     return cls(**same | fields | own)

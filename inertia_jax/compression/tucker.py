@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from inertia_jax.compression.sites import (
 from inertia_jax.compression.weighed_kernel import WeighedKernel
 from inertia_jax.inputs import Shape, batched, checked_inputs, shape_of_one
 from inertia_jax.models.create import image_shape_of
+from inertia_jax.models.network import Network
 from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import Conv, Spec, Tucker2
@@ -71,9 +73,10 @@ def compress(
 
     A convolution stays as it is where no factors could stand for its kernel: where its
     parameters are transformed on the way (`nn.map_variables`, `nn.WeightNorm`,
-    `nn.SpectralNorm`), are also used elsewhere (tied weights), or are those of several
-    layers in one array (`nn.scan`, `nn.vmap`), and where it is more than an `nn.Conv`
-    of two dimensions. `Planned.kept` says which and why, and so does `count_cost`.
+    `nn.SpectralNorm`), are also used elsewhere (tied weights), in training as well, or
+    are those of several layers in one array (`nn.scan`, `nn.vmap`), and where it is
+    more than an `nn.Conv` of any number of axes. With `calibration`, layers in loops
+    stay, too. `Planned.kept` says which and why, and so does `count_cost`.
 
     Args:
         model: A network of this library, or any Linen model made of `nn.Conv`, which
@@ -84,15 +87,21 @@ def compress(
         ranks: A rule (`Ratio`, `Energy`, `Evbmf` or `Budget`), or explicit ranks: a
             `Plan` of `Tucker2`, `LowRank` and `Conv` by glob.
         method: `hosvd`, or `hooi`, which is slower and never worse; see `ops.tucker2`.
-        calibration: Some hundred of the network's inputs, normalised.
-        layers: A glob over the paths of the convolutions that may change.
+        calibration: Some hundred of the network's inputs, normalised: an array, or, for
+            a network of several inputs, a dictionary of arrays, which it is called with
+            (`apply_fn` may take it apart).
+        layers: A glob over the paths of the layers that may change.
+        dense: Whether linear layers (`nn.Dense`) may change, too: each becomes two
+            (`LowRank`). They do not by default, so that a convolution network's
+            classifier, of which little can be saved, is what it was.
         keep_stem: Whether the first convolution is left as it is.
         only_cheaper: Whether a convolution stays as it is if its new form would not
             take fewer MACs. It has no effect on explicit ranks, nor on a `Budget`,
             which never takes a form that costs more in the budget's units.
         round_to: The number that ranks are rounded up to multiples of, to suit the
             hardware; it must be 1 with explicit ranks.
-        image_shape: The shape [h, w, c] that MACs are counted at. None: that of
+        image_shape: The shape of one input that MACs are counted at: [h, w, c], that of
+            a sequence or a volume, or a dictionary of shapes. None: that of
             `calibration`, or the one that a network of this library was published for.
         batch_size: Calibration images per call; images that fill no whole batch are
             left out.
@@ -119,6 +128,10 @@ def compress(
     """
     _check_options(ranks, round_to, batch_size)
     images = None if calibration is None else checked_inputs(calibration)
+    if isinstance(model, Network) and np.ndim(images) not in (0, 4):
+        raise ValueError(
+            f"`calibration` (shape {np.shape(images)}) must be [n, h, w, c]."
+        )
     if image_shape is None and images is not None:
         image_shape = shape_of_one(images)
     shape = image_shape_of(model, image_shape)

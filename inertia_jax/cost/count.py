@@ -17,7 +17,7 @@ from inertia_jax.cost.other import count_other
 from inertia_jax.cost.table import CostTable, LayerCost
 from inertia_jax.dropped import find_convolutions, find_dropped
 from inertia_jax.inputs import Shape, one_input
-from inertia_jax.intercept import on_calls
+from inertia_jax.intercept import Wrapper, on_calls
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import (
     CONVOLUTIONS,
@@ -67,12 +67,17 @@ def count_cost(
     """
     shape = input_shape
     if isinstance(shape, Sequence):
-        if not shape or min(shape) < 1:
+        # A network that has a plan takes images, of two axes.
+        takes_images = plan_of(model) is not None and not isinstance(model, Wrapper)
+        is_image = len(shape) in (3, 4) or not takes_images
+        if not shape or min(shape) < 1 or not is_image:
             raise ValueError(
                 f"`input_shape` (={input_shape}) must be (h, w, c) or (n, h, w, c), or "
                 f"the shape of another input."
             )
-        if len(shape) == 4 and not _takes_volumes(model, shape, apply_fn):
+        if len(shape) == 4 and (
+            takes_images or not _takes_volumes(model, shape, apply_fn)
+        ):
             shape = shape[1:]
     return count_one(model, shape, gate_rates=gate_rates, apply_fn=apply_fn)
 

@@ -710,14 +710,7 @@ def test_variables_of_another_network_are_refused():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (("rows", ij.Tucker2(1, 1)), "'rows', which is not two-dimensional"),
-        (("rows_again", ij.Tucker2(1, 1)), "which is not two-dimensional"),
         (("Conv_0", ij.LowRank(1)), r"whose filters are \(5, 5\); must be 1 x 1"),
-        (("Conv_0", ij.Inertial(3, 4)), "must be a Tucker2 with an ordinary core"),
-        (
-            ("Conv_0", ij.Tucker2(1, 1, core=ij.Inertial(3, 4, reading="tiled"))),
-            "must be a Tucker2 with an ordinary core",
-        ),
         (("Conv_0", ij.Tucker2(4, 1)), r"`rank_in` \(=4\) must be in \[1, 3\]"),
     ],
 )
