@@ -162,9 +162,7 @@ def apply_network(
         ValueError: The network is called in another way, or in training mode although
             it takes none of the arguments, and there is no `apply_fn`.
     """
-    key = jax.random.key(0)
-    # Streams of any other name come from that of the parameters.
-    rngs = {"params": key, "dropout": key}
+    rngs = same_keys(jax.random.key(0))
     changing = {*variables, *mutable} - {"params"}
     call = _network_call(train, apply_fn)
     try:
@@ -219,6 +217,12 @@ def own_errors(model: nn.Module, images: Any) -> Iterator[None]:
         ) from error
 
 
+def same_keys(key: jax.Array) -> dict[str, jax.Array]:
+    """Returns a key for every random stream that a network may ask for."""
+    # Streams of any other name come from that of the parameters.
+    return {"params": key, "dropout": key}
+
+
 def takes_train(model: nn.Module, apply_fn: ApplyFn | None = None) -> bool:
     """Returns whether a network can be called in training mode."""
     while isinstance(model, Wrapper):
@@ -242,7 +246,7 @@ def one_array(outputs: Any) -> Any:
 
 def _network_call(train: bool, apply_fn: ApplyFn | None) -> Callable[[Any, Any], Any]:
     """Returns a function of a bound model and images that calls the network."""
-    call = _default_call if apply_fn is None else apply_fn
+    call = call_network if apply_fn is None else apply_fn
 
     def network_call(model: Any, images: Any) -> Any:
         with contextlib.ExitStack() as stack:
@@ -253,8 +257,12 @@ def _network_call(train: bool, apply_fn: ApplyFn | None) -> Callable[[Any, Any],
     return network_call
 
 
-def _default_call(model: Any, images: Any, train: bool) -> Any:
-    """Calls a network by what its signature says."""
+def call_network(model: Any, images: Any, train: bool) -> Any:
+    """Calls a network, bound to its variables, by what its signature says.
+
+    Raises:
+        ValueError: The signature asks for more, or has no argument for `train`.
+    """
     name, modes = type(model).__name__, _modes(model, train=train)
     how = "say how it is called with `apply_fn`, a function of (model, images, train)"
     if train and not modes:

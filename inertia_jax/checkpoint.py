@@ -33,7 +33,7 @@ from inertia_jax.metadata import (
     find_checkpoint,
     load_description,
 )
-from inertia_jax.models.create import image_shape_of
+from inertia_jax.models.create import image_shape_of, known_name
 from inertia_jax.variables import plain_variables
 
 
@@ -161,6 +161,11 @@ def load_checkpoint(
     verify_checkpoint(path)
     make = None if model is None else lambda about, metadata: model
     found, metadata = load_description(path, make)
+    if model is not None and (name := known_name(found)) is not None:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be None: {path} has a {name} of "
+            f"this library, which is made by itself."
+        )
     variables = load_arrays(path)["variables"]
     if model is not None:
         known = metadata.preprocessing

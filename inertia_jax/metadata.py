@@ -145,8 +145,9 @@ def _describe_model(model: nn.Module) -> dict[str, Any]:
     """Returns what a network of this library is made of, or the class of another."""
     name = known_name(model)
     options = _OWN_OPTIONS if name is None else _MODEL_OPTIONS
-    given = {option: getattr(model, option, None) for option in options}
-    told = {option: value for option, value in given.items() if value is not None}
+    inner = model.unplanned if isinstance(model, Planned) else model
+    given = {o: getattr(model, o, getattr(inner, o, None)) for o in options}
+    told = {o: v for o, v in given.items() if isinstance(v, (int, float, str))}
     if name is not None:
         return {"name": name, "dtype": np.dtype(model.dtype).name, **told}
     kept: tuple[tuple[str, str], ...] = ()
@@ -188,12 +189,13 @@ def load_description(
         path: The checkpoint.
         make: A function of what is known of a model that is none of this library's
             (`class`, `kept`, and `factory` and `num_classes` where they were saved),
-            and of the checkpoint's metadata. It returns the model without a plan.
+            and of the checkpoint's metadata. It returns the model, whose own plan does
+            not matter. Networks of this library are made without it.
 
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
-        ValueError: Its description is broken, or of another version, or it has another
-            kind of network than `make` says.
+        ValueError: Its description is broken, or of another version, or there is no
+            `make` where it is needed.
     """
     description = _read_description(path)
     metadata = _make_metadata(path, description)
@@ -201,11 +203,6 @@ def load_description(
         plan = Plan.from_json(json.dumps(description["plan"]))
         about = {**description["model"]}
         if "class" not in about:
-            if make is not None:
-                raise ValueError(
-                    f"{path} has a {about.get('name')} of this library, which it makes "
-                    f"itself: give no `model`."
-                )
             return create_model(plan=plan, **about), metadata
         kept = tuple((str(layer), str(why)) for layer, why in about["kept"])
     except (KeyError, TypeError) as error:

@@ -16,6 +16,9 @@ from inertia_jax.ops.inertial.settings import near_miss
 from train.errors import UsageError, user_input
 from train.sources import Source
 
+# What makes a network of the user's own, for verbs that open a checkpoint.
+FactoryOption = Annotated[str | None, tyro.conf.arg(name="model.factory")]
+
 # Options of data, as verbs have them whose options are not nested. Either spelling is
 # taken everywhere.
 SourceOption = Annotated[Source | None, tyro.conf.arg(aliases=("--data.source",))]
@@ -130,6 +133,9 @@ class Model:
 
     name: str = "resnet18"
     """lenet, resnet18/20/32/44/56, simpledla or vgg16."""
+    factory: str | None = None
+    """A network of your own in place of these: MODULE:FUNCTION, called with
+    `num_classes=N`, returns a Linen module from images to logits."""
     width: float = 1.0
     """Multiplies every number of channels."""
     stem: Literal["cifar", "imagenet"] = "cifar"
@@ -145,6 +151,15 @@ class Model:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.factory is not None:
+            if self.name not in (type(self).name, self.factory):
+                raise UsageError(
+                    f"`model.name` (={self.name}) does nothing with `model.factory` "
+                    f"(={self.factory})."
+                )
+            # The name that runs and records have.
+            object.__setattr__(self, "name", self.factory)
+            return
         with user_input():
             check_model_name("model.name", self.name)
 
@@ -297,6 +312,10 @@ FINETUNE = Config(
 # first has no effect.
 _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("model.strict", "model.plan", lambda plan: plan != "[]"),
+    ("model.width", "model.factory", lambda factory: factory is None),
+    ("model.stem", "model.factory", lambda factory: factory is None),
+    ("model.shortcut", "model.factory", lambda factory: factory is None),
+    ("model.dtype", "model.factory", lambda factory: factory is None),
     ("new_head", "init", lambda path: path is not None),
     ("distill_weight", "teacher", lambda path: path is not None),
     ("distill_temperature", "teacher", lambda path: path is not None),

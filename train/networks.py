@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from inertia_jax import CostTable, Plan, count_cost, create_model
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
+from inertia_jax.differences import differing_from
 from inertia_jax.metadata import (
     Metadata,
     Preprocessing,
@@ -21,6 +22,12 @@ from inertia_jax.models.create import model_name
 from train.config import Config, Data, Model
 from train.errors import UsageError, user_input
 from train.machine.processes import say
+from train.own_network import (
+    OwnNetwork,
+    check_own_network,
+    find_factory,
+    make_own_network,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +119,56 @@ class TrainedNetwork(NetworkDescription):
     variables: dict[str, Any]
 
 
-def read_description(path: pathlib.Path) -> NetworkDescription:
-    """Reads a checkpoint's network without its variables; no hash is checked.
+def open_description(
+    path: pathlib.Path, *, factory: str | None = None
+) -> tuple[nn.Module, Metadata]:
+    """Reads a checkpoint's network and metadata; no hash is checked.
+
+    Args:
+        path: The checkpoint.
+        factory: What makes a network of the user's own, as MODULE:FUNCTION; None: what
+            the checkpoint says.
 
     Raises:
-        UsageError: There is no checkpoint at `path`, its description is broken, or it
-            does not say how images become the network's input.
+        UsageError: There is no checkpoint at `path`, its description is broken, or its
+            network cannot be made.
     """
+
+    def make(about: Mapping[str, Any], metadata: Metadata) -> nn.Module:
+        name = factory or about.get("factory")
+        num_classes = about.get("num_classes") or len(metadata.class_names)
+        if not name:
+            raise UsageError(
+                f"{path} has a {about['class']} and does not say what makes it; say "
+                f"--model.factory MODULE:FUNCTION."
+            )
+        if not num_classes:
+            raise UsageError(
+                f"{path} does not say how many classes it has; save it with "
+                f"`class_names` in its metadata."
+            )
+        return make_own_network(str(name), num_classes=num_classes)
+
     with user_input():
-        model, metadata = load_description(path)
+        model, metadata = load_description(path, make)
+    if factory and not isinstance(model, OwnNetwork):
+        raise UsageError(
+            f"`model.factory` (={factory}) does nothing with {path}, which has a "
+            f"{model_name(model)} of this library."
+        )
+    return model, metadata
+
+
+def read_description(
+    path: pathlib.Path, *, factory: str | None = None
+) -> NetworkDescription:
+    """Reads a checkpoint's network without its variables, as `open_description` does.
+
+    Raises:
+        UsageError: As `open_description`, or the checkpoint does not say how images
+            become the network's input.
+    """
+    model, metadata = open_description(path, factory=factory)
     if metadata.preprocessing is None:
         raise UsageError(
             f"{path} has no preprocessing: it does not say how images become its input."
@@ -130,18 +178,26 @@ def read_description(path: pathlib.Path) -> NetworkDescription:
     )
 
 
-def read_network(path: pathlib.Path) -> TrainedNetwork:
+def read_network(path: pathlib.Path, *, factory: str | None = None) -> TrainedNetwork:
     """Reads a checkpoint's network, every file checked against its SHA-256.
 
     Raises:
-        UsageError: As `read_description`, or the checkpoint is damaged.
+        UsageError: As `read_description`, or the checkpoint is damaged, or has not the
+            variables of a network of the user's own.
     """
     say(f"reading {path}")
     with user_input():
         verify_checkpoint(path)
-    description = read_description(path)
+    description = read_description(path, factory=factory)
     with user_input():
         variables = load_arrays(path)["variables"]
+    model = description.model
+    if isinstance(model, OwnNetwork):
+        shape = description.preprocessing.image_shape
+        if differing := differing_from(model, variables, shape):
+            raise UsageError(
+                f"{path} is not of `model.factory` (={model.factory}): {differing}."
+            )
     return TrainedNetwork(**vars(description), variables=variables)
 
 
@@ -151,19 +207,51 @@ def cost_to_json(cost: CostTable) -> dict[str, int | float]:
     return {name: getattr(cost, name) for name in names}
 
 
-def make_model(config: Model, *, num_classes: int) -> nn.Module:
-    """Makes the configured network.
+def check_model(config: Model) -> None:
+    """Checks that there is such a network, before anything is known of the data.
 
     Raises:
         ValueError: The name is unknown, or an option is outside its range.
+        UsageError: There is no such factory.
     """
+    if config.factory is None:
+        make_model(config, num_classes=1)
+    else:
+        find_factory(config.factory)
+        Plan.from_json(config.plan)
+
+
+def make_model(
+    config: Model,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Any:
+    """Makes the configured network.
+
+    Args:
+        config: The configuration.
+        num_classes: The number of classes.
+        image_shape: The shape [h, w, c] of its input. None: a network of the user's own
+            is not checked.
+
+    Raises:
+        ValueError: The name is unknown, or an option is outside its range.
+        UsageError: The factory cannot make a network for such images.
+    """
+    plan = Plan.from_json(config.plan)
+    if config.factory is not None:
+        own = make_own_network(config.factory, num_classes=num_classes, plan=plan)
+        if image_shape is not None:
+            check_own_network(own, image_shape, strict=config.strict)
+        return own
     return create_model(
         config.name,
         num_classes=num_classes,
         width=config.width,
         stem=config.stem,
         shortcut=config.shortcut,
-        plan=Plan.from_json(config.plan),
+        plan=plan,
         dtype=jnp.dtype(config.dtype),
         strict=config.strict,
     )
@@ -188,8 +276,36 @@ def make_preprocessing(data: Data, stored_shape: tuple[int, int, int]) -> Prepro
     return Preprocessing(shape, data.mean, data.std, data.eval_resize)
 
 
-def model_config(model: nn.Module, *, strict: bool = False) -> Model:
+def with_classes(model: Any, num_classes: int) -> Any:
+    """Returns a network with another number of classes."""
+    if isinstance(model, OwnNetwork):
+        return make_own_network(model.factory, num_classes=num_classes, plan=model.plan)
+    return model.clone(num_classes=num_classes)
+
+
+def with_dtype(model: Any, dtype: Any) -> Any:
+    """Returns a network that computes in another type.
+
+    Raises:
+        ValueError: A network of the user's own has no field `dtype`.
+    """
+    if not isinstance(model, OwnNetwork):
+        return model.clone(dtype=dtype)
+    if model.dtype == dtype:
+        return model
+    inner: Any = model.unplanned
+    if not hasattr(inner, "dtype"):
+        raise ValueError(
+            f"`dtype` (={jnp.dtype(dtype)}) must be {model.dtype}: "
+            f"{type(inner).__name__} has no field `dtype`."
+        )
+    return model.clone(unplanned=inner.clone(dtype=dtype))
+
+
+def model_config(model: Any, *, strict: bool = False) -> Model:
     """Returns the configuration that makes a network."""
+    if isinstance(model, OwnNetwork):
+        return Model(factory=model.factory, plan=model.plan.to_json(), strict=strict)
     return Model(
         name=model_name(model),
         width=model.width,

@@ -20,7 +20,7 @@ from inertia_jax.compression.calibration import (
 from inertia_jax.compression.sites import layer_places
 from inertia_jax.cost.count import count_cost
 from inertia_jax.inputs import batched
-from inertia_jax.layers.inertial import FRICTION, GATE_RATE
+from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
 from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
 from inertia_jax.progress import Progress
@@ -105,12 +105,9 @@ class ThresholdSearch:
         rates, frictions = {}, {}
         for path in self._paths:
             # A layer that is called twice sows twice.
-            calls = [f.reshape(len(f), -1) for f in subtree(sown, path)[FRICTION]]
-            shares = subtree(sown, path)[GATE_RATE]
-            tiles = np.array([f.shape[1] for f in calls])
-            rates[path] = sum(
-                share * n for share, n in zip(shares, tiles / tiles.sum(), strict=True)
-            )
+            found = subtree(sown, path)
+            calls = [f.reshape(len(f), -1) for f in found[FRICTION]]
+            rates[path] = mean_gate_rate(found[GATE_RATE], calls)
             frictions[path] = jnp.concatenate(calls, 1)
         return divergence(dense, logits), rates, frictions
 

@@ -271,5 +271,21 @@ class InertialConv(nn.Module):
         return value
 
 
+def mean_gate_rate(
+    gate_rates: Sequence[Float[Array, "n"]], frictions: Sequence[Array]
+) -> Float[Array, "n"]:
+    """Returns the share of open gates over all calls of a layer, of each image.
+
+    Args:
+        gate_rates: What the calls sowed as `gate_rate`.
+        frictions: What they sowed as `friction`, one value a gate.
+    """
+    if len(gate_rates) == 1:
+        return gate_rates[0]
+    sizes = np.array([friction.size for friction in frictions])
+    shares = sizes / sizes.sum()
+    return sum(r * share for r, share in zip(gate_rates, shares, strict=True))
+
+
 def _running_mean(running: Array, value: Array) -> Array:
     return _MOMENTUM * running + (1 - _MOMENTUM) * value

@@ -22,6 +22,7 @@ from inertia_jax.models.vgg import VGG16
 from inertia_jax.ops.inertial.settings import check_choice, near_miss
 from inertia_jax.plan.plan import Plan, without_ladders
 from inertia_jax.plan.specs import as_python
+from inertia_jax.variables import without_boxes
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": ResNet18,
@@ -114,7 +115,7 @@ def create_model(
         **options,
     )
     if model.plan.rules:
-        _check_plan(model, strict=strict)
+        check_plan(model, input_shape(model), strict=strict)
     return model
 
 
@@ -246,7 +247,7 @@ def _first_variables(
     apply_fn: ApplyFn | None = None,
 ) -> dict[str, Any]:
     images = jnp.zeros((1, *(shape or input_shape(model))), jnp.float32)
-    variables = init_network(model, key, images, apply_fn=apply_fn)
+    variables = without_boxes(init_network(model, key, images, apply_fn=apply_fn))
     # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
     dtype = getattr(model, "dtype", None) or jnp.float32
 
@@ -258,9 +259,19 @@ def _first_variables(
     return jax.tree.map(widen, variables)
 
 
-def _check_plan(model: nn.Module, *, strict: bool) -> None:
+def check_plan(model: Any, image_shape: tuple[int, ...], *, strict: bool) -> None:
+    """Checks that every rule of a model's plan matches a convolution.
+
+    Args:
+        model: A model with a plan.
+        image_shape: The shape [h, w, c] of an input.
+        strict: Whether rules that a layer cannot follow are refused.
+
+    Raises:
+        ValueError: A rule matches none, or is refused.
+    """
     # The same layers, traced without ladders, which take as long as all else.
-    calls, _ = record_calls(without_ladders(model), input_shape(model))
+    calls, _ = record_calls(without_ladders(model), image_shape)
     convolutions = find_convolutions(calls)
     for glob, _ in model.plan.rules:
         if not fnmatch.filter(convolutions, glob):

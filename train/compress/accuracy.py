@@ -1,7 +1,6 @@
 """The accuracy of a network before and after every stage of its compression."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,10 +29,16 @@ def stage_evaluator(
     settings = EvaluationSettings(cache_dir=cache_dir, resize=True)
 
     def evaluate(stages: Mapping[str, Network]) -> dict[str, list[Evaluation]]:
-        @functools.cache
+        # Not by hash: a field of the user's network may be a list.
+        known: list[tuple[str, nn.Module, Any]] = []
+
         def evaluator(source: str, model: nn.Module) -> Any:
+            for its_source, its_model, found in known:
+                if (its_source, its_model) == (source, model):
+                    return found
             network = dataclasses.replace(description, model=model)
-            return evaluator_for(network, source, settings)
+            known.append((source, model, evaluator_for(network, source, settings)))
+            return known[-1][-1]
 
         return {
             name: [evaluator(source, model)(variables) for source in sources]

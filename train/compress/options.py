@@ -13,6 +13,7 @@ from train.config import (
     CacheDirOption,
     CropPaddingOption,
     Data,
+    FactoryOption,
     FlipOption,
     ResizedCropOption,
     SourceOption,
@@ -97,6 +98,9 @@ class Compress:
     in OUT_finetuned."""
     finetune_learning_rate: float = 0.02
     """First learning rate of these epochs, which falls to 0 by cosine."""
+    factory: FactoryOption = None
+    """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
+    says."""
     record: str | None = None
     """File to which costs and accuracies are written, as JSON."""
     seed: int = 1

@@ -17,6 +17,7 @@ from inertia_jax import (
     reconstruct,
     save_checkpoint,
 )
+from inertia_jax.calls import takes_train
 from inertia_jax.compression.recalibrate import running_statistics
 from inertia_jax.progress import Progress
 from train.compress.accuracy import Network
@@ -212,7 +213,8 @@ def _recalibrated(
 ) -> Network:
     """Returns a network with statistics of training images, or itself without any."""
     model, variables = network
-    if not args.recalibration_images or not running_statistics(variables):
+    has_statistics = running_statistics(variables) and takes_train(model)
+    if not args.recalibration_images or not has_statistics:
         return network
     say("recalibrating BatchNorm")
     # Recalibration must not change thresholds.

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jaxtyping import Int, UInt8
 
+from inertia_jax.calls import same_keys
 from inertia_jax.ops.precision import at_least_float32
 from train.data.augment import Augmentation
 from train.machine.parallel import AXIS
@@ -32,7 +33,11 @@ def make_eval_call(
 
     def answer(variables: dict[str, Any], batch: Array) -> tuple[Array, Any]:
         logits, sown = model.apply(
-            variables, batch, train=False, mutable=["intermediates"]
+            variables,
+            batch,
+            train=False,
+            mutable=["intermediates"],
+            rngs=same_keys(jax.random.key(0)),
         )
         return logits, gate_rates(sown.get("intermediates", {}))
 

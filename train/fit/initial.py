@@ -9,14 +9,18 @@ from flax import traverse_util
 
 from inertia_jax import Plan, init_variables
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
-from inertia_jax.metadata import load_description
 from inertia_jax.models.create import abstract_variables
 from train.config import Config
 from train.config_file import differing_fields
 from train.data import ImageSet, warn_of_other_names
 from train.errors import UsageError, user_input
 from train.fit.checks import check_same_everywhere
-from train.networks import make_preprocessing, model_config
+from train.networks import (
+    make_preprocessing,
+    model_config,
+    open_description,
+    with_classes,
+)
 from train.run.checkpoints import find_checkpoint
 
 
@@ -41,8 +45,8 @@ def check_initial(config: Config, data: ImageSet) -> None:
     if config.init is None:
         return
     path, name = find_checkpoint(config.init), f"`init` (={config.init})"
+    model, metadata = open_description(path, factory=config.model.factory)
     with user_input():
-        model, metadata = load_description(path)
         own = make_preprocessing(config.data, data.image_shape)
     theirs = metadata.preprocessing
     if theirs is not None and (own.mean, own.std) != (theirs.mean, theirs.std):
@@ -121,7 +125,7 @@ def read_initial(
 
 def head_paths(model: nn.Module, image_shape: tuple[int, int, int]) -> set[str]:
     """Returns the `/` paths of the variables whose shapes depend on the classes."""
-    more = model.clone(num_classes=model.num_classes + 1)
+    more = with_classes(model, model.num_classes + 1)
     ours, theirs = (_shapes(m, image_shape) for m in (model, more))
     return {path for path in ours if ours[path] != theirs[path]}
 

@@ -37,7 +37,7 @@ from train.fit.stop import StopSignal
 from train.fit.teacher import resolve_teacher
 from train.fit.trainer import Trainer, make_metadata
 from train.machine.processes import differing_process, is_lost, say
-from train.networks import make_model
+from train.networks import check_model
 from train.run.checkpoints import Checkpoints
 from train.run.directory import RunDirectory
 from train.step.state import TrainState, training_to_dict
@@ -79,7 +79,7 @@ def fit(
     config = resolve_teacher(config)
     # A plan that no network takes is said before data are read, which may take long.
     with user_input():
-        make_model(config.model, num_classes=1)
+        check_model(config.model)
     directory = RunDirectory(workdir, config, resume=resume)
     is_new = not directory.has_checkpoints
     if is_new:

@@ -66,7 +66,11 @@ class Trainer:
         check_float64(config)
         with user_input():
             self.preprocessing = make_preprocessing(config.data, data.image_shape)
-            self.model = make_model(config.model, num_classes=data.num_classes)
+            self.model = make_model(
+                config.model,
+                num_classes=data.num_classes,
+                image_shape=self.preprocessing.image_shape,
+            )
         check_gates(config, self.model.plan.inertial, self.parallel.num_devices)
         self.steps_per_epoch = len(train) // config.batch_size
         self.update = self._make_update()
@@ -77,7 +81,7 @@ class Trainer:
             self.parallel.replicate(teacher.variables) if teacher else None
         )
         self.augmentation = Augmentation(
-            self.preprocessing, config.data, jnp.dtype(config.model.dtype)
+            self.preprocessing, config.data, jnp.dtype(self.model.dtype)
         )
         share = config.data.memory_share
         self.feed = make_feed(train, self.parallel, memory_share=share)

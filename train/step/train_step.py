@@ -11,11 +11,13 @@ from flax import traverse_util
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Key, UInt8
 
-from inertia_jax.layers.inertial import GATE_RATE
+from inertia_jax.calls import same_keys
+from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
 from inertia_jax.models.layers import POSITIONS
 from train.data.augment import Augmentation, alternating_mirrors, example_keys
 from train.keys import run_keys
 from train.machine.parallel import AXIS
+from train.own_network import OwnNetwork
 from train.step.objective import Objective, cross_entropy, is_held
 from train.step.state import Totals, TrainState, Update
 from train.step.trainable import join_params, split_params
@@ -24,7 +26,11 @@ from train.step.trainable import join_params, split_params
 def gate_rates(intermediates: dict[str, Any]) -> dict[str, Float[Array, "n"]]:
     """Returns each inertial layer's share of open gates of each example, by path."""
     flat = traverse_util.flatten_dict(intermediates)
-    return {"/".join(p[:-1]): v[0] for p, v in flat.items() if p[-1] == GATE_RATE}
+    return {
+        "/".join(path): mean_gate_rate(rates, flat[*path, FRICTION])
+        for (*path, name), rates in flat.items()
+        if name == GATE_RATE and (*path, FRICTION) in flat
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +160,9 @@ class TrainStep:
             # The teacher's images are normalised in the type of its computation.
             augmentation = dataclasses.replace(self.augmentation, dtype=dtype)
             batch = augmentation.for_training(pixels, keys, mirrored)
-        return jnp.asarray(distillation.model.apply(variables, batch, train=False))
+        rngs = same_keys(jax.random.key(0))
+        logits: Any = distillation.model.apply(variables, batch, train=False, rngs=rngs)
+        return jnp.asarray(logits)
 
     def _forward(
         self,
@@ -170,12 +178,21 @@ class TrainStep:
             {**variables, examples: {position: positions}},
             batch,
             train=True,
-            rngs={"dropout": dropout_key},
+            rngs=same_keys(self._own_key(dropout_key)),
             mutable=[*moving, "intermediates"],
         )
         collections = dict(collections)
         rates = gate_rates(collections.pop("intermediates", {}))
         return logits, collections, rates
+
+    def _own_key(self, key: Key[Array, ""]) -> Key[Array, ""]:
+        """Returns the key of this device's random layers.
+
+        Our own `Dropout` draws by the examples' positions, from one key everywhere.
+        """
+        if not isinstance(self.model, OwnNetwork):
+            return key
+        return jax.random.fold_in(key, lax.axis_index(AXIS))
 
     def _totals(
         self,

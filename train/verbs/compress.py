@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
         is_written = place == out or args.finetune_epochs
         if place.exists() and is_written and not is_made:
             raise UsageError(f"`out` (={place}) must not exist; nothing was changed.")
-    network = read_network(path)
+    network = read_network(path, factory=args.factory)
     dense = (network.model, network.variables)
     args = _completed(args, network)
     sources = () if args.data is None else (args.data, *args.also_test)

@@ -10,7 +10,7 @@ import jax
 import tyro
 
 from train.arguments import parse_options
-from train.config import SourceOption
+from train.config import FactoryOption, SourceOption
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.evaluate.evaluation import paired_difference
 from train.machine.processes import Processes, first_devices, joined
@@ -30,6 +30,9 @@ class Evaluate:
     was trained on."""
     against: str | None = None
     """Checkpoint, or run, to compare with on the same data, image by image."""
+    factory: FactoryOption = None
+    """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
+    says."""
     out: str | None = None
     """File to which everything is written, as JSON."""
     settings: Annotated[EvaluationSettings, tyro.conf.arg(name="")] = dataclasses.field(
@@ -54,7 +57,7 @@ def _run(args: Evaluate) -> int:
         check_output_file("out", args.out)
     first_devices(args.settings.devices)  # before anything is read
     other = find_checkpoint(args.against) if args.against else None
-    network = read_network(find_checkpoint(args.checkpoint))
+    network = read_network(find_checkpoint(args.checkpoint), factory=args.factory)
     print(f"checkpoint  {network.path}")
     evaluation = evaluate_network(network, args.settings, source=args.data)
     print(evaluation)

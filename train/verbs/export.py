@@ -12,13 +12,15 @@ import tyro
 from flax import linen as nn
 
 from inertia_jax import fold_batch_norm, load_exported, save_exported
+from inertia_jax.calls import same_keys
 from inertia_jax.deploy.exported import check_platforms
 from inertia_jax.metadata import Preprocessing, both_sides
 from inertia_jax.plan.plan import without_ladders
 from train.arguments import parse_options
+from train.config import FactoryOption
 from train.data.augment import Augmentation
 from train.errors import UsageError, user_input
-from train.networks import TrainedNetwork, read_network
+from train.networks import TrainedNetwork, read_network, with_dtype
 from train.run.checkpoints import find_checkpoint
 
 _EXAMPLE = """\
@@ -39,6 +41,9 @@ class Export:
     """Checkpoint, or run, of which the best checkpoint is taken."""
     out: str
     """File to write, which must not exist."""
+    factory: FactoryOption = None
+    """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
+    says."""
     batch_size: int | Literal["dynamic"] = "dynamic"
     """Number of images a call; dynamic: any number, which tiled inertial layers do not
     allow."""
@@ -67,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
         if out.exists():
             raise ValueError(f"`out` (={out}) must not exist; nothing was changed.")
         check_platforms(args.platforms)
-        network = read_network(path)
+        network = read_network(path, factory=args.factory)
         shape = _image_shape(args, network.preprocessing)
         tiled = [s for s in network.model.plan.inertial if s.reading == "tiled"]
         if batch_size is None and any(spec.capacities for spec in tiled):
@@ -121,7 +126,7 @@ def _function(args: Export, network: TrainedNetwork) -> Callable[[Any], Any]:
         raise ValueError(
             "the checkpoint computes in float64; `dtype` must be float32 or bfloat16."
         )
-    model: nn.Module = network.model.clone(dtype=dtype)
+    model: nn.Module = with_dtype(network.model, dtype)
     variables: Any = network.variables
     if args.fold:
         shape = network.preprocessing.image_shape
@@ -137,6 +142,8 @@ def _in_type(variables: Any, dtype: Any) -> Any:
     """Returns variables with kernels in the type of the computation."""
 
     def convert(path: Any, leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # someone's counter
+            return jnp.asarray(leaf)
         is_kernel = path[-1] == jax.tree_util.DictKey("kernel")
         return jnp.asarray(leaf, dtype if is_kernel else jnp.float32)
 
@@ -152,7 +159,8 @@ def _calls(
 
     def function(x: Any) -> Any:
         x = augmentation.for_evaluation(x) if images == "uint8" else x.astype(dtype)
-        return network.apply(variables, x).astype(jnp.float32)
+        logits = network.apply(variables, x, rngs=same_keys(jax.random.key(0)))
+        return logits.astype(jnp.float32)
 
     return function
 

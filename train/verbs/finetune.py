@@ -16,7 +16,7 @@ from train.errors import UsageError, shortened
 from train.machine.processes import early_processes, joined, say
 from train.networks import from_checkpoint, read_description
 from train.run.checkpoints import find_checkpoint
-from train.verbs.fit import RunArguments, config_option
+from train.verbs.fit import RunArguments, early_option
 
 # Fields of `data` that must stay those of the network's training.
 _ITS_OWN = ("mean", "std", "image_size", "eval_resize")
@@ -44,13 +44,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    file = config_option(argv)
+    file = early_option(argv, "--config")
     default = load_config(file) if file else FINETUNE
     # The checkpoint gives the defaults of the options that follow it.
     path = None
     if argv and not argv[0].startswith("-"):
         path = find_checkpoint(argv[0])
-        network = read_description(path)
+        factory = early_option(argv, "--model.factory")
+        network = read_description(path, factory=factory)
         default = from_checkpoint(default, network, keep_data=file is not None)
         if file is None:
             default = dataclasses.replace(

@@ -57,12 +57,12 @@ class Fit(RunArguments):
     """Trains a network; every field of the configuration is an option."""
 
 
-def config_option(argv: Sequence[str]) -> str | None:
-    """Reads `--config` alone, whose file has the defaults of the other options."""
+def early_option(argv: Sequence[str], name: str) -> str | None:
+    """Reads an option alone which has a say in the defaults of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    path: str | None = parser.parse_known_args(argv)[0].config
-    return path
+    parser.add_argument(name, dest="value")
+    value: str | None = parser.parse_known_args(argv)[0].value
+    return value
 
 
 def parse(argv: Sequence[str]) -> Fit:
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> Fit:
         UsageError: The file is missing or broken, or an option has no effect beside the
             others.
     """
-    path = config_option(argv)
+    path = early_option(argv, "--config")
     config = load_config(path) if path else Config()
     args = parse_options(Fit, argv, verb="fit", default=Fit(config, config=path))
     check_used(args.run, config)

@@ -1,0 +1,178 @@
+"""Networks of the user's own, which a function makes."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from helpers import FIT_ONE, evaluate, flat, save_bright_digits
+from own_cnn import OwnCNN
+
+import inertia_jax as ij
+from train.__main__ import main
+from train.config import Config, Model
+from train.errors import UsageError
+from train.machine.parallel import AXIS, Parallel
+from train.networks import (
+    check_model,
+    make_model,
+    model_config,
+    open_description,
+    read_network,
+    with_classes,
+    with_dtype,
+)
+
+FACTORY = "own_cnn:make"
+SHAPE = (8, 8, 1)
+GATED = ij.Plan(
+    (
+        (
+            "Conv_1",
+            ij.Inertial(3, 4, reading="tiled", relative=True, threshold=ij.Rate(0.5)),
+        ),
+    )
+)
+
+
+def own(plan=GATED, factory=FACTORY, **options):
+    config = Model(factory=factory, plan=plan.to_json(), **options)
+    return make_model(config, num_classes=3, image_shape=SHAPE)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_devices_take_the_batch_together():
+    """BatchNorm, the mean friction and the quantile are those of the whole batch."""
+    model = own()
+    x = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
+    variables = ij.init_variables(model, jax.random.key(0), SHAPE)
+
+    def moved(variables, x, axis_name=None):
+        one = model.clone(axis_name=axis_name)
+        rngs = {"dropout": jax.random.key(1)}
+        collections = ["batch_stats", "thresholds"]
+        return one.apply(variables, x, train=True, mutable=collections, rngs=rngs)[1]
+
+    whole = jax.jit(moved)(variables, x)
+    parallel = Parallel("shard_map", tuple(jax.devices()[:2]))
+    call = parallel.wrap(lambda v, x: moved(v, x, AXIS), (False, True))
+    halves = call(
+        parallel.replicate(variables), parallel.spread(x.reshape(2, 2, *SHAPE))
+    )
+    expected, found = flat(whole), flat(halves)
+    assert expected.keys() == found.keys() and "thresholds/Conv_1/threshold" in found
+    for place, value in expected.items():
+        np.testing.assert_allclose(
+            found[place], value, rtol=1e-5, atol=1e-8, err_msg=place
+        )
+        assert not np.array_equal(value, flat(variables)[place]), place
+
+
+def test_a_configuration_makes_it_again():
+    model = own()
+    config = model_config(model)
+    assert config.factory == config.name == FACTORY
+    assert make_model(config, num_classes=3) == model
+    assert config == Model(**dataclasses.asdict(config))
+    assert with_classes(model, 5).unplanned == OwnCNN(5, [8, 8])
+    assert with_classes(model, 5).plan == GATED
+    assert with_dtype(model, np.float32) is model
+    with pytest.raises(ValueError, match="OwnCNN has no field `dtype`"):
+        with_dtype(model, jax.numpy.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("own_cnn", "must be MODULE:FUNCTION"),
+        ("no_such.net:make", "there is no module no_such in /"),
+        ("own_cnn:mak", r"own_cnn\.py has no function mak. Did you mean make"),
+        ("own_cnn:make_number", r"must return a flax\.linen\.Module; got"),
+        ("own_cnn:OwnCNN", "with num_classes=3: TypeError: .*unexpected keyword"),
+        ("own_cnn:make_none", r"/own_cnn\.py, line \d+: KeyError: 'oops'\.$"),
+        ("own_cnn:make_two", "it returns a tuple; must be one array of logits"),
+        ("own_cnn:make_map", r"returns shape \(1, 8, 8, 3\) .* must be \(1, 3\)"),
+        ("own_cnn:make_flat", r"\(1, 8, 8, 1\): /.*/own_cnn\.py, line \d+: TypeErr"),
+    ],
+)
+def test_a_factory_that_makes_no_network_is_refused_in_one_line(factory, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        own(ij.Plan(), factory=factory)
+    assert str(caught.value).startswith(f"`model.factory` (={factory})")
+    assert "\n" not in str(caught.value)
+
+
+def test_options_of_other_networks_are_refused():
+    with pytest.raises(UsageError, match=r"`model.name` \(=vgg16\) does nothing"):
+        Model(factory=FACTORY, name="vgg16")
+    assert main(["fit", "--model.factory", FACTORY, "--model.width", "2"]) == 2
+    with pytest.raises(UsageError, match="there is no module"):
+        check_model(Model(factory="no_such:make"))
+    none = ij.Plan((("conv9", ij.Tucker2(1, 1)),))
+    with pytest.raises(UsageError, match="'conv9', which matches no convolution"):
+        own(none)
+    large = ij.Plan((("*", ij.Inertial(5, 6)),))
+    with pytest.raises(UsageError, match="`plan` does not stand at 2 layers"):
+        own(large, strict=True)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_checkpoint_says_what_makes_its_network(tmp_path, monkeypatch):
+    source = save_bright_digits(tmp_path / "digits.npz", 64, 20, 8)
+    run = tmp_path / "run"
+    options = [
+        "--data.source",
+        source,
+        "--workdir",
+        str(run),
+        "--model.factory",
+        FACTORY,
+    ]
+    arguments = [*FIT_ONE[: FIT_ONE.index("--model.name")], *options]
+    assert main(arguments) == 0
+    network = read_network(next((run / "checkpoints").iterdir()))
+    assert network.model.unplanned == OwnCNN(10, [8, 8])
+    assert network.model.factory == FACTORY
+    before = evaluate(run, tmp_path)
+    # A checkpoint of one's own training says nothing of a function.
+    alone = tmp_path / "alone"
+    model = network.model.unplanned
+    ij.save_checkpoint(alone, model, network.variables, metadata=network.metadata)
+    with pytest.raises(UsageError, match=r"own_cnn\.OwnCNN and does not say what mak"):
+        open_description(alone)
+    out = str(tmp_path / "evaluation.json")
+    words = ["evaluate", str(alone), "--model.factory", FACTORY, "--out", out]
+    assert main(words) == 0
+    assert json.loads(pathlib.Path(out).read_text())["top1"] == before["top1"]
+    with pytest.raises(UsageError, match="is not of `model.factory` .*BatchNorm_1"):
+        read_network(alone, factory="own_cnn:make_wide")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_it_is_compressed_fine_tuned_made_inertial_and_exported(tmp_path):
+    source = save_bright_digits(tmp_path / "digits.npz", 64, 20, 8)
+    run, small, gated = (str(tmp_path / name) for name in ("run", "small", "gated"))
+    images = ["--calibration-images", "32", "--recalibration-images", "64"]
+    tuned = ["--epochs", "1", "--batch-size", "16"]
+    common = FIT_ONE[: FIT_ONE.index("--model.name")]
+    for words in (
+        [*common, "--data", source, "--workdir", run, "--model.factory", FACTORY],
+        ["compress", run, "--ranks", "ratio:0.5", "--out", small, *images],
+        ["finetune", small, "--workdir", f"{small}_run", "--teacher", run, *tuned],
+        ["compress", run, "--macs", "0.9", "--out", gated, *images],
+        ["finetune", gated, "--workdir", f"{gated}_run", *tuned],
+        ["evaluate", f"{gated}_run", "--against", f"{small}_run"],
+        ["export", f"{small}_run", "--out", f"{small}.ijx", "--platforms", "cpu"],
+        ["report", f"{gated}_run"],
+    ):
+        assert main(words) == 0, words
+    plan = read_network(tmp_path / "small").model.plan
+    assert {type(spec) for _, spec in plan.rules} == {ij.Tucker2}
+    path = next((tmp_path / "gated_run" / "checkpoints").iterdir())
+    assert ij.load_checkpoint(path, model=OwnCNN(10, [8, 8]))[0].plan.inertial
+    assert Config().model.factory is None
+    network = ij.load_exported(f"{small}.ijx")
+    assert network(np.zeros((2, *SHAPE), np.uint8)).shape == (2, 10)
