@@ -24,3 +24,6 @@ class Opaque(nn.Module):
 # Not by statements: fields of Flax have types that beartype cannot check.
 OpaqueConv: type[nn.Module] = type("OpaqueConv", (Opaque, nn.Conv), {})
 OpaqueDense: type[nn.Module] = type("OpaqueDense", (Opaque, nn.Dense), {})
+OpaqueConvTranspose: type[nn.Module] = type(
+    "OpaqueConvTranspose", (Opaque, nn.ConvTranspose), {}
+)

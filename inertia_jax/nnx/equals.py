@@ -10,21 +10,26 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from inertia_jax.layers.opaque import OpaqueConv, OpaqueDense
+from inertia_jax.layers.opaque import OpaqueConv, OpaqueConvTranspose, OpaqueDense
 from inertia_jax.nnx.graph import Path, iter_nodes
-from inertia_jax.nnx.layers import LowRankConv, Tucker2Conv
+from inertia_jax.nnx.inertial import InertialConv
+from inertia_jax.nnx.low_rank import LowRankConv, LowRankDense
+from inertia_jax.nnx.tucker import Tucker2Conv
 
-# A layer of a form that a plan chooses is an `nn.Conv` to Linen, under that plan.
-PLANNED = (Tucker2Conv, LowRankConv)
+# A layer of a form that a plan chooses is an ordinary one to Linen, under that plan.
+PLANNED = (Tucker2Conv, LowRankConv, InertialConv, LowRankDense)
 _EQUALS: dict[type[nnx.Module], type[nn.Module]] = {
     nnx.Conv: nn.Conv,
     nnx.Linear: nn.Dense,
     nnx.BatchNorm: nn.BatchNorm,
+    nnx.ConvTranspose: nn.ConvTranspose,
     **dict.fromkeys(PLANNED, nn.Conv),
+    LowRankDense: nn.Dense,
 }
 _OPAQUE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv: OpaqueConv,
     nn.Dense: OpaqueDense,
+    nn.ConvTranspose: OpaqueConvTranspose,
 }
 # What layers of NNX compute with, where nobody chose something else.
 _USUAL: dict[str, Any] = {

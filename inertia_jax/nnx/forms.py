@@ -6,16 +6,20 @@ from typing import Any
 from flax import nnx
 
 from inertia_jax.compression.planned import cannot_factorise
+from inertia_jax.layers.in_place import standing
 from inertia_jax.nnx.equals import PLANNED, Layer, find_layers, linen_layer
 from inertia_jax.nnx.graph import become, is_trained, iter_nodes
-from inertia_jax.nnx.layers import LowRankConv, Tucker2Conv
+from inertia_jax.nnx.inertial import InertialConv
+from inertia_jax.nnx.low_rank import LowRankConv, LowRankDense
+from inertia_jax.nnx.tucker import Tucker2Conv
 from inertia_jax.plan.plan import Plan, as_glob, matches
-from inertia_jax.plan.specs import Conv, LowRank, Spec, Tucker2, fields_as
+from inertia_jax.plan.specs import Conv, Inertial, LowRank, Spec, Tucker2, fields_as
 
 _CLASSES: dict[type, type[nnx.Module]] = {
     Conv: nnx.Conv,
     Tucker2: Tucker2Conv,
     LowRank: LowRankConv,
+    Inertial: InertialConv,
 }
 
 
@@ -41,8 +45,9 @@ def apply_plan(
 
     Args:
         module: A module; it is not changed.
-        plan: The forms of its convolutions: `Tucker2`, `LowRank`, or `Conv` for those
-            that stay.
+        plan: The forms of its convolutions: `Tucker2`, `LowRank`, `Inertial`, or `Conv`
+            for those that stay. As in `Planned`, an `Inertial` stands where a layer can
+            hold it, and a `LowRank` is also the form of a linear layer.
         rngs: The streams that new variables are drawn from. None: `nnx.Rngs(0)`.
 
     Returns:
@@ -57,7 +62,7 @@ def apply_plan(
     convolutions = {
         "/".join(path): layer
         for path, layer in find_layers(changed).items()
-        if isinstance(layer.node, (nnx.Conv, *PLANNED))
+        if isinstance(layer.node, (nnx.Conv, nnx.Linear, *PLANNED))
     }
     for glob, _ in plan.rules:
         if not any(matches(path, glob) for path in convolutions):
@@ -66,10 +71,17 @@ def apply_plan(
     trained = is_trained(changed)
     for path, layer in convolutions.items():
         node: Any = layer.node
-        spec = plan.spec(path)
+        spec = _spec_there(plan.spec(path), node)
         if spec != getattr(node, "spec", Conv()):
             become(node, _in_form(path, layer, spec, trained, rngs))
     return changed
+
+
+def _spec_there(spec: Spec, node: Any) -> Spec:
+    """Returns the spec of a layer: the plan's, or `Conv` for what stays as it is."""
+    if isinstance(node, nnx.Linear | LowRankDense):
+        return spec if isinstance(spec, LowRank) else Conv()
+    return standing(spec, linen_layer(node, None))
 
 
 def _in_form(
@@ -83,17 +95,20 @@ def _in_form(
     node: Any = layer.node
     dense: Any = linen_layer(node, None)
     reason = layer.reason or cannot_factorise(dense)
-    if isinstance(spec, LowRank) and {*node.kernel_size} != {1}:
+    is_linear = isinstance(node, nnx.Linear | LowRankDense)
+    if isinstance(spec, LowRank) and not is_linear and {*node.kernel_size} != {1}:
         reason = f"has filters of {node.kernel_size}; must be 1 x 1"
     if isinstance(spec, Conv) and spec != Conv():
         reason = "has filters of its own"
     if reason is not None:
         raise ValueError(f"`plan` has {spec} at {path!r}, which {reason}.")
     cls: Any = _CLASSES[type(spec)]
+    if is_linear:
+        cls = LowRankDense if isinstance(spec, LowRank) else nnx.Linear
     taken = inspect.signature(cls.__init__).parameters
     fields = {name: getattr(node, name) for name in taken if hasattr(node, name)}
     if not isinstance(spec, Conv):
-        fields |= {n: v for n, v in fields_as(type(spec), spec).items() if n in taken}
+        fields |= fields_as(type(spec), spec)
     if "use_running_average" in taken:
         fields["use_running_average"] = not trained
     made = cls(**fields, rngs=rngs)

@@ -15,11 +15,12 @@ class GateThreshold(nnx.Variable[Any]):
     """A friction threshold that no gradient trains."""
 
 
-_COLLECTIONS: tuple[tuple[type[nnx.Variable[Any]], str], ...] = (
-    (nnx.Param, "params"),
-    (nnx.BatchStat, "batch_stats"),
-    (GateThreshold, "thresholds"),
-)
+# The classes of variables in Linen's collections.
+CLASSES: dict[str, type[nnx.Variable[Any]]] = {
+    "params": nnx.Param,
+    "batch_stats": nnx.BatchStat,
+    "thresholds": GateThreshold,
+}
 # An abstract module has no arrays yet.
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
@@ -46,7 +47,7 @@ def iter_variables(
 
 
 def _collection(variable: nnx.Variable[Any], *, in_layer: bool) -> str:
-    for cls, name in _COLLECTIONS:
+    for name, cls in CLASSES.items():
         if isinstance(variable, cls):
             return name
     return "params" if in_layer else type(variable).__name__

@@ -123,10 +123,13 @@ class _Place:
         self.is_called = False
         self._layer, self._root = layer, root
         self._node: Any = None
+        self._stored: list[tuple[nnx.Variable[Any], Any]] = []
 
     def take(self, node: nnx.Module) -> None:
         """Lets a layer's calls be answered from now on."""
         self._node = node
+        variables = [leaf for _, leaf in iter_variables(node)]
+        self._stored = [(leaf, leaf.get_raw_value()) for leaf in variables]
         vars(node)[_PLACE] = self
         node.__class__ = _answered(type(node))
 
@@ -143,6 +146,8 @@ class _Place:
         is_inside = node is not self._node
         if is_inside and not isinstance(node, PLANNED):
             why = why or _INSIDE
+        if not all(leaf.get_raw_value() is value for leaf, value in self._stored):
+            why = why or "is called with parameters that differ from those stored"
         given = dict(inspect.signature(call).bind(*args, **kwargs).arguments)
         if given.pop("out_sharding", None) is not None:
             why = why or "is called with out_sharding"

@@ -1,21 +1,25 @@
-"""The factorised convolutions as NNX modules, used like `nnx.Conv`."""
+"""The Tucker-2 factorised convolution as an NNX module."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jax import Array
 from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from inertia_jax.layers.in_place import cannot_be_inertial
 from inertia_jax.layers.pointwise import check_groups
+from inertia_jax.nnx.inertial import InertialConv
 from inertia_jax.ops.conv.conv import per_axis
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.factors import pointwise_conv
 from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
-from inertia_jax.plan.specs import LowRank, Tucker2
+from inertia_jax.plan.specs import Conv, Inertial, Tucker2, fields_as
 
 
 class QuickConv(nnx.Conv):
@@ -69,6 +73,9 @@ class Tucker2Conv(nnx.Module):
             and at most what the kernel's unfolding can have (`max_ranks`).
         rank_out: Channels after the core, of each group, in [1, out_features / groups],
             and at most what the unfolding can have.
+        core: A `Conv`, or, for images of two axes, an `Inertial` with the convolution's
+            output grid.
+        axis_name: Mesh axis of an inertial core, as `InertialConv` has it.
         use_running_average: Whether the layer is in evaluation mode, as `nnx.BatchNorm`
             has it; `train()` and `eval()` of the network set it.
 
@@ -94,6 +101,8 @@ class Tucker2Conv(nnx.Module):
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = default_bias_init,
         precision: Any = None,
+        core: Conv | Inertial = Conv(),  # noqa: B008  # nothing changes it
+        axis_name: str | None = None,
         use_running_average: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
@@ -103,8 +112,9 @@ class Tucker2Conv(nnx.Module):
         size = per_axis(kernel_size, "kernel_size", count=count, least=1)
         ones = (1,) * count
         check_groups(groups, in_features, out_features)
+        sides = (core.core_size,) * 2 if isinstance(core, Inertial) else size
         most_in, most_out = max_ranks(
-            (*size, in_features // groups, out_features), groups=groups
+            (*sides, in_features // groups, out_features), groups=groups
         )
         check_rank("rank_in", rank_in, most_in)
         check_rank("rank_out", rank_out, most_out)
@@ -130,17 +140,47 @@ class Tucker2Conv(nnx.Module):
             conv_general_dilated=conv_pointwise,
             **common,
         )
-        self.core = QuickConv(
-            groups * rank_in,
-            groups * rank_out,
-            size,
-            strides,
-            padding=padding,
-            kernel_dilation=kernel_dilation,
-            use_bias=False,
-            use_running_average=use_running_average,
-            **common,
-        )
+        inner = {
+            "strides": strides,
+            "padding": padding,
+            "use_bias": False,
+            "use_running_average": use_running_average,
+        }
+        self.core_spec, self.axis_name = core, axis_name
+        self.core: QuickConv | InertialConv
+        if isinstance(core, Inertial):
+            place = nn.Conv(
+                out_features,
+                size,
+                strides=strides,
+                kernel_dilation=kernel_dilation,
+                feature_group_count=groups,
+                precision=precision,
+                parent=None,
+            )
+            if reason := cannot_be_inertial(place, core):
+                raise ValueError(
+                    f"`core` (={core}) cannot stand in a layer that {reason}."
+                )
+            kept = ("dtype", "param_dtype", "kernel_init", "rngs")
+            self.core = InertialConv(
+                rank_in,
+                rank_out,
+                kernel_size=size,
+                axis_name=axis_name,
+                **inner,
+                **{name: common[name] for name in kept},
+                **fields_as(Inertial, core),
+            )
+        else:
+            self.core = QuickConv(
+                groups * rank_in,
+                groups * rank_out,
+                size,
+                kernel_dilation=kernel_dilation,
+                **inner,
+                **common,
+            )
         self.u_out = nnx.Conv(
             groups * rank_out,
             out_features,
@@ -154,100 +194,9 @@ class Tucker2Conv(nnx.Module):
     @property
     def spec(self) -> Tucker2:
         """The spec that a plan has for this layer."""
-        return Tucker2(self.rank_in, self.rank_out)
+        return Tucker2(self.rank_in, self.rank_out, self.core_spec)
 
     def __call__(
-        self, inputs: Float[Array, "*image c_in"]
+        self, inputs: Float[ArrayLike, "*image c_in"]
     ) -> Float[Array, "*out features"]:
-        return self.u_out(self.core(self.u_in(inputs)))
-
-
-class LowRankConv(nnx.Module):
-    """A 1x1 convolution as two, used like `nnx.Conv`.
-
-    Children: `left`, from the input channels to `rank` a group, with strides and
-    padding; `right`, from there to the features, with the bias. Arguments that are not
-    listed are those of `nnx.Conv`, for both children; `inertia_jax.LowRankConv` is the
-    same layer in Linen.
-
-    Args:
-        in_features: Input channels.
-        out_features: Output channels.
-        rank: Channels between the two, of each group, in [1, min(in_features,
-            out_features) / groups].
-        kernel_size: A 1 for each axis of an image.
-
-    Raises:
-        ValueError: A rank outside its range, a side that is not 1, or groups that do
-            not divide the channels.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        strides: int | Sequence[int] | None = 1,
-        *,
-        rank: int,
-        kernel_size: Sequence[int] = (1, 1),
-        padding: Any = "SAME",
-        feature_group_count: int = 1,
-        use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Initializer = default_kernel_init,
-        bias_init: Initializer = default_bias_init,
-        precision: Any = None,
-        rngs: nnx.Rngs,
-    ) -> None:
-        """Draws the variables of the children from `rngs`."""
-        groups = feature_group_count
-        check_groups(groups, in_features, out_features)
-        check_rank("rank", rank, min(in_features, out_features) // groups)
-        self.in_features, self.out_features = in_features, out_features
-        if {*kernel_size} != {1}:
-            raise ValueError(
-                f"`kernel_size` (={kernel_size}) must be a 1 for each axis."
-            )
-        self.kernel_size, self.kernel_dilation = tuple(kernel_size), 1
-        self.strides, self.padding = strides, padding
-        self.feature_group_count, self.rank = groups, rank
-        self.use_bias, self.precision = use_bias, precision
-        self.dtype, self.param_dtype = dtype, param_dtype
-        common: dict[str, Any] = {
-            "feature_group_count": groups,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "kernel_init": kernel_init,
-            "precision": precision,
-            "rngs": rngs,
-        }
-        self.left = nnx.Conv(
-            in_features,
-            groups * rank,
-            tuple(kernel_size),
-            strides,
-            padding=padding,
-            use_bias=False,
-            conv_general_dilated=conv_for_linen,
-            **common,
-        )
-        self.right = nnx.Conv(
-            groups * rank,
-            out_features,
-            tuple(kernel_size),
-            use_bias=use_bias,
-            bias_init=bias_init,
-            conv_general_dilated=conv_pointwise,
-            **common,
-        )
-
-    @property
-    def spec(self) -> LowRank:
-        """The spec that a plan has for this layer."""
-        return LowRank(self.rank)
-
-    def __call__(
-        self, inputs: Float[Array, "*image c_in"]
-    ) -> Float[Array, "*out features"]:
-        return self.right(self.left(inputs))
+        return self.u_out(self.core(self.u_in(jnp.asarray(inputs))))

@@ -1,0 +1,161 @@
+"""NNX layers beside those of Linen: outputs, training, and their place in a plan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from nnx_networks import SHAPE, X
+
+import inertia_jax as ij
+
+RNGS = nnx.Rngs(0)
+TILED = {"reading": "tiled", "threshold": ij.Rate(0.5)}
+PAIRS = {
+    "tucker2": (
+        ij.nnx.Tucker2Conv(4, 6, (3, 3), 2, rank_in=2, rank_out=3, rngs=RNGS),
+        ij.Tucker2Conv(6, (3, 3), 2, 3, strides=2),
+    ),
+    "low_rank": (
+        ij.nnx.LowRankConv(4, 6, 2, rank=2, rngs=RNGS),
+        ij.LowRankConv(6, 2, strides=2),
+    ),
+    "dense": (
+        ij.nnx.LowRankDense(4, 6, rank=2, rngs=RNGS),
+        ij.LowRankDense(6, 2),
+    ),
+    "inertial": (
+        ij.nnx.InertialConv(4, 6, (3, 3), rngs=RNGS, **TILED),
+        ij.InertialConv(6, (3, 3), **TILED),
+    ),
+    "window": (
+        ij.nnx.InertialConv(4, 6, 1, 3, 2, padding="VALID", relative=True, rngs=RNGS),
+        ij.InertialConv(6, 1, 3, strides=2, padding="VALID", relative=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_layer_computes_what_that_of_linen_does(name):
+    layer, linen = PAIRS[name]
+    variables = jax.jit(linen.init)(jax.random.key(1), X)
+    layer = nnx.clone(layer)
+    for path, leaf in nnx.iter_graph(layer):
+        if isinstance(leaf, nnx.Variable):
+            trees = [t for c, t in variables.items() if c != "intermediates"]
+            for key in path:
+                trees = [t[key] for t in trees if key in t]
+            leaf[...] = trees[0]
+    layer.train()
+    call = {} if name in ("low_rank", "dense") else {"train": True}
+    expected, changed = linen.apply(
+        variables, X, mutable=["batch_stats", "thresholds"], **call
+    )
+    np.testing.assert_allclose(layer(X), expected, atol=1e-6)
+    # Running means have moved as in Linen.
+    for tree in changed.values():
+        for key, value in tree.items():
+            np.testing.assert_allclose(getattr(layer, key)[...], value, atol=1e-6)
+    layer.eval()
+    evaluated = linen.apply({**variables, **changed}, X)
+    np.testing.assert_allclose(layer(X), evaluated, atol=1e-6)
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        spec = ij.Inertial(3, 5, threshold=ij.Learned(0.5), gate_gradient="ste")
+        self.conv = ij.nnx.Tucker2Conv(
+            4, 8, (3, 3), rank_in=2, rank_out=4, core=spec, rngs=rngs
+        )
+        self.inertial = ij.nnx.InertialConv(8, 8, (3, 3), rngs=rngs, **TILED)
+        self.fc = nnx.Linear(8, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(nnx.relu(self.inertial(self.conv(x))).mean((1, 2)))
+
+
+@nnx.jit
+def train_step(net, optimizer, images):
+    def loss(net):
+        return (net(images) ** 2).sum()
+
+    value, grads = nnx.value_and_grad(loss)(net)
+    optimizer.update(net, grads)
+    return value
+
+
+def test_layers_are_trained_by_optimizers_and_kept_by_orbax(tmp_path):
+    net = Small(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(net, optax.sgd(0.01), wrt=nnx.Param)
+    before = nnx.clone(net)
+    losses = [float(train_step(net, optimizer, X)) for _ in range(3)]
+    assert losses[2] < losses[0]
+    for path in ("conv.core.threshold", "conv.u_in.kernel", "inertial.threshold"):
+        first, last = before, net
+        for name in path.split("."):
+            first, last = getattr(first, name), getattr(last, name)
+        assert np.abs(first[...] - last[...]).max() > 0, path
+    assert isinstance(net.conv.core.threshold, nnx.Param)
+    assert isinstance(net.inertial.threshold, ij.nnx.GateThreshold)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "net", nnx.state(net))
+        checkpointer.wait_until_finished()
+        abstract = nnx.eval_shape(lambda: Small(nnx.Rngs(1)))
+        graphdef, shapes = nnx.split(abstract)
+        state = checkpointer.restore(tmp_path / "net", shapes)
+    restored = nnx.merge(graphdef, state)
+    restored.eval()
+    net.eval()
+    np.testing.assert_array_equal(restored(X), net(X))
+
+
+def test_an_inertial_layer_sows_its_gate_rates():
+    layer = nnx.clone(PAIRS["inertial"][0])
+    layer.eval()
+    _, sown = nnx.capture(layer, nnx.Intermediate)(X)
+    (rates,) = sown["gate_rate"].get_value()
+    assert rates.shape == (len(X),)
+
+
+def test_bad_layers_are_refused():
+    with pytest.raises(ValueError, match=r"`rank_in` \(=5\) must be in \[1, 4\]"):
+        ij.nnx.Tucker2Conv(4, 6, (3, 3), rank_in=5, rank_out=3, rngs=RNGS)
+    with pytest.raises(ValueError, match=r"`rank` \(=5\)"):
+        ij.nnx.LowRankDense(4, 6, rank=5, rngs=RNGS)
+    with pytest.raises(ValueError, match="must be square"):
+        ij.nnx.InertialConv(4, 6, (3, 5), rngs=RNGS)
+    with pytest.raises(ValueError, match=r"`strides` \(=2\) must be 1"):
+        ij.nnx.InertialConv(4, 6, (3, 3), strides=2, rngs=RNGS, reading="tiled")
+
+
+def test_a_plan_is_read_off_a_module_and_applied_to_another():
+    net = Small(nnx.Rngs(0))
+    plan = ij.Plan.from_json(ij.nnx.plan_of(net).to_json())
+    assert [spec for _, spec in plan.rules] == [net.conv.spec, net.inertial.spec]
+    assert ij.count_cost(net, SHAPE).rows[1].kind == "inertial"
+
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(4, 8, (3, 3), rngs=rngs)
+            self.inertial = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+            self.fc = nnx.Linear(8, 10, rngs=rngs)
+
+        __call__ = Small.__call__
+
+    plain = Plain(nnx.Rngs(3))
+    made = ij.nnx.apply_plan(plain, plan)
+    assert type(made) is Plain and type(plain.conv) is nnx.Conv
+    nnx.update(made, nnx.state(net))
+    made.eval()
+    net.eval()
+    np.testing.assert_array_equal(made(X), net(X))
+    with pytest.raises(ValueError, match="'cnv', which matches no convolution"):
+        ij.nnx.apply_plan(plain, ij.Plan((("cnv", ij.Tucker2(1, 1)),)))
+    with pytest.raises(ValueError, match=r"LowRank.* at 'conv', which has filters"):
+        ij.nnx.apply_plan(plain, ij.Plan((("conv", ij.LowRank(1)),)))
+    linear = ij.nnx.apply_plan(plain, ij.Plan((("fc", ij.LowRank(2)),)))
+    assert isinstance(linear.fc, ij.nnx.LowRankDense)
+    assert linear.fc.right.bias.shape == jnp.shape(plain.fc.bias)
