@@ -60,6 +60,22 @@ def lower_hull(
     return hull
 
 
+def pooled(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns points (x, y) whose y rises, made of points in the order of x.
+
+    Neighbours whose y falls or stays are replaced by their mean: pool adjacent
+    violators, the least-squares fit of what only rises, at the centres of its steps.
+    """
+    blocks: list[tuple[int, float, float]] = []
+    for x, y in points:
+        n = 1
+        while blocks and blocks[-1][2] >= y:
+            m, a, b = blocks.pop()
+            n, x, y = n + m, (n * x + m * a) / (n + m), (n * y + m * b) / (n + m)
+        blocks.append((n, x, y))
+    return [(x, y) for _, x, y in blocks]
+
+
 def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
     """Returns the forms with ranks on a grid of at most 64 steps a side.
 

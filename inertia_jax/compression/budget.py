@@ -1,9 +1,8 @@
 """Chooses all ranks of a network jointly, for the least error within a budget."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,26 +13,41 @@ from inertia_jax.compression.allocation import (
     Forms,
     all_forms,
     allocate,
+    lower_hull,
     make_choices,
     make_grid,
     spend_rest,
 )
 from inertia_jax.compression.calibration import divergence_of
 from inertia_jax.compression.latency import model_latency_ms, site_latencies_ms
+from inertia_jax.compression.probes import measured_errors, with_forms
 from inertia_jax.compression.ranks import Budget
-from inertia_jax.compression.sites import Factorised, Site, leaves_at, with_leaves
+from inertia_jax.compression.sites import Factorised, Site
 from inertia_jax.compression.weighed_kernel import WeighedKernel
 from inertia_jax.cost.count import count_one
 from inertia_jax.inputs import Shape
+from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.specs import Conv
 from inertia_jax.progress import Progress, counted
 
-# The lost shares of energy at which a layer's effect on the outputs is measured.
-_PROBES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6)
 # The most forms of a layer whose latency is measured.
 _TIMED_FORMS = 8
 
 Costs = dict[str, Callable[[Conv | Factorised], float]]
+
+
+class Way(NamedTuple):
+    """A way to choose ranks: what the forms of each layer are, and cost in error.
+
+    Attributes:
+        kernels: The convolutions that may change, by path.
+        grids: Their forms, with the shares of energy that they lose.
+        errors: For each layer, the function from these to the error to minimise.
+    """
+
+    kernels: Mapping[str, WeighedKernel]
+    grids: Mapping[str, Forms]
+    errors: Mapping[str, Callable[[np.ndarray], np.ndarray]]
 
 
 def choose_ranks(
@@ -45,10 +59,16 @@ def choose_ranks(
     *,
     image_shape: Shape,
     round_to: int,
+    method: Method,
     apply_fn: ApplyFn | None,
     progress: Progress | None,
-) -> dict[str, Conv | Factorised]:
-    """Returns the form of every convolution.
+) -> tuple[dict[str, Conv | Factorised], Mapping[str, WeighedKernel]]:
+    """Returns the form of every convolution, and the kernels that its factors are of.
+
+    With images, ranks are chosen in three ways: by the divergence that they measure for
+    each layer, by the errors of kernels weighed by inputs, and by those of the kernels
+    alone, as without images. Errors of layers do not add up, so that no way is always
+    best: the choice is taken whose network diverges least on the images.
 
     Args:
         budget: The share of the dense network's cost that may be taken.
@@ -59,6 +79,7 @@ def choose_ranks(
             the kernels are summed.
         image_shape: The shape of one input.
         round_to: The number that ranks become multiples of.
+        method: The method of `ops.tucker2`.
         apply_fn: How the network is called, as in `compress`.
         progress: A function that is told how many layers are done, as in `compress`.
 
@@ -66,13 +87,15 @@ def choose_ranks(
         ValueError: A budget that no ranks can meet; says the least possible.
     """
     sites = {path: kernel.site for path, kernel in kernels.items()}
-    grids = {
-        path: make_grid(kernel.site, kernel.kernel, round_to=round_to)
-        for path, kernel in kernels.items()
-    }
+    plain = {path: WeighedKernel(site) for path, site in sites.items()}
+    energies = dict.fromkeys(sites, lambda lost: lost)
+    ways = [
+        Way(each, _grids(each, round_to), energies)
+        for each in ([kernels, plain] if batches else [kernels])
+    ]
     if budget.of == "latency":
-        grids = {path: _thinned(sites[path], grid) for path, grid in grids.items()}
-        costs = _latencies(budget, dense[0], sites, grids, progress)
+        ways = _thinned(sites, ways)
+        costs = _latencies(budget, dense[0], sites, ways[0].grids, progress)
     else:
         costs = {
             path: (site.macs if budget.of == "macs" else site.params)
@@ -88,7 +111,7 @@ def choose_ranks(
     taken = sum(cost_of(sites[path].spec) for path, cost_of in costs.items())
     fixed = max(0.0, present - taken)
     least = fixed + sum(
-        min(map(cost_of, (sites[path].spec, *grids[path].specs)))
+        min(map(cost_of, (sites[path].spec, *ways[0].grids[path].specs)))
         for path, cost_of in costs.items()
     )
     if least > budget.share * total * (1 + 1e-12):
@@ -98,17 +121,35 @@ def choose_ranks(
             f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
             f"with every rank the least possible."
         )
-    errors = {path: lambda lost: lost for path in sites}
-    if batches:
-        errors = _measured_errors(dense, kernels, grids, batches, apply_fn, progress)
-    forms = {
-        path: all_forms(site, grids[path], cost_of=costs[path], error_of=errors[path])
-        for path, site in sites.items()
+
+    def specs_of(way: Way) -> dict[str, Conv | Factorised]:
+        forms = {
+            path: all_forms(
+                site, way.grids[path], cost_of=costs[path], error_of=way.errors[path]
+            )
+            for path, site in sites.items()
+        }
+        choices = {path: make_choices(every) for path, every in forms.items()}
+        specs = allocate(choices, fixed=fixed, budget=budget.share * total)
+        taken = sum(cost_of(specs[path]) for path, cost_of in costs.items())
+        return spend_rest(specs, forms, budget.share * total - fixed - taken)
+
+    if not batches:
+        return specs_of(ways[0]), kernels
+    divergence = divergence_of(*dense, batches, apply_fn)
+    measured = measured_errors(dense, kernels, ways[0].grids, divergence, progress)
+    ways.insert(0, ways[0]._replace(errors=measured))
+    found = [(specs_of(way), way.kernels) for way in ways]
+    return min(
+        found, key=lambda pair: divergence(with_forms(dense[1], *pair, method=method))
+    )
+
+
+def _grids(kernels: Mapping[str, WeighedKernel], round_to: int) -> dict[str, Forms]:
+    return {
+        path: make_grid(kernel.site, kernel.kernel, round_to=round_to)
+        for path, kernel in kernels.items()
     }
-    choices = {path: make_choices(every) for path, every in forms.items()}
-    specs = allocate(choices, fixed=fixed, budget=budget.share * total)
-    taken = sum(cost_of(specs[path]) for path, cost_of in costs.items())
-    return spend_rest(specs, forms, budget.share * total - fixed - taken)
 
 
 def _cost(
@@ -126,13 +167,25 @@ def _cost(
     return float(table.macs if budget.of == "macs" else table.params)
 
 
-def _thinned(site: Site, grid: Forms) -> Forms:
-    """Returns a few forms on the hull that take fewer MACs than the dense one."""
-    hull = grid.hull()
-    hull = hull.take(np.flatnonzero(hull.costs < site.macs(Conv())).tolist())
-    count = len(hull.specs)
-    places = np.linspace(0, count - 1, min(_TIMED_FORMS, count))
-    return hull.take(round(place) for place in places)
+def _thinned(sites: Mapping[str, Site], ways: list[Way]) -> list[Way]:
+    """Returns the ways with a few forms on their hulls, cheaper than the dense ones."""
+    kept: dict[str, list[int]] = {}
+    for path, site in sites.items():
+        places: set[int] = set()
+        for way in ways:
+            grid = way.grids[path]
+            hull = [
+                i
+                for i in lower_hull(grid.costs, grid.errors)
+                if grid.costs[i] < site.macs(Conv())
+            ]
+            steps = np.linspace(0, len(hull) - 1, min(_TIMED_FORMS, len(hull)))
+            places |= {hull[round(step)] for step in steps}
+        kept[path] = sorted(places)
+    return [
+        way._replace(grids={path: way.grids[path].take(kept[path]) for path in kept})
+        for way in ways
+    ]
 
 
 def _latencies(
@@ -155,39 +208,3 @@ def _latencies(
         times.update(zip(new, found, strict=True))
         costs[path] = times.__getitem__
     return costs
-
-
-def _measured_errors(
-    dense: Network,
-    kernels: Mapping[str, WeighedKernel],
-    grids: Mapping[str, Forms],
-    batches: list[Any],
-    apply_fn: ApplyFn | None,
-    progress: Progress | None,
-) -> dict[str, Callable[[np.ndarray], Any]]:
-    """Returns, for each layer, the outputs' divergence by the share of energy lost.
-
-    One layer at a time gets the dense kernel that its factors stand for, so that
-    nothing compiles anew. Between the probes the divergence is interpolated.
-    """
-    divergence = divergence_of(*dense, batches, apply_fn)
-    functions: dict[str, Callable[[np.ndarray], Any]] = {}
-    for path, layer in counted(kernels.items(), progress, "trying ranks of layers"):
-        specs, _, lost = grids[path].hull()
-        # A layer without a cheaper form has nothing to probe.
-        probes = {int(np.argmin(np.abs(lost - p))) for p in _PROBES if specs}
-        points = [(0.0, 0.0)]
-        for i in sorted(probes, key=lambda i: lost[i]):
-            spec: Any = specs[i]  # a grid has no dense form
-            # HOSVD is enough: HOOI changes little in which layers matter.
-            kernel = jnp.asarray(layer.dense_kernel(spec), layer.site.kernel.dtype)
-            leaves = {**leaves_at(dense[1], path), "kernel": kernel}
-            changed = with_leaves(dense[1], {path: leaves})
-            # Noise must not make a larger loss look better than a smaller one.
-            worst = max(points[-1][1], divergence(changed))
-            points.append((float(lost[i]), worst))
-        x, y = np.array(points).T
-        if x[-1] < 1:  # beyond the last probe the divergence grows in proportion
-            x, y = np.append(x, 1.0), np.append(y, y[-1] / max(x[-1], 1e-12))
-        functions[path] = functools.partial(np.interp, xp=x, fp=y)
-    return functions

@@ -66,7 +66,8 @@ def compress(
     inputs of second moment M = E[x x^T], over channels, M^(1/2) K is factorised and
     M^(-1/2) is multiplied into U_in. A `Budget` then chooses all ranks together for the
     least summed divergence of the network's outputs, measured for each layer at several
-    ranks. Without images it minimises the sum of relative errors.
+    ranks. Without images it minimises the sum of relative errors; that choice is taken
+    with images, too, where the network's outputs on them then diverge less.
 
     A network that is already compressed is compressed again from its factors multiplied
     out. Shares remain shares of the dense network.
@@ -149,10 +150,12 @@ def compress(
         kept, sites = kept | hidden, {path: sites[path] for path in moments}
         if not sites:
             raise ValueError(f"`layers` (={layers!r}) {_NONE}{reasons(kept, layers)}.")
-    kernels = {path: WeighedKernel(s, moments.get(path)) for path, s in sites.items()}
+    kernels: Mapping[str, WeighedKernel] = {
+        path: WeighedKernel(site, moments.get(path)) for path, site in sites.items()
+    }
 
     if isinstance(ranks, Budget):
-        specs = choose_ranks(
+        specs, kernels = choose_ranks(
             ranks,
             (model, variables),
             multiplied,
@@ -160,6 +163,7 @@ def compress(
             batches,
             image_shape=shape,
             round_to=round_to,
+            method=method,
             apply_fn=apply_fn,
             progress=progress,
         )

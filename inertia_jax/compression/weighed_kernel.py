@@ -85,9 +85,9 @@ class WeighedKernel:
             core=jnp.asarray(self._multiplied(r, three.core)),
         )
 
-    def dense_kernel(self, spec: Factorised) -> np.ndarray:
-        """Returns the kernel that HOSVD's factors stand for."""
-        factors, groups = self.factors(spec), self.site.groups
+    def dense_kernel(self, spec: Factorised, *, method: Method = "hosvd") -> np.ndarray:
+        """Returns the kernel that the factors stand for."""
+        factors, groups = self.factors(spec, method=method), self.site.groups
         kernel = np.asarray(kind_of(spec).to_kernel(factors, groups=groups))
         return kernel.reshape(self.site.kernel.shape)
 

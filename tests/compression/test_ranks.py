@@ -14,6 +14,7 @@ from inertia_jax.compression.allocation import (
     lower_hull,
     make_choices,
     make_grid,
+    pooled,
     spend_rest,
 )
 from inertia_jax.compression.ranks import rounded
@@ -278,6 +279,20 @@ def test_lower_hull_is_that_of_its_definition():
     assert lower_hull(np.array([0.0, 1, 2, 2]), np.array([2.0, 1, 0, 5])) == [0, 2]
     assert lower_hull(np.ones(3), np.array([3.0, 2, 4])) == [1]
     assert lower_hull(np.zeros(0), np.zeros(0)) == []
+
+
+def test_points_that_fall_or_stay_are_pooled_into_ones_that_rise():
+    assert pooled([]) == []
+    rising = [(0.1, 1.0), (0.2, 3.0), (0.5, 4.0)]
+    assert pooled(rising) == rising
+    # By hand: 3 and 1 are pooled at 2, with which the next 2 is pooled, too.
+    falling = [(0.0, 1.0), (0.2, 3.0), (0.4, 1.0), (0.6, 2.0), (1.0, 5.0)]
+    found = np.array(pooled(falling))
+    np.testing.assert_allclose(found, [(0.0, 1.0), (0.4, 2.0), (1.0, 5.0)], atol=1e-12)
+    for seed in range(20):
+        y = np.random.default_rng(seed).normal(size=9)
+        found = np.array(pooled(zip(np.arange(9.0), y, strict=True)))
+        assert (np.diff(found, axis=0) > 0).all()
 
 
 def test_choices_begin_with_what_stands_there():
