@@ -24,6 +24,10 @@ from inertia_jax.plan.specs import (
 _JSON_TYPES = {cls.__name__: cls for cls in (*get_args(Spec), *get_args(Threshold))}
 
 
+# The most rules that a plan's JSON holds. No network has as many layers.
+_MOST_RULES = 10_000
+
+
 def matches(path: str, pattern: str) -> bool:
     """Returns whether a glob matches the path of a layer, or is the path itself."""
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
@@ -149,14 +153,26 @@ class Plan:
             ValueError: The text is not JSON, or names a spec or field that is unknown.
         """
         try:
-            rules = json.loads(text)
+            return cls._from_rules(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"a plan must be JSON{_example()}; got {text!r:.200}: {error}."
             ) from error
+        except RecursionError:
+            raise ValueError(
+                f"a plan must be JSON; got {text!r:.200}, nested too deep."
+            ) from None
+
+    @classmethod
+    def _from_rules(cls, rules: Any) -> "Plan":
         if not isinstance(rules, list):
             raise ValueError(
-                f"a plan must be a JSON list of rules{_example()}; got {text!r:.200}."
+                f"a plan must be a JSON list of rules{_example()}; got {rules!r:.200}."
+            )
+        if len(rules) > _MOST_RULES:
+            raise ValueError(
+                f"a plan must hold at most {_MOST_RULES:,} rules; it holds "
+                f"{len(rules):,}."
             )
         for rule in rules:
             if not isinstance(rule, list) or len(rule) != 2:
@@ -185,15 +201,15 @@ def _from_jsonable(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     name = value.get("type")
-    if name not in _JSON_TYPES:
+    if not isinstance(name, str) or name not in _JSON_TYPES:
         raise ValueError(
-            f"a plan holds type {name!r}; must be one of {sorted(_JSON_TYPES)}."
+            f"a plan holds type {name!r:.200}; must be one of {sorted(_JSON_TYPES)}."
         )
     cls = _JSON_TYPES[name]
     fields = {key: _from_jsonable(v) for key, v in value.items() if key != "type"}
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
-        raise ValueError(f"a plan holds unknown fields {unknown} of {name}.")
+        raise ValueError(f"a plan holds unknown fields {unknown!r:.200} of {name}.")
     try:
         return cls(**fields)
     except TypeError as error:

@@ -1,6 +1,7 @@
 """The kinds of convolution that can stand at a layer, and the kinds of threshold."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_origin
 
@@ -26,24 +27,38 @@ def as_python(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def _set_integer(spec: Any, name: str, least: int) -> None:
+# The most pixels that a side of filters and regions has. Networks are traced when they
+# are made, and a layer has operations for each pixel of its filters or its region.
+_MOST_SIDE = 31
+# The most that any other integer is: what an axis of an array may have.
+_MOST = 2**31 - 1
+
+
+def _set_integer(spec: Any, name: str, least: int, most: int = _MOST) -> None:
     value = as_python(getattr(spec, name))
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` (={value!r}) must be an integer >= {least}.")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or not least <= value <= most:
+        rule = f"<= {most}" if is_integer and value > most else f">= {least}"
+        raise ValueError(f"`{name}` (={value!r:.200}) must be an integer {rule}.")
     object.__setattr__(spec, name, value)
 
 
 def _set_number(spec: Any, name: str, low: float, high: float) -> None:
     value = as_python(getattr(spec, name))
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        is_number = False
     if not is_number or not low <= value <= high:
-        raise ValueError(f"`{name}` (={value!r}) must be a number in [{low}, {high}].")
+        raise ValueError(
+            f"`{name}` (={value!r:.200}) must be a number in [{low}, {high}]."
+        )
     object.__setattr__(spec, name, value)
 
 
 def _check_flag(spec: Any, name: str) -> None:
-    if not isinstance(getattr(spec, name), bool):
-        raise ValueError(f"`{name}` (={getattr(spec, name)!r}) must be True or False.")
+    value = getattr(spec, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` (={value!r:.200}) must be True or False.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +125,15 @@ class Conv:
     """The ordinary convolution.
 
     Attributes:
-        kernel_size: Side of its filters, on the same output grid; None: the network's.
+        kernel_size: Side of its filters, at most 31, on the same output grid; None: the
+            network's.
     """
 
     kernel_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.kernel_size is not None:
-            _set_integer(self, "kernel_size", 1)
+            _set_integer(self, "kernel_size", 1, _MOST_SIDE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +142,7 @@ class Inertial:
 
     Attributes:
         core_size: Side m of the core filter, >= 1.
-        region_size: Side d of the region, > `core_size`.
+        region_size: Side d of the region, > `core_size`, at most 31.
         reading: `window`, one region per output position, or `tiled`, one region per
             tile of (d - m + 1)^2 outputs (stride 1 only).
         metric: Measure of the difference between periphery and reference; `random` is
@@ -142,7 +158,7 @@ class Inertial:
         slope: Steepness of the sigmoid behind the straight-through gradient, > 0.
         channel_stride: Step over the channels that friction reads, >= 1.
         capacities: Shares of open tiles that evaluation of the tiled reading is
-            compiled for, rising to 1; None computes every tile.
+            compiled for, at most 64, rising to 1; None computes every tile.
     """
 
     core_size: int
@@ -161,8 +177,8 @@ class Inertial:
     capacities: Sequence[float] | None = (1 / 16, 1 / 8, 3 / 16, 5 / 16, 1 / 2, 1)
 
     def __post_init__(self) -> None:
-        _set_integer(self, "core_size", 1)
-        _set_integer(self, "region_size", 2)
+        _set_integer(self, "core_size", 1, _MOST_SIDE)
+        _set_integer(self, "region_size", 2, _MOST_SIDE)
         check_sizes(core_size=self.core_size, region_size=self.region_size)
         for field in dataclasses.fields(self):
             if field.type is bool:
@@ -171,9 +187,10 @@ class Inertial:
                 check_choice(field.name, getattr(self, field.name), field.type)
         if not isinstance(self.threshold, Threshold):
             raise ValueError(
-                f"`threshold` (={self.threshold!r}) must be a Fixed, Learned or Rate."
+                f"`threshold` (={self.threshold!r:.200}) must be a Fixed, Learned or "
+                f"Rate."
             )
-        object.__setattr__(self, "slope", as_python(self.slope))
+        _set_number(self, "slope", 0.0, float("inf"))
         check_slope(self.slope)
         _set_integer(self, "channel_stride", 1)
         check_capacities(self.capacities)
@@ -220,7 +237,9 @@ class Tucker2:
         _set_integer(self, "rank_in", 1)
         _set_integer(self, "rank_out", 1)
         if not isinstance(self.core, (Conv, Inertial)):
-            raise ValueError(f"`core` (={self.core!r}) must be a Conv or an Inertial.")
+            raise ValueError(
+                f"`core` (={self.core!r:.200}) must be a Conv or an Inertial."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

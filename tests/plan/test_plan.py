@@ -1,5 +1,8 @@
 """The plan: rules, JSON, and what it refuses."""
 
+import json
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,3 +169,30 @@ def test_a_strict_network_refuses_to_stay_dense_and_lists_where():
     listed = [line.strip() for line in str(caught.value).splitlines()[1:]]
     assert listed == [str(rule) for rule in expected[:3]]
     ij.create_model("resnet20", plan=ij.Plan((("layer1_*", TILED),)), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ij.Inertial(3, 10**6), "`region_size` (=1000000) must be an integer"),
+        (lambda: ij.Inertial(3, 32), "<= 31"),
+        (lambda: ij.Conv(1001), "`kernel_size` (=1001) must be an integer <= 31"),
+        (lambda: ij.Tucker2(10**12, 1), "`rank_in` (=1000000000000) must be an"),
+        (lambda: ij.Inertial(1, 3, slope="a"), "`slope` (='a') must be a number"),
+        (lambda: ij.Fixed(10**400), "must be a number"),
+        (
+            lambda: ij.Inertial(1, 3, capacities=[i / 65 for i in range(1, 66)]),
+            "must be at most 64",
+        ),
+        (lambda: ij.Inertial(1, 3, capacities=["a", 1]), "must be a sequence of num"),
+        (lambda: ij.Plan.from_json("[" * 100_000), "nested too deep"),
+        (lambda: ij.Plan.from_json('[["*", {"type": ["Conv"]}]]'), "holds type"),
+        (lambda: ij.Plan.from_json(json.dumps([["*", {}]] * 10_001)), "at most 10,000"),
+    ],
+)
+def test_what_a_stranger_plans_is_bounded_before_it_is_built(
+    make, words, no_shape_checks
+):
+    with pytest.raises(ValueError, match=re.escape(words)) as found:
+        make()
+    assert len(str(found.value)) < 500

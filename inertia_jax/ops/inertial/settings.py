@@ -19,6 +19,9 @@ GateGradient = Literal["none", "ste"]
 # Thresholds below and above all friction, which is >= 0.
 OPEN, CLOSED = -1.0, 1e30
 
+# The most capacities that the tiled reading is compiled for.
+_MOST_CAPACITIES = 64
+
 
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raises ValueError unless `value` is one of the `Literal` type `choices`."""
@@ -26,7 +29,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
     # Whatever is no word would be compared in its own way, an array element by element.
     if not isinstance(value, str) or value not in allowed:
         near = near_miss(value, allowed)
-        raise ValueError(f"`{name}` (={value!r}) must be one of {allowed}.{near}")
+        raise ValueError(f"`{name}` (={value!r:.200}) must be one of {allowed}.{near}")
 
 
 def near_miss(value: object, allowed: Iterable[str]) -> str:
@@ -69,13 +72,20 @@ def check_capacities(capacities: Sequence[float | int] | None) -> None:
     if capacities is None:
         return
     try:
-        capacities = tuple(capacities)
+        shares = tuple(capacities)
+        rising = all(a < b for a, b in itertools.pairwise(shares))
+        is_right = shares and rising and 0 < shares[0] and shares[-1] == 1
     except TypeError:
         raise ValueError(
-            f"`capacities` (={capacities!r}) must be a sequence of numbers, or None."
+            f"`capacities` (={capacities!r:.200}) must be a sequence of numbers, or "
+            f"None."
         ) from None
-    rising = all(a < b for a, b in itertools.pairwise(capacities))
-    if not capacities or not rising or capacities[0] <= 0 or capacities[-1] != 1:
+    if not is_right:
         raise ValueError(
-            f"`capacities` (={tuple(capacities)}) must rise within (0, 1] and end at 1."
+            f"`capacities` (={shares!r:.200}) must rise within (0, 1] and end at 1."
+        )
+    if len(shares) > _MOST_CAPACITIES:
+        raise ValueError(
+            f"`capacities` (={shares!r:.200}) must be at most {_MOST_CAPACITIES}, of "
+            f"which each is compiled; they are {len(shares):,}."
         )
