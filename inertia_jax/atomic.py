@@ -18,7 +18,11 @@ _LONGEST_NAME = 160
 
 @contextlib.contextmanager
 def appearing(
-    path: pathlib.Path, *, writer: str | None = None, commits: bool = True
+    path: pathlib.Path,
+    *,
+    writer: str | None = None,
+    commits: bool = True,
+    through_links: bool = True,
 ) -> Iterator[pathlib.Path]:
     """Yields a path beside `path` whose content appears at `path` in one rename.
 
@@ -28,10 +32,11 @@ def appearing(
 
     Args:
         path: The file or directory that shall appear. A file replaces another file; a
-            directory does not replace one that has content. What a symbolic link points
-            to is replaced, not the link.
+            directory does not replace one that has content.
         writer: A name that no other writer has at the same time. None: the name of this
             machine and process, since machines may share a disk.
+        through_links: Whether what a symbolic link at `path` points to is replaced, not
+            the link.
         commits: Whether this process makes, renames and removes. One of several
             processes that write together does; the others are given the same path.
 
@@ -40,7 +45,7 @@ def appearing(
         OSError: The block or the rename failed; the error names `path`.
     """
     path = local_path(path)
-    if path.is_symlink():
+    if through_links and path.is_symlink():
         path = pathlib.Path(os.path.realpath(path))
     machine = this_machine()
     name = path.name

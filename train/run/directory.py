@@ -1,5 +1,6 @@
 """The directory of a run: its configuration, its metrics, how it was made."""
 
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import sys
 import time
 from typing import IO, Any
@@ -178,8 +180,7 @@ class RunDirectory:
             return
         with user_input():
             self.path.mkdir(parents=True, exist_ok=True)
-            # Opened in this way, a pipe of that name is an error and not waited for.
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = _open_lock(self.path / ".lock")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -235,6 +236,21 @@ class RunDirectory:
                 self._lock.close()
 
 
+def _open_lock(path: pathlib.Path) -> IO[str]:
+    """Opens a file to lock, whose content stays, or makes it.
+
+    Raises:
+        OSError: Something else lies there, such as a link, or a pipe.
+    """
+    # A link is not followed, and a pipe not waited for.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    lock = open(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
+    if stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+        return lock
+    lock.close()
+    raise OSError(errno.EINVAL, "no regular file; remove it", str(path))
+
+
 def read_json(path: pathlib.Path) -> Any:
     """Reads a file of JSON.
 
@@ -257,6 +273,6 @@ def is_empty_directory(path: pathlib.Path) -> bool:
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
-    # Only one process writes a run; it replaces what a killed process left.
-    with appearing(path, writer="run") as partial:
+    # As `write_lines`: one process writes, and through no link.
+    with appearing(path, writer="run", through_links=False) as partial:
         partial.write_text(text)

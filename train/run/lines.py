@@ -48,8 +48,9 @@ def put_aside_unreadable(path: pathlib.Path) -> None:
 
 def write_lines(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """Writes a log that appears whole or not at all."""
-    # Only one process writes a run; it replaces what a killed process left.
-    with appearing(path, writer="run") as partial:
+    # Only one process writes a run; it replaces what a killed process left. A link that
+    # came with the directory may point anywhere, so that it is replaced itself.
+    with appearing(path, writer="run", through_links=False) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

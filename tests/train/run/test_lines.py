@@ -1,5 +1,6 @@
 """Logs of a run: read as far as they can be, and never in the way of a run."""
 
+import contextlib
 import errno
 import json
 import os
@@ -227,6 +228,21 @@ def test_a_place_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "pipe" / ".lock")
     with pytest.raises(UsageError):  # and not for ever
         begin(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json", "run.jsonl", "metrics.jsonl"])
+def test_nothing_is_written_through_a_link(name, tmp_path):
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    mine.write_bytes(lines({"started": "now", "step": 0}))
+    before = mine.read_bytes()
+    run.mkdir()
+    (run / name).symlink_to(mine)
+    with contextlib.suppress(UsageError):
+        directory = begin(run)
+        directory.log(1, "train", {"loss": 1.0})
+        directory.close()
+        assert name != ".lock" and not (run / name).is_symlink()
+    assert mine.read_bytes() == before
 
 
 def test_a_report_draws_what_can_be_read(saved, capsys):
