@@ -24,7 +24,7 @@ from inertia_jax.metadata import (
 )
 from train.command import shell_command
 from train.config import Config
-from train.config_file import config_to_json, differing_fields
+from train.config_file import config_to_json, differing_fields, fill_defaults
 from train.data import ImageSet, load_configured
 from train.data.statistics import warn_of_normalisation
 from train.errors import UsageError, user_input
@@ -163,6 +163,16 @@ def _restore(
 def _check_same_sources(
     path: pathlib.Path, info: Mapping[str, Any], trainer: Trainer
 ) -> None:
+    config = info.get("config")
+    if isinstance(config, dict):
+        # That of the directory may be another's: a checkpoint can be copied into it.
+        there = fill_defaults(config, config_to_json(Config()))
+        differing = differing_fields(there, config_to_json(trainer.config))
+        if differing:
+            raise UsageError(
+                f"{path} is of a run with another config; nothing was changed. Remove "
+                f"it, or undo:\n  " + "\n  ".join(differing)
+            )
     differing = differing_fields(info.get("data"), trainer.data.describe())
     if differing:
         raise UsageError(

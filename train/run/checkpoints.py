@@ -14,7 +14,13 @@ from flax import linen as nn
 from inertia_jax import CheckpointDamagedError, save_checkpoint
 from inertia_jax.atomic import remove
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays, verify_checkpoint
-from inertia_jax.metadata import Metadata, best_step, checkpoint_path, latest_steps
+from inertia_jax.metadata import (
+    Metadata,
+    best_step,
+    checkpoint_path,
+    latest_steps,
+    load_metadata,
+)
 from inertia_jax.metadata import find_checkpoint as find_in_library
 from train.command import shell_command
 from train.errors import UsageError, in_words, user_input
@@ -83,7 +89,7 @@ class Checkpoints:
             return
         try:
             pending.result()
-        except CheckpointWriteError as error:
+        except (CheckpointWriteError, FileExistsError) as error:
             kept = latest_steps(self._directory)
             where = f"the latest on disk is step {kept[-1]}" if kept else "none on disk"
             raise UsageError(f"{in_words(error)} ({where}).") from error
@@ -124,6 +130,7 @@ class Checkpoints:
                 raise UsageError(
                     f"cannot read {path}: {in_words(error)}; nothing was changed."
                 ) from error
+            _check_step(path, step)
             # If this came earlier, a run whose checkpoints are all damaged would look
             # like a new one.
             self._put_aside(damaged)
@@ -148,6 +155,17 @@ class Checkpoints:
                 with user_input():
                     remove(aside)
                     path.rename(aside)
+
+
+def _check_step(path: pathlib.Path, step: int) -> None:
+    """Raises UsageError unless a whole checkpoint is that of the step in its name."""
+    with user_input():
+        own = load_metadata(path).info.get("step", step)
+    if own != step:
+        raise UsageError(
+            f"{path} holds the checkpoint of step {own}: it was renamed, or copied; "
+            f"give it its own name again, or remove it. Nothing was changed."
+        )
 
 
 def last_checkpoint(run: pathlib.Path) -> pathlib.Path:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,10 +15,13 @@ import inertia_jax as ij
 from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
 from train.config import Config, Data, Optimizer
+from train.config_file import config_to_json
 from train.data.sets import ImageSet, Split
 from train.data.statistics import pixel_statistics, warn_of_normalisation
+from train.errors import UsageError
 from train.fit.checks import warn_of_unreached
 from train.fit.initial import check_initial, head_paths, read_initial, verify_initial
+from train.fit.loop import _check_same_sources
 from train.machine.processes import warn
 from train.networks import model_config
 from train.step.optimizer import make_schedule
@@ -27,6 +31,18 @@ from train.verbs.fit import parse
 pytestmark = pytest.mark.usefixtures("one_device")
 SHAPE = (8, 8, 1)
 NAMES = tuple("abcdefghij")
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(no_shape_checks):
+    data = SimpleNamespace(describe=lambda: {"name": "digits"})
+    trainer = SimpleNamespace(config=Config(seed=1), data=data, teacher_sha256=None)
+    info = {"config": config_to_json(Config(seed=1)), "data": data.describe()}
+    _check_same_sources("step_1", info, trainer)
+    del info["config"]["name"]  # an older version had fewer fields
+    _check_same_sources("step_1", info, trainer)
+    info["config"] = config_to_json(Config(seed=2))
+    with pytest.raises(UsageError, match=r"another config(?s:.*)seed: 2 there, 1 here"):
+        _check_same_sources("step_1", info, trainer)
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,23 @@ def test_other_names_are_no_checkpoints(saved, capsys):
     assert not list(saved.glob(".step_*"))
 
 
+def test_checkpoints_under_each_others_names_are_refused_and_left(saved):
+    first, last = saved / "step_00000010", saved / "step_00000020"
+    first.rename(saved / "aside")
+    last.rename(first)
+    (saved / "aside").rename(last)
+    with pytest.raises(UsageError, match="00000020 holds the checkpoint of step 10:"):
+        Checkpoints(saved).restore()
+    assert latest_steps(saved) == [10, 20]
+
+
+def test_a_checkpoint_in_the_place_of_the_next_is_one_error(saved):
+    checkpoints, model = Checkpoints(saved), ij.create_model("lenet", width=0.2)
+    checkpoints.save(20, model, {"params": {}}, {}, Metadata())
+    with pytest.raises(UsageError, match="step_00000020.* must not exist"):
+        checkpoints.wait()
+
+
 def test_a_description_of_any_depth_is_one_error(saved):
     (saved / "step_00000020" / "metadata.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is no JSON"):
