@@ -1,10 +1,13 @@
 """Sweeps: many runs, each of which appends a record to one file when it ends."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import statistics
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,7 +72,8 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    records = []
+    records: list[dict[str, Any]] = []
+    runs: dict[tuple[str, str], int] = {}
     with user_input():
         lines = path.read_text().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
@@ -78,21 +82,43 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
             continue
         if record is None or not {"name", "seed", "config"} <= set(record):
             raise UsageError(f"{path}, line {number}, holds no record of a sweep.")
+        run = str(record["name"]), str(record["seed"])
+        if run in runs:
+            raise UsageError(
+                f"{path} holds two records of {run[0]}, seed {run[1]}, in lines "
+                f"{runs[run]} and {number}; take one out."
+            )
+        runs[run] = number
         records.append(record)
     return records
 
 
 def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Adds a record, after cutting off a line that a kill left unfinished."""
+    """Adds a record, after cutting off a line that a kill left unfinished.
+
+    A record of the same run, which another sweep has added meanwhile, is kept.
+    """
     content = json.dumps(record).encode() + b"\n"
-    text = path.read_bytes()
-    start = text.rfind(b"\n") + 1
-    last = text[start:]
-    if last and parsed(last) is None:
-        os.truncate(path, start)
-    elif last:
-        content = b"\n" + content
-    append(path, content)
+    with path.open("ab") as lock:
+        # A file system may have no locks; then two sweeps are on their own.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        run = (record["name"], record["seed"])
+        if any((other["name"], other["seed"]) == run for other in read_records(path)):
+            print(
+                f"warning: {path} has a record of {run[0]}, seed {run[1]}, by another "
+                f"sweep; it is kept, and this one is not added.",
+                file=sys.stderr,
+            )
+            return
+        text = path.read_bytes()
+        start = text.rfind(b"\n") + 1
+        last = text[start:]
+        if last and parsed(last) is None:
+            os.truncate(path, start)
+        elif last:
+            content = b"\n" + content
+        append(path, content)
 
 
 def find_record(

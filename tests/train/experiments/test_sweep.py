@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import inertia_jax as ij
 from train.__main__ import main
+from train.errors import UsageError
 from train.experiments.sweep import append_record, load_sweep, read_records
 from train.networks import make_model
 
@@ -83,6 +84,19 @@ def test_a_record_that_a_kill_cut_off_is_run_again(tmp_path):
     path.write_text(json.dumps(whole))
     append_record(path, {**whole, "seed": 2})
     assert [record["seed"] for record in read_records(path)] == [1, 2]
+
+
+def test_a_run_has_one_record_whoever_trained_it(tmp_path, capsys):
+    out = tmp_path / "records.jsonl"
+    out.touch()
+    records = [{"name": "a", "seed": seed, "config": {}} for seed in (1, 2)]
+    for record in (*records, {**records[0], "top1": 1.0}):
+        append_record(out, record)
+    assert read_records(out) == records
+    assert "has a record of a, seed 1, by another sweep" in capsys.readouterr().err
+    out.write_text(2 * (json.dumps(records[0]) + "\n"))
+    with pytest.raises(UsageError, match="two records of a, seed 1, in lines 1 and 2"):
+        read_records(out)
 
 
 def test_a_record_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
