@@ -50,7 +50,10 @@ def run(argv: Sequence[str]) -> int:
     for place in (out, _tuned_beside(out)):
         is_written = place == out or args.finetune_epochs
         if place.exists() and is_written and not is_made:
-            raise UsageError(f"`out` (={place}) must not exist; nothing was changed.")
+            raise UsageError(
+                f"`out` (={place}) must not exist; nothing was changed."
+                f"{_how_to_resume(args, argv)}"
+            )
     network = read_network(path, factory=args.factory)
     dense = (network.model, network.variables)
     args = _completed(args, network)
@@ -205,6 +208,14 @@ def _finetune_advice(args: Compress) -> str:
 
 def _tuned_beside(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f"{out.name}_finetuned")
+
+
+def _how_to_resume(args: Compress, argv: Sequence[str]) -> str:
+    """Returns what goes on where a kill may have ended the fine-tuning."""
+    if args.resume or not args.finetune_epochs or not pathlib.Path(args.out).exists():
+        return ""
+    command = shell_command("compress", *argv, "--resume")
+    return f" If its fine-tuning was ended, this goes on with it:\n{command}"
 
 
 def _resume_command(argv: Sequence[str], out: pathlib.Path, result: FitResult) -> str:

@@ -311,3 +311,16 @@ def test_layers_that_their_plan_left_dense_are_named(tmp_path, capsys):
     assert main(["compress", str(checkpoint), *arguments]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "layer2_0" in line]
     assert "layer2_0/conv1 stays dense: tiles need stride 1, it has 2" in said
+
+
+def test_a_fine_tuning_that_was_killed_names_the_command_that_goes_on(tmp_path, capsys):
+    checkpoint, out = tmp_path / "run", tmp_path / "out"
+    (checkpoint / "arrays").mkdir(parents=True)
+    out.mkdir()
+    options = ["compress", str(checkpoint), "--out", str(out), "--ranks", "ratio:0.5"]
+    assert main([*options, "--finetune-epochs", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "must not exist; nothing was changed. If its fine-tuning was ended" in error
+    assert error.rstrip().endswith("--ranks ratio:0.5 --finetune-epochs 1 --resume")
+    assert main(options) == 2
+    assert "--resume" not in capsys.readouterr().err
