@@ -4,6 +4,7 @@ from inertia_jax.nnx.forms import apply_plan, plan_of
 from inertia_jax.nnx.inertial import InertialConv
 from inertia_jax.nnx.linen import as_linen, from_linen
 from inertia_jax.nnx.low_rank import LowRankConv, LowRankDense
+from inertia_jax.nnx.networks import Network, create_model
 from inertia_jax.nnx.tucker import Tucker2Conv
 from inertia_jax.nnx.variables import GateThreshold
 
@@ -12,9 +13,11 @@ __all__ = [
     "InertialConv",
     "LowRankConv",
     "LowRankDense",
+    "Network",
     "Tucker2Conv",
     "apply_plan",
     "as_linen",
+    "create_model",
     "from_linen",
     "plan_of",
 ]

@@ -145,3 +145,13 @@ def test_bad_modules_are_refused(pair):
         ij.count_cost(net, (8, 8, 5))
     with pytest.raises(ValueError, match=r"`image_shape` \(=None\).* Net, which"):
         ij.compress(net, ranks=ij.Ratio(0.5))
+
+
+def test_a_module_is_made_inertial_as_in_linen(pair):
+    net, (model, variables) = pair
+    options = {"macs": 0.9, "calibration": X, "batch_size": 8}
+    ours = ij.make_inertial(net, **options)
+    theirs, changed = ij.make_inertial(model, variables, **options)
+    assert dict(ij.nnx.plan_of(ours).rules) == dict(theirs.plan.rules)
+    assert any(isinstance(n, ij.nnx.InertialConv) for _, n in nnx.iter_graph(ours))
+    np.testing.assert_allclose(ours(X), theirs.apply(changed, X), atol=1e-6)

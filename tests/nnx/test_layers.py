@@ -159,3 +159,15 @@ def test_a_plan_is_read_off_a_module_and_applied_to_another():
     linear = ij.nnx.apply_plan(plain, ij.Plan((("fc", ij.LowRank(2)),)))
     assert isinstance(linear.fc, ij.nnx.LowRankDense)
     assert linear.fc.right.bias.shape == jnp.shape(plain.fc.bias)
+
+
+def test_networks_of_the_library_are_modules_too():
+    net = ij.nnx.create_model("lenet", width=0.125, rngs=nnx.Rngs(0))
+    images = np.ones((2, 28, 28, 1), np.float32)
+    assert np.abs(net(images) - net(images)).max() > 0  # dropout, in training mode
+    net.eval()
+    np.testing.assert_array_equal(net(images), net(images))
+    small = ij.compress(net, ranks=ij.Ratio(0.5))
+    assert type(small) is ij.nnx.Network
+    assert ij.count_cost(small, (28, 28, 1)).macs < ij.count_cost(net, (28, 28, 1)).macs
+    np.testing.assert_allclose(ij.decompress(small)(images), small(images), atol=1e-5)

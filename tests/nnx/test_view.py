@@ -1,0 +1,116 @@
+"""Modules of every make: where layers are, which stay, and what a call changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import inertia_jax as ij
+
+SHAPE = (6, 6, 4)
+X = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+
+
+def conv(seed=0, **options):
+    return nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(seed), **options)
+
+
+class Places(nnx.Module):
+    def __init__(self):
+        self.listed = nnx.List([conv(1), conv(2)])
+        self.named = nnx.Dict(a=conv(3))
+        self.both = nnx.data((conv(4), {"q": conv(5)}))
+        self.again = self.listed[0]
+
+    def __call__(self, x):
+        for layer in (*self.listed, self.named["a"], self.both[0], self.again):
+            x = layer(x)
+        return self.both[1]["q"](x)
+
+
+def test_layers_are_replaced_wherever_they_are_and_shared_ones_stay_one():
+    net = Places()
+    rules = ("listed/*", "named/a", "both/*", "again")
+    # `again` comes first in the module, so that it is the name of the shared layer.
+    plan = ij.Plan(tuple((glob, ij.Tucker2(3, 3)) for glob in rules if glob != "again"))
+    full = ij.Plan((("*", ij.Tucker2(4, 4)),))
+    small = ij.compress(net, ranks=full, image_shape=SHAPE)
+    assert len(ij.nnx.plan_of(small).rules) == 5
+    assert small.again is small.listed[0] and small.again is not net.again
+    assert type(small.both[1]["q"]) is ij.nnx.Tucker2Conv
+    np.testing.assert_allclose(small(X), net(X), atol=1e-5)
+    made = ij.nnx.apply_plan(net, plan)
+    assert made.both[0].spec == ij.Tucker2(3, 3)
+
+
+class Doubled(nnx.Conv):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Stays(nnx.Module):
+    """An ordinary convolution, and layers that nothing can take the place of."""
+
+    def __init__(self):
+        self.plain = conv()
+        self.doubled = Doubled(4, 4, (3, 3), rngs=nnx.Rngs(1))
+        self.tied, self.other = conv(2), conv(3)
+        self.other.kernel = self.tied.kernel
+        self.jitted, self.remat = conv(4), conv(5)
+        self.masked = conv(6, mask=jnp.ones((3, 3, 4, 4)))
+        self.normalised = nnx.WeightNorm(conv(7), rngs=nnx.Rngs(8))
+
+    def __call__(self, x):
+        x = self.other(self.tied(self.doubled(self.plain(x))))
+        x = nnx.jit(lambda layer, x: layer(x))(self.jitted, x)
+        x = nnx.remat(lambda layer, x: layer(x))(self.remat, x)
+        return self.normalised(self.masked(x))
+
+
+def test_other_layers_stay_and_the_reasons_are_said():
+    net = Stays()
+    model, variables = ij.nnx.as_linen(net)
+    np.testing.assert_allclose(model.apply(variables, X), net(X), atol=1e-6)
+    options = {"ranks": ij.Ratio(1.0), "only_cheaper": False, "image_shape": SHAPE}
+    kept = dict(ij.compress(model, variables, **options)[0].kept)
+    assert kept["doubled"] == "is a Doubled, which may compute anything"
+    assert kept["masked"] == "has a mask"
+    for name in ("jitted", "remat"):
+        assert kept[name].startswith("is called inside nnx.jit, nnx.remat")
+    assert "also used outside" in kept["other"]
+    assert "differ from those stored" in kept["normalised/layer_instance"]
+    small = ij.compress(net, **options)
+    assert [glob for glob, _ in ij.nnx.plan_of(small).rules] == ["plain"]
+    np.testing.assert_allclose(small(X), net(X), atol=1e-5)
+    with pytest.raises(ValueError, match="at 'doubled', which is a Doubled"):
+        ij.nnx.apply_plan(net, ij.Plan((("doubled", ij.Tucker2(1, 1)),)))
+
+
+class Stateful(nnx.Module):
+    def __init__(self):
+        self.conv, self.norm = conv(), nnx.BatchNorm(4, rngs=nnx.Rngs(1))
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(2))
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.drop(self.norm(self.conv(x)))
+
+
+def test_a_call_of_the_model_changes_what_a_call_of_the_module_changes():
+    net = Stateful()
+    model, variables = ij.nnx.as_linen(net)
+    net.train()
+    collections = [name for name in variables if name != "params"]
+    y, changed = model.apply(variables, X, train=True, mutable=collections)
+    np.testing.assert_allclose(y, net(X), atol=1e-6)  # the same units are dropped
+    _, expected = ij.nnx.as_linen(net)
+    for name in collections:
+        for a, b in zip(
+            jax.tree.leaves(changed[name]), jax.tree.leaves(expected[name]), strict=True
+        ):
+            if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                a, b = jax.random.key_data(a), jax.random.key_data(b)
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    assert changed["Variable"]["calls"] == 1
