@@ -171,7 +171,7 @@ def apply_network(
     except flax.errors.ScopeCollectionNotFound:
         # With a collection that may change, `nn.map_variables(init=True)` takes the
         # call for the first one.
-        apply = nn.apply(call, model, mutable=sorted(changing))
+        apply = nn.apply(call, model, mutable=[])
         outputs, changed = apply(variables, images, rngs=rngs)
     return outputs, changed
 

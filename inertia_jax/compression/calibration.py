@@ -101,8 +101,13 @@ def input_moments(
         zeros = jnp.zeros((site.groups, channels, channels), dtype)
         sums[*places[path], _SUMS] = (zeros, jnp.zeros((), jnp.int32))
     hidden: set[str] = set()
+    direct: dict[str, tuple[Any, Any]] = {}
+    roots: list[Any] = []
 
     def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        root = None if module.scope is None else module.scope.root
+        if not roots or not module.path:
+            roots[:] = [root]
         if path in sites:
             x = jnp.asarray(first_argument(args, kwargs))
             groups = sites[path].groups
@@ -111,18 +116,23 @@ def input_moments(
             products = jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
             scope = module.scope
             total, count = scope.get_variable(_MOMENTS, _SUMS, (jnp.zeros(()), 0))
-            is_open = scope.is_mutable_collection(_MOMENTS)
-            if not is_open or total.shape != products.shape:
-                hidden.add(path)
-                return call(*args, **kwargs)
             # A layer may be called more than once, so its calls are summed.
-            total = total + products.astype(total.dtype)
-            scope.put_variable(_MOMENTS, _SUMS, (total, count + len(rows)))
+            if scope.is_mutable_collection(_MOMENTS) and total.shape == products.shape:
+                total = total + products.astype(total.dtype)
+                scope.put_variable(_MOMENTS, _SUMS, (total, count + len(rows)))
+            elif root is roots[0]:
+                # No collection may change, but nothing is between here and there.
+                total, count = direct.get(path, (0.0, 0))
+                direct[path] = (total + products, count + len(rows))
+            else:
+                hidden.add(path)
         return call(*args, **kwargs)
 
     @jax.jit
     def batch_moments(variables: Any, batch: Any) -> dict[str, Array]:
         start = {_MOMENTS: traverse_util.unflatten_dict(sums)}
+        direct.clear()
+        roots.clear()
         with on_calls(record):
             _, changed = apply_as_trained(
                 model,
@@ -131,11 +141,12 @@ def input_moments(
                 apply_fn=apply_fn,
                 recorded=[_MOMENTS],
             )
-        found = traverse_util.flatten_dict(dict(changed[_MOMENTS]))
+        found = traverse_util.flatten_dict(dict(changed.get(_MOMENTS, {})))
+        seen = {path: found.get((*places[path], _SUMS)) for path in sites} | direct
         return {
-            path: found[*places[path], _SUMS][0] / found[*places[path], _SUMS][1]
-            for path in sites
-            if path not in hidden
+            path: total[0] / total[1]
+            for path, total in seen.items()
+            if total is not None and path not in hidden
         }
 
     parts = [jax.device_get(batch_moments(variables, batch)) for batch in batches]

@@ -253,8 +253,13 @@ def _calls_of(
 
     def calls(variables: Mapping[str, Any], batch: Any) -> dict[str, list[Any]]:
         depth = dict.fromkeys(paths, 0)
+        direct: dict[str, list[Any]] = {path: [] for path in paths}
+        roots: list[Any] = []
 
         def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+            root = None if module.scope is None else module.scope.root
+            if not roots or not module.path:
+                roots[:] = [root]
             if isinstance(module, InertialConv):
                 # In evaluation mode no batch moves a threshold.
                 kwargs = {**kwargs, "train": False}
@@ -269,7 +274,12 @@ def _calls_of(
                 wide = at_least_float32(x.dtype)
                 pair = (x.astype(wide), output.astype(wide))
                 value = pair if which is None else pair[which]
-                if not module.sow(_CALLS, _CALLS, value):
+                if module.sow(_CALLS, _CALLS, value):
+                    return output
+                # Perhaps no collection may change, but nothing is between here and
+                # there.
+                direct[path].append(value)
+                if root is not roots[0]:
                     raise ValueError(
                         f"{path!r} is called inside nn.scan or nn.vmap, where its "
                         f"inputs cannot be seen; leave it out with `layers`."
@@ -283,6 +293,6 @@ def _calls_of(
         # `nn.remat` and `nn.jit` pass on what layers sow.
         sown = traverse_util.flatten_dict(dict(changed.get(_CALLS, {})))
         by_path = {"/".join(place[:-1]): calls for place, calls in sown.items()}
-        return {path: list(by_path.get(path, ())) for path in paths}
+        return {path: [*by_path.get(path, ()), *direct[path]] for path in paths}
 
     return calls

@@ -22,7 +22,7 @@ from inertia_jax.compression.sites import (
     with_leaves,
 )
 from inertia_jax.compression.weighed_kernel import WeighedKernel
-from inertia_jax.inputs import Shape, batched, checked_inputs, shape_of_one
+from inertia_jax.inputs import Shape, batched, checked_inputs, shape_of_one, shown
 from inertia_jax.models.create import image_shape_of
 from inertia_jax.models.network import Network
 from inertia_jax.ops.tucker.tucker import Method
@@ -129,10 +129,11 @@ def compress(
     """
     _check_options(ranks, round_to, batch_size)
     images = None if calibration is None else checked_inputs(calibration)
-    if isinstance(model, Network) and np.ndim(images) not in (0, 4):
-        raise ValueError(
-            f"`calibration` (shape {np.shape(images)}) must be [n, h, w, c]."
-        )
+    if images is not None and isinstance(model, Network):
+        if not isinstance(images, np.ndarray) or images.ndim != 4:
+            raise ValueError(
+                f"`calibration` (shape {shown(images)}) must be [n, h, w, c]."
+            )
     if image_shape is None and images is not None:
         image_shape = shape_of_one(images)
     shape = image_shape_of(model, image_shape)
