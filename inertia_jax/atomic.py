@@ -87,14 +87,11 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
     # `pathlib` makes one slash of two. A drive of Windows has one letter.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
         url = os.fspath(path)
-        if url.startswith(("http:", "https:", "ftp:")):
-            raise ValueError(
-                f"{url} is a URL; files are read by paths of this machine alone: "
-                f"download it first, with `curl -LO {shlex.quote(url)}`."
-            )
+        is_web = url.startswith(("http:", "https:", "ftp:"))
+        download = f" `curl -LO {shlex.quote(url)}` downloads it." if is_web else ""
         raise ValueError(
             f"{url} is a URL; files are read and written by paths of this "
-            f"machine alone: mount that storage, or copy from and to it."
+            f"machine alone: mount that storage, or copy from and to it.{download}"
         )
     return pathlib.Path(path)
 

@@ -156,7 +156,7 @@ class Plan:
             return cls._from_rules(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"a plan must be JSON{_example()}; got {text!r:.200}: {error}."
+                f"a plan must be JSON{_example()}; got {text!r:.120}: {error}."
             ) from error
         except RecursionError:
             raise ValueError(
@@ -167,7 +167,7 @@ class Plan:
     def _from_rules(cls, rules: Any) -> "Plan":
         if not isinstance(rules, list):
             raise ValueError(
-                f"a plan must be a JSON list of rules{_example()}; got {rules!r:.200}."
+                f"a plan must be a JSON list of rules{_example()}; got {rules!r:.120}."
             )
         if len(rules) > _MOST_RULES:
             raise ValueError(
@@ -177,7 +177,7 @@ class Plan:
         for rule in rules:
             if not isinstance(rule, list) or len(rule) != 2:
                 raise ValueError(
-                    f"a plan holds {rule!r:.200}; must be pairs [glob, "
+                    f"a plan holds {rule!r:.120}; must be pairs [glob, "
                     f"spec]{_example()}."
                 )
         return cls(tuple((glob, _from_jsonable(spec)) for glob, spec in rules))

@@ -141,7 +141,8 @@ class RunDirectory:
         """
         epochs = read_json(config_file).get("epochs")
         ended = [row.get("epoch") for row in read_metrics(self.path / "metrics.jsonl")]
-        if epochs not in ended or self._config.epochs <= epochs:
+        is_ended = isinstance(epochs, int) and epochs in ended
+        if not is_ended or self._config.epochs <= epochs:
             return ""
         more = str(self._config.epochs - epochs)
         return (

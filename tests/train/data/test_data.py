@@ -146,7 +146,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"broken")
     with pytest.raises(UsageError, match="no NumPy archive"):
         load(f"npz:{tmp_path / 'broken.npz'}")
-    for source in ("npz:", "csv:x", "cifar10", ""):
+    for source in ("npz:", "csv:x", "cifar-10", ""):
         with pytest.raises(UsageError, match="must be tfds:NAME"):
             load(source)
 
