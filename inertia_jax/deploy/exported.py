@@ -65,16 +65,14 @@ class ExportedNetwork:
             functions; it has no derivative.
     """
 
-    input_shape: tuple[int | None, int, int, int]
+    input_shape: tuple[int | None, ...]
     input_dtype: np.dtype
     class_names: tuple[str, ...]
     platforms: tuple[str, ...]
     info: Mapping[str, Any]
     function: Callable[[Any], Array] = dataclasses.field(repr=False)
 
-    def __call__(
-        self, images: Shaped[ArrayLike, "n h w c"]
-    ) -> Float[Array, "n classes"]:
+    def __call__(self, images: Shaped[ArrayLike, "n *image"]) -> Float[Array, "n *out"]:
         """Returns logits.
 
         Args:
@@ -111,7 +109,7 @@ def save_exported(
     path: str | os.PathLike[str],
     function: Callable[[Any], Any] | tuple[Any, Mapping[str, Any]],
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     image_dtype: Any = np.float32,
     batch_size: int | None = None,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
@@ -130,7 +128,7 @@ def save_exported(
         function: A function from images [n, h, w, c] to logits, e.g. `lambda x:
             model.apply(variables, x)`. Arrays that it closes over go into the file. Or
             a pair (model, variables), which is called in evaluation mode.
-        image_shape: The shape [h, w, c] of an image.
+        image_shape: The shape of one input, such as [h, w, c].
         image_dtype: The images' type.
         batch_size: Images per call. None: any number, a symbolic size.
         platforms: The platforms it shall run on, some of `PLATFORMS`.
@@ -249,9 +247,8 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
             f"{path} was written by jax {metadata['jax']}, which jax "
             f"{jax.__version__} cannot read: {error}"
         ) from error
-    number, height, width, channels = metadata["input_shape"]
     return ExportedNetwork(
-        input_shape=(number, height, width, channels),
+        input_shape=tuple(metadata["input_shape"]),
         input_dtype=np.dtype(metadata["input_dtype"]),
         class_names=tuple(metadata["class_names"]),
         platforms=tuple(metadata["platforms"]),

@@ -61,25 +61,30 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The others take seconds each.
+QUICK = ("causal", "1-D groups", "2-D reflect", "3-D strides", "3-D one tap")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_every_kind_of_convolution_is_factorised(kind):
     num_axes, make = KINDS[kind]
     model, x = Net(make, num_axes), images(num_axes)
     shape = x.shape[1:]
     variables = model.init(KEY, x)
     expected = model.apply(variables, x)
-    rules = {"layer": ij.Ratio(1.0), "[fl]*st": ij.Energy(1.0)}
-    small, factors = model, variables
-    for layers, ranks in rules.items():
-        small, factors = ij.compress(
-            small,
-            factors,
-            ranks=ranks,
-            layers=layers,
-            calibration=x,
-            only_cheaper=False,
-            image_shape=shape,
-        )
+    kernel = variables["params"]["layer"]["kernel"]
+    taps, groups = np.prod(kernel.shape[:-2]), 4 // kernel.shape[-2]
+    middle = ij.Tucker2(kernel.shape[-2], min(6 // groups, taps * kernel.shape[-2]))
+    rules = (("layer", middle), ("*", ij.LowRank(4)))
+    small, factors = ij.compress(
+        model, variables, ranks=ij.Plan(rules), calibration=x, image_shape=shape
+    )
     assert len(small.plan.rules) == 3 and not small.kept
     close(small.apply(factors, x), expected)
     assert jax.tree.map(jnp.shape, small.init(KEY, x)) == jax.tree.map(
@@ -89,7 +94,78 @@ def test_every_kind_of_convolution_is_factorised(kind):
     jax.tree.map(close, dense, dict(variables))
     close(back.apply(dense, x), expected)
     # What the layer costs is what it computes: positions times taps.
-    kernel = variables["params"]["layer"]["kernel"]
     row = ij.count_cost(model, shape).rows[1]
     out = jax.eval_shape(model.apply, variables, x).shape[1:-1]
     assert row.macs == np.prod(out) * kernel.size
+
+
+class Mixed(nn.Module):
+    """Linear layers around a convolution, one with arithmetic of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, name="before")(nn.Conv(6, (3, 3), name="conv")(x))
+        x = nn.DenseGeneral((2, 3), name="general")(nn.relu(x).mean((1, 2)))
+        return nn.Einsum((2, 3, 5), "nij,ijo->no", name="einsum")(x)
+
+
+def test_linear_layers_are_factorised_where_asked():
+    model, x = Mixed(), images(2)
+    shape = x.shape[1:]
+    variables = model.init(KEY, x)
+    full = {"ranks": ij.Ratio(1.0), "only_cheaper": False, "image_shape": shape}
+    small, _ = ij.compress(model, variables, **full)
+    assert [path for path, _ in small.plan.rules] == ["conv"] and not small.kept
+    small, factors = ij.compress(model, variables, dense=True, **full)
+    assert small.plan.spec("before") == ij.LowRank(6)
+    assert factors["params"]["before"]["right"]["kernel"].shape == (6, 6)
+    assert {path: why.split(",")[0] for path, why in small.kept} == {
+        "general": "is an nn.DenseGeneral",
+        "einsum": "is an nn.Einsum",
+    }
+    close(small.apply(factors, x), model.apply(variables, x))
+    back = ij.decompress(small, factors, image_shape=shape)
+    jax.tree.map(close, back[1], dict(variables))
+    # 8 x 6 positions; the mean leaves one.
+    expected = {"conv": 48 * 9 * 24, "before": 48 * 36, "general": 36, "einsum": 30}
+    rows = ij.count_cost(model, shape).rows
+    assert {row.path: row.macs for row in rows} == expected
+    with pytest.raises(ValueError, match="linear layers change with `dense`"):
+        ij.compress(model, variables, layers="before", **full)
+
+
+class Penalised(nn.Module):
+    """It reads a kernel for a penalty, in training alone."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        conv, other = nn.Conv(4, (3, 3), name="conv"), nn.Conv(4, (3, 3), name="other")
+        x = other(conv(x))
+        if train:
+            return x, jnp.sum(conv.variables["params"]["kernel"] ** 2)
+        return x
+
+
+def test_kernels_that_training_reads_stay():
+    model, x = Penalised(), images(2)
+    small, factors = ij.compress(
+        model, model.init(KEY, x), ranks=ij.Ratio(0.5), image_shape=x.shape[1:]
+    )
+    assert "in training" in dict(small.kept)["conv"]
+    assert [path for path, _ in small.plan.rules] == ["other"]
+    assert small.apply(factors, x, train=True)[1] > 0
+
+
+def test_batch_norm_is_folded_into_layers_with_a_slash_in_their_names():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), use_bias=False, name="a/b")(x)
+            return nn.BatchNorm(use_running_average=True, name="n/m")(x)
+
+    model, x = Named(), images(2)
+    variables = model.init(KEY, x)
+    folded, merged = ij.fold_batch_norm(model, variables, image_shape=x.shape[1:])
+    assert folded.folded == (("a/b", "n/m"),)
+    assert {*merged["params"]["a/b"]} == {"kernel", "bias"}
+    close(folded.apply(merged, x), model.apply(variables, x))

@@ -1,5 +1,7 @@
 """Tucker-2 and two factors beside their definitions, TensorLy and PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -534,3 +536,33 @@ def test_factors_that_do_not_fit_are_refused():
         ops.low_rank_to_kernel(low._replace(left=low.left[:, :1]))
     with pytest.raises(ValueError, match="`groups`"):
         ops.low_rank_conv(x, low, groups=4)
+
+
+@pytest.mark.parametrize("sides", [(5,), (2, 3, 2)])
+def test_kernels_of_other_numbers_of_axes_are_numpys_projection(sides):
+    kernel = normal(*sides, 4, 6)
+    factors = ops.tucker2(kernel, rank_in=2, rank_out=3)
+    flat = kernel.reshape(-1, 4, 6).astype(np.float64)
+    u_in = np.linalg.svd(flat.transpose(1, 0, 2).reshape(4, -1))[0][:, :2]
+    u_out = np.linalg.svd(flat.transpose(2, 0, 1).reshape(6, -1))[0][:, :3]
+    p_in, p_out = u_in @ u_in.T, u_out @ u_out.T
+    expected = np.einsum("sio,ij,ok->sjk", flat, p_in, p_out).reshape(kernel.shape)
+    assert factors.core.shape == (*sides, 2, 3)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(ops.tucker2_to_kernel(factors), expected)  # float32
+    # The factors convolve as the kernel that they stand for.
+    count = len(sides)
+    x = normal(2, *(6,) * count, 4)
+    axes = "DHW"[:count]
+    found = ops.tucker2_conv(x, factors, strides=2, padding=1)
+    dense = jax.lax.conv_general_dilated(
+        x,
+        expected.astype(np.float32),
+        (2,) * count,
+        [(1, 1)] * count,
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+    )
+    close(found, dense)
+    hooi = ops.tucker2(kernel, rank_in=2, rank_out=3, method="hooi")
+    error = lambda f: np.sum((ops.tucker2_to_kernel(f) - kernel) ** 2)  # noqa: E731
+    assert error(hooi) <= error(factors) * (1 + 1e-6)

@@ -174,7 +174,7 @@ def _compared(
     if not set(here) & set(platforms):
         return f"not compared with the checkpoint's logits: JAX runs on {backend} here"
     network = load_exported(path)
-    shape = (network.input_shape[0] or 8, *network.input_shape[1:])
+    shape = tuple(size or 8 for size in network.input_shape)
     rng = np.random.default_rng(0)
     images = rng.normal(size=shape).astype(np.float32)
     if network.input_dtype == np.uint8:
