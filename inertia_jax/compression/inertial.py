@@ -24,7 +24,7 @@ from inertia_jax.compression.sites import (
 )
 from inertia_jax.compression.thresholds import ThresholdSearch
 from inertia_jax.dropped import dropped_rules
-from inertia_jax.inputs import checked_inputs
+from inertia_jax.models.create import inputs_of
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import CLOSED, OPEN, Conv, Fixed, Inertial, Rate, as_python
@@ -109,7 +109,7 @@ def make_inertial(
     _check_options(macs, tile_size, batch_size)
     original, model = model, _with_plan(model)
     variables = plain_variables(variables)
-    images = checked_inputs(calibration)
+    images = inputs_of(model, calibration)
     options: dict[str, Any] = {
         "reading": "tiled",
         "metric": metric,

@@ -22,7 +22,6 @@ from inertia_jax.compression.sites import leaves_at, with_leaves
 from inertia_jax.inputs import (
     Shape,
     batched,
-    checked_inputs,
     num_inputs,
     shape_of_one,
     taken,
@@ -31,6 +30,7 @@ from inertia_jax.intercept import first_argument, on_calls
 from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
+from inertia_jax.models.create import inputs_of
 from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import matches, without_ladders
 from inertia_jax.progress import Progress, counted
@@ -112,7 +112,7 @@ def reconstruct(
     if batch_size < 2:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 2.")
     variables, dense = plain_variables(variables), (dense[0], plain_variables(dense[1]))
-    images = checked_inputs(images, "images")
+    images = inputs_of(model, images, "images")
     number = num_inputs(images)
     if number < LEAST_IMAGES:
         raise ValueError(f"`images` (={number}) must be at least {LEAST_IMAGES}.")

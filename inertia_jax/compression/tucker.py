@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -22,9 +21,8 @@ from inertia_jax.compression.sites import (
     with_leaves,
 )
 from inertia_jax.compression.weighed_kernel import WeighedKernel
-from inertia_jax.inputs import Shape, batched, checked_inputs, shape_of_one, shown
-from inertia_jax.models.create import image_shape_of
-from inertia_jax.models.network import Network
+from inertia_jax.inputs import Shape, batched, shape_of_one
+from inertia_jax.models.create import image_shape_of, inputs_of
 from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import Conv, Spec, Tucker2
@@ -128,12 +126,7 @@ def compress(
         Kim et al., 2016, https://arxiv.org/abs/1511.06530
     """
     _check_options(ranks, round_to, batch_size)
-    images = None if calibration is None else checked_inputs(calibration)
-    if images is not None and isinstance(model, Network):
-        if not isinstance(images, np.ndarray) or images.ndim != 4:
-            raise ValueError(
-                f"`calibration` (shape {shown(images)}) must be [n, h, w, c]."
-            )
+    images = None if calibration is None else inputs_of(model, calibration)
     if image_shape is None and images is not None:
         image_shape = shape_of_one(images)
     shape = image_shape_of(model, image_shape)

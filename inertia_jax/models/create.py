@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from inertia_jax.calls import ApplyFn, init_network, record_calls
 from inertia_jax.dropped import find_convolutions, find_dropped
-from inertia_jax.inputs import Shape
+from inertia_jax.inputs import Inputs, Shape, checked_inputs, shown
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18
@@ -155,6 +155,20 @@ def image_shape_of(model: nn.Module, given: Shape | None) -> Any:
         f"`image_shape` (=None) must be given for {type(model).__name__}, which is "
         f"none of this library's networks."
     )
+
+
+def inputs_of(model: nn.Module, inputs: Inputs, name: str = "calibration") -> Any:
+    """Returns inputs as arrays of NumPy; errors call them `name`.
+
+    Raises:
+        ValueError: They are no batch of finite inputs, or no images where the network
+            is one of this library.
+    """
+    arrays = checked_inputs(inputs, name)
+    is_images = isinstance(arrays, np.ndarray) and arrays.ndim == 4
+    if isinstance(model, Network) and not is_images:
+        raise ValueError(f"`{name}` (shape {shown(arrays)}) must be [n, h, w, c].")
+    return arrays
 
 
 def known_name(model: nn.Module) -> str | None:

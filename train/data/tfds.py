@@ -48,7 +48,7 @@ def load_tfds(
             return read_set(directory, name)
     cache.mkdir(parents=True, exist_ok=True)
     # Processes take turns: TFDS fails if another has prepared the set meanwhile.
-    with (cache / ".tfds.lock").open("w") as lock:
+    with (cache / ".tfds.lock").open("a") as lock:  # a link's file keeps its content
         fcntl.flock(lock, fcntl.LOCK_EX)
         builder = _prepared_builder(name, cache / "tfds")
         directory, resize_to = stored, None
