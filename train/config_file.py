@@ -64,6 +64,25 @@ def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
     return filled
 
 
+def without_places(config: dict[str, Any], *, has_names: bool = True) -> dict[str, Any]:
+    """Returns a JSON config without the directories of the data on this machine.
+
+    Args:
+        config: The configuration, of which nothing is checked.
+        has_names: Whether the name that a source has in its directory is left.
+    """
+    data = config.get("data")
+    if not isinstance(data, dict):
+        return config
+    source = data.get("source")
+    if not has_names:
+        source = ""
+    elif isinstance(source, str):
+        path = source.removeprefix("npz:").removeprefix("imagefolder:")
+        source = pathlib.PurePath(path).name
+    return {**config, "data": {**data, "source": source, "cache_dir": ""}}
+
+
 def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Returns `field: A there, B here` for each difference of two JSON configs.
 

@@ -16,13 +16,12 @@ from train.compress.progress import shown_progress
 from train.compress.rank_rules import plan_to_json
 from train.compress.stages import compressed_stages, save_compressed
 from train.config import Config
-from train.config_file import config_to_json
+from train.config_file import config_to_json, without_places
 from train.data import ImageSet, load_configured
 from train.errors import UsageError, user_input
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.evaluate.evaluation import Evaluation, paired_difference
 from train.experiments.pipeline_config import Pipeline, check_claim, claim
-from train.experiments.sweep import without_places
 from train.fit.checks import check_trainable
 from train.fit.loop import fit
 from train.keys import run_keys

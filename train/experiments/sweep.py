@@ -13,7 +13,12 @@ from typing import Any
 
 from inertia_jax.cost.table import aligned
 from train.config import Config
-from train.config_file import config_to_json, fill_defaults, load_from_file
+from train.config_file import (
+    config_to_json,
+    fill_defaults,
+    load_from_file,
+    without_places,
+)
 from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
 from train.networks import cost_to_json, read_description
@@ -140,12 +145,6 @@ def find_record(
                 )
             return record
     return None
-
-
-def without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a JSON config without the directories of the data on this machine."""
-    name = pathlib.PurePath(config["data"]["source"]).name
-    return {**config, "data": {**config["data"], "source": name, "cache_dir": ""}}
 
 
 def make_sweep_record(

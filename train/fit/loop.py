@@ -24,7 +24,12 @@ from inertia_jax.metadata import (
 )
 from train.command import shell_command
 from train.config import Config
-from train.config_file import config_to_json, differing_fields, fill_defaults
+from train.config_file import (
+    config_to_json,
+    differing_fields,
+    fill_defaults,
+    without_places,
+)
 from train.data import ImageSet, load_configured
 from train.data.statistics import warn_of_normalisation
 from train.errors import UsageError, user_input
@@ -42,6 +47,13 @@ from train.run.checkpoints import Checkpoints
 from train.run.directory import RunDirectory
 from train.step.state import TrainState, training_to_dict
 from train.step.trainable import describe_trained
+
+# What a run may change on its way, by an edit of its config.json: its name and length,
+# the places of its files, and how often and in what portions something is done.
+_CHANGEABLE = {
+    *("name", "epochs", "init", "teacher", "parallel", "steps_per_call"),
+    *("eval_batch_size", "log_steps", "checkpoint_steps", "checkpoint_minutes"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +130,8 @@ def fit(
 def _check_agreement(config: Config, data: ImageSet) -> None:
     """Raises UsageError where processes have different runs, which would hang."""
     # Paths may differ between machines; the data may not.
-    places = dataclasses.replace(config.data, source="", cache_dir="")
     values = {
-        "configuration": config_to_json(dataclasses.replace(config, data=places)),
+        "configuration": without_places(config_to_json(config), has_names=False),
         "data": data.describe(),
     }
     for name, value in values.items():
@@ -167,11 +178,12 @@ def _check_same_sources(
     if isinstance(config, dict):
         # That of the directory may be another's: a checkpoint can be copied into it.
         there = fill_defaults(config, config_to_json(Config()))
-        differing = differing_fields(there, config_to_json(trainer.config))
+        here = config_to_json(trainer.config)
+        differing = differing_fields(_what_is_learnt(there), _what_is_learnt(here))
         if differing:
             raise UsageError(
-                f"{path} is of a run with another config; nothing was changed. Remove "
-                f"it, or undo:\n  " + "\n  ".join(differing)
+                f"{path} is of a run with another config; nothing was changed. Move "
+                f"it elsewhere, or undo:\n  " + "\n  ".join(differing)
             )
     differing = differing_fields(info.get("data"), trainer.data.describe())
     if differing:
@@ -184,6 +196,18 @@ def _check_same_sources(
             f"{path} had another teacher than {trainer.config.teacher} holds now; "
             f"nothing was changed."
         )
+
+
+def _what_is_learnt(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a JSON config that all checkpoints of a run share."""
+    # The first process sees to the names of data; their places differ by machine.
+    has_names = jax.process_index() == 0
+    placeless = without_places(config, has_names=has_names)
+    data = placeless["data"]
+    if isinstance(data, dict):
+        data = {name: value for name, value in data.items() if name != "memory_share"}
+    fields = {**placeless, "data": data}
+    return {name: value for name, value in fields.items() if name not in _CHANGEABLE}
 
 
 @dataclasses.dataclass

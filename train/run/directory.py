@@ -22,7 +22,12 @@ import inertia_jax
 from inertia_jax.atomic import appearing, local_path
 from train.command import shell_command
 from train.config import Config
-from train.config_file import config_to_json, differing_fields, fill_defaults
+from train.config_file import (
+    config_to_json,
+    differing_fields,
+    fill_defaults,
+    without_places,
+)
 from train.errors import UsageError, in_words, user_input
 from train.machine.host_memory import malloc_tunables
 from train.run.events import Events
@@ -125,7 +130,11 @@ class RunDirectory:
         try:
             if isinstance(there, dict):
                 there = fill_defaults(there, config_to_json(Config()))
-                return differing_fields(there, config_to_json(self._config))
+                here = config_to_json(self._config)
+                if not self._is_writer:  # whose machine may have data elsewhere
+                    there = without_places(there, has_names=False)
+                    here = without_places(here, has_names=False)
+                return differing_fields(there, here)
         except RecursionError:  # lists in lists, a thousand deep
             pass
         raise UsageError(

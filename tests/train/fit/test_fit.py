@@ -484,6 +484,22 @@ def test_other_data_under_the_same_name_is_noticed(run, data, tmp_path, capsys):
     assert "num_train: 165 there, 150 here" in capsys.readouterr().err
 
 
+def test_data_that_moved_are_gone_on_with(run, data, tmp_path, capsys):
+    copy, moved = tmp_path / "run", tmp_path / "set.npz"
+    shutil.copytree(run, copy)
+    shutil.copy(data.removeprefix("npz:"), moved)
+    arguments = [*FIT, "--workdir", str(copy), "--resume", "--epochs", "4"]
+    arguments += ["--data.source", f"npz:{moved}", "--data.cache-dir", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "data.source" in capsys.readouterr().err
+    config = json.loads((copy / "config.json").read_text())
+    config["data"] |= {"source": f"npz:{moved}", "cache_dir": str(tmp_path)}
+    (copy / "config.json").write_text(json.dumps({**config, "epochs": 4}))
+    assert main(arguments) == 0
+    assert "step 30 of 40" in capsys.readouterr().out
+    assert latest_steps(copy / "checkpoints")[-2:] == [30, 40]
+
+
 @pytest.mark.slow
 def test_an_infinite_loss_stops_and_keeps_the_last_good_checkpoint(
     data, tmp_path, capsys

@@ -1,5 +1,6 @@
 """Runs that start from a checkpoint: what is refused, a new head, warnings, names."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from train.fit.initial import check_initial, head_paths, read_initial, verify_in
 from train.fit.loop import _check_same_sources
 from train.machine.processes import warn
 from train.networks import model_config
+from train.run.directory import RunDirectory
 from train.step.optimizer import make_schedule
 from train.verbs.finetune import _checkpoint_name
 from train.verbs.fit import parse
@@ -33,16 +35,93 @@ SHAPE = (8, 8, 1)
 NAMES = tuple("abcdefghij")
 
 
-def test_a_checkpoint_of_another_run_is_not_gone_on_with(no_shape_checks):
+def check_resumed(there, here):
+    """Checks a checkpoint with a JSON config in a run with another configuration."""
     data = SimpleNamespace(describe=lambda: {"name": "digits"})
-    trainer = SimpleNamespace(config=Config(seed=1), data=data, teacher_sha256=None)
-    info = {"config": config_to_json(Config(seed=1)), "data": data.describe()}
+    trainer = SimpleNamespace(config=here, data=data, teacher_sha256=None)
+    info = {"config": there, "data": data.describe()}
     _check_same_sources("step_1", info, trainer)
-    del info["config"]["name"]  # an older version had fewer fields
-    _check_same_sources("step_1", info, trainer)
-    info["config"] = config_to_json(Config(seed=2))
-    with pytest.raises(UsageError, match=r"another config(?s:.*)seed: 2 there, 1 here"):
-        _check_same_sources("step_1", info, trainer)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (Config(seed=2), Config(seed=1), "seed: 2 there, 1 here"),
+        (Config(), Config(batch_size=64), "batch_size: 128 there, 64 here"),
+        (
+            Config(data=Data(source="npz:/one/set.npz")),
+            Config(data=Data(source="npz:/one/other.npz")),
+            "data.source: 'set.npz' there, 'other.npz' here",
+        ),
+        (
+            {**config_to_json(Config()), "data": []},
+            Config(),
+            r"data: \[\] there",
+        ),
+        (
+            {**config_to_json(Config()), "data": {"source": None}},
+            Config(),
+            "data.source: None there",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(
+    there, here, message, no_shape_checks
+):
+    config = config_to_json(there) if isinstance(there, Config) else there
+    with pytest.raises(UsageError, match=rf"another config(?s:.*){message}") as found:
+        check_resumed(config, here)
+    assert "Move it elsewhere, or undo" in str(found.value)
+    assert "Remove" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ({"cache_dir": "old"}, {"cache_dir": "new"}),
+        ({"source": "npz:/old/set.npz"}, {"source": "npz:/new/set.npz"}),
+        ({"source": "npz:set.npz"}, {"source": "npz:/new/set.npz"}),
+        ({"source": "imagefolder:old/set"}, {"source": "imagefolder:set"}),
+        ({"memory_share": 0.25}, {"memory_share": 0.5}),
+    ],
+)
+def test_a_checkpoint_is_gone_on_with_where_data_moved(there, here, no_shape_checks):
+    before = config_to_json(Config(data=Data(**there)))
+    check_resumed(before, Config(data=Data(**here)))
+
+
+def test_a_checkpoint_is_gone_on_with_in_another_manner(no_shape_checks):
+    before = config_to_json(Config(init="/old/network", checkpoint_steps=3))
+    now = Config(
+        name="renamed",
+        epochs=300,
+        init="/new/network",
+        eval_batch_size=100,
+        checkpoint_minutes=1.0,
+        log_steps=5,
+        steps_per_call=2,
+    )
+    check_resumed(before, now)
+    del before["name"]  # an older version had fewer fields
+    check_resumed(before, now)
+
+
+def test_data_lie_elsewhere_on_each_machine(no_shape_checks, monkeypatch, tmp_path):
+    there = Config(data=Data(source="npz:/first/a.npz", cache_dir="first"))
+    here = Config(data=Data(source="npz:/second/b.npz", cache_dir="second"))
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(config_to_json(there)))
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    check_resumed(config_to_json(there), here)
+    RunDirectory(workdir, here, resume=True)
+    with pytest.raises(UsageError, match="seed: 1 there, 2 here"):
+        RunDirectory(workdir, dataclasses.replace(here, seed=2), resume=True)
+    monkeypatch.setattr("jax.process_index", lambda: 0)
+    with pytest.raises(UsageError, match="data.source: 'a.npz' there"):
+        check_resumed(config_to_json(there), here)
+    with pytest.raises(UsageError, match="data.source: 'npz:/first/a.npz' there"):
+        RunDirectory(workdir, here, resume=True)
 
 
 @pytest.fixture(scope="module")
