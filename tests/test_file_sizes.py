@@ -1,6 +1,7 @@
 """What `.ci/run` says of files that are too large for a repository."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 
@@ -12,6 +13,13 @@ spec = importlib.util.spec_from_file_location(
 )
 file_sizes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(file_sizes)
+
+
+@pytest.fixture(autouse=True)
+def _no_outer_repository(monkeypatch):
+    """Takes away what git sets in a hook, which names a repository to write to."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
