@@ -1,5 +1,6 @@
 """The names of image sets, and the kind that is left out where it is plain."""
 
+import os
 import pathlib
 import re
 from typing import Annotated
@@ -50,11 +51,12 @@ def _candidates(source: str) -> list[str]:
     kind, _, rest = source.partition(":")
     if source in ("", "digits") or (kind in KINDS and rest):
         return []
-    path = pathlib.Path(source).expanduser()
     found = []
-    if path.suffix == ".npz":
+    if pathlib.Path(source).suffix == ".npz":
         found.append(f"npz:{source}")
-    if path.is_dir():
+    # These functions of `os.path`, unlike pathlib's, take users that there are not and
+    # names that are too long.
+    if os.path.isdir(os.path.expanduser(source)):
         found.append(f"imagefolder:{source}")
     if re.split("[:/]", source)[0] in _WELL_KNOWN and not source.endswith("/"):
         found.append(f"tfds:{source}")

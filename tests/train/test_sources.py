@@ -63,6 +63,8 @@ def test_every_option_of_data_is_completed_and_said(here, capsys):
         ("mnist", "Is it imagefolder:mnist or tfds:mnist?"),
         ("./none", "There is nothing at ./none."),
         ("npz:", ""),
+        ("~no-such-user/x", "There is nothing at ~no-such-user/x."),
+        ("x" * 300, ""),
     ],
 )
 def test_what_was_meant_is_said(source, words, here):
@@ -70,3 +72,16 @@ def test_what_was_meant_is_said(source, words, here):
     with pytest.raises(UsageError, match="must be tfds:NAME") as error:
         load_data(source, cache_dir="cache", image_size=None)
     assert str(error.value).endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("source", "cache_dir"),
+    [
+        ("~no-such-user/x.npz", "cache"),
+        ("imagefolder:~no-such-user/x", "cache"),
+        ("tfds:cifar10", "~no-such-user/x"),
+    ],
+)
+def test_the_home_of_no_user_is_an_error_of_one_line(source, cache_dir, here):
+    with pytest.raises(UsageError, match="^~no-such-user/x.* is in the home of a user"):
+        load_data(source, cache_dir=cache_dir, image_size=None)

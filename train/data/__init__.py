@@ -10,7 +10,7 @@ from train.data.imagefolder import load_imagefolder
 from train.data.npz import load_npz
 from train.data.sets import ImageSet, Split, warn_of_other_names
 from train.data.tfds import load_tfds
-from train.errors import UsageError, user_input
+from train.errors import UsageError, shortened, user_input
 from train.machine.processes import say
 from train.sources import KINDS, complete_source, describe_near
 
@@ -45,7 +45,7 @@ def load_data(
         say(f"reading {source}")
     with user_input():
         for path in (cache_dir, rest):
-            local_path(path)
+            _check_place(path)
         options: Any = {
             "cache_dir": cache_dir,
             "sides": None if image_size is None else both_sides(image_size),
@@ -60,9 +60,19 @@ def load_data(
         if kind == "tfds" and rest:
             return load_tfds(rest, **options)
     raise UsageError(
-        f"the source of images (={source!r}) must be tfds:NAME, imagefolder:PATH, "
-        f"npz:PATH or digits.{describe_near(source)}"
+        f"the source of images (={shortened(source)}) must be tfds:NAME, "
+        f"imagefolder:PATH, npz:PATH or digits.{describe_near(source)}"
     )
+
+
+def _check_place(path: str) -> None:
+    """Raises ValueError for a URL, and for the home of a user that there is not."""
+    try:
+        local_path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is in the home of a user that there is not."
+        ) from error
 
 
 def load_configured(data: Data) -> ImageSet:
