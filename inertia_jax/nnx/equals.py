@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -115,17 +116,23 @@ def linen_fields(node: Any) -> tuple[type[nn.Module], dict[str, Any]]:
     return cls, fields
 
 
-def linen_layer(node: Any, scope: Any, x: Any = None) -> nn.Module:
+def linen_layer(
+    node: Any, scope: Any, given: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Returns Linen's equal of a layer.
 
     Args:
         node: The layer.
         scope: The scope of its variables.
-        x: Its input, which the type of BatchNorm's output depends on.
+        given: The arguments of its call, by name; None where it is not called.
     """
     cls, fields = linen_fields(node)
-    if cls is nn.BatchNorm:
-        fields["dtype"] = output_type(node, x)
+    given = given or {}
+    if cls is nn.BatchNorm and "x" in given:
+        # The type of BatchNorm's output depends on its input.
+        fields["dtype"] = output_type(node, given["x"])
+    # Linen refuses what is given both to the layer and to its call.
+    fields = {n: value for n, value in fields.items() if given.get(n) is None}
     return cls(**fields, parent=scope)
 
 

@@ -155,7 +155,7 @@ class _Place:
         if why is None:
             self._check_channels(node, next(iter(given.values())))
             self.is_called = True
-            return linen_layer(node, scope, given.get("x"))(**given)
+            return linen_layer(node, scope, given)(**given)
         opaque = opaque_layer(node, scope, call, why)
         return (call if opaque is None else opaque)(*args, **kwargs)
 

@@ -130,6 +130,32 @@ def test_a_module_is_called_as_apply_fn_says():
         ij.compress(net, ranks=half, image_shape=SHAPE)
 
 
+class Told(nnx.Module):
+    """A network that tells BatchNorm at its call which statistics to use."""
+
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(4, 8, (3, 3), rngs=rngs)
+        self.bn = nnx.BatchNorm(8, rngs=rngs)
+        self.conv2 = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+
+    def __call__(self, images, train=False):
+        x = self.bn(self.conv1(images), use_running_average=not train)
+        return self.conv2(nnx.relu(x)).mean((1, 2))
+
+
+def test_a_module_may_tell_batch_norm_at_its_call_that_it_is_trained():
+    net = Told(nnx.Rngs(0))
+    small = ij.compress(net, ranks=ij.Ratio(0.5), calibration=X, batch_size=8)
+    assert small.conv2.spec == ij.Tucker2(4, 4)
+    measured = ij.recalibrate_batch_norm(small, X, batch_size=len(X))
+    x = small.conv1(X)
+    np.testing.assert_allclose(measured.bn.mean[...], x.mean((0, 1, 2)), atol=1e-5)
+    assert np.abs(measured.bn.mean[...]).max() > 0.01
+    folded = ij.fold_batch_norm(measured, image_shape=SHAPE)
+    assert not nnx.state(folded, nnx.BatchStat)
+    np.testing.assert_allclose(folded(X), measured(X), atol=1e-5)
+
+
 def test_bad_modules_are_refused(pair):
     net, (_, variables) = pair
     half = {"ranks": ij.Ratio(0.5), "image_shape": SHAPE}
