@@ -199,6 +199,8 @@ def spend_rest(
         rest: The part of the budget that is not spent.
     """
     at = {path: forms[path].specs.index(spec) for path, spec in specs.items()}
+    # A sum that is rounded may lie below 0; the forms chosen so far are affordable.
+    rest = max(rest, 0.0)
     while True:
         gains = []
         for path, (_, costs, errors) in forms.items():

@@ -419,3 +419,11 @@ def test_what_is_left_of_a_budget_is_spent_off_the_hull():
     assert spent(7.0) == {"a": specs[3], "b": specs[1]}
     assert spent(9.0) == {"a": specs[0], "b": specs[1]}
     assert spent(18.0) == {"a": specs[0], "b": specs[0]}
+
+
+def test_a_budget_that_is_spent_up_to_rounding_buys_nothing():
+    specs = (ij.Tucker2(9, 9), ij.Tucker2(3, 3))
+    forms = {"a": Forms(specs, np.array([100.0, 29.0]), np.array([0.0, 0.5]))}
+    rest = 0.29 * 100 - 29
+    assert rest < 0
+    assert spend_rest({"a": specs[1]}, forms, rest) == {"a": specs[1]}
