@@ -1,7 +1,7 @@
 """Chooses all ranks of a network jointly, for the least error within a budget."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -84,7 +84,8 @@ def choose_ranks(
         progress: A function that is told how many layers are done, as in `compress`.
 
     Raises:
-        ValueError: A budget that no ranks can meet; says the least possible.
+        ValueError: A budget that no ranks can meet (the message says the least
+            possible), or images on which no choice's outputs are finite.
     """
     sites = {path: kernel.site for path, kernel in kernels.items()}
     plain = {path: WeighedKernel(site) for path, site in sites.items()}
@@ -110,13 +111,13 @@ def choose_ranks(
     # The present cost of the network contains the cost of the layers.
     taken = sum(cost_of(sites[path].spec) for path, cost_of in costs.items())
     fixed = max(0.0, present - taken)
-    least = fixed + sum(
+    lowest = fixed + sum(
         min(map(cost_of, (sites[path].spec, *ways[0].grids[path].specs)))
         for path, cost_of in costs.items()
     )
-    if least > budget.share * total * (1 + 1e-12):
+    if lowest > budget.share * total * (1 + 1e-12):
         # The share is rounded up, because the share that is named must be reachable.
-        share = math.ceil(1e4 * least / total) / 1e4
+        share = math.ceil(1e4 * lowest / total) / 1e4
         raise ValueError(
             f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
             f"with every rank the least possible."
@@ -140,9 +141,23 @@ def choose_ranks(
     measured = measured_errors(dense, kernels, ways[0].grids, divergence, progress)
     ways.insert(0, ways[0]._replace(errors=measured))
     found = [(specs_of(way), way.kernels) for way in ways]
-    return min(
-        found, key=lambda pair: divergence(with_forms(dense[1], *pair, method=method))
-    )
+    divergences = [divergence(with_forms(dense[1], *p, method=method)) for p in found]
+    return found[least(divergences)]
+
+
+def least(divergences: Sequence[float]) -> int:
+    """Returns the place of the least divergence; none that is not finite is least.
+
+    Raises:
+        ValueError: None is finite.
+    """
+    finite = [d if math.isfinite(d) else math.inf for d in divergences]
+    if min(finite) == math.inf:
+        raise ValueError(
+            f"`calibration` must leave the outputs of the compressed network finite; "
+            f"their divergences are {divergences}."
+        )
+    return finite.index(min(finite))
 
 
 def _grids(kernels: Mapping[str, WeighedKernel], round_to: int) -> dict[str, Forms]:

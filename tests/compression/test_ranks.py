@@ -17,6 +17,7 @@ from inertia_jax.compression.allocation import (
     pooled,
     spend_rest,
 )
+from inertia_jax.compression.budget import least
 from inertia_jax.compression.ranks import rounded
 from inertia_jax.compression.sites import Site
 from inertia_jax.ops.tucker.rank_selection import kept_energy, mode_spectra
@@ -427,3 +428,12 @@ def test_a_budget_that_is_spent_up_to_rounding_buys_nothing():
     rest = 0.29 * 100 - 29
     assert rest < 0
     assert spend_rest({"a": specs[1]}, forms, rest) == {"a": specs[1]}
+
+
+def test_a_choice_whose_outputs_are_not_finite_is_never_the_best():
+    nan, infinite = float("nan"), float("inf")
+    assert least([nan, 2.0, 1.0]) == 2
+    assert least([infinite, 3.0, nan]) == 1
+    assert least([1.0, 1.0]) == 0
+    with pytest.raises(ValueError, match="`calibration` must leave .* finite"):
+        least([nan, infinite])
