@@ -44,7 +44,7 @@ def compress(
     method: Method = "hosvd",
     calibration: Float[ArrayLike, "n *image"] | Mapping[str, Any] | None = None,
     layers: str = "*",
-    dense: bool = False,
+    linear: bool = False,
     keep_stem: bool = False,
     only_cheaper: bool = True,
     round_to: int = 1,
@@ -90,7 +90,7 @@ def compress(
             a network of several inputs, a dictionary of arrays, which it is called with
             (`apply_fn` may take it apart).
         layers: A glob over the paths of the layers that may change.
-        dense: Whether linear layers (`nn.Dense`) may change, too: each becomes two
+        linear: Whether linear layers (`nn.Dense`) may change, too: each becomes two
             (`LowRank`). They do not by default, so that a convolution network's
             classifier, of which little can be saved, is what it was.
         keep_stem: Whether the first convolution is left as it is.
@@ -125,14 +125,14 @@ def compress(
     References:
         Kim et al., 2016, https://arxiv.org/abs/1511.06530
     """
-    _check_options(ranks, round_to, batch_size)
+    _check_options(ranks, round_to, batch_size, linear)
     images = None if calibration is None else inputs_of(model, calibration)
     if image_shape is None and images is not None:
         image_shape = shape_of_one(images)
     shape = image_shape_of(model, image_shape)
     variables = plain_variables(variables)
-    every, kept = split_convolutions(model, variables, shape, apply_fn, linear=dense)
-    sites = _wanted_sites(every, kept, ranks, layers, keep_stem, dense)
+    every, kept = split_convolutions(model, variables, shape, apply_fn, linear=linear)
+    sites = _wanted_sites(every, kept, ranks, layers, keep_stem, linear)
 
     multiplied = _multiplied_out(model, variables, every)
     batches = [] if images is None else batched(images, batch_size)
@@ -178,7 +178,7 @@ def compress(
     return _with_rules(model, changed, kept), with_leaves(variables, leaves)
 
 
-def _check_options(ranks: Any, round_to: int, batch_size: int) -> None:
+def _check_options(ranks: Any, round_to: int, batch_size: int, linear: Any) -> None:
     if not isinstance(ranks, RankRule | Budget):
         raise ValueError(
             f"`ranks` (={ranks!r}) must be a Ratio, Energy, Evbmf, Budget or Plan."
@@ -189,6 +189,8 @@ def _check_options(ranks: Any, round_to: int, batch_size: int) -> None:
         raise ValueError(f"`round_to` (={round_to}) must be 1 with explicit ranks.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
+    if not isinstance(linear, bool):
+        raise ValueError(f"`linear` (={linear!r}) must be True or False.")
 
 
 def _wanted_sites(
@@ -197,13 +199,13 @@ def _wanted_sites(
     ranks: RankRule | Budget,
     layers: str,
     keep_stem: bool,
-    dense: bool,
+    linear: bool,
 ) -> dict[str, Site]:
     """Returns the layers that may change; every glob must match one."""
-    can_change = {p: site for p, site in every.items() if dense or not site.is_linear}
+    can_change = {p: site for p, site in every.items() if linear or not site.is_linear}
     sites = list(can_change.items())[1 if keep_stem else 0 :]
     wanted = {p: site for p, site in sites if matches(p, layers)}
-    hint = "" if dense else "; linear layers change with `dense` (=True) alone"
+    hint = "" if linear else "; linear layers change with `linear` (=True) alone"
     if not wanted:
         raise ValueError(
             f"`layers` (={layers!r}) {_NONE}{reasons(kept, layers)}{hint}."

@@ -299,6 +299,7 @@ def test_explicit_ranks_go_where_their_globs_say(network):
         ),
         ({"ranks": 0.5}, r"`ranks` \(=0.5\) must be a Ratio"),
         ({"round_to": 0}, r"`round_to` \(=0\) must be >= 1"),
+        ({"linear": "fc"}, r"`linear` \(='fc'\) must be True or False"),
         ({"calibration": np.zeros((2, 32, 32), np.float32)}, "`calibration` .*must be"),
         ({"calibration": np.full((2, *SHAPE), np.nan)}, "`calibration` must be finite"),
         ({"calibration": np.zeros((0, *SHAPE), np.float32)}, "n >= 1"),

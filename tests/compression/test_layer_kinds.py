@@ -116,7 +116,7 @@ def test_linear_layers_are_factorised_where_asked():
     full = {"ranks": ij.Ratio(1.0), "only_cheaper": False, "image_shape": shape}
     small, _ = ij.compress(model, variables, **full)
     assert [path for path, _ in small.plan.rules] == ["conv"] and not small.kept
-    small, factors = ij.compress(model, variables, dense=True, **full)
+    small, factors = ij.compress(model, variables, linear=True, **full)
     assert small.plan.spec("before") == ij.LowRank(6)
     assert factors["params"]["before"]["right"]["kernel"].shape == (6, 6)
     assert {path: why.split(",")[0] for path, why in small.kept} == {
@@ -130,7 +130,7 @@ def test_linear_layers_are_factorised_where_asked():
     expected = {"conv": 48 * 9 * 24, "before": 48 * 36, "general": 36, "einsum": 30}
     rows = ij.count_cost(model, shape).rows
     assert {row.path: row.macs for row in rows} == expected
-    with pytest.raises(ValueError, match="linear layers change with `dense`"):
+    with pytest.raises(ValueError, match="linear layers change with `linear`"):
         ij.compress(model, variables, layers="before", **full)
 
 
