@@ -32,7 +32,8 @@ def one_input(shape: Shape, *, number: int = 1) -> Any:
 
 def shape_of_one(inputs: Inputs) -> Any:
     """Returns the shape of one of these inputs, as `one_input` takes it."""
-    if isinstance(inputs, np.ndarray):
+    # Integers stay integers: tokens are looked up.
+    if isinstance(inputs, np.ndarray) and not np.issubdtype(inputs.dtype, np.integer):
         return inputs.shape[1:]
 
     def of(leaf: np.ndarray) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from inertia_jax.calls import ApplyFn, Network, record_calls
 from inertia_jax.compression.calibration import (
@@ -23,14 +23,13 @@ from inertia_jax.inputs import (
     Shape,
     batched,
     num_inputs,
-    shape_of_one,
     taken,
 )
 from inertia_jax.intercept import first_argument, on_calls
 from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import linear_parts
-from inertia_jax.models.create import inputs_of
+from inertia_jax.models.create import inputs_of, shape_of_inputs
 from inertia_jax.ops.precision import at_least_float32
 from inertia_jax.plan.plan import matches, without_ladders
 from inertia_jax.progress import Progress, counted
@@ -49,7 +48,7 @@ def reconstruct(
     variables: Mapping[str, Any],
     *,
     dense: Network,
-    images: Float[ArrayLike, "n *image"] | Mapping[str, Any],
+    images: Shaped[ArrayLike, "n *image"] | Mapping[str, Any],
     layers: str = "*",
     iterations: int = 12,
     batch_size: int = 128,
@@ -126,7 +125,7 @@ def reconstruct(
     held_out = batched(taken(images, -num_held_out, None), size)
 
     model, dense = without_ladders(model), (without_ladders(dense[0]), dense[1])
-    modules = _modules_to_fit(model, shape_of_one(images), layers, apply_fn)
+    modules = _modules_to_fit(model, shape_of_inputs(model, images), layers, apply_fn)
     paths, now = tuple(modules), (model, variables)
     calls_on = _recorder(paths, now, dense, fitting[0], apply_fn)
     changed = dict(variables)

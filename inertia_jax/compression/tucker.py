@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.budget import choose_ranks
@@ -21,8 +21,8 @@ from inertia_jax.compression.sites import (
     with_leaves,
 )
 from inertia_jax.compression.weighed_kernel import WeighedKernel
-from inertia_jax.inputs import Shape, batched, shape_of_one
-from inertia_jax.models.create import image_shape_of, inputs_of
+from inertia_jax.inputs import Shape, batched
+from inertia_jax.models.create import image_shape_of, inputs_of, shape_of_inputs
 from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import Conv, Spec, Tucker2
@@ -42,7 +42,7 @@ def compress(
     *,
     ranks: RankRule | Budget,
     method: Method = "hosvd",
-    calibration: Float[ArrayLike, "n *image"] | Mapping[str, Any] | None = None,
+    calibration: Shaped[ArrayLike, "n *image"] | Mapping[str, Any] | None = None,
     layers: str = "*",
     linear: bool = False,
     keep_stem: bool = False,
@@ -128,7 +128,7 @@ def compress(
     _check_options(ranks, round_to, batch_size, linear)
     images = None if calibration is None else inputs_of(model, calibration)
     if image_shape is None and images is not None:
-        image_shape = shape_of_one(images)
+        image_shape = shape_of_inputs(model, images)
     shape = image_shape_of(model, image_shape)
     variables = plain_variables(variables)
     every, kept = split_convolutions(model, variables, shape, apply_fn, linear=linear)

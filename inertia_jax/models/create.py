@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from inertia_jax.calls import ApplyFn, init_network, record_calls
 from inertia_jax.dropped import find_convolutions, find_dropped
-from inertia_jax.inputs import Inputs, Shape, checked_inputs, shown
+from inertia_jax.inputs import Inputs, Shape, checked_inputs, shape_of_one, shown
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18
@@ -169,6 +169,12 @@ def inputs_of(model: nn.Module, inputs: Inputs, name: str = "calibration") -> An
     if isinstance(model, Network) and not is_images:
         raise ValueError(f"`{name}` (shape {shown(arrays)}) must be [n, h, w, c].")
     return arrays
+
+
+def shape_of_inputs(model: nn.Module, inputs: Inputs) -> Any:
+    """Returns the shape of one of the inputs that `inputs_of` returns for a model."""
+    # Networks of this library take images of any type, and make floats of them.
+    return inputs.shape[1:] if isinstance(model, Network) else shape_of_one(inputs)
 
 
 def known_name(model: nn.Module) -> str | None:
