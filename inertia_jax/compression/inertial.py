@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from inertia_jax.calls import ApplyFn, takes_train
 from inertia_jax.compression.planned import Planned
@@ -24,7 +24,8 @@ from inertia_jax.compression.sites import (
 )
 from inertia_jax.compression.thresholds import ThresholdSearch
 from inertia_jax.dropped import dropped_rules
-from inertia_jax.models.create import inputs_of
+from inertia_jax.inputs import Shape
+from inertia_jax.models.create import inputs_of, shape_of_inputs
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
 from inertia_jax.plan.specs import CLOSED, OPEN, Conv, Fixed, Inertial, Rate, as_python
@@ -37,8 +38,10 @@ def make_inertial(
     variables: Mapping[str, Any],
     *,
     macs: float,
-    calibration: Float[ArrayLike, "n h w c"],
-    recalibration: Float[ArrayLike, "n_recalibration h w c"] | None = None,
+    calibration: Shaped[ArrayLike, "n *image"] | Mapping[str, Any],
+    recalibration: Shaped[ArrayLike, "n_recalibration *image"]
+    | Mapping[str, Any]
+    | None = None,
     layers: str = "*",
     tile_size: int = 2,
     metric: Metric = "l1",
@@ -81,8 +84,9 @@ def make_inertial(
             (0, 1]. They are `CostTable.total_macs`, which counts two operations of
             friction and box means as one MAC. A compiled ladder rounds the number of
             open tiles up, see `ladder_macs`.
-        calibration: Some hundred of the network's inputs, normalised as for evaluation.
-            The thresholds are chosen on them.
+        calibration: Some hundred of the network's inputs, normalised as for evaluation:
+            an array, or a dictionary of arrays, as in `compress`. The thresholds are
+            chosen on them.
         recalibration: Some thousand inputs for BatchNorm, with the crops and flips of
             the training. Recalibration on plain images alone costs a CIFAR-10 ResNet20
             four points, even a dense one. None: the images of `calibration`.
@@ -117,11 +121,13 @@ def make_inertial(
         "low": low,
         "channel_stride": channel_stride,
     }
-    shape = images.shape[1:]
+    shape = shape_of_inputs(model, images)
     specs, kept = _tileable(
         model, variables, shape, layers, tile_size, options, apply_fn
     )
-    search = ThresholdSearch(model, variables, specs, images, batch_size, apply_fn)
+    search = ThresholdSearch(
+        model, variables, specs, images, shape, batch_size, apply_fn
+    )
     state = search.run(macs, progress)
 
     rules: list[tuple[str, Inertial]] = []
@@ -180,7 +186,7 @@ def _check_options(macs: Any, tile_size: int, batch_size: int) -> None:
 def _tileable(
     model: nn.Module,
     variables: Mapping[str, Any],
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     layers: str,
     tile_size: int,
     options: dict[str, Any],

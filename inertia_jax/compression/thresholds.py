@@ -18,8 +18,8 @@ from inertia_jax.compression.calibration import (
     reference_outputs,
 )
 from inertia_jax.compression.sites import layer_places
-from inertia_jax.cost.count import count_cost
-from inertia_jax.inputs import batched
+from inertia_jax.cost.count import count_one
+from inertia_jax.inputs import Inputs, Shape, batched
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
 from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
@@ -58,7 +58,8 @@ class ThresholdSearch:
         model: nn.Module,
         variables: Mapping[str, Any],
         specs: dict[str, Inertial],
-        images: np.ndarray,
+        images: Inputs,
+        shape: Shape,
         batch_size: int,
         apply_fn: ApplyFn | None,
     ) -> None:
@@ -71,20 +72,21 @@ class ThresholdSearch:
         plan = Plan((*rules, *model.plan.rules)).without_ladders()
         self._model, self._apply_fn = model.clone(plan=plan), apply_fn
         self._variables = variables
-        self._batches = [jnp.asarray(batch) for batch in batched(images, batch_size)]
+        self._batches = [
+            jax.tree.map(jnp.asarray, batch) for batch in batched(images, batch_size)
+        ]
         self._dense = reference_outputs(model, variables, self._batches, apply_fn)
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
         self._places = layer_places(variables["params"])
-        shape = images.shape[1:]
         closed = dict.fromkeys(specs, 0.0)
-        self._dense_cost = count_cost(model, shape, apply_fn=apply_fn)
+        self._dense_cost = count_one(model, shape, apply_fn=apply_fn)
         # Each layer's MACs dense, with every tile closed, and with every tile open.
         self._costs: dict[str, list[float]] = {path: [] for path in specs}
         for row in (
             *self._dense_cost.rows,
-            *count_cost(self._model, shape, gate_rates=closed, apply_fn=apply_fn).rows,
-            *count_cost(self._model, shape, apply_fn=apply_fn).rows,
+            *count_one(self._model, shape, gate_rates=closed, apply_fn=apply_fn).rows,
+            *count_one(self._model, shape, apply_fn=apply_fn).rows,
         ):
             if row.path in specs:
                 self._costs[row.path].append(row.macs + row.other_ops / 2)

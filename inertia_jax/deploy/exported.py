@@ -156,6 +156,11 @@ def save_exported(
         function = _evaluation(*function, apply_fn)
     elif apply_fn is not None:
         raise ValueError("`apply_fn` must be None beside a function of images alone.")
+    if isinstance(image_shape, Mapping):
+        raise ValueError(
+            f"`image_shape` (={image_shape}) must be that of one array: networks of "
+            f"several inputs cannot be exported."
+        )
     number = export.symbolic_shape("n")[0] if batch_size is None else batch_size
     images = jax.ShapeDtypeStruct((number, *image_shape), image_dtype)
     try:

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import linen as nn
 
 import inertia_jax as ij
@@ -42,3 +43,32 @@ def test_images_of_integers_are_images(no_shape_checks):
     )
     assert small.plan.rules
     assert np.isfinite(small.apply(factors, pixels)).all()
+
+
+class Pair(nn.Module):
+    """A network of two images."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        a = nn.Conv(8, (3, 3), name="a")(inputs["a"])
+        b = nn.Conv(8, (3, 3), name="b")(inputs["b"])
+        return nn.Conv(4, (3, 3), name="last")(nn.relu(a + b)).mean((1, 2))
+
+
+def test_a_network_of_two_images_is_made_inertial():
+    a, b = np.random.default_rng(0).normal(size=(2, 4, 8, 8, 3)).astype(np.float32)
+    pair, model = {"a": a, "b": b}, Pair()
+    variables = model.init(KEY, pair)
+    inertial, changed = ij.make_inertial(model, variables, macs=0.9, calibration=pair)
+    rates = {path for path, _ in inertial.plan.rules}
+    assert rates and rates <= {"a", "b", "last"}
+    shapes = {"a": (8, 8, 3), "b": (8, 8, 3)}
+    dense = ij.count_cost(model, shapes).macs
+    assert ij.count_cost(inertial, shapes).total_macs <= 0.9 * dense
+    assert np.isfinite(inertial.apply(changed, pair)).all()
+
+
+def test_a_network_of_two_images_is_not_exported(tmp_path, no_shape_checks):
+    shapes = {"a": (8, 8, 3), "b": (8, 8, 3)}
+    with pytest.raises(ValueError, match="`image_shape` .* must be that of one array"):
+        ij.save_exported(tmp_path / "net", (Pair(), {}), image_shape=shapes)
