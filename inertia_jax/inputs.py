@@ -14,18 +14,25 @@ Shape = Sequence[int] | jax.ShapeDtypeStruct | Mapping[str, Any]
 Inputs = Any
 
 
-def one_input(shape: Shape, *, number: int = 1) -> Any:
+def one_input(shape: Shape, *, number: int = 1, named: bool = False) -> Any:
     """Returns the shapes and types of a batch of inputs, of one alone by default.
+
+    Args:
+        shape: The shape of one input.
+        number: The number of inputs.
+        named: Whether it is one of several inputs by name, which may be a number each.
 
     Raises:
         ValueError: A shape that is not made of positive integers.
     """
     if isinstance(shape, Mapping):
-        return {name: one_input(of, number=number) for name, of in shape.items()}
+        return {
+            name: one_input(of, number=number, named=True) for name, of in shape.items()
+        }
     if isinstance(shape, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((number, *shape.shape), shape.dtype)
     sizes = tuple(int(size) for size in shape)
-    if not sizes or min(sizes) < 1:
+    if not (sizes or named) or min(sizes, default=1) < 1:
         raise ValueError(f"the shape of an input (={shape}) must have entries >= 1.")
     return jax.ShapeDtypeStruct((number, *sizes), jnp.float32)
 
@@ -59,16 +66,24 @@ def taken(inputs: Inputs, start: int | None, stop: int | None) -> Inputs:
     return jax.tree.map(lambda leaf: leaf[start:stop], inputs)
 
 
-def checked_inputs(inputs: Inputs, name: str = "calibration") -> Any:
+def checked_inputs(
+    inputs: Inputs, name: str = "calibration", *, named: bool = False
+) -> Any:
     """Returns inputs as arrays of NumPy; errors call them `name`.
+
+    Args:
+        inputs: The inputs.
+        name: Their name.
+        named: Whether they are one of several by name, which may be a number each.
 
     Raises:
         ValueError: They are no batch, differ in number, or are not finite.
     """
     if not isinstance(inputs, Mapping):
-        return _checked_array(np.asarray(inputs), name)
+        return _checked_array(np.asarray(inputs), name, named)
     arrays = {
-        key: checked_inputs(value, f"{name}[{key!r}]") for key, value in inputs.items()
+        key: checked_inputs(value, f"{name}[{key!r}]", named=True)
+        for key, value in inputs.items()
     }
     numbers = {len(leaf) for leaf in jax.tree.leaves(arrays)}
     if len(numbers) != 1:
@@ -79,11 +94,12 @@ def checked_inputs(inputs: Inputs, name: str = "calibration") -> Any:
     return arrays
 
 
-def _checked_array(array: np.ndarray, name: str) -> np.ndarray:
-    if array.ndim < 2 or not len(array):
+def _checked_array(array: np.ndarray, name: str, named: bool) -> np.ndarray:
+    if array.ndim < (1 if named else 2) or not len(array):
+        least = "" if named else ", at least two"
         raise ValueError(
             f"`{name}` (shape {array.shape}) must be [n, h, w, c], n >= 1, or have "
-            f"another number of axes."
+            f"another number of axes{least}."
         )
     if not np.isfinite(array).all():
         raise ValueError(f"`{name}` must be finite; some of it is not.")

@@ -45,6 +45,35 @@ def test_images_of_integers_are_images(no_shape_checks):
     assert np.isfinite(small.apply(factors, pixels)).all()
 
 
+class Timed(nn.Module):
+    """A network of images and of one number for each."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        x = nn.relu(nn.Conv(8, (3, 3), name="one")(inputs["image"]))
+        step = nn.Dense(8)(inputs["step"][:, None].astype(np.float32))
+        return nn.Conv(8, (3, 3), name="two")(x + step[:, None, None]).mean((1, 2))
+
+
+def test_one_input_may_be_a_number():
+    image = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    inputs, model = {"image": image, "step": np.arange(4)}, Timed()
+    variables = model.init(KEY, inputs)
+    half = {"ranks": ij.Ratio(0.5)}
+    seen, _ = ij.compress(model, variables, calibration=inputs, **half)
+    shapes = {"image": (8, 8, 3), "step": ()}
+    unseen, _ = ij.compress(model, variables, image_shape=shapes, **half)
+    assert [path for path, _ in seen.plan.rules] == ["one", "two"]
+    assert seen.plan == unseen.plan
+    wrong = {**inputs, "step": np.int32(4)}
+    with pytest.raises(ValueError, match=r"`calibration\['step'\]` \(shape \(\)\)"):
+        ij.compress(model, variables, calibration=wrong, **half)
+    with pytest.raises(ValueError, match="another number of axes, at least two"):
+        ij.compress(model, variables, calibration=np.arange(4), **half)
+    with pytest.raises(ValueError, match=r"shape of an input \(=\(\)\)"):
+        ij.compress(model, variables, image_shape=(), **half)
+
+
 class Pair(nn.Module):
     """A network of two images."""
 
