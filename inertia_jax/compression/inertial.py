@@ -199,9 +199,14 @@ def _tileable(
     convolutions, kept = split_convolutions(model, variables, image_shape, apply_fn)
     specs: dict[str, Inertial] = {}
     for path, site in convolutions.items():
+        if site.spec != Conv() or not matches(path, layers):
+            continue
+        if site.num_axes != 2:
+            kept[path] = "is not two-dimensional"
+            continue
         side = min(site.kernel.shape[:2])
         # The friction of a 1x1 convolution costs about as much as closed tiles save.
-        if site.spec != Conv() or side == 1 or not matches(path, layers):
+        if side == 1:
             continue
         if site.kernel.shape[:2] != (side, side):
             kept[path] = "has filters that are not square"

@@ -101,3 +101,26 @@ def test_a_network_of_two_images_is_not_exported(tmp_path, no_shape_checks):
     shapes = {"a": (8, 8, 3), "b": (8, 8, 3)}
     with pytest.raises(ValueError, match="`image_shape` .* must be that of one array"):
         ij.save_exported(tmp_path / "net", (Pair(), {}), image_shape=shapes)
+
+
+class Axes(nn.Module):
+    """Convolutions of one, two and three axes."""
+
+    @nn.compact
+    def __call__(self, image):
+        x = nn.Conv(8, (3, 3), name="plane")(image)
+        line = nn.Conv(4, (3,), name="line")(x[:, 0])
+        volume = nn.Conv(4, (3, 3, 2), name="volume")(x[..., None, :])
+        return line.mean(1) + volume.mean((1, 2, 3))
+
+
+def test_only_two_dimensional_convolutions_are_inertial_and_the_reason_is_said():
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    model = Axes()
+    variables = model.init(KEY, x)
+    inertial, _ = ij.make_inertial(model, variables, macs=0.95, calibration=x)
+    assert [path for path, _ in inertial.plan.rules] == ["plane"]
+    reason = "is not two-dimensional"
+    assert dict(inertial.kept) == {"line": reason, "volume": reason}
+    with pytest.raises(ValueError, match=f"line.* {reason}"):
+        ij.make_inertial(model, variables, macs=0.9, calibration=x, layers="line")
