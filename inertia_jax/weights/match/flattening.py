@@ -1,4 +1,4 @@
-"""Linear layers whose inputs or outputs are an image in one row.
+"""Layers whose inputs or outputs are an image in one row.
 
 PyTorch flattens [c, h, w], Flax [h, w, c], so that the numbers of such a layer must
 change places. Shapes show that a layer may be one, and not the sides of the image.
@@ -7,7 +7,7 @@ change places. Shapes show that a layer may be one, and not the sides of the ima
 import fnmatch
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,19 +24,25 @@ def find_doubts(
     layers: Sequence[Layer],
     *,
     is_ordered: bool,
-    flattened: Collection[str],
-    unflattened: Collection[str],
+    flattened: ImageShapes,
+    unflattened: ImageShapes,
 ) -> list[str]:
     """Returns a sentence for each layer that may flatten an image, or make one.
+
+    A layer without a kernel, such as BatchNorm, may stand behind a layer that makes one
+    row of an image, or before one that makes an image of a row.
 
     Args:
         layers: The layers of Flax, in the order that PyTorch's have.
         is_ordered: Whether that is the order of the network. If not, more is doubted.
-        flattened: Names of layers of which is known what they flatten.
-        unflattened: Names of those of which is known what they make.
+        flattened: What layers flatten, as far as it is known, by name.
+        unflattened: What layers make, as far as it is known.
     """
     said = {}
     kernels = [layer for layer in layers if _has_kernel(layer)]
+    # Channels of what linear layers take and make that may be an image.
+    taken = {name: shape[-1] for name, shape in flattened.items() if shape}
+    given = {name: shape[-1] for name, shape in unflattened.items() if shape}
     for i, layer in enumerate(kernels):
         c_in = _axis_size(layer, -2)
         known = _features_before(layer, layers, is_ordered=is_ordered)
@@ -46,6 +52,7 @@ def find_doubts(
             fitting = [c for c in channels if c_in % c == 0]
             if fitting and layer.name not in flattened:
                 c = fitting[-1] if is_ordered else max(fitting)
+                taken[layer.name] = c
                 said[layer.name] = _sentence(layer, "takes", c_in, c)
         # A depthwise convolution has kernels of one input.
         may_be_made = c_in not in known and c_in > 1
@@ -56,25 +63,94 @@ def find_doubts(
                 size = _features(x)
                 is_made = not _is_convolution(x) and size > c_in and size % c_in == 0
                 if is_made and x.name not in unflattened:
+                    given[x.name] = c_in
                     said[x.name] = _sentence(x, "gives", size, c_in)
-    return list(said.values())
+    for layer in layers:
+        if not _is_norm(layer) or layer.name in unflattened:
+            continue
+        find = _channels_in_order if is_ordered else _channels_anywhere
+        channels_there = find(layer, layers, taken, given)
+        if channels_there is not None:
+            size = _features(layer)
+            said[layer.name] = _sentence(layer, "gives", size, channels_there)
+    return [said[layer.name] for layer in layers if layer.name in said]
+
+
+def _channels_in_order(
+    norm: Layer,
+    layers: Sequence[Layer],
+    taken: Mapping[str, int],
+    given: Mapping[str, int],
+) -> int | None:
+    """Returns the channels of an image that a norm may have in one row, or None.
+
+    Args:
+        norm: A layer without a kernel.
+        layers: All layers, in the order of the network.
+        taken: Channels of images that linear layers may take, by name.
+        given: Channels of those that linear layers may make.
+    """
+    i, size = layers.index(norm), _features(norm)
+    before = [x for x in layers[:i] if _has_kernel(x)]
+    after = next((x for x in layers[i:] if _has_kernel(x)), None)
+    if before and before[-1].name in given and _features(before[-1]) == size:
+        return given[before[-1].name]
+    convolutions = [x for x in before if _is_convolution(x)]
+    known = _features_before(norm, layers, is_ordered=True)
+    if not convolutions or size in known or size % _features(convolutions[-1]):
+        return None
+    if after is not None and _is_convolution(after):
+        # One that takes as many channels, of several images side by side, or apart.
+        if size in (_axis_size(after, -2), _features(after)):
+            return None
+    elif after is not None and _axis_size(after, -2) == size:
+        return taken.get(after.name)
+    return _features(convolutions[-1])
+
+
+def _channels_anywhere(
+    norm: Layer,
+    layers: Sequence[Layer],
+    taken: Mapping[str, int],
+    given: Mapping[str, int],
+) -> int | None:
+    """Returns what `_channels_in_order` does, where the order is not known."""
+    size = _features(norm)
+    kernels = [x for x in layers if _has_kernel(x)]
+    convolutions = [x for x in kernels if _is_convolution(x)]
+    linear = [x for x in kernels if not _is_convolution(x)]
+    for x in linear:
+        if x.name in given and _features(x) == size:
+            return given[x.name]
+    takers = [x for x in linear if _axis_size(x, -2) == size]
+    for x in takers:
+        if x.name in taken:
+            return taken[x.name]
+    fitting = [c for c in map(_features, convolutions) if size % c == 0]
+    known = {_features(x) for x in kernels} | {_axis_size(x, -2) for x in convolutions}
+    return max(fitting) if fitting and not takers and size not in known else None
 
 
 def _features_before(
     layer: Layer, layers: Sequence[Layer], *, is_ordered: bool
 ) -> set[int]:
-    """Returns the numbers of features that a layer may take as they are."""
+    """Returns the numbers of features that a layer may take as they are.
+
+    Those of a norm do not count: it may itself have an image in one row.
+    """
     if is_ordered:
         # Those of the last layer with a kernel, which for a linear layer may be any
         # after the last convolution, and of what follows it.
         before = layers[: layers.index(layer)]
         is_start = _is_convolution if not _is_convolution(layer) else _has_kernel
         starts = [i for i, x in enumerate(before) if is_start(x)]
-        return {_features(x) for x in before[max(starts, default=0) :]}
+        following = before[max(starts, default=0) :]
+        return {_features(x) for x in following if not _is_norm(x)}
     return {
         _features(x)
         for x in layers
-        if not _has_kernel(x) or _is_convolution(x) or _is_earlier(x, layer)
+        if not _is_norm(x)
+        and (not _has_kernel(x) or _is_convolution(x) or _is_earlier(x, layer))
     }
 
 
@@ -88,6 +164,11 @@ def _is_earlier(layer: Layer, other: Layer) -> bool:
 
 def _has_kernel(layer: Layer) -> bool:
     return layer.kernel is not None
+
+
+def _is_norm(layer: Layer) -> bool:
+    """Tells whether a layer has numbers by feature alone, as BatchNorm does."""
+    return not _has_kernel(layer) and max(map(len, layer.shapes.values())) < 2
 
 
 def _is_convolution(layer: Layer) -> bool:

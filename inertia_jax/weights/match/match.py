@@ -87,7 +87,8 @@ def match_torch(
         flattened: Shapes [h, w, c] of the images that Flax's linear layers flatten, by
             globs of their paths: `{"Dense_0": (7, 7, 64)}`; None for what is no image,
             or is flattened as PyTorch does. Asked for where shapes leave it open.
-        unflattened: Shapes of the images that layers make in one row, by globs.
+        unflattened: Shapes of the images that layers make in one row, by globs; also
+            of those that BatchNorm, or another layer without a kernel, has in one row.
 
     Returns:
         The pairs, and the variables, which keep their structure and types.

@@ -238,6 +238,82 @@ def test_flattened_images_are_asked_for_and_transposed_kernels_mirrored(is_sorte
         ij.match_torch(variables, state, unflattened={"Dense": None})
 
 
+class RowNorm(nn.Module):
+    """BatchNorm of a flattened image, and of a row that becomes an image."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = lambda x: nn.BatchNorm(True, epsilon=1e-5)(x)  # noqa: E731
+        x = norm(nn.Conv(4, (3, 3), padding=1)(x))
+        x = nn.Dense(5)(norm(x.reshape(len(x), -1)))
+        x = norm(nn.Dense(2 * 3 * 6)(norm(x))).reshape(len(x), 2, 3, 6)
+        return nn.Conv(3, (3, 3), padding=1)(norm(x))
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_norms_of_an_image_in_one_row_are_asked_for(is_sorted):
+    twin = tnn.Sequential(
+        *(tnn.Conv2d(3, 4, 3, 1, 1), tnn.BatchNorm2d(4), tnn.Flatten()),
+        *(tnn.BatchNorm1d(24), tnn.Linear(24, 5), tnn.BatchNorm1d(5)),
+        *(tnn.Linear(5, 36), tnn.BatchNorm1d(36), tnn.Unflatten(1, (6, 2, 3))),
+        *(tnn.BatchNorm2d(6), tnn.Conv2d(6, 3, 3, 1, 1)),
+    )
+    model, state = RowNorm(), drawn(twin).state_dict()
+    state = dict(sorted(state.items())) if is_sorted else state
+    variables = shapes_of(model, 1, 2, 3, 3)
+    pairs = {"BatchNorm_4": "9", "Conv_1": "10"}
+    with pytest.raises(ValueError) as error:
+        ij.match_torch(variables, state, pairs=pairs)
+    lines = str(error.value).splitlines()[1:]
+    doubted = {line.split()[0] for line in lines}
+    assert doubted == {"Dense_0", "Dense_1", "BatchNorm_1", "BatchNorm_3"}
+    said = {
+        "flattened": {"Dense_0": (2, 3, 4)},
+        "unflattened": {"Dense_1": (2, 3, 6)},
+    }
+    with pytest.raises(ValueError, match="BatchNorm_1 gives 24 numbers") as error:
+        ij.match_torch(variables, state, pairs=pairs, **said)
+    assert "`unflattened={'BatchNorm_3': (h, w, c)}`" in str(error.value)
+    said["unflattened"] |= {"BatchNorm_1": (2, 3, 4), "BatchNorm_3": (2, 3, 6)}
+    match = ij.match_torch(variables, state, pairs=pairs, **said)
+    same_numbers(model, match, twin, images_of(2, 2, 3, 3))
+
+
+def test_norms_of_images_side_by_side_and_of_linear_layers_are_not_doubted():
+    """A densely connected network, whose last row is a mean, and a hidden layer."""
+
+    class Dense(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = lambda x: nn.BatchNorm(True, epsilon=1e-5)(x)  # noqa: E731
+            x = nn.Conv(4, (3, 3), padding=1)(x)
+            x = jnp.concatenate([x, nn.Conv(4, (3, 3), padding=1)(norm(x))], -1)
+            x = nn.Conv(6, (1, 1))(norm(x))
+            x = nn.Dense(12)(x.mean((1, 2)))
+            return nn.Dense(3)(norm(x))
+
+    def blocks(x, network):
+        x = network[0](x)
+        x = torch.cat([x, network[2](network[1](x))], 1)
+        x = network[4](network[3](x)).mean((2, 3))
+        return network[7](network[6](network[5](x)))
+
+    class Twin(tnn.Sequential):
+        def forward(self, x):
+            return blocks(x, self)
+
+    twin = drawn(
+        Twin(
+            *(tnn.Conv2d(3, 4, 3, 1, 1), tnn.BatchNorm2d(4), tnn.Conv2d(4, 4, 3, 1, 1)),
+            *(tnn.BatchNorm2d(8), tnn.Conv2d(8, 6, 1)),
+            *(tnn.Linear(6, 12), tnn.BatchNorm1d(12), tnn.Linear(12, 3)),
+        )
+    )
+    model = Dense()
+    match = ij.match_torch(shapes_of(model, 1, 4, 4, 3), twin.state_dict())
+    same_numbers(model, match, twin, images_of(2, 4, 4, 3))
+
+
 class Heads(nn.Module):
     """Two layers that take one flattened image, and one that takes none."""
 
