@@ -7,12 +7,14 @@ from flax import nnx
 
 from inertia_jax.compression.planned import cannot_factorise
 from inertia_jax.layers.in_place import standing
+from inertia_jax.nnx.bridges import bridge_with_plan
 from inertia_jax.nnx.equals import PLANNED, Layer, find_layers, linen_layer
 from inertia_jax.nnx.graph import become, is_trained, iter_nodes
 from inertia_jax.nnx.inertial import InertialConv
 from inertia_jax.nnx.low_rank import LowRankConv, LowRankDense
 from inertia_jax.nnx.tucker import Tucker2Conv
 from inertia_jax.plan.plan import Plan, as_glob, matches
+from inertia_jax.plan.plan import plan_of as plan_of_linen
 from inertia_jax.plan.specs import Conv, Inertial, LowRank, Spec, Tucker2, fields_as
 
 _CLASSES: dict[type, type[nnx.Module]] = {
@@ -24,7 +26,12 @@ _CLASSES: dict[type, type[nnx.Module]] = {
 
 
 def plan_of(module: nnx.Module) -> Plan:
-    """Returns the plan of a module: a rule for each layer of a form that a plan has."""
+    """Returns the plan of a module: a rule for each layer of a form that a plan has.
+
+    That of a Linen model inside a module, as of `ij.nnx.create_model`, is the model's.
+    """
+    if isinstance(module, nnx.bridge.ToNNX):
+        return plan_of_linen(module.to_nnx__module) or Plan()
     rules = [
         (as_glob("/".join(path)), layer.node.spec)
         for path, layer in find_layers(module).items()
@@ -58,6 +65,9 @@ def apply_plan(
         ValueError: A rule that matches no convolution, or one that cannot have this
             form.
     """
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    if isinstance(module, nnx.bridge.ToNNX):
+        return bridge_with_plan(module, plan, rngs)
     changed = nnx.clone(module, graph=True)
     convolutions = {
         "/".join(path): layer
@@ -67,7 +77,6 @@ def apply_plan(
     for glob, _ in plan.rules:
         if not any(matches(path, glob) for path in convolutions):
             raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")
-    rngs = nnx.Rngs(0) if rngs is None else rngs
     trained = is_trained(changed)
     for path, layer in convolutions.items():
         node: Any = layer.node

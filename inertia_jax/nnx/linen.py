@@ -6,13 +6,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax import nnx
-from flax.nnx.bridge.variables import (
-    linen_vars_to_nnx_attrs,
-    nnx_attrs_to_linen_vars,
-)
 
 from inertia_jax.compression.planned import Planned
 from inertia_jax.deploy.fold import Folded
+from inertia_jax.nnx.bridges import bridge_to, read_bridge
 from inertia_jax.nnx.equals import find_layers
 from inertia_jax.nnx.folded import fold_into
 from inertia_jax.nnx.forms import apply_plan, plan_of
@@ -20,7 +17,6 @@ from inertia_jax.nnx.variables import iter_variables, value_at
 from inertia_jax.nnx.view import LinenView, Source
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.plan import plan_of as plan_of_linen
-from inertia_jax.variables import plain_variables
 
 
 def as_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
@@ -39,8 +35,7 @@ def as_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
         ValueError: The module is abstract, as from `nnx.eval_shape`.
     """
     if isinstance(module, nnx.bridge.ToNNX):
-        leaves = nnx_attrs_to_linen_vars(_attributes(module))
-        return module.to_nnx__module, plain_variables(leaves)
+        return read_bridge(module)
     source, plan = Source(module), plan_of(module)
     variables = source.variables()
     if any(
@@ -70,13 +65,7 @@ def from_linen(
         has others for.
     """
     if isinstance(module, nnx.bridge.ToNNX):
-        bridge = nnx.clone(module, graph=True)
-        for name in _attributes(bridge):
-            delattr(bridge, name)
-        bridge.to_nnx__module = model
-        for name, value in linen_vars_to_nnx_attrs(dict(variables)).items():
-            setattr(bridge, name, nnx.data(value))
-        return bridge
+        return bridge_to(module, model, variables)
     folded: tuple[tuple[str, str], ...] = ()
     if isinstance(model, Folded):
         model, folded = model.unfolded, model.folded
@@ -85,9 +74,3 @@ def from_linen(
     for place, variable in iter_variables(changed, find_layers(changed)):
         variable.set_raw_value(value_at(variables, place))
     return changed
-
-
-def _attributes(module: nnx.bridge.ToNNX) -> dict[str, Any]:
-    """Returns the variables that a module has of the Linen model inside it."""
-    own = ("to_nnx__", "_pytree__")
-    return {n: value for n, value in vars(module).items() if not n.startswith(own)}

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
 from flax import nnx
 from nnx_networks import SHAPE, X
 
@@ -171,3 +172,15 @@ def test_networks_of_the_library_are_modules_too():
     assert type(small) is ij.nnx.Network
     assert ij.count_cost(small, (28, 28, 1)).macs < ij.count_cost(net, (28, 28, 1)).macs
     np.testing.assert_allclose(ij.decompress(small)(images), small(images), atol=1e-5)
+    plan = ij.nnx.plan_of(small)
+    assert plan.rules and ij.nnx.plan_of(net) == ij.Plan()
+    made = ij.nnx.apply_plan(ij.nnx.create_model("lenet", width=0.125, rngs=RNGS), plan)
+    assert type(made) is ij.nnx.Network and ij.nnx.plan_of(made) == plan
+    nnx.update(made, nnx.state(small, nnx.Param))
+    made.eval()
+    np.testing.assert_array_equal(made(images), small(images))
+    with pytest.raises(ValueError, match="'conv9', which matches no convolution"):
+        ij.nnx.apply_plan(net, ij.Plan((("conv9", ij.Tucker2(1, 1)),)))
+    other = nnx.bridge.ToNNX(nn.Conv(3, (3, 3)), rngs=nnx.Rngs(0)).lazy_init(images)
+    with pytest.raises(ValueError, match="holds a Conv of Linen; must be a network"):
+        ij.nnx.apply_plan(other, plan)
