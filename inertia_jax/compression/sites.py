@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
 
-from inertia_jax.calls import ApplyFn, record_calls
+from inertia_jax.calls import ApplyFn, Call, record_calls
 from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.planned import cannot_factorise
 from inertia_jax.inputs import Shape
@@ -147,8 +147,45 @@ def split_convolutions(
         ValueError: A kernel that is not finite, or variables of another network.
     """
     variables = plain_variables(variables)
+    calls, kept = find_kept(model, variables, image_shape, apply_fn, linear=linear)
+    plan, sites = plan_of(model) or Plan(), {}
+    for path, call in calls.items():
+        if path in kept:
+            continue
+        module, leaves = call.module, leaves_at(variables, path)
+        kernel = np.asarray(jax.device_get(dense_kernel(module, leaves)))
+        if not np.isfinite(kernel).all():
+            raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
+        core = core_of(plan.spec(path))
+        sites[path] = Site(
+            path=path,
+            kernel=kernel,
+            groups=getattr(module, "feature_group_count", 1),
+            strides=_per_axis(module, "strides"),
+            padding=getattr(module, "padding", "VALID"),
+            dilation=_per_axis(module, "kernel_dilation"),
+            calls=tuple((c.input_shape[1:], c.output_shape) for c in call.every),
+            spec=Conv() if type(module) is nn.Dense else spec_of(module),
+            core=core if isinstance(core, Conv) else Conv(),
+        )
+    return sites, kept
+
+
+def find_kept(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: Shape,
+    apply_fn: ApplyFn | None,
+    *,
+    linear: bool = False,
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Returns the calls of convolutions, and why some cannot be factorised, by path.
+
+    Raises:
+        ValueError: Variables of another network.
+    """
+    variables = plain_variables(variables)
     calls, expected = record_calls(model, image_shape, apply_fn=apply_fn)
-    plan = plan_of(model) or Plan()
     inside = {path for path, call in calls.items() if call.is_factorised}
     convolutions = {
         path: call
@@ -169,30 +206,13 @@ def split_convolutions(
         apply_fn,
         training=not isinstance(model, Network),
     )
-    sites, kept = {}, {}
+    kept = {}
     for path, call in convolutions.items():
-        module, leaves = call.module, leaves_at(variables, path)
         misuse = misused.get(path, "is not called in evaluation")
-        reason = _cannot_replace(module, leaves) or misuse
+        reason = _cannot_replace(call.module, leaves_at(variables, path)) or misuse
         if reason is not None:
             kept[path] = reason
-            continue
-        kernel = np.asarray(jax.device_get(dense_kernel(module, leaves)))
-        if not np.isfinite(kernel).all():
-            raise ValueError(f"the kernel of {path!r} must be finite; it is not.")
-        core = core_of(plan.spec(path))
-        sites[path] = Site(
-            path=path,
-            kernel=kernel,
-            groups=getattr(module, "feature_group_count", 1),
-            strides=_per_axis(module, "strides"),
-            padding=getattr(module, "padding", "VALID"),
-            dilation=_per_axis(module, "kernel_dilation"),
-            calls=tuple((c.input_shape[1:], c.output_shape) for c in call.every),
-            spec=Conv() if type(module) is nn.Dense else spec_of(module),
-            core=core if isinstance(core, Conv) else Conv(),
-        )
-    return sites, kept
+    return convolutions, kept
 
 
 def _check_shapes(

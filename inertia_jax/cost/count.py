@@ -65,6 +65,18 @@ def count_cost(
         ValueError: `input_shape` is not made of positive entries, or `gate_rates` names
             no inertial layer or lies outside [0, 1].
     """
+    shape = shape_of_input(model, input_shape, apply_fn)
+    return count_one(model, shape, gate_rates=gate_rates, apply_fn=apply_fn)
+
+
+def shape_of_input(
+    model: nn.Module, input_shape: Shape, apply_fn: ApplyFn | None
+) -> Shape:
+    """Returns the shape of one input, where that of a batch of images may be given.
+
+    Raises:
+        ValueError: The shape is not made of positive entries.
+    """
     shape = input_shape
     if isinstance(shape, Sequence):
         # A network that has a plan takes images, of two axes.
@@ -79,7 +91,7 @@ def count_cost(
             takes_images or not _takes_volumes(model, shape, apply_fn)
         ):
             shape = shape[1:]
-    return count_one(model, shape, gate_rates=gate_rates, apply_fn=apply_fn)
+    return shape
 
 
 class _FirstError(Exception):

@@ -1,12 +1,19 @@
 """Calls functions of Linen models with what is read of NNX modules."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from inertia_jax.calls import ApplyFn
+from inertia_jax.compression.planned import Planned
+from inertia_jax.compression.sites import find_kept
+from inertia_jax.cost.count import count_cost, shape_of_input
+from inertia_jax.inputs import Shape
+from inertia_jax.nnx.graph import iter_nodes
 from inertia_jax.nnx.linen import as_linen, from_linen
+from inertia_jax.nnx.low_rank import LowRankDense
 from inertia_jax.nnx.view import LinenView
 
 Function = Callable[..., Any]
@@ -36,7 +43,27 @@ def read(
     function: Function, module: nnx.Module, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
     """Returns what a function of a model says of a module."""
-    return _call(function, (as_linen(module)[0], *args), kwargs)
+    model, variables = as_linen(module)
+    if function is count_cost and isinstance(model, Planned):
+        linear = any(isinstance(node, LowRankDense) for _, node in iter_nodes(module))
+        note = functools.partial(_with_reasons, variables=variables, linear=linear)
+        model = _call(note, (model, *args), kwargs)
+    return _call(function, (model, *args), kwargs)
+
+
+def _with_reasons(
+    model: Planned,
+    input_shape: Shape,
+    *,
+    variables: Mapping[str, Any],
+    linear: bool,
+    apply_fn: ApplyFn | None = None,
+    **_: Any,
+) -> Planned:
+    """Returns a model that knows why layers stay, which a module does not keep."""
+    shape = shape_of_input(model, input_shape, apply_fn)
+    _, kept = find_kept(model, variables, shape, apply_fn, linear=linear)
+    return model.clone(kept=tuple(kept.items()))
 
 
 def saved(

@@ -82,6 +82,8 @@ def test_other_layers_stay_and_the_reasons_are_said():
     assert "differ from those stored" in kept["normalised/layer_instance"]
     small = ij.compress(net, **options)
     assert [glob for glob, _ in ij.nnx.plan_of(small).rules] == ["plain"]
+    rows = ij.count_cost(nnx.clone(small), (1, *SHAPE)).rows
+    assert {row.path: row.note for row in rows if row.note} == kept
     np.testing.assert_allclose(small(X), net(X), atol=1e-5)
     with pytest.raises(ValueError, match="at 'doubled', which is a Doubled"):
         ij.nnx.apply_plan(net, ij.Plan((("doubled", ij.Tucker2(1, 1)),)))
