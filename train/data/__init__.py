@@ -23,6 +23,7 @@ def load_data(
     cache_dir: str,
     image_size: int | tuple[int, int] | None,
     how_to_resize: str = "set `data.image_size` to have them resized",
+    for_training: bool = False,
 ) -> ImageSet:
     """Loads a set, checked.
 
@@ -34,6 +35,8 @@ def load_data(
             sizes, are brought; one number is both.
         how_to_resize: The advice of the error of images of several sizes, without
             `image_size`.
+        for_training: Whether a folder of one class is refused whose folders look like
+            the classes.
 
     Raises:
         UsageError: An unknown source, missing data, or images or labels that break a
@@ -56,7 +59,7 @@ def load_data(
         if kind == "npz" and rest:
             return load_npz(rest)
         if kind == "imagefolder" and rest:
-            return load_imagefolder(rest, **options)
+            return load_imagefolder(rest, for_training=for_training, **options)
         if kind == "tfds" and rest:
             return load_tfds(rest, **options)
     raise UsageError(
@@ -76,5 +79,19 @@ def _check_place(path: str) -> None:
 
 
 def load_configured(data: Data) -> ImageSet:
-    """Loads a configuration's set as `load_data` does, which raises the same."""
-    return load_data(data.source, cache_dir=data.cache_dir, image_size=data.load_size)
+    """Loads a configuration's set, as `load_data` does, to train on it.
+
+    Raises:
+        UsageError: As `load_data`, and where there is one class.
+    """
+    found = load_data(
+        data.source,
+        cache_dir=data.cache_dir,
+        image_size=data.load_size,
+        for_training=True,
+    )
+    if found.train is not None and found.num_classes < 2:
+        raise UsageError(
+            f"{found.name}: there is one class; training needs two or more."
+        )
+    return found

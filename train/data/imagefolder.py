@@ -28,6 +28,7 @@ def load_imagefolder(
     cache_dir: str,
     sides: tuple[int, int] | None,
     how_to_resize: str,
+    for_training: bool,
 ) -> ImageSet:
     """Reads an image folder, brought to one size and kept decoded.
 
@@ -39,8 +40,8 @@ def load_imagefolder(
 
     Raises:
         FileNotFoundError: The folder of a split or class is missing or empty.
-        ValueError: Images of several sizes, an unreadable image, or test classes that
-            training lacks.
+        ValueError: Images of several sizes, an unreadable image, test classes that
+            training lacks, or, for training, one class with folders like classes.
     """
     root = pathlib.Path(path).expanduser()
     folders = _split_folders(root)
@@ -59,7 +60,7 @@ def load_imagefolder(
     for split, folder in folders.items():
         _check_classes(folder, classes, files[split])
     inner = _class_folders(folders["train"] / classes[0])
-    if len(classes) == 1 and len(inner) > 1:
+    if for_training and len(classes) == 1 and len(inner) > 1:
         raise ValueError(
             f"{folders['train']} has one class, {classes[0]!r}, and training needs two "
             f"or more; if the folders in it are the classes {shortened(inner)}, they "

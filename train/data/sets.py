@@ -127,8 +127,6 @@ def make_set(
         for key, (images, labels) in splits.items()
     }
     train, test = made.get("train"), made["test"]
-    if train is not None and len(class_names) < 2:
-        raise ValueError(f"{name}: there is one class; training needs two or more.")
     if train is not None and train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError(
             f"{name}: training images are {train.images.shape[1:]}, test images "

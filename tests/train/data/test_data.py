@@ -1,5 +1,6 @@
 """Sources, and what they refuse."""
 
+import os
 import subprocess
 import sys
 import time
@@ -13,14 +14,19 @@ from PIL import Image
 from sklearn import datasets, model_selection
 
 from inertia_jax.metadata import both_sides
-from train.data import load_data, tfds
+from train.config import Data
+from train.data import load_configured, load_data, tfds
 from train.data.cache import cached_set
 from train.errors import UsageError
 
 RNG = np.random.default_rng(0)
 
 
-def load(source, cache_dir="unused", image_size=None):
+# Where nothing can be written.
+NOWHERE = f"{os.devnull}/unused"
+
+
+def load(source, cache_dir=NOWHERE, image_size=None):
     return load_data(source, cache_dir=str(cache_dir), image_size=image_size)
 
 
@@ -107,7 +113,6 @@ def test_bad_arrays_are_refused(tmp_path, changes, message):
         ({"y_test": np.array(list("abcde"))}, "labels have type"),
         ({"y_train": np.full(20, np.nan)}, "labels have type"),
         ({"y_test": np.arange(5) * 10**6}, "label 4000000; must be below 100000"),
-        ({"y_train": np.zeros(20, int), "y_test": np.zeros(5, int)}, "one class"),
         ({"label_names": np.array("abc")}, r"shape \(\); must be \[classes\]"),
     ],
 )
@@ -115,6 +120,15 @@ def test_classes_without_names_come_from_sound_labels(tmp_path, changes, message
     np.savez(tmp_path / "set.npz", **arrays(**changes))
     with pytest.raises(UsageError, match=message):
         load(f"npz:{tmp_path / 'set.npz'}")
+
+
+def test_one_class_is_read_but_not_trained_on(tmp_path):
+    zeros = {"y_train": np.zeros(20, int), "y_test": np.zeros(5, int)}
+    np.savez(tmp_path / "set.npz", **arrays(**zeros))
+    source = f"npz:{tmp_path / 'set.npz'}"
+    assert load(source).num_classes == 1
+    with pytest.raises(UsageError, match="one class; training needs two or more"):
+        load_configured(Data(source=source, cache_dir=NOWHERE))
 
 
 def test_names_of_bytes_are_names(tmp_path):
