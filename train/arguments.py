@@ -87,11 +87,8 @@ def _with_switches(kind: type, argv: Sequence[str]) -> list[str]:
             known = ("True", "False", "None")[: 3 if switch.takes_value else 2]
             if not equals:
                 follows = rest[0].capitalize() if rest else ""
-                value = follows if follows in known else "True"
-                if follows in known:
-                    rest.pop(0)
-                elif switch.takes_value and follows[:1] not in ("", "-"):
-                    value = ""  # tyro says which values there are
+                # Any other word is one of its own, such as a checkpoint.
+                value = rest.pop(0).capitalize() if follows in known else "True"
             words += switch.words(value) if value in known else [word]
         else:
             words.append(word)

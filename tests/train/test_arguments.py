@@ -44,10 +44,16 @@ def test_other_switches_are_spelt_alike():
     assert parse(["--name", "True"]).run.name == "True"
 
 
+def test_the_word_after_a_switch_may_be_a_checkpoint():
+    words = ["--flip", "run", "--resized-crop", "--out", "o", "--data", "digits"]
+    args = parse_options(Compress, words, verb="x")
+    assert (args.checkpoint, args.flip, args.resized_crop) == ("run", True, True)
+
+
 @pytest.mark.parametrize(
     ("words", "form"),
     [
-        (["--flip", "maybe"], "Expected one of"),
+        (["--flip", "maybe"], "Unrecognized options: maybe"),
         (["--flip=maybe"], "Expected one of"),
         (["--weigh=maybe"], "Unrecognized options: maybe"),
     ],
