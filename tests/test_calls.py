@@ -207,7 +207,8 @@ def test_a_network_that_cannot_be_traced_names_the_images_and_its_own_error():
     ],
 )
 @pytest.mark.usefixtures("no_shape_checks")
-def test_variables_that_are_no_arrays_are_refused(variables, message):
+def test_variables_that_are_no_arrays_are_refused(variables, message, tmp_path):
+    nowhere = tmp_path / "nowhere"
     model = ij.create_model("lenet", width=0.1)
     images = np.ones((2, 28, 28, 1), np.float32)
     for call in (
@@ -218,14 +219,13 @@ def test_variables_that_are_no_arrays_are_refused(variables, message):
         lambda: ij.reconstruct(
             model, variables, dense=(model, variables), images=images
         ),
-        lambda: ij.save_checkpoint("nowhere", model, variables),
-        lambda: ij.save_exported(
-            "nowhere", (model, variables), image_shape=(28, 28, 1)
-        ),
+        lambda: ij.save_checkpoint(nowhere, model, variables),
+        lambda: ij.save_exported(nowhere, (model, variables), image_shape=(28, 28, 1)),
         lambda: ij.to_torch(model, variables),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    assert not nowhere.exists()
 
 
 def test_a_model_that_needs_a_key_in_evaluation_has_one():
