@@ -489,7 +489,7 @@ def test_modules_that_are_fields_keep_their_paths():
         folded.apply(merged, images((8, 8, 3)), training=True)
 
 
-def test_errors_say_what_is_wrong():
+def test_errors_say_what_is_wrong(tmp_path):
     model = ij.create_model("resnet20", width=0.1)
     variables = random_variables(model, (8, 8, 3), np.float32)
     folded, merged = ij.fold_batch_norm(model, variables)
@@ -500,8 +500,8 @@ def test_errors_say_what_is_wrong():
         ij.fold_batch_norm(model, {"params": variables["params"]})
     with pytest.raises(ValueError, match="`image_shape` .* must be given for Foreign"):
         ij.fold_batch_norm(Foreign(), variables)
-    with pytest.raises(ValueError, match="one that create_model makes"):
-        ij.save_checkpoint("never-made", folded, merged)
+    with pytest.raises(ValueError, match="Folded.* that can be trained further: save"):
+        ij.save_checkpoint(tmp_path / "never-made", folded, merged)
 
 
 @pytest.mark.slow
