@@ -23,27 +23,34 @@ KNOWN = {
 def _git(root: pathlib.Path, *arguments: str, given: str | None = None) -> str:
     # Whoever owns the checkout, and whatever a path has in it.
     settings = ["-c", "safe.directory=*", "-c", "core.quotePath=false"]
-    return subprocess.run(
+    said = subprocess.run(
         ["git", *settings, "-C", str(root), *arguments],
         check=True,
-        text=True,
-        input=given,
+        input=None if given is None else given.encode("utf-8", "surrogateescape"),
         stdout=subprocess.PIPE,
     ).stdout
+    return said.decode("utf-8", "surrogateescape")  # paths may be of any bytes
 
 
 def large_files(root: pathlib.Path) -> list[str]:
-    """Returns a line for each file that is too large, in the index or in a commit."""
-    staged = _git(root, "ls-files", "--stage").splitlines()
+    """Returns a line for each file that is too large, in the index or in a commit.
+
+    What git lists but does not have, so that its size is unknown, has a line, too.
+    """
+    staged = _git(root, "ls-files", "--stage").split("\n")[:-1]
     tracked = {line.split()[1] for line in staged}
     objects = _git(root, "rev-list", "--objects", "--indexed-objects", "HEAD")
     wanted = "--batch-check=%(objecttype) %(objectsize) %(objectname) %(rest)"
     lines = []
-    for line in _git(root, "cat-file", wanted, given=objects).splitlines():
+    for line in _git(root, "cat-file", wanted, given=objects).split("\n")[:-1]:
+        if line.count(" ") == 1:  # NAME missing
+            lines.append(f"{line}, so that nobody knows its bytes")
+            continue
         kind, size, name, path = line.split(" ", 3)
         is_known = name in KNOWN and name not in tracked
         if kind == "blob" and int(size) > MOST_BYTES and not is_known:
-            lines.append(f"{path}: {int(size):,} bytes ({name})")
+            shown = path.encode("utf-8", "surrogateescape").decode(errors="replace")
+            lines.append(f"{shown}: {int(size):,} bytes ({name})")
     return lines
 
 

@@ -80,6 +80,27 @@ def test_a_file_that_a_later_commit_removes_is_found(repository, capsys, monkeyp
     assert file_sizes.main(root) == 1  # known, but tracked again
 
 
+def test_paths_of_any_bytes_are_looked_at(repository, capsys):
+    root, git = repository
+    (root / os.fsdecode(b"\xff\r\xc2\x85 set missing")).write_bytes(bytes(1_500_001))
+    git("add", ".")
+    assert file_sizes.main(root) == 1
+    assert "set missing: 1,500,001 bytes" in capsys.readouterr().out
+
+
+def test_a_file_that_git_lacks_is_named(repository, capsys, monkeypatch):
+    root, _ = repository
+    run, lost = file_sizes._git, "1" * 40
+
+    def lists_lost(root, *arguments, **options):
+        more = f"{lost} a lost file\n" if "--objects" in arguments else ""
+        return run(root, *arguments, **options) + more
+
+    monkeypatch.setattr(file_sizes, "_git", lists_lost)
+    assert file_sizes.main(root) == 1
+    assert f"file sizes: {lost} missing, so that" in capsys.readouterr().out
+
+
 def test_a_shallow_checkout_says_that_it_is(repository, tmp_path_factory, capsys):
     root, git = repository
     git("commit", "-q", "--allow-empty", "-m", "second")
