@@ -107,7 +107,7 @@ def _report(
     rows = []
     if args.is_inertial:
         print(cost)
-        print(_where_counted(args, tests[0]))
+        print(_where_counted(args, tests))
     else:
         rows = report_layers(
             (dense.model, dense.variables),
@@ -187,10 +187,12 @@ def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> 
     )
 
 
-def _where_counted(args: Compress, test: Mapping[str, Any]) -> str:
+def _where_counted(args: Compress, tests: Sequence[Mapping[str, Any]]) -> str:
     """Returns on which images the gate rates of an inertial network's cost are."""
+    first = ", the first test set" if len(tests) > 1 else ""
+    images = f"{tests[0]['num_examples']:,} test images of {tests[0]['data']}{first}"
     return (
-        f"gate rates as on the {test['num_examples']:,} test images of {test['data']}; "
+        f"gate rates as on the {images}; "
         f"--macs {args.macs} holds on the {args.calibration_images:,} training images "
         f"that chose the thresholds"
     )

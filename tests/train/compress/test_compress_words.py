@@ -47,8 +47,11 @@ def test_factors_that_are_not_fine_tuned_come_with_the_command(data):
 
 def test_the_images_of_the_gate_rates_are_said():
     args = Compress("run", "small", macs=0.8)
-    said = compress._where_counted(args, {"num_examples": 1017, "data": "x.npz"})
+    test = {"num_examples": 1017, "data": "x.npz"}
+    said = compress._where_counted(args, [test])
     assert said == (
         "gate rates as on the 1,017 test images of x.npz; --macs 0.8 holds on the 512 "
         "training images that chose the thresholds"
     )
+    said = compress._where_counted(args, [test, {"num_examples": 5, "data": "y.npz"}])
+    assert "test images of x.npz, the first test set; --macs" in said
