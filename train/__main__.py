@@ -31,7 +31,7 @@ VERBS = {
     "evaluate": "evaluate a checkpoint",
     "compress": "make a trained checkpoint smaller: Tucker-2 factors, or inertial",
     "finetune": "train a checkpoint further",
-    "import": "make a checkpoint from PyTorch weights",
+    "import": "make a checkpoint from weights of PyTorch or Flax",
     "export": "write a checkpoint as one file that needs JAX alone to run",
     "pipeline": "compress and fine-tune PyTorch weights, beside a dense control",
     "sweep": "train many configurations, and write a record of each run",

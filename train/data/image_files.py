@@ -13,6 +13,7 @@ from train.data.resize import covering_size, cropped
 # The raster formats that are read, by Pillow's names; the common ones come first, since
 # they are tried in this order. Not among them are those that Pillow has other programs
 # draw (EPS by Ghostscript, WMF), opens as whatever lies inside (IPTC), or only writes.
+# MPO stands for its suffix; Pillow opens such files as JPEG.
 _FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF"),
     *("BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO"),
