@@ -42,6 +42,8 @@ from train.run.outputs import check_output
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
+_NO_REGULAR_FILE = "no regular file; remove it"
+
 # The files of a run's directory.
 _FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
 
@@ -254,11 +256,16 @@ def _open_lock(path: pathlib.Path) -> IO[str]:
     """
     # A link is not followed, and a pipe not waited for.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    lock = open(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
-    if stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
-        return lock
-    lock.close()
-    raise OSError(errno.EINVAL, "no regular file; remove it", str(path))
+    try:
+        number = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise OSError(error.errno, _NO_REGULAR_FILE, str(path)) from error
+    if stat.S_ISREG(os.fstat(number).st_mode):
+        return os.fdopen(number, "r+")
+    os.close(number)
+    raise OSError(errno.EINVAL, _NO_REGULAR_FILE, str(path))
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import socket
 
 import pytest
 from helpers import make_odd
@@ -224,10 +225,23 @@ def test_a_place_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", fail)
     begin(tmp_path / "run").close()
     assert "cannot keep other runs out" in capsys.readouterr().err
-    (tmp_path / "pipe").mkdir()
-    os.mkfifo(tmp_path / "pipe" / ".lock")
-    with pytest.raises(UsageError):  # and not for ever
-        begin(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("kind", [*ODD, "socket"])
+def test_a_lock_that_is_no_file_is_named(kind, tmp_path, monkeypatch):
+    lock = tmp_path / ".lock"
+    if kind == "socket":
+        monkeypatch.chdir(tmp_path)  # names of sockets are short
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(lock.name)
+    else:
+        make_odd(kind, lock)
+    opened = os.listdir("/dev/fd")
+    with pytest.raises(UsageError) as found:  # and not for ever
+        begin(tmp_path)
+    assert str(found.value) == f"{lock}: no regular file; remove it"
+    assert len(os.listdir("/dev/fd")) == len(opened)
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 @pytest.mark.parametrize("name", [".lock", "config.json", "run.jsonl", "metrics.jsonl"])
