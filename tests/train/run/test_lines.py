@@ -1,6 +1,5 @@
 """Logs of a run: read as far as they can be, and never in the way of a run."""
 
-import contextlib
 import errno
 import json
 import os
@@ -245,18 +244,20 @@ def test_a_lock_that_is_no_file_is_named(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [".lock", "config.json", "run.jsonl", "metrics.jsonl"])
-def test_nothing_is_written_through_a_link(name, tmp_path):
-    mine, run = tmp_path / "mine", tmp_path / "run"
-    mine.write_bytes(lines({"started": "now", "step": 0}))
-    before = mine.read_bytes()
-    run.mkdir()
-    (run / name).symlink_to(mine)
-    with contextlib.suppress(UsageError):
-        directory = begin(run)
-        directory.log(1, "train", {"loss": 1.0})
+def test_nothing_is_written_through_a_link(name, saved, tmp_path):
+    mine, file = tmp_path / "mine", saved / name
+    file.rename(mine)
+    file.symlink_to(mine)
+    before = mine.read_bytes(), mine.stat().st_mtime_ns
+    if name == ".lock":
+        with pytest.raises(UsageError, match="no regular file"):
+            begin(saved, step=2)
+    else:
+        directory = begin(saved, step=2)
+        directory.log(3, "train", {"loss": 1.0})
         directory.close()
-        assert name != ".lock" and not (run / name).is_symlink()
-    assert mine.read_bytes() == before
+        assert file.is_file() and not file.is_symlink()
+    assert (mine.read_bytes(), mine.stat().st_mtime_ns) == before
 
 
 def test_a_report_draws_what_can_be_read(saved, capsys):
