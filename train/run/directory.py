@@ -117,7 +117,7 @@ class RunDirectory:
                 raise UsageError(
                     f"{path} holds a run with another config; nothing was changed. "
                     f"Choose another --workdir, or undo:\n  {listed}"
-                    f"{self._longer(config_file)}"
+                    f"{self._longer(config_file, differing)}"
                 )
             if not resume:
                 raise UsageError(
@@ -145,11 +145,13 @@ class RunDirectory:
             f"further, with another --workdir."
         )
 
-    def _longer(self, config_file: pathlib.Path) -> str:
+    def _longer(self, config_file: pathlib.Path, differing: list[str]) -> str:
         """Returns the command that trains a run further that has come to its end.
 
-        It is "" unless more epochs were asked for.
+        It is "" unless more epochs were asked for, and nothing else.
         """
+        if [line.partition(":")[0] for line in differing] != ["epochs"]:
+            return ""
         epochs = read_json(config_file).get("epochs")
         ended = [row.get("epoch") for row in read_metrics(self.path / "metrics.jsonl")]
         is_ended = isinstance(epochs, int) and epochs in ended

@@ -285,12 +285,15 @@ def test_another_config_is_refused_and_nothing_changed(run, data, capsys):
     assert {f: f.stat().st_mtime_ns for f in run.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("epochs", "more"), [(5, 2), (2, None)])
+@pytest.mark.parametrize(
+    ("epochs", "more", "others"),
+    [(5, 2, []), (2, None, []), (5, None, ["--batch-size", "8"])],
+)
 def test_more_epochs_of_a_finished_run_are_a_finetuning(
-    epochs, more, run, data, capsys
+    epochs, more, others, run, data, capsys
 ):
     arguments = [*FIT, "--data.source", data, "--workdir", str(run), "--resume"]
-    assert main([*arguments, "--epochs", str(epochs)]) == 2
+    assert main([*arguments, "--epochs", str(epochs), *others]) == 2
     said = capsys.readouterr().err
     assert f"epochs: 3 there, {epochs} here" in said
     assert ("finetune" in said) == (more is not None)
