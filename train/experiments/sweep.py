@@ -98,10 +98,20 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     return records
 
 
-def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+def append_record(
+    path: pathlib.Path, record: dict[str, Any], *, workdir: pathlib.Path
+) -> None:
     """Adds a record, after cutting off a line that a kill left unfinished.
 
     A record of the same run, which another sweep has added meanwhile, is kept.
+
+    Args:
+        path: The file of records.
+        record: The record.
+        workdir: The directory of the record's run, for the error.
+
+    Raises:
+        UsageError: The other record has another configuration.
     """
     content = json.dumps(record).encode() + b"\n"
     with path.open("ab") as lock:
@@ -109,7 +119,16 @@ def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         run = (record["name"], record["seed"])
-        if any((other["name"], other["seed"]) == run for other in read_records(path)):
+        for other in read_records(path):
+            if (other["name"], other["seed"]) != run:
+                continue
+            if not _is_same(other["config"], record["config"]):
+                raise UsageError(
+                    f"{path} has a record of {run[0]}, seed {run[1]}, with another "
+                    f"configuration, by another sweep; this one is not added. Its run "
+                    f"is kept in {workdir}: the same command with another --out adds "
+                    f"it there."
+                )
             print(
                 f"warning: {path} has a record of {run[0]}, seed {run[1]}, by another "
                 f"sweep; it is kept, and this one is not added.",
@@ -136,15 +155,22 @@ def find_record(
     """
     for record in records:
         if (record["name"], record["seed"]) == (config.name, config.seed):
-            own = config_to_json(config)
-            theirs = fill_defaults(record["config"], config_to_json(Config()))
-            if without_places(theirs) != without_places(own):
+            if not _is_same(record["config"], config_to_json(config)):
                 raise UsageError(
                     f"the record of {config.name}, seed {config.seed}, has another "
                     f"configuration; take it out, or name the run anew."
                 )
             return record
     return None
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Returns whether two JSON configs are equal, wherever their data are."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return False
+    defaults = config_to_json(Config())
+    a, b = (without_places(fill_defaults(config, defaults)) for config in (a, b))
+    return bool(a == b)
 
 
 def make_sweep_record(

@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         except DivergedError as error:
             print(f"error: {error}", file=sys.stderr)
             with user_input():
-                append_record(out, make_failed_record(config, error))
+                append_record(out, make_failed_record(config, error), workdir=workdir)
             failed, done = True, done + 1
             continue
         if result.evaluation is None:
@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
             return exit_code(result)
         record = make_sweep_record(config, workdir, result.evaluation)
         with user_input():
-            append_record(out, record)
+            append_record(out, record, workdir=workdir)
         done += 1
     print(summarise(read_records(out)))
     return 1 if failed else 0

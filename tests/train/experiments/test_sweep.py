@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import inertia_jax as ij
 from train.__main__ import main
-from train.errors import UsageError
+from train.errors import DivergedError, UsageError
 from train.experiments.sweep import append_record, load_sweep, read_records
 from train.networks import make_model
 
@@ -78,11 +78,11 @@ def test_a_record_that_a_kill_cut_off_is_run_again(tmp_path):
     whole = {"name": "a", "seed": 1, "config": {}}
     path.write_text(json.dumps(whole) + '\n{"name": ')
     assert read_records(path) == [whole]
-    append_record(path, {**whole, "seed": 2})
+    append_record(path, {**whole, "seed": 2}, workdir=tmp_path)
     assert [record["seed"] for record in read_records(path)] == [1, 2]
     # A whole one is kept, with or without the end of its line.
     path.write_text(json.dumps(whole))
-    append_record(path, {**whole, "seed": 2})
+    append_record(path, {**whole, "seed": 2}, workdir=tmp_path)
     assert [record["seed"] for record in read_records(path)] == [1, 2]
 
 
@@ -91,9 +91,23 @@ def test_a_run_has_one_record_whoever_trained_it(tmp_path, capsys):
     out.touch()
     records = [{"name": "a", "seed": seed, "config": {}} for seed in (1, 2)]
     for record in (*records, {**records[0], "top1": 1.0}):
-        append_record(out, record)
+        append_record(out, record, workdir=tmp_path)
     assert read_records(out) == records
     assert "has a record of a, seed 1, by another sweep" in capsys.readouterr().err
+    elsewhere = {"data": {"source": "npz:there/set.npz", "cache_dir": "there"}}
+    moved = {"data": {"source": "npz:/here/set.npz"}}
+    for config in (elsewhere, moved):
+        record = {"name": "b", "seed": 1, "config": config}
+        append_record(out, record, workdir=tmp_path)
+    assert "has a record of b, seed 1" in capsys.readouterr().err
+    before = out.read_bytes()
+    for config in ({"epochs": 3}, {"data": {"source": "npz:set2.npz"}}, []):
+        for name in ("a", "b"):
+            record = {"name": name, "seed": 1, "config": config}
+            with pytest.raises(UsageError, match="with another config") as found:
+                append_record(out, record, workdir=tmp_path / "my_run")
+            assert f"kept in {tmp_path / 'my_run'}:" in str(found.value)
+    assert out.read_bytes() == before and not capsys.readouterr().err
     out.write_text(2 * (json.dumps(records[0]) + "\n"))
     with pytest.raises(UsageError, match="two records of a, seed 1, in lines 1 and 2"):
         read_records(out)
@@ -111,8 +125,25 @@ def test_a_record_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
 
     monkeypatch.setattr("train.run.lines._write_all", write_half)
     with pytest.raises(OSError, match="No space left"):
-        append_record(path, {**whole, "seed": 2})
+        append_record(path, {**whole, "seed": 2}, workdir=tmp_path)
     assert path.read_text() == json.dumps(whole) + "\n"
+
+
+def test_a_run_whose_record_another_sweep_has_is_kept(tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "some.py", tmp_path / "records.jsonl"
+    file.write_text(SWEEP)
+    other = {"name": "dense", "seed": 1, "config": {"epochs": 7}}
+
+    def fit_beside_another(config, *, workdir, resume):
+        out.write_text(json.dumps(other) + "\n")
+        raise DivergedError("loss or gradient is not finite")
+
+    monkeypatch.setattr("train.verbs.sweep.fit", fit_beside_another)
+    runs = tmp_path / "runs"
+    arguments = ["--out", str(out), "--workdir", str(runs), "--max-runs", "1"]
+    assert main(["sweep", str(file), *arguments]) == 2
+    assert f"kept in {runs / 'some' / 'dense_seed1'}:" in capsys.readouterr().err
+    assert read_records(out) == [other]
 
 
 @pytest.mark.parametrize("text", ["my notes, no record", '{"name": "a"}\n', "[1]\n"])
