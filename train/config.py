@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
@@ -134,7 +134,7 @@ class Model:
     name: str = "resnet18"
     """lenet, resnet18/20/32/44/56, simpledla or vgg16."""
     factory: str | None = None
-    """A network of your own in place of these: MODULE:FUNCTION, called with
+    """A network of your own, whatever `name` is: MODULE:FUNCTION, called with
     `num_classes=N`, returns a Linen module from images to logits."""
     width: float = 1.0
     """Multiplies every number of channels."""
@@ -151,15 +151,6 @@ class Model:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        if self.factory is not None:
-            if self.name not in (type(self).name, self.factory):
-                raise UsageError(
-                    f"`model.name` (={self.name}) does nothing with `model.factory` "
-                    f"(={self.factory})."
-                )
-            # The name that runs and records have.
-            object.__setattr__(self, "name", self.factory)
-            return
         with user_input():
             check_model_name("model.name", self.name)
 
@@ -312,6 +303,7 @@ FINETUNE = Config(
 # first has no effect.
 _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("model.strict", "model.plan", lambda plan: plan != "[]"),
+    ("model.name", "model.factory", lambda factory: factory is None),
     ("model.width", "model.factory", lambda factory: factory is None),
     ("model.stem", "model.factory", lambda factory: factory is None),
     ("model.shortcut", "model.factory", lambda factory: factory is None),
@@ -338,17 +330,19 @@ _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 )
 
 
-def check_used(config: Config, before: Config) -> None:
+def check_used(config: Config, before: Config, given: Collection[str] = ()) -> None:
     """Raises UsageError if the user set a field that has no effect in this run.
 
     Args:
         config: The run's configuration.
         before: The configuration before the user set anything: a file's, a checkpoint's
             or the defaults. A field that has no effect there is no error.
+        given: Fields that the user set, also to the value that they had before.
     """
     for name, needed, is_used in _NEEDS:
         value, other = attrgetter(name)(config), attrgetter(needed)(config)
-        if value != attrgetter(name)(before) and value and not is_used(other):
+        is_set = name in given or value != attrgetter(name)(before)
+        if is_set and value and not is_used(other):
             raise UsageError(
                 f"`{name}` (={value}) does nothing with `{needed}` (={other})."
             )

@@ -24,6 +24,7 @@ from train.networks import (
     with_classes,
     with_dtype,
 )
+from train.verbs import fit
 
 FACTORY = "own_cnn:make"
 SHAPE = (8, 8, 1)
@@ -73,7 +74,7 @@ def test_devices_take_the_batch_together():
 def test_a_configuration_makes_it_again():
     model = own()
     config = model_config(model)
-    assert config.factory == config.name == FACTORY
+    assert config == Model(factory=FACTORY, plan=GATED.to_json())
     assert make_model(config, num_classes=3) == model
     assert config == Model(**dataclasses.asdict(config))
     assert with_classes(model, 5).unplanned == OwnCNN(5, [8, 8])
@@ -105,8 +106,6 @@ def test_a_factory_that_makes_no_network_is_refused_in_one_line(factory, message
 
 
 def test_options_of_other_networks_are_refused():
-    with pytest.raises(UsageError, match=r"`model.name` \(=vgg16\) does nothing"):
-        Model(factory=FACTORY, name="vgg16")
     assert main(["fit", "--model.factory", FACTORY, "--model.width", "2"]) == 2
     with pytest.raises(UsageError, match="there is no module"):
         check_model(Model(factory="no_such:make"))
@@ -118,8 +117,41 @@ def test_options_of_other_networks_are_refused():
         own(large, strict=True)
 
 
+def parsed(tmp_path, model, *options):
+    """Returns the network of a file's `Model` with options."""
+    file = tmp_path / "mine.py"
+    lines = ("from train.config import *", f"config = Config(model=Model({model}))")
+    file.write_text("\n".join(lines))
+    return fit.parse(["--config", str(file), *options]).run.model
+
+
+@pytest.mark.parametrize("model", ["", "name='lenet'", "factory='a:make'"])
+def test_a_factory_is_given_over_what_a_file_has(tmp_path, model):
+    found = parsed(tmp_path, model, "--model.factory", FACTORY)
+    assert found.factory == FACTORY
+    config = Config(model=found)
+    assert dataclasses.replace(config.model, factory="a:make").factory == "a:make"
+
+
+def test_a_name_is_given_in_place_of_a_factory_alone(tmp_path):
+    message = r"`model.name` \(=%s\) does nothing with `model.factory` \(=a:make\)"
+    for name, words in [
+        ("vgg16", ["--model.name", "vgg16"]),
+        ("resnet18", ["--model.name", "resnet18"]),  # the default
+        ("resnet18", ["--model.name=resnet18"]),
+    ]:
+        with pytest.raises(UsageError, match=message % name):
+            parsed(tmp_path, "factory='a:make'", *words)
+        with pytest.raises(UsageError, match=message % name):
+            parsed(tmp_path, "", *words, "--model.factory", "a:make")
+    none = ["--model.factory", "None"]
+    assert parsed(tmp_path, "factory='a:make'", *none) == Model()
+    words = ["--model.name", "lenet", *none]
+    assert parsed(tmp_path, "factory='a:make'", *words) == Model("lenet")
+
+
 @pytest.mark.usefixtures("one_device")
-def test_a_checkpoint_says_what_makes_its_network(tmp_path, monkeypatch):
+def test_a_checkpoint_says_what_makes_its_network(tmp_path, capsys):
     source = save_bright_digits(tmp_path / "digits.npz", 64, 20, 8)
     run = tmp_path / "run"
     options = [
@@ -132,6 +164,7 @@ def test_a_checkpoint_says_what_makes_its_network(tmp_path, monkeypatch):
     ]
     arguments = [*FIT_ONE[: FIT_ONE.index("--model.name")], *options]
     assert main(arguments) == 0
+    assert f"starting {FACTORY} from random weights" in capsys.readouterr().err
     network = read_network(next((run / "checkpoints").iterdir()))
     assert network.model.unplanned == OwnCNN(10, [8, 8])
     assert network.model.factory == FACTORY

@@ -56,10 +56,12 @@ def check_initial(config: Config, data: ImageSet) -> None:
         )
     there, here = model_config(model), config.model
     plan = Plan.from_json(here.plan)
-    differing = differing_fields(
-        {**dataclasses.asdict(there), "plan": ""},
-        {**dataclasses.asdict(here), "plan": "", "strict": there.strict},
-    )
+    differing = []
+    if here.factory is None:  # which has made `model`, whatever other fields say
+        differing = differing_fields(
+            {**dataclasses.asdict(there), "plan": ""},
+            {**dataclasses.asdict(here), "plan": "", "strict": there.strict},
+        )
     if plan != model.plan:  # whose texts are long
         differing.append("plan")
     if differing:

@@ -175,7 +175,8 @@ class Trainer:
             UsageError: As `read_initial`, or the model cannot take the images.
         """
         config = self.config
-        say(f"starting {config.model.name} from {config.init or 'random weights'}")
+        name = config.model.factory or config.model.name
+        say(f"starting {name} from {config.init or 'random weights'}")
         key = run_keys(config.seed).init
         with user_input():
             draw = self._draw

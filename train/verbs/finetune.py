@@ -16,7 +16,7 @@ from train.errors import UsageError, shortened
 from train.machine.processes import early_processes, joined, say
 from train.networks import from_checkpoint, read_description
 from train.run.checkpoints import find_checkpoint
-from train.verbs.fit import RunArguments, early_option
+from train.verbs.fit import RunArguments, early_option, given_fields
 
 # Fields of `data` that must stay those of the network's training.
 _ITS_OWN = ("mean", "std", "image_size", "eval_resize")
@@ -64,7 +64,7 @@ def _run(argv: Sequence[str]) -> int:
     if path is None:
         raise UsageError("`checkpoint` must be given, before the options.")
     config = args.run
-    check_used(config, default)
+    check_used(config, default, given_fields(argv))
     for name in ("init", "model"):
         _check_kept(name, getattr(default, name), getattr(config, name))
     for name in _ITS_OWN:

@@ -65,6 +65,15 @@ def early_option(argv: Sequence[str], name: str) -> str | None:
     return value
 
 
+def given_fields(argv: Sequence[str]) -> set[str]:
+    """Returns fields that are given, for `check_used`: the network's name.
+
+    A name would train another network than the one it says, so that even the name that
+    is the default must not be given beside a factory.
+    """
+    return {"model.name"} if early_option(argv, "--model.name") else set()
+
+
 def parse(argv: Sequence[str]) -> Fit:
     """Reads the configuration file, then the arguments, which override it.
 
@@ -75,7 +84,7 @@ def parse(argv: Sequence[str]) -> Fit:
     path = early_option(argv, "--config")
     config = load_config(path) if path else Config()
     args = parse_options(Fit, argv, verb="fit", default=Fit(config, config=path))
-    check_used(args.run, config)
+    check_used(args.run, config, given_fields(argv))
     return args
 
 
