@@ -120,7 +120,7 @@ class TrainedNetwork(NetworkDescription):
 
 
 def open_description(
-    path: pathlib.Path, *, factory: str | None = None
+    path: pathlib.Path, *, factory: str | None = None, fallback: str | None = None
 ) -> tuple[nn.Module, Metadata]:
     """Reads a checkpoint's network and metadata; no hash is checked.
 
@@ -128,6 +128,8 @@ def open_description(
         path: The checkpoint.
         factory: What makes a network of the user's own, as MODULE:FUNCTION; None: what
             the checkpoint says.
+        fallback: What makes a network of the user's own where the checkpoint does not
+            say it, or says what is not found: that of another network beside it.
 
     Raises:
         UsageError: There is no checkpoint at `path`, its description is broken, or its
@@ -135,7 +137,7 @@ def open_description(
     """
 
     def make(about: Mapping[str, Any], metadata: Metadata) -> nn.Module:
-        name = factory or about.get("factory")
+        name = factory or about.get("factory") or fallback
         num_classes = about.get("num_classes") or len(metadata.class_names)
         if not name:
             raise UsageError(
@@ -147,6 +149,12 @@ def open_description(
                 f"{path} does not say how many classes it has; save it with "
                 f"`class_names` in its metadata."
             )
+        if fallback and name not in (factory, fallback):
+            try:
+                find_factory(name)
+            except UsageError as error:
+                say(f"{error} {path} is read with {fallback}.")
+                name = fallback
         return make_own_network(str(name), num_classes=num_classes)
 
     with user_input():
@@ -160,7 +168,7 @@ def open_description(
 
 
 def read_description(
-    path: pathlib.Path, *, factory: str | None = None
+    path: pathlib.Path, *, factory: str | None = None, fallback: str | None = None
 ) -> NetworkDescription:
     """Reads a checkpoint's network without its variables, as `open_description` does.
 
@@ -168,7 +176,7 @@ def read_description(
         UsageError: As `open_description`, or the checkpoint does not say how images
             become the network's input.
     """
-    model, metadata = open_description(path, factory=factory)
+    model, metadata = open_description(path, factory=factory, fallback=fallback)
     if metadata.preprocessing is None:
         raise UsageError(
             f"{path} has no preprocessing: it does not say how images become its input."
@@ -178,7 +186,9 @@ def read_description(
     )
 
 
-def read_network(path: pathlib.Path, *, factory: str | None = None) -> TrainedNetwork:
+def read_network(
+    path: pathlib.Path, *, factory: str | None = None, fallback: str | None = None
+) -> TrainedNetwork:
     """Reads a checkpoint's network, every file checked against its SHA-256.
 
     Raises:
@@ -188,7 +198,7 @@ def read_network(path: pathlib.Path, *, factory: str | None = None) -> TrainedNe
     say(f"reading {path}")
     with user_input():
         verify_checkpoint(path)
-    description = read_description(path, factory=factory)
+    description = read_description(path, factory=factory, fallback=fallback)
     with user_input():
         variables = load_arrays(path)["variables"]
     model = description.model

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import jax
@@ -11,6 +12,7 @@ from helpers import FIT_ONE, evaluate, flat, save_bright_digits
 from own_cnn import OwnCNN
 
 import inertia_jax as ij
+from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
 from train.config import Config, Model
 from train.errors import UsageError
@@ -181,6 +183,39 @@ def test_a_checkpoint_says_what_makes_its_network(tmp_path, capsys):
     assert json.loads(pathlib.Path(out).read_text())["top1"] == before["top1"]
     with pytest.raises(UsageError, match="is not of `model.factory` .*BatchNorm_1"):
         read_network(alone, factory="own_cnn:make_wide")
+    # Nor does it beside a network that is given its function.
+    assert main([*words, "--against", str(alone)]) == 0
+    assert json.loads(pathlib.Path(out).read_text())["difference"] == 0
+    file = tmp_path / "mine.py"
+    lines = ("from train.config import *", "config = Config(model=Model('lenet'))")
+    file.write_text("\n".join(lines))
+    beside = ["--config", str(file), "--init", str(alone), "--teacher", str(alone)]
+    beside += ["--workdir", str(tmp_path / "beside")]
+    assert main([*arguments, *beside]) == 0
+
+
+@pytest.mark.parametrize("factory", [None, "no_such:make"])
+def test_a_checkpoint_is_read_as_the_network_beside_it(tmp_path, factory, capsys):
+    model = own(ij.Plan())
+    variables = ij.init_variables(model, jax.random.key(0), SHAPE)
+    mine = model.unplanned if factory is None else model.clone(factory=factory)
+    path = tmp_path / "mine"
+    names = ("a", "b", "c")
+    metadata = Metadata(Preprocessing(SHAPE, (0.5,), (0.25,)), names, {})
+    ij.save_checkpoint(path, mine, variables, metadata=metadata)
+    with pytest.raises(UsageError, match="--model.factory MODULE:FUNCTION"):
+        read_network(path)
+    assert read_network(path, fallback=FACTORY).model == model
+    said = f"there is no module no_such in {os.getcwd()}"
+    assert (said in capsys.readouterr().err) == (factory is not None)
+    # A network of the library needs none.
+    library = tmp_path / "library"
+    lenet = ij.create_model("lenet", width=0.1, num_classes=3)
+    shape = (32, 32, 1)
+    variables = ij.init_variables(lenet, jax.random.key(0), shape)
+    metadata = Metadata(Preprocessing(shape, (0.5,), (0.25,)), names, {})
+    ij.save_checkpoint(library, lenet, variables, metadata=metadata)
+    assert read_network(library, fallback=FACTORY).model == lenet
 
 
 @pytest.mark.slow

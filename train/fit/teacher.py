@@ -70,7 +70,7 @@ def load_teacher(
     if path is None:
         return None
     try:
-        network = read_network(pathlib.Path(path))
+        network = read_network(pathlib.Path(path), fallback=config.model.factory)
     except UsageError as error:
         raise UsageError(f"`teacher` (={path}) cannot teach: {error}") from error
     model = network.model

@@ -56,8 +56,10 @@ def _run(args: Evaluate) -> int:
     if jax.process_index() == 0:  # the only process that writes
         check_output_file("out", args.out)
     first_devices(args.settings.devices)  # before anything is read
-    other = find_checkpoint(args.against) if args.against else None
+    against = find_checkpoint(args.against) if args.against else None
     network = read_network(find_checkpoint(args.checkpoint), factory=args.factory)
+    # Before the first evaluation, which may take long.
+    other = read_network(against, fallback=args.factory) if against else None
     print(f"checkpoint  {network.path}")
     evaluation = evaluate_network(network, args.settings, source=args.data)
     print(evaluation)
@@ -65,11 +67,11 @@ def _run(args: Evaluate) -> int:
     if other is not None:
         # Only results on the same data can be compared image by image.
         source = args.data or network.source
-        baseline = evaluate_network(read_network(other), args.settings, source=source)
+        baseline = evaluate_network(other, args.settings, source=source)
         difference, margin = paired_difference(baseline, evaluation)
         change = f"{100 * difference:+.2f} points"
         interval = f"95% interval +-{100 * margin:.2f}, paired"
-        print(f"\n{other}: top-1 {baseline.top1:.2%}; here {change} ({interval})")
+        print(f"\n{other.path}: top-1 {baseline.top1:.2%}; here {change} ({interval})")
         found |= {
             "against": baseline.top1,
             "difference": difference,
