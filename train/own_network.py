@@ -79,6 +79,11 @@ def find_factory(name: str) -> Callable[..., Any]:
     said = f"`model.factory` (={name})"
     if not module_name or not function_name:
         raise UsageError(f"{said} must be MODULE:FUNCTION, e.g. mynet:make_model.")
+    if module_name.endswith(".py") or "/" in module_name:
+        raise UsageError(
+            f"{said} must name a module, not a file: "
+            f"{_module_of(module_name)}:{function_name}."
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -89,7 +94,8 @@ def find_factory(name: str) -> Callable[..., Any]:
             f"Python looks for packages (PYTHONPATH); --model.factory MODULE:FUNCTION "
             f"says where the network is made."
         ) from error
-    except Exception as error:  # the module is the user's code and may raise anything
+    # The module is the user's code, and may raise anything or end the program.
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{said}: {_where(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -120,7 +126,7 @@ def make_own_network(
     said = f"`model.factory` (={factory})"
     try:
         model = function(num_classes=num_classes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"{said} cannot be called with num_classes={num_classes}: {_where(error)}"
         ) from error
@@ -174,7 +180,17 @@ def check_own_network(
         raise UsageError(f"{said}, in float64, needs JAX_ENABLE_X64=1.")
 
 
-def _where(error: Exception) -> str:
+def _module_of(file: str) -> str:
+    """Returns the name by which Python imports a file from the current directory.
+
+    Of a file that is elsewhere, it is the name from the file's own directory.
+    """
+    place = pathlib.Path(os.path.relpath(file.removesuffix(".py")))
+    parts = place.parts[-1:] if ".." in place.parts else place.parts
+    return ".".join(parts)
+
+
+def _where(error: BaseException) -> str:
     """Returns an error of the user's code in one line, with its place."""
     text = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(".")
     frames = traceback.extract_tb(error.__traceback__)

@@ -91,6 +91,12 @@ def test_a_configuration_makes_it_again():
     [
         ("own_cnn", "must be MODULE:FUNCTION"),
         ("no_such.net:make", "there is no module no_such in /"),
+        ("own_cnn.py:make", "must name a module, not a file: own_cnn:make.$"),
+        ("./nets/own_cnn.py:make", "not a file: nets.own_cnn:make.$"),
+        ("nets/own_cnn:make", "not a file: nets.own_cnn:make.$"),
+        ("/elsewhere/own_cnn.py:make", "not a file: own_cnn:make.$"),
+        ("own_exit:make", r"/own_exit\.py, line \d+: SystemExit: usage: own_exit\.$"),
+        ("own_cnn:make_exit", r"/own_cnn\.py, line \d+: SystemExit: 3\.$"),
         ("own_cnn:mak", r"own_cnn\.py has no function mak. Did you mean make"),
         ("own_cnn:make_number", r"must return a flax\.linen\.Module; got"),
         ("own_cnn:OwnCNN", "with num_classes=3: TypeError: .*unexpected keyword"),
