@@ -14,10 +14,14 @@ from own_cnn import OwnCNN
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
+from train.compress import accuracy
 from train.config import Config, Model
 from train.errors import UsageError
+from train.evaluate.evaluation import Evaluation
+from train.experiments.pipeline_config import Pipeline
 from train.machine.parallel import AXIS, Parallel
 from train.networks import (
+    NetworkDescription,
     check_model,
     make_model,
     model_config,
@@ -222,6 +226,34 @@ def test_a_checkpoint_is_read_as_the_network_beside_it(tmp_path, factory, capsys
     metadata = Metadata(Preprocessing(shape, (0.5,), (0.25,)), names, {})
     ij.save_checkpoint(library, lenet, variables, metadata=metadata)
     assert read_network(library, fallback=FACTORY).model == lenet
+
+
+def test_stages_are_evaluated_whatever_fields_a_network_has(monkeypatch):
+    """Equal models share a program; those that cannot be compared have their own."""
+    made = []
+
+    def evaluator_for(network, source, settings):
+        made.append(network.model)
+        return lambda variables: object.__new__(Evaluation)
+
+    monkeypatch.setattr(accuracy, "evaluator_for", evaluator_for)
+    lists = [OwnCNN(3, [8, 8]), OwnCNN(3, [8, 8]), OwnCNN(3, [8, 9])]
+    arrays = [OwnCNN(3, np.array([8, 8])), OwnCNN(3, np.array([8, 8]))]
+    processing = Preprocessing(SHAPE, (0.5,), (0.25,))
+    path = pathlib.Path("mine")
+    description = NetworkDescription(path, lists[0], processing, (), {})
+    evaluate = accuracy.stage_evaluator(
+        description=description, sources=["digits"], cache_dir=""
+    )
+    evaluate({str(i): (model, {}) for i, model in enumerate((*lists, *arrays))})
+    assert [id(model) for model in made] == [
+        id(model) for model in (lists[0], lists[2], *arrays)
+    ]
+
+
+def test_a_pipeline_takes_none():
+    with pytest.raises(UsageError, match=r"`run.model.factory` \(=own_cnn:make\) must"):
+        Pipeline(Config(model=Model(factory=FACTORY)))
 
 
 @pytest.mark.slow

@@ -54,6 +54,11 @@ class Pipeline:
                     f"`run.{name}` (={getattr(self.run, name)}) must not be set: the "
                     f"stages set it themselves."
                 )
+        if self.run.model.factory is not None:
+            raise UsageError(
+                f"`run.model.factory` (={self.run.model.factory}) must be None: a "
+                f"pipeline takes this library's networks alone."
+            )
         for rule in self.ranks:
             parse_ranks(rule)
 
