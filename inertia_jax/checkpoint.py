@@ -74,7 +74,7 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: Something exists at `path`.
-        ValueError: `model` is `Folded`, or `path` is a URL.
+        ValueError: `model` is `Folded`, or no Linen model, or `path` is a URL.
         CheckpointWriteError: It could not be written, e.g. because the disk is full.
     """
     path = local_path(path).absolute()

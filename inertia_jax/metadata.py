@@ -128,8 +128,14 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
     """Returns the text of `metadata.json`.
 
     Raises:
-        ValueError: `model` stands around a network that can be trained further.
+        ValueError: `model` stands around a network that can be trained further, or is
+            no Linen model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be a Linen model. An nnx.Module "
+            f"is read as one, with its variables, by `ij.nnx.as_linen(module)`."
+        )
     told = dataclasses.asdict(metadata)
     del told["network"]
     description = {

@@ -27,7 +27,7 @@ def changed(
     Raises:
         ValueError: There are variables besides the module, or the module is abstract.
     """
-    if "variables" in kwargs or isinstance(next(iter(args), None), Mapping):
+    if "variables" in kwargs or _is_variables(next(iter(args), None)):
         raise ValueError(
             "`variables` must be left out with an nnx.Module, which holds its own."
         )
@@ -37,6 +37,15 @@ def changed(
     result = _call(function, (model, variables, *args), kwargs)
     network = result if isinstance(result, tuple) else (model, result)
     return from_linen(module, *network)
+
+
+def _is_variables(given: Any) -> bool:
+    """Returns whether an argument has variables, and not inputs by name."""
+    if isinstance(given, nnx.State):
+        return True
+    if not isinstance(given, Mapping):
+        return False
+    return not given or bool({"params", "batch_stats"} & given.keys())
 
 
 def read(

@@ -110,12 +110,46 @@ def test_a_module_is_exported_in_evaluation_mode(halves, tmp_path):
     np.testing.assert_allclose(found, small(X), atol=1e-6)
 
 
+def test_a_module_is_saved_as_a_linen_model_alone(tmp_path, no_shape_checks):
+    net = Told(nnx.Rngs(0))
+    small = ij.compress(net, ranks=ij.Ratio(0.5), image_shape=SHAPE)
+    with pytest.raises(ValueError, match=r"must be a Linen model.*ij.nnx.as_linen\("):
+        ij.save_checkpoint(tmp_path / "net", small, {})
+    ij.save_checkpoint(tmp_path / "net", *ij.nnx.as_linen(small))
+    view, _ = ij.nnx.as_linen(net)
+    again = ij.load_checkpoint(tmp_path / "net", model=view, image_shape=SHAPE)
+    back = ij.nnx.from_linen(net, *again[:2])
+    assert ij.nnx.plan_of(back) == ij.nnx.plan_of(small)
+    np.testing.assert_array_equal(back(X), small(X))
+
+
 class TwoInputs(nnx.Module):
     def __init__(self):
         self.conv = nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0))
 
     def __call__(self, images, scale):
         return {"logits": self.conv(images).mean((1, 2)) * scale}
+
+
+class Named(nnx.Module):
+    def __init__(self):
+        self.net = Told(nnx.Rngs(0))
+
+    def __call__(self, inputs, train=False):
+        return self.net(inputs["image"], train)
+
+
+def test_a_module_takes_inputs_by_name():
+    net = Named()
+    measured = ij.recalibrate_batch_norm(net, {"image": X}, batch_size=8)
+    expected = ij.recalibrate_batch_norm(net.net, X, batch_size=8)
+    np.testing.assert_allclose(
+        measured.net.bn.mean[...], expected.bn.mean[...], atol=1e-6
+    )
+    assert np.abs(measured.net.bn.mean[...]).max() > 0.01
+    for state in (nnx.state(net), {"params": {}, "batch_stats": {}}, {}):
+        with pytest.raises(ValueError, match="`variables` must be left out"):
+            ij.recalibrate_batch_norm(net, state, {"image": X})
 
 
 def test_a_module_is_called_as_apply_fn_says():
