@@ -411,6 +411,12 @@ def test_low_rank_is_the_truncated_svd_of_each_group(groups, x64):
         np.testing.assert_allclose(a.T @ a, b.T @ b, **CLOSE)
 
 
+def test_low_rank_conv_has_strides_of_one_where_none_are_given():
+    x, factors = normal(2, 5, 4, 6), ops.low_rank(normal(1, 1, 6, 4), rank=2)
+    y = ops.low_rank_conv(x, factors, strides=None)
+    np.testing.assert_array_equal(y, ops.low_rank_conv(x, factors))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("strides", [1, 2, (2, 1)])

@@ -87,7 +87,7 @@ def low_rank_conv(
     x: Float[ArrayLike, "n *image c_in"],
     factors: LowRankFactors,
     *,
-    strides: int | Sequence[int] = 1,
+    strides: int | Sequence[int] | None = 1,
     groups: int = 1,
 ) -> Float[Array, "n *out c_out"]:
     """Convolves images with a factorised kernel of one tap, without padding.
@@ -96,7 +96,7 @@ def low_rank_conv(
         x: Images of any number of axes.
         factors: Factors, as `low_rank` returns them.
         strides: Distance between output positions, in pixels: one for all axes, or one
-            each.
+            each. None, as Flax has it, means 1.
         groups: Groups of the convolution.
 
     Raises:
@@ -104,6 +104,7 @@ def low_rank_conv(
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])
+    strides = 1 if strides is None else strides
     steps = per_axis(strides, "strides", count=x.ndim - 2, least=1)
     first, last = map(as_matrix, factor_kernels(factors, groups=groups))
     x = x[:, *(slice(None, None, step) for step in steps)]
