@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 
 # A function of (module, path, call, args, kwargs) that returns a layer's output:
@@ -83,14 +84,15 @@ def _trains(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     try:
         given = taken.bind_partial(model, *args, **kwargs)
     except TypeError:  # the network refuses it, or takes no `train`
-        return kwargs.get("train") is True
+        train = kwargs.get("train")
+        return isinstance(train, bool | np.bool_) and bool(train)
     given.apply_defaults()
     fields = {name: getattr(model, name, None) for name in MODES}
     said = fields | {n: v for n, v in given.arguments.items() if v is not None}
     return any(
         said[name] == trained
         for name, trained in MODES.items()
-        if isinstance(said[name], bool)
+        if isinstance(said[name], bool | np.bool_)
     )
 
 

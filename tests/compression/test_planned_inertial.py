@@ -123,8 +123,10 @@ def trained_inside(model, x):
     ("model", "evaluate", "train"),
     [
         (ByTrain(), {"train": False}, {"train": True}),
+        (ByTrain(), {"train": np.False_}, {"train": np.True_}),
         (ByDeterministic(), {}, {"deterministic": False}),
         (ByNothing(), {}, {"train": True}),
+        (ByNothing(), {}, {"train": np.True_}),
         (ByNothing(), {"train": False}, {"method": trained_inside}),
     ],
 )
