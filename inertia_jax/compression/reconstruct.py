@@ -97,10 +97,9 @@ def reconstruct(
         fitted are float32 or wider, also where they were narrower.
 
     Raises:
-        ValueError: A glob that matches no convolution, a convolution inside `nn.scan`,
-            `nn.vmap`, a dense network that has other layers, other
-            shapes or BatchNorm elsewhere, too few images, or images or outputs that are
-            not finite.
+        ValueError: A glob that matches no convolution, a convolution inside `nn.scan`
+            or `nn.vmap`, a dense network with other layers, other shapes or BatchNorm
+            elsewhere, too few images, or images or outputs that are not finite.
 
     References:
         Zhang et al., 2016, https://arxiv.org/abs/1505.06798, section 3.3 (asymmetric

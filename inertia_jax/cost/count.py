@@ -94,7 +94,7 @@ def shape_of_input(
     return shape
 
 
-class _FirstError(Exception):
+class _FirstConvolution(Exception):
     """The end of a trace, at the network's first convolution."""
 
 
@@ -105,7 +105,7 @@ def _takes_volumes(model: nn.Module, shape: Shape, apply_fn: ApplyFn | None) -> 
     def stop(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
         if kind_of(module).spec is not None:
             found.append(num_axes(module))
-            raise _FirstError
+            raise _FirstConvolution
         return call(*args, **kwargs)
 
     try:
