@@ -8,10 +8,17 @@ from flax import linen as nn
 
 from inertia_jax.calls import ApplyFn, Call, record_calls
 from inertia_jax.inputs import Shape
+from inertia_jax.layers.factorised import cannot_factorise
 from inertia_jax.layers.in_place import cannot_be_inertial
-from inertia_jax.layers.kinds import CONVOLUTIONS, kind_of
+from inertia_jax.layers.kinds import (
+    CONVOLUTIONS,
+    OTHER_CONVOLUTIONS,
+    OTHER_LINEAR,
+    kind_of,
+    num_axes,
+)
 from inertia_jax.plan.plan import Plan, matches, plan_of, without_ladders
-from inertia_jax.plan.specs import Spec
+from inertia_jax.plan.specs import Conv, Inertial, LowRank, Spec, Tucker2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +57,30 @@ def dropped_rules(
 
     An inertial convolution falls back to the ordinary one where its core is larger than
     the network's filters, in the tiled reading where the network has strides, and where
-    the network has groups, dilation, a mask or a precision. A rule that wins at no
-    layer, since earlier ones match the same layers, is returned once. Nothing is
-    computed.
+    the network has groups, dilation, a mask or a precision. Subclasses of `nn.Conv` and
+    convolutions of other kinds, such as `nn.ConvTranspose`, stay as they are, and so do
+    linear layers, which are returned for rules that no convolution follows. A rule that
+    wins at no layer, since earlier ones match the same layers, is returned once.
+    Nothing is computed.
 
     Args:
         model: A network; one without a plan has dropped nothing.
         image_shape: The shape of one input, such as [h, w, c].
         apply_fn: How the network is called, as in `compress`.
+
+    Raises:
+        ValueError: `model` is no Linen model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be a Linen model. The plan of an "
+            f"nnx.Module is read off its layers; `apply_plan` warns of dropped rules."
+        )
     plan = plan_of(model)
     if plan is None or not plan.rules:
         return ()
     calls, _ = record_calls(without_ladders(model), image_shape, apply_fn=apply_fn)
-    return find_dropped(plan, find_convolutions(calls))
+    return find_dropped(plan, find_convolutions(calls), find_others(calls))
 
 
 def find_convolutions(calls: Mapping[str, Call]) -> dict[str, Any]:
@@ -77,16 +94,38 @@ def find_convolutions(calls: Mapping[str, Call]) -> dict[str, Any]:
     }
 
 
+def find_others(calls: Mapping[str, Call]) -> dict[str, Any]:
+    """Returns the layers with a kernel that are no convolutions of a plan, by path."""
+    others = (nn.Dense, *OTHER_CONVOLUTIONS, *OTHER_LINEAR)
+    return {p: call.module for p, call in calls.items() if type(call.module) in others}
+
+
 def find_dropped(
-    plan: Plan, convolutions: Mapping[str, Any]
+    plan: Plan, convolutions: Mapping[str, Any], others: Mapping[str, Any] | None = None
 ) -> tuple[DroppedRule, ...]:
-    """Returns a plan's dropped rules, given the convolutions of its network by path."""
-    dropped, used = [], set()
+    """Returns a plan's dropped rules.
+
+    Args:
+        plan: The plan.
+        convolutions: The convolutions of its network by path.
+        others: Its other layers with a kernel by path.
+    """
+    dropped, used, standing = [], set(), set()
     for path, module in convolutions.items():
         rule = plan.rule(path)
         used.add(rule)
         reason = None if rule is None else _reason(rule[1], module)
         if rule is not None and reason is not None:
+            dropped.append(DroppedRule(*rule, path, reason))
+        else:
+            standing.add(rule)
+    for path, module in (others or {}).items():
+        rule = plan.rule(path)
+        is_linear = num_axes(module) == 0
+        # What is said of all layers is not meant for linear ones.
+        if rule is None or (is_linear and rule in standing):
+            continue
+        if (reason := _reason_elsewhere(rule[1], module)) is not None:
             dropped.append(DroppedRule(*rule, path, reason))
     reason = "earlier rules win at all layers it matches"
     for rule in plan.rules:
@@ -96,7 +135,23 @@ def find_dropped(
 
 
 def _reason(spec: Spec, module: Any) -> str | None:
-    """Returns why a spec does not stand at a layer; None if it does."""
+    """Returns why a spec does not stand at a convolution; None if it does."""
     if kind_of(module).name == "inertial":
         return None
+    # A plan leaves subclasses alone, and says of Flax's own what is wrong.
+    is_subclass = kind_of(module).name == "conv" and type(module) is not nn.Conv
+    if is_subclass and isinstance(spec, Tucker2 | LowRank):
+        return cannot_factorise(module)
     return cannot_be_inertial(module, spec)
+
+
+def _reason_elsewhere(spec: Spec, module: Any) -> str | None:
+    """Returns why a spec does not stand at another layer; None if it does."""
+    name = type(module).__name__
+    if isinstance(spec, Conv):
+        return None
+    if isinstance(spec, Inertial):
+        return f"is an nn.{name}, of which there is no inertial form"
+    if isinstance(spec, Tucker2) and num_axes(module) == 0:
+        return f"is an nn.{name}, of which there is no Tucker-2 form"
+    return cannot_factorise(module)

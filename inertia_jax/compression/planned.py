@@ -1,7 +1,6 @@
 """Puts other convolutions into any Linen model, without editing the model."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,18 +9,13 @@ from flax import linen as nn
 from flax.core import meta
 
 from inertia_jax.intercept import Answer, Wrapper, first_argument
-from inertia_jax.layers.in_place import (
-    own_arithmetic,
-    standing,
-    with_region_padding,
-)
+from inertia_jax.layers.factorised import cannot_factorise
+from inertia_jax.layers.in_place import standing, with_region_padding
 from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.kinds import OTHER_CONVOLUTIONS, OTHER_LINEAR, num_axes
+from inertia_jax.layers.kinds import num_axes
 from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
-from inertia_jax.layers.opaque import Opaque
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.conv import per_axis
-from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import (
     Conv,
@@ -63,7 +57,9 @@ class Planned(Wrapper):
             `count_cost` notes them.
 
     Raises:
-        ValueError: A rule of another kind, or for a layer that cannot be factorised.
+        ValueError: A rule of another kind, or for an `nn.Conv` or `nn.Dense` that
+            cannot be factorised. Rules for other layers are not used: `dropped_rules`
+            lists them.
     """
 
     # A field `model` would clash with children of that name in the wrapped model.
@@ -184,24 +180,3 @@ def _boxed_alike(module: Any, c_in: int) -> Any:
     if not isinstance(box, meta.AxisMetadata):
         return plain
     return lambda *args, **kwargs: box.replace_boxed(plain(*args, **kwargs))
-
-
-def cannot_factorise(module: Any) -> str | None:
-    """Returns why a layer cannot be factorised, or None if it can."""
-    if isinstance(module, Opaque):
-        return module.why
-    if type(module) in (*OTHER_CONVOLUTIONS, *OTHER_LINEAR):
-        return f"is an nn.{type(module).__name__}, of which there is no factorised form"
-    if type(module) not in (nn.Conv, nn.Dense):
-        return f"is a {type(module).__name__}, which may compute anything"
-    if type(module) is nn.Dense:
-        return own_arithmetic(module)
-    if {*per_axis(module.input_dilation or 1, count=num_axes(module))} != {1}:
-        return "dilates its input"
-    if module.mask is not None:
-        return "has a mask"
-    convolve = module.conv_general_dilated
-    # Factors would not have the options that are bound; `train` is this library's own.
-    if isinstance(convolve, functools.partial) and convolve.func is not conv_for_linen:
-        return "computes in its own way (conv_general_dilated)"
-    return own_arithmetic(module)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 
 from inertia_jax.calls import ApplyFn, Call, record_calls
 from inertia_jax.compression.parameter_uses import find_misused
-from inertia_jax.compression.planned import cannot_factorise
 from inertia_jax.inputs import Shape
+from inertia_jax.layers.factorised import cannot_factorise
 from inertia_jax.layers.kinds import (
     OTHER_CONVOLUTIONS,
     OTHER_LINEAR,

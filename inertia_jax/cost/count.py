@@ -15,7 +15,7 @@ from inertia_jax.calls import ApplyFn, Call, init_network, record_calls
 from inertia_jax.cost.inertial import count_inertial
 from inertia_jax.cost.other import count_other
 from inertia_jax.cost.table import CostTable, LayerCost
-from inertia_jax.dropped import find_convolutions, find_dropped
+from inertia_jax.dropped import find_convolutions, find_dropped, find_others
 from inertia_jax.inputs import Shape, one_input
 from inertia_jax.intercept import Wrapper, on_calls
 from inertia_jax.layers.inertial import InertialConv
@@ -140,7 +140,7 @@ def count_one(
     if plan is not None and plan.rules:
         plain = count_one(model.clone(plan=Plan()), shape, apply_fn=apply_fn)
         dense = {row.path: row.macs for row in plain.rows}
-        dropped = find_dropped(plan, find_convolutions(calls))
+        dropped = find_dropped(plan, find_convolutions(calls), find_others(calls))
         notes = {rule.path: rule.reason for rule in dropped if rule.path}
     if plan is not None:
         notes |= dict(getattr(model, "kept", ()))

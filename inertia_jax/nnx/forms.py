@@ -1,11 +1,15 @@
 """The forms of an NNX module's convolutions, as a plan has them."""
 
 import inspect
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
+from flax import linen as nn
 from flax import nnx
 
-from inertia_jax.compression.planned import cannot_factorise
+from inertia_jax.dropped import DroppedRule, find_dropped
+from inertia_jax.layers.factorised import cannot_factorise
 from inertia_jax.layers.in_place import standing
 from inertia_jax.nnx.bridges import bridge_with_plan
 from inertia_jax.nnx.equals import PLANNED, Layer, find_layers, linen_layer
@@ -55,6 +59,7 @@ def apply_plan(
         plan: The forms of its convolutions: `Tucker2`, `LowRank`, `Inertial`, or `Conv`
             for those that stay. As in `Planned`, an `Inertial` stands where a layer can
             hold it, and a `LowRank` is also the form of a linear layer.
+            A warning lists the layers that cannot have the form of their rule.
         rngs: The streams that new variables are drawn from. None: `nnx.Rngs(0)`.
 
     Returns:
@@ -77,6 +82,9 @@ def apply_plan(
     for glob, _ in plan.rules:
         if not any(matches(path, glob) for path in convolutions):
             raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")
+    if dropped := _dropped(plan, convolutions):
+        listed = "\n  ".join(map(str, dropped))
+        warnings.warn(f"`plan` does not stand everywhere:\n  {listed}", stacklevel=2)
     trained = is_trained(changed)
     for path, layer in convolutions.items():
         node: Any = layer.node
@@ -84,6 +92,19 @@ def apply_plan(
         if spec != getattr(node, "spec", Conv()):
             become(node, _in_form(path, layer, spec, trained, rngs))
     return changed
+
+
+def _dropped(plan: Plan, layers: Mapping[str, Layer]) -> list[DroppedRule]:
+    """Returns the rules that do not stand at a layer that they match."""
+    equals = {path: linen_layer(layer.node, None) for path, layer in layers.items()}
+    linear = {path for path, equal in equals.items() if isinstance(equal, nn.Dense)}
+    convolutions = {p: equal for p, equal in equals.items() if p not in linear}
+    others = {
+        path: equals[path]
+        for path in linear
+        if not isinstance(plan.spec(path), LowRank)
+    }
+    return [rule for rule in find_dropped(plan, convolutions, others) if rule.path]
 
 
 def _spec_there(spec: Spec, node: Any) -> Spec:

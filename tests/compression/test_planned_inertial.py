@@ -284,3 +284,34 @@ def test_bad_input_to_make_inertial_names_the_reasons():
         make(Deep(), drawn(Deep()))
     with pytest.raises(ValueError, match="`variables` do not belong to `model`"):
         make(Foreign(), drawn(Deep()))
+
+
+def test_rules_for_layers_that_stay_whatever_they_are_are_dropped():
+    class Own(nn.Conv):
+        pass
+
+    class Others(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = Own(4, (3, 3), name="own")(nn.Conv(4, (3, 3), name="conv")(x))
+            x = nn.ConvTranspose(4, (3, 3), name="up")(x)
+            return nn.Dense(4, name="fc")(x.mean((1, 2)))
+
+    def reasons(*rules):
+        model = ij.Planned(Others(), ij.Plan(rules))
+        found = ij.dropped_rules(model, (8, 8, 3))
+        assert {rule.path for rule in found} == {
+            row.path for row in ij.count_cost(model, (8, 8, 3)).rows if row.note
+        }
+        return {rule.path: rule.reason for rule in found}
+
+    up = "is an nn.ConvTranspose, of which there is no"
+    own = "is a Own, which may compute anything"
+    everywhere = reasons(("*", ij.Tucker2(2, 2)))
+    assert everywhere == {"own": own, "up": f"{up} factorised form"}
+    assert reasons(("fc", ij.Tucker2(2, 2))) == {
+        "fc": "is an nn.Dense, of which there is no Tucker-2 form"
+    }
+    tiled = ij.Inertial(3, 4, reading="tiled")
+    assert reasons(("up", tiled)) == {"up": f"{up} inertial form"}
+    assert reasons(("fc", ij.LowRank(2)), ("*", ij.Conv())) == {}

@@ -162,6 +162,27 @@ def test_a_plan_is_read_off_a_module_and_applied_to_another():
     assert linear.fc.right.bias.shape == jnp.shape(plain.fc.bias)
 
 
+def test_rules_that_stand_nowhere_in_a_module_are_warned_of():
+    class Plain(nnx.Module):
+        def __init__(self):
+            self.strided = nnx.Conv(4, 8, (3, 3), strides=2, rngs=RNGS)
+            self.grouped = nnx.Conv(8, 8, (3, 3), feature_group_count=2, rngs=RNGS)
+            self.conv = nnx.Conv(8, 8, (3, 3), rngs=RNGS)
+            self.fc = nnx.Linear(8, 10, rngs=RNGS)
+
+    tiled = ij.Inertial(3, 4, reading="tiled")
+    with pytest.warns(UserWarning, match="does not stand everywhere") as warned:
+        made = ij.nnx.apply_plan(Plain(), ij.Plan((("*", tiled),)))
+    text = str(warned[0].message)
+    assert "strided stays dense: tiles need stride 1" in text
+    assert "grouped stays dense: has 2 groups" in text and "fc" not in text
+    assert [glob for glob, _ in ij.nnx.plan_of(made).rules] == ["conv"]
+    with pytest.warns(UserWarning, match="fc stays dense: is an nn.Dense, of which"):
+        ij.nnx.apply_plan(Plain(), ij.Plan((("fc", ij.Tucker2(1, 1)),)))
+    with pytest.raises(ValueError, match=r"\(=Plain\) must be a Linen model"):
+        ij.dropped_rules(made, SHAPE)
+
+
 def test_networks_of_the_library_are_modules_too():
     net = ij.nnx.create_model("lenet", width=0.125, rngs=nnx.Rngs(0))
     images = np.ones((2, 28, 28, 1), np.float32)
