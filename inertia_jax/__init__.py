@@ -19,11 +19,12 @@ from inertia_jax.deploy.exported import (
     load_exported,
 )
 from inertia_jax.deploy.fold import Folded
-from inertia_jax.dropped import DroppedRule, dropped_rules
+from inertia_jax.dropped import DroppedRule
 from inertia_jax.functions import (
     compress,
     count_cost,
     decompress,
+    dropped_rules,
     fold_batch_norm,
     make_inertial,
     recalibrate_batch_norm,

@@ -64,18 +64,11 @@ def dropped_rules(
     Nothing is computed.
 
     Args:
-        model: A network; one without a plan has dropped nothing.
+        model: A network; one without a plan has dropped nothing. Nor has an NNX module,
+            whose plan is read off its layers: `ij.nnx.apply_plan` warns of such rules.
         image_shape: The shape of one input, such as [h, w, c].
         apply_fn: How the network is called, as in `compress`.
-
-    Raises:
-        ValueError: `model` is no Linen model.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"`model` (={type(model).__name__}) must be a Linen model. The plan of an "
-            f"nnx.Module is read off its layers; `apply_plan` warns of dropped rules."
-        )
     plan = plan_of(model)
     if plan is None or not plan.rules:
         return ()

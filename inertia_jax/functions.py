@@ -25,6 +25,7 @@ from inertia_jax.compression.tucker import decompress as _decompress
 from inertia_jax.cost.count import count_cost as _count_cost
 from inertia_jax.deploy.exported import save_exported as _save_exported
 from inertia_jax.deploy.fold import fold_batch_norm as _fold_batch_norm
+from inertia_jax.dropped import dropped_rules as _dropped_rules
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -36,7 +37,7 @@ R = TypeVar("R", covariant=True)
 
 
 @runtime_checkable  # for the tests, which check types at run time
-class Changing(Protocol[P, R]):
+class ChangingFunction(Protocol[P, R]):
     """A function that changes a network.
 
     It takes a Linen model and its variables, or an NNX module, which has its own. What
@@ -56,7 +57,7 @@ class Changing(Protocol[P, R]):
 
 
 @runtime_checkable
-class Reading(Protocol[P, R]):
+class ReadingFunction(Protocol[P, R]):
     """A function that reads a Linen model or an NNX module."""
 
     def __call__(
@@ -75,7 +76,7 @@ def _is_module(network: Any) -> bool:
 
 def _changing(
     function: Callable[Concatenate[nn.Module, Mapping[str, Any], P], R],
-) -> Changing[P, R]:
+) -> ChangingFunction[P, R]:
     """Lets a function of a model and its variables take a module."""
 
     @functools.wraps(function)
@@ -86,10 +87,10 @@ def _changing(
 
         return calls.changed(function, model, args, kwargs)
 
-    return cast(Changing[P, R], changing)
+    return cast(ChangingFunction[P, R], changing)
 
 
-def _reading(function: Callable[Concatenate[nn.Module, P], R]) -> Reading[P, R]:
+def _reading(function: Callable[Concatenate[nn.Module, P], R]) -> ReadingFunction[P, R]:
     """Lets a function of a model take a module."""
 
     @functools.wraps(function)
@@ -100,7 +101,7 @@ def _reading(function: Callable[Concatenate[nn.Module, P], R]) -> Reading[P, R]:
 
         return calls.read(function, model, args, kwargs)
 
-    return cast(Reading[P, R], reading)
+    return cast(ReadingFunction[P, R], reading)
 
 
 def _saving(save: F) -> F:
@@ -124,4 +125,5 @@ reconstruct = _changing(_reconstruct)
 recalibrate_batch_norm = _changing(_recalibrate)
 fold_batch_norm = _changing(_fold_batch_norm)
 count_cost = _reading(_count_cost)
+dropped_rules = _reading(_dropped_rules)
 save_exported = _saving(_save_exported)
