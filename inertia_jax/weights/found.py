@@ -38,14 +38,22 @@ class FoundWeights:
     others: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    def note(self) -> str:
-        """Returns what a user should know of the choice; "" if there was none."""
+    def note(self, *, takes_ema: bool = True) -> str:
+        """Returns what a user should know of the choice; "" if there was none.
+
+        Args:
+            takes_ema: Whether the user can ask for averaged weights by `ema`.
+        """
         said = []
         if self.others:
             taken = f"the weights at `{self.place}`" if self.place else "the weights"
             listed = _listed([f"`{other}`" for other in self.others])
-            hint = ""
-            if not _is_averaged(self.place) and any(map(_is_averaged, self.others)):
+            hint = "" if takes_ema else "; a mapping of others can be given itself"
+            if (
+                takes_ema
+                and not _is_averaged(self.place)
+                and any(map(_is_averaged, self.others))
+            ):
                 hint = "; `ema` (=True) takes the averaged ones"
             said.append(f"{taken} are taken, not those at {listed}{hint}")
         if self.left_out:
@@ -111,7 +119,7 @@ def find_weights(
 
 def weights_by_key(
     loaded: Mapping[Any, Any], rename: Mapping[str, str]
-) -> dict[str, Any]:
+) -> FoundWeights:
     """Returns the weights of a network whose keys are not known.
 
     Args:
@@ -135,7 +143,23 @@ def weights_by_key(
     for name, value in found.items():
         if isinstance(value, Unknown) and "tensor" in value.kind:
             raise ValueError(f"unreadable {name}: {value.kind:.100}.")
-    return {name: value for name, value in found.items() if is_array(value)}
+    state = {name: value for name, value in found.items() if is_array(value)}
+    beside = [
+        name
+        for name, value in values.items()
+        if is_array(value) and _owner(name, [place]) is None
+    ]
+    counts = _count_fits(beside, state)
+    others = [other for other, count in counts.items() if 2 * count >= len(state)]
+    left_out = [
+        name
+        for name in beside
+        if _owner(name, others) is None and math.prod(values[name].shape) > 1
+    ]
+    unnamed = unnamed_averages(values)
+    return FoundWeights(
+        state, place, tuple(sorted({*others, *unnamed})), tuple(left_out)
+    )
 
 
 def _respell(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,8 @@ def match_torch(
         variables: The Flax network's variables, or their shapes (`jax.eval_shape`). A
             tree without collections will do, such as `nnx.to_pure_dict(state)`.
         path_or_state_dict: The weights, as `load_torch` takes them. All must have a
-            place in the Flax network; delete from the state dict what has none.
+            place in the Flax network; delete from the state dict what has none. Of a
+            file with several sets of weights, a warning says which are taken.
         pairs: PyTorch's names of layers, or of modules that hold layers, by paths of
             those of Flax: `{"Block_2": "layer2.0"}`.
         rename: New names of parts of PyTorch's keys, as in `load_torch`.
@@ -110,7 +112,8 @@ def match_torch(
     flat_out = image_shapes("unflattened", unflattened or {}, ours)
     loaded, file = read_weights(path_or_state_dict)
     with naming(file):
-        weights = weights_by_key(loaded, rename or {})
+        chosen = weights_by_key(loaded, rename or {})
+        weights = chosen.state
         theirs = torch_layers({key: weights[key].shape for key in weights})
         is_ordered = list(weights) != sorted(weights)
         assigned, flipped = assign(
@@ -149,6 +152,8 @@ def match_torch(
                 like = leaves[path]
                 array = array.reshape(like.shape).astype(like.dtype)
                 leaves[path] = jax.numpy.asarray(array)
+    if note := chosen.note(takes_ema=False):
+        warnings.warn(f"{note}.", stacklevel=2)
     matched = {path: leaves[tuple(map(str, path))] for path in flat}
     return TorchMatch(
         traverse_util.unflatten_dict(matched),

@@ -169,6 +169,22 @@ def test_layers_that_are_left_over_are_listed():
         ij.match_torch(variables, state, pairs={"a": "1"})
 
 
+def test_other_sets_of_weights_in_a_file_are_said():
+    model, twin = nn.Dense(3), drawn(tnn.Sequential(tnn.Linear(4, 3)))
+    variables, state = shapes_of(model, 1, 4), twin.state_dict()
+    averaged = {key: 2 * value for key, value in state.items()}
+    loaded = {"state_dict": state, "ema": averaged, "epoch": 3}
+    said = "weights at `state_dict` are taken, not those at `ema`; a mapping of others"
+    with pytest.warns(UserWarning, match=said):
+        match = ij.match_torch(variables, loaded)
+    same_numbers(model, match, twin, images_of(2, 4), channels_last=False)
+    kernel = ij.match_torch(variables, loaded["ema"]).variables["params"]["kernel"]
+    np.testing.assert_array_equal(kernel, averaged["0.weight"].T)
+    loaded = {"model": state, "discriminator": {"a.weight": torch.ones(2, 2)}}
+    with pytest.warns(UserWarning, match="left out: discriminator.a.weight"):
+        ij.match_torch(variables, loaded)
+
+
 def test_tensors_without_numbers_are_named():
     variables, state = shapes_of(Unnamed(), 1, 4), {"a.bias": torch.ones(4)}
     unread = Unknown("a sparse tensor")
