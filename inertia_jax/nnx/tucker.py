@@ -57,7 +57,7 @@ def conv_pointwise(
 
 
 class Tucker2Conv(nnx.Module):
-    """A Tucker-2 factorised convolution, used like `nnx.Conv` of two dimensions.
+    """A Tucker-2 factorised convolution, used like `nnx.Conv`, of any number of axes.
 
     Children: `u_in`, 1x1 from the input channels to `rank_in` a group; `core`, the
     convolution between the ranks, with these strides, padding and dilation; `u_out`,
@@ -68,7 +68,7 @@ class Tucker2Conv(nnx.Module):
     Args:
         in_features: Input channels.
         out_features: Output channels.
-        kernel_size: Sides of the core, or one of a square one.
+        kernel_size: Sides of the core, one for each axis; one number is a square.
         rank_in: Channels before the core, of each group, in [1, in_features / groups],
             and at most what the kernel's unfolding can have (`max_ranks`).
         rank_out: Channels after the core, of each group, in [1, out_features / groups],
