@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from inertia_jax.atomic import appearing, local_path
 from inertia_jax.calls import ApplyFn
 from inertia_jax.differences import differing_from
+from inertia_jax.inputs import Shape
 from inertia_jax.metadata import (
     Metadata,
     describe,
@@ -134,7 +135,7 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
-    image_shape: tuple[int, ...] | None = None,
+    image_shape: Shape | None = None,
     apply_fn: ApplyFn | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Checks every file of a checkpoint against its SHA-256, and reads the checkpoint.
@@ -143,8 +144,8 @@ def load_checkpoint(
         path: The checkpoint, or a run, of which the best checkpoint is taken.
         model: The model, if the checkpoint has none of this library's networks; its
             plan is that of the checkpoint.
-        image_shape: The shape [h, w, c] of an input of `model`. None: that of the
-            checkpoint's preprocessing.
+        image_shape: The shape of one input of `model`, such as [h, w, c], or of each of
+            several by name. None: that of the checkpoint's preprocessing.
         apply_fn: How `model` is called, as in `compress`.
 
     Returns:

@@ -8,13 +8,14 @@ from flax import traverse_util
 
 from inertia_jax.calls import ApplyFn, record_calls
 from inertia_jax.dropped import find_convolutions
+from inertia_jax.inputs import Shape
 from inertia_jax.plan.plan import Plan, matches, plan_of, without_ladders
 
 
 def differing_from(
     model: nn.Module,
     variables: Mapping[str, Any],
-    image_shape: tuple[int, ...],
+    image_shape: Shape,
     *,
     apply_fn: ApplyFn | None = None,
 ) -> str:
@@ -25,7 +26,7 @@ def differing_from(
     Args:
         model: The model, which has the plan.
         variables: The variables, plain.
-        image_shape: The shape [h, w, c] of an input.
+        image_shape: The shape of one input.
         apply_fn: How the model is called, as in `compress`.
     """
     try:

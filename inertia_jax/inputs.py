@@ -27,7 +27,8 @@ def one_input(shape: Shape, *, number: int = 1, named: bool = False) -> Any:
     """
     if isinstance(shape, Mapping):
         return {
-            name: one_input(of, number=number, named=True) for name, of in shape.items()
+            name: one_input(part, number=number, named=True)
+            for name, part in shape.items()
         }
     if isinstance(shape, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((number, *shape.shape), shape.dtype)
@@ -43,10 +44,10 @@ def shape_of_one(inputs: Inputs) -> Any:
     if isinstance(inputs, np.ndarray) and not np.issubdtype(inputs.dtype, np.integer):
         return inputs.shape[1:]
 
-    def of(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+    def shape_and_type(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape[1:], jnp.asarray(leaf[:0]).dtype)
 
-    return jax.tree.map(of, inputs)
+    return jax.tree.map(shape_and_type, inputs)
 
 
 def shown(inputs: Inputs) -> str:

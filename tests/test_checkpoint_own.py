@@ -1,6 +1,7 @@
 """Checkpoints of models that this library does not make."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -98,3 +99,25 @@ def test_a_model_of_another_form_is_refused_with_what_differs(saved):
         ij.load_checkpoint(path, model=Other())
     with pytest.raises(ValueError, match=r"own is not .*`rank_in` \(=2\) must be"):
         ij.load_checkpoint(path, model=Net(width=1))
+
+
+def test_a_model_of_several_inputs_is_drawn_and_comes_back(tmp_path):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, image, token):
+            x = nn.Conv(4, (3, 3))(nn.Conv(4, (3, 3))(image))
+            return nn.Dense(3)(x.mean((1, 2)) + nn.Embed(5, 4)(token))
+
+    shape = {"image": (8, 8, 3), "token": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    def call(model, inputs, train):
+        return model(inputs["image"], inputs["token"])
+
+    variables = ij.init_variables(Two(), jax.random.key(0), shape, apply_fn=call)
+    assert variables["params"]["Embed_0"]["embedding"].shape == (5, 4)
+    options = {"image_shape": shape, "apply_fn": call}
+    small = ij.compress(Two(), variables, ranks=ij.Ratio(0.5), **options)
+    ij.save_checkpoint(tmp_path / "two", *small)
+    model, found = ij.load_checkpoint(tmp_path / "two", model=Two(), **options)
+    assert model.plan == small[0].plan
+    jax.tree.map(np.testing.assert_array_equal, found, dict(small[1]))

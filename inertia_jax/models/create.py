@@ -12,7 +12,14 @@ from flax import linen as nn
 
 from inertia_jax.calls import ApplyFn, init_network, record_calls
 from inertia_jax.dropped import find_convolutions, find_dropped
-from inertia_jax.inputs import Inputs, Shape, checked_inputs, shape_of_one, shown
+from inertia_jax.inputs import (
+    Inputs,
+    Shape,
+    checked_inputs,
+    one_input,
+    shape_of_one,
+    shown,
+)
 from inertia_jax.models.lenet import LeNet
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18
@@ -201,16 +208,17 @@ def model_name(model: nn.Module) -> str:
 def init_variables(
     model: nn.Module,
     key: jax.Array,
-    shape: tuple[int, int, int] | None = None,
+    shape: Shape | None = None,
     *,
     apply_fn: ApplyFn | None = None,
 ) -> dict[str, Any]:
     """Draws a network's first variables, in one compiled call.
 
     Args:
-        model: Any Linen module that takes images.
+        model: Any Linen module.
         key: The key that the parameters are drawn with.
-        shape: Image shape [h, w, c]; None means the one the network was made for.
+        shape: The shape of one input, such as [h, w, c], or of each of several by name;
+            None means the one the network was made for.
         apply_fn: How the network is called, as in `inertia_jax.compress`.
     """
     # A constant key is no tracer under a transformation, but its copy is.
@@ -221,14 +229,14 @@ def init_variables(
 
 
 def trace_variables(
-    model: nn.Module, key: Any, shape: tuple[int, int, int] | None = None
+    model: nn.Module, key: Any, shape: Shape | None = None
 ) -> jax.stages.Traced:
     """Traces the program that draws first variables; `out_info` has their shapes.
 
     Args:
-        model: Any Linen module that takes images.
+        model: Any Linen module.
         key: A key of the kind that the parameters are drawn with, or its shape.
-        shape: Image shape [h, w, c]; None means the one the network was made for.
+        shape: The shape of one input, as `init_variables` has it.
     """
     traced: jax.stages.Traced = _jitted(model, shape).trace(key)
     return traced
@@ -241,9 +249,7 @@ def drawn_variables(traced: jax.stages.Traced, key: jax.Array) -> dict[str, Any]
     return variables
 
 
-def abstract_variables(
-    model: nn.Module, shape: tuple[int, int, int] | None = None
-) -> dict[str, Any]:
+def abstract_variables(model: nn.Module, shape: Shape | None = None) -> dict[str, Any]:
     """Returns shapes and types of a network's variables without computing any."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes: dict[str, Any] = trace_variables(model, key, shape).out_info
@@ -252,7 +258,7 @@ def abstract_variables(
 
 def _jitted(
     model: nn.Module,
-    shape: tuple[int, int, int] | None,
+    shape: Shape | None,
     apply_fn: ApplyFn | None = None,
 ) -> Any:
     init = functools.partial(_first_variables, model, shape=shape, apply_fn=apply_fn)
@@ -263,10 +269,11 @@ def _first_variables(
     model: nn.Module,
     key: jax.Array,
     *,
-    shape: tuple[int, int, int] | None,
+    shape: Shape | None,
     apply_fn: ApplyFn | None = None,
 ) -> dict[str, Any]:
-    images = jnp.zeros((1, *(shape or input_shape(model))), jnp.float32)
+    one = one_input(input_shape(model) if shape is None else shape)
+    images = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
     variables = without_boxes(init_network(model, key, images, apply_fn=apply_fn))
     # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
     dtype = getattr(model, "dtype", None) or jnp.float32
