@@ -30,6 +30,7 @@ from train.networks import (
     with_classes,
     with_dtype,
 )
+from train.run.checkpoints import find_checkpoint
 from train.verbs import fit
 
 FACTORY = "own_cnn:make"
@@ -259,7 +260,7 @@ def test_a_pipeline_takes_none():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_it_is_compressed_fine_tuned_made_inertial_and_exported(tmp_path):
-    source = save_bright_digits(tmp_path / "digits.npz", 64, 20, 8)
+    source = save_bright_digits(tmp_path / "digits.npz", 128, 20, 8)
     run, small, gated = (str(tmp_path / name) for name in ("run", "small", "gated"))
     images = ["--calibration-images", "32", "--recalibration-images", "64"]
     tuned = ["--epochs", "1", "--batch-size", "16"]
@@ -275,6 +276,14 @@ def test_it_is_compressed_fine_tuned_made_inertial_and_exported(tmp_path):
         ["report", f"{gated}_run"],
     ):
         assert main(words) == 0, words
+    # A checkpoint that says nothing of a function is the teacher of what it becomes.
+    network = read_network(find_checkpoint(run))
+    alone, out = str(tmp_path / "alone"), str(tmp_path / "out")
+    model = network.model.unplanned
+    ij.save_checkpoint(alone, model, network.variables, metadata=network.metadata)
+    words = ["compress", alone, "--model.factory", FACTORY, "--ranks", "ratio:0.5"]
+    words += [*images, "--finetune-epochs", "1", "--out", out]
+    assert main(words) == 0
     plan = read_network(tmp_path / "small").model.plan
     assert {type(spec) for _, spec in plan.rules} == {ij.Tucker2}
     path = next((tmp_path / "gated_run" / "checkpoints").iterdir())
