@@ -91,8 +91,8 @@ class InertialConv(nn.Module):
     capacities: Sequence[float] | None = Inertial.capacities
     kernel_size: dataclasses.InitVar[Any] = None
 
-    def __post_init__(self, kernel_size: Any) -> None:
-        """Fills in the sizes that are not given."""
+    def __post_init__(self, kernel_size: Any = None) -> None:
+        """Fills in the sizes that are not given. Flax calls it again for a field."""
         call = "InertialConv(features, (3, 3), strides=1)"
         if (self.core_size is None) == (kernel_size is None):
             raise ValueError(

@@ -315,3 +315,14 @@ def test_it_reads_as_the_ordinary_convolution_does():
 def test_a_call_that_is_not_that_of_a_layer_shows_the_right_one(args, options, message):
     with pytest.raises(ValueError, match=message):
         ij.InertialConv(*args, **options)
+
+
+def test_a_layer_is_a_field_of_other_modules():
+    x = np.ones((1, 6, 6, 2), np.float32)
+    for layer in (ij.InertialConv(3, (3, 3)), ij.InertialConv(3, 3, 4)):
+        network = nn.Sequential([layer])
+        variables = network.init(jax.random.key(0), x)
+        alone = {name: tree["layers_0"] for name, tree in variables.items()}
+        np.testing.assert_array_equal(
+            network.apply(variables, x), layer.apply(alone, x)
+        )

@@ -28,8 +28,9 @@ from train.machine.parallel import Parallel
 pytestmark = pytest.mark.usefixtures("optimised")
 
 
-def make_resnet8(config, *, num_classes):
+def make_resnet8(config, *, num_classes, image_shape):
     """Makes a residual network of seven convolutions, as `make_model` makes others."""
+    del image_shape  # as in `make_model`, for networks of factories alone
     return CifarResNet(
         depth=8,
         num_classes=num_classes,
