@@ -56,6 +56,14 @@ class Kind:
     to_kernel: Any = None
 
 
+_LOW_RANK = Kind(
+    "low_rank",
+    LowRank,
+    parts=("left", "right"),
+    ranks=("rank",),
+    factors=LowRankFactors,
+    to_kernel=low_rank_to_kernel,
+)
 # Subclasses count as what they derive from.
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv: Kind("conv", Conv),
@@ -69,22 +77,8 @@ KINDS: dict[type[nn.Module], Kind] = {
         factors=Tucker2Factors,
         to_kernel=tucker2_to_kernel,
     ),
-    LowRankConv: Kind(
-        "low_rank",
-        LowRank,
-        parts=("left", "right"),
-        ranks=("rank",),
-        factors=LowRankFactors,
-        to_kernel=low_rank_to_kernel,
-    ),
-    LowRankDense: Kind(
-        "low_rank",
-        LowRank,
-        parts=("left", "right"),
-        ranks=("rank",),
-        factors=LowRankFactors,
-        to_kernel=low_rank_to_kernel,
-    ),
+    LowRankConv: _LOW_RANK,
+    LowRankDense: _LOW_RANK,
 }
 # Kinds that a plan chooses between.
 CONVOLUTIONS = {kind.name for kind in KINDS.values() if kind.spec is not None}
