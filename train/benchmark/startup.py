@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -124,9 +125,11 @@ def _start(
     Raises:
         UsageError: The verb ends before the last mark.
     """
-    env = {**os.environ, "XDG_CACHE_HOME": str(caches), "COLUMNS": "200"}
+    env = {**os.environ, "XDG_CACHE_HOME": str(caches)}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     output, terminal = pty.openpty()
+    # On a terminal of no size, as a new one is, tqdm shows no bar from version 4.70 on.
+    termios.tcsetwinsize(terminal, (50, 200))
     start, printed = time.perf_counter(), ""
     found: dict[str, Seconds] = {}
     process = subprocess.Popen(

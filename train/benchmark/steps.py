@@ -1,4 +1,4 @@
-"""Timing of training steps and evaluations, beside PyTorch's."""
+"""Timing of training steps and evaluations, beside PyTorch's or those of NNX."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from inertia_jax import count_cost, create_model, init_variables
 from inertia_jax.cost.table import aligned
+from inertia_jax.nnx import create_model as create_nnx
 from train.benchmark.suite import NetworkSuite
 from train.benchmark.timing import Calls, interleaved, peak_gflops, random_images
 from train.errors import needs_torch
 
 _LEARNING_RATE, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
 _SHAPE = (32, 32, 3)
+Framework = Literal["jax", "torch", "nnx"]
+_NAMES = {"torch": "PyTorch", "nnx": "NNX"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,9 @@ class Suite(NetworkSuite):
     """Type of the computation; parameters are float32."""
     repeats: int = 9
     """Number of timed calls of each function."""
+    against: Literal["none", "torch", "nnx"] = "none"  # type: ignore[assignment]  # more
+    """torch: the same networks are measured in PyTorch, too, in turn. nnx: as NNX
+    modules, trained by `nnx.jit` and `nnx.Optimizer`."""
 
     def measure(self, case: str) -> dict[str, Any]:
         """Times a training step and an evaluation of a network.
@@ -36,9 +43,10 @@ class Suite(NetworkSuite):
         channels_last, and compiled on a GPU.
         """
         peak = peak_gflops(self.dtype)
+        kinds: tuple[Framework, ...] = ("jax", *self._others)
         functions = {
             kind: make_functions(kind, case, self.batch_size, self.width, self.dtype)
-            for kind in self.frameworks
+            for kind in kinds
         }
         macs = count_cost(create_model(case, width=self.width), _SHAPE).macs
         row = {"model": case, "batch_size": self.batch_size, "width": self.width}
@@ -57,23 +65,27 @@ class Suite(NetworkSuite):
 
     def describe(self, row: dict[str, Any]) -> str:
         header = ["network", "what", "batch", "JAX ms", "images/s", "of peak"]
-        if "torch" in row["train"]:
-            header += ["PyTorch ms", "JAX / PyTorch"]
+        for other in self._others:
+            header += [f"{_NAMES[other]} ms", f"JAX / {_NAMES[other]}"]
         lines = [header]
         for what in ("train", "eval"):
             ours = row[what]["jax"]
             line = [row["model"], what, f"{row['batch_size']}"]
             line += [f"{ours['median_ms']:.1f}", f"{ours['images_per_s']:,.0f}"]
             line += [f"{ours['share_of_peak']:.1%}"]
-            if "torch" in row[what]:
-                theirs = row[what]["torch"]["median_ms"]
+            for other in self._others:
+                theirs = row[what][other]["median_ms"]
                 line += [f"{theirs:.1f}", f"{ours['median_ms'] / theirs:.2f}"]
             lines.append(line)
         return aligned(lines, left=2)
 
+    @property
+    def _others(self) -> tuple[Literal["torch", "nnx"], ...]:
+        return () if self.against == "none" else (self.against,)
+
 
 def make_functions(
-    kind: Literal["jax", "torch"],
+    kind: Framework,
     name: str,
     batch_size: int,
     width: float,
@@ -82,9 +94,21 @@ def make_functions(
     """Returns a framework's training step, `train`, and its evaluation, `eval`."""
     images = random_images(batch_size, _SHAPE)
     labels = (np.arange(batch_size) % 10).astype(np.int32)
-    make = _jax_functions if kind == "jax" else _torch_functions
-    train, evaluate = make(name, width, images, labels, dtype)
+    makers = {"jax": _jax_functions, "torch": _torch_functions, "nnx": _nnx_functions}
+    train, evaluate = makers[kind](name, width, images, labels, dtype)
     return {"train": train, "eval": evaluate}
+
+
+def _optimizer() -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(_WEIGHT_DECAY),
+        optax.sgd(_LEARNING_RATE, _MOMENTUM),
+    )
+
+
+def _loss(logits: Any, labels: Any) -> Any:
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def _jax_functions(
@@ -92,10 +116,7 @@ def _jax_functions(
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     model = create_model(name, width=width, dtype=jnp.dtype(dtype))
     variables = init_variables(model, jax.random.key(0))
-    tx = optax.chain(
-        optax.add_decayed_weights(_WEIGHT_DECAY),
-        optax.sgd(_LEARNING_RATE, _MOMENTUM),
-    )
+    tx = _optimizer()
 
     def step(state: Any, images: Any, labels: Any) -> Any:
         params, batch_stats, opt_state = state
@@ -107,10 +128,7 @@ def _jax_functions(
                 train=True,
                 mutable=["batch_stats"],
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits.astype(jnp.float32), labels
-            )
-            return losses.mean(), updated["batch_stats"]
+            return _loss(logits, labels), updated["batch_stats"]
 
         grads, batch_stats = jax.grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -131,6 +149,28 @@ def _jax_functions(
         return state[0]
 
     return train, lambda: predict(*state[0][:2], batch[0])
+
+
+def _nnx_functions(
+    name: str, width: float, images: np.ndarray, labels: np.ndarray, dtype: str
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    rngs = nnx.Rngs(0)
+    network = create_nnx(name, width=width, dtype=jnp.dtype(dtype), rngs=rngs)
+    optimizer = nnx.Optimizer(network, _optimizer(), wrt=nnx.Param)
+    batch = jax.device_put((images.astype(jnp.dtype(dtype)), labels))
+
+    @nnx.jit
+    def step(network: Any, optimizer: Any, images: Any, labels: Any) -> None:
+        gradient = nnx.grad(lambda network: _loss(network(images), labels))
+        optimizer.update(network, gradient(network))
+
+    predict = nnx.jit(lambda network, images: network(images, train=False))
+
+    def train() -> Any:
+        step(network, optimizer, *batch)
+        return nnx.state(network)
+
+    return train, lambda: predict(network, batch[0])
 
 
 def _torch_functions(

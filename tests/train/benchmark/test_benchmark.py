@@ -177,12 +177,12 @@ def test_a_suite_prints_and_records_what_it_found(
 @pytest.mark.slow
 def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     out = tmp_path / "record.json"
-    assert main(["benchmark", *NARROW, "--out", str(out)]) == 0
+    assert main(["benchmark", *NARROW, "--against", "nnx", "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["rows"]
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in said[2:]] == [["vgg16", w, "2"] for w in WHAT]
-    for what in WHAT:
-        found = row[what]["jax"]
+    for what, kind in itertools.product(WHAT, ("jax", "nnx")):
+        found = row[what][kind]
         assert 0 < found["min_ms"] <= found["median_ms"] <= found["max_ms"]
         assert found["images_per_s"] == pytest.approx(2e3 / found["median_ms"])
         share = found["gflops"] / row["peak_gflops"]
