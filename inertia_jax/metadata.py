@@ -1,5 +1,6 @@
 """The description of a checkpoint beside its arrays: `metadata.json`."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,7 +8,7 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,12 @@ from inertia_jax.plan.plan import Plan, plan_of
 _FORMAT = 1
 _FIELDS = {"model", "plan", "preprocessing", "class_names", "info"}
 _MODEL_OPTIONS = ("num_classes", "width", "stem", "shortcut")
+# What a reader of JSON meets that somebody edited.
+_OF_ANOTHER_FORM = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError),
+    *(TypeError, ValueError),
+)
+_MOST_LETTERS = 500
 # Of a model of others: what makes it, if its maker says so.
 _OWN_OPTIONS = ("factory", "num_classes")
 
@@ -129,13 +136,15 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
 
     Raises:
         ValueError: `model` stands around a network that can be trained further, or is
-            no Linen model.
+            no Linen model, or has another number of classes than `metadata`.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"`model` (={type(model).__name__}) must be a Linen model. An nnx.Module "
             f"is read as one, with its variables, by `ij.nnx.as_linen(module)`."
         )
+    if (num_classes := getattr(model, "num_classes", None)) is not None:
+        _check_class_names(metadata, num_classes)
     told = dataclasses.asdict(metadata)
     del told["network"]
     description = {
@@ -205,14 +214,14 @@ def load_description(
     """
     description = _read_description(path)
     metadata = _make_metadata(path, description)
-    try:
+    with _broken(path):
         plan = Plan.from_json(json.dumps(description["plan"]))
         about = {**description["model"]}
         if "class" not in about:
-            return create_model(plan=plan, **about), metadata
+            model = create_model(plan=plan, **about)
+            _check_class_names(metadata, model.num_classes)
+            return model, metadata
         kept = tuple((str(layer), str(why)) for layer, why in about["kept"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
     if make is None:
         raise ValueError(
             f"{path} has a {about['class']}, which is none of this library's networks: "
@@ -282,23 +291,43 @@ def _make_metadata(
     path: str | os.PathLike[str], description: dict[str, Any]
 ) -> Metadata:
     preprocessing = None
-    try:
+    with _broken(path):
         if description["preprocessing"]:
             fields = description["preprocessing"]
-            height, width, channels = fields["image_shape"]
+            height, width, channels = map(operator.index, fields["image_shape"])
             resize = fields["resize"]
             preprocessing = Preprocessing(
                 image_shape=(height, width, channels),
-                mean=tuple(fields["mean"]),
-                std=tuple(fields["std"]),
+                mean=tuple(map(float, fields["mean"])),
+                std=tuple(map(float, fields["std"])),
                 resize=None if resize is None else shortest_sides(resize),
             )
         names, info = tuple(description["class_names"]), dict(description["info"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a broken metadata.json: {error!r}.") from error
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`class_names` (={names}) must be names.")
     about = description["model"]
     network = about.get("class") or about.get("name") if isinstance(about, dict) else ""
     return Metadata(preprocessing, names, info, str(network or ""))
+
+
+def _check_class_names(metadata: Metadata, num_classes: int) -> None:
+    found = len(metadata.class_names)
+    if found not in (0, num_classes):
+        raise ValueError(f"{found} `class_names` must be {num_classes}, or none.")
+
+
+@contextlib.contextmanager
+def _broken(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what a description of another form leads to into one error."""
+    try:
+        yield
+    except _OF_ANOTHER_FORM as error:
+        why = str(error) or type(error).__name__
+        if not isinstance(error, ValueError):
+            why = f"{type(error).__name__}: {why}"
+        raise ValueError(
+            f"{path} has a broken metadata.json: {why[:_MOST_LETTERS]}"
+        ) from error
 
 
 def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:

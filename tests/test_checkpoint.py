@@ -13,7 +13,13 @@ from flax.core import freeze
 
 import inertia_jax as ij
 from inertia_jax.checkpoint import CheckpointWriteError, load_arrays
-from inertia_jax.metadata import Metadata, Preprocessing, both_sides, load_metadata
+from inertia_jax.metadata import (
+    Metadata,
+    Preprocessing,
+    both_sides,
+    load_description,
+    load_metadata,
+)
 from train.config import Data
 from train.errors import UsageError
 
@@ -156,13 +162,78 @@ def test_a_failed_read_is_not_damage(saved, monkeypatch):
         ij.load_checkpoint(path)
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    path = tmp_path_factory.mktemp("described") / "checkpoint"
+    plan = ij.Plan((("conv2", ij.Tucker2(1, 2)),))
+    model = ij.create_model("lenet", width=0.1, num_classes=3, plan=plan)
+    metadata = Metadata(PREPROCESSING, ("a", "b", "c"), {"step": 7})
+    ij.save_checkpoint(path, model, {"params": {"x": np.ones(3)}}, metadata=metadata)
+    return path / "metadata.json"
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", "", '{"format": 1, "info": {}}'])
-def test_a_broken_description_is_said_so(saved, text):
-    path, _, _ = saved
-    (path / "metadata.json").write_text(text)
+def test_a_broken_description_is_said_so(described, tmp_path, text):
+    (tmp_path / "metadata.json").write_text(text)
     with pytest.raises(ValueError, match="metadata.json|format None"):
-        load_metadata(path)
+        load_metadata(tmp_path)
+
+
+DEEP = json.loads("[" * 600 + "]" * 600)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("model",), [1]),
+        (("model",), None),
+        (("model", "name"), []),
+        (("model", "name"), "lenet6"),
+        (("model", "num_classes"), "3"),
+        (("model", "num_classes"), 4),  # there are three names
+        (("model", "width"), 10**400),
+        (("model", "width"), [1]),
+        (("model", "more"), 1),
+        (("plan",), 3),
+        (("plan",), DEEP),
+        (("plan", 0), []),
+        (("plan", 0, 0), 3),
+        (("plan", 0, 1), {"kind": []}),
+        (("plan", 0, 1, "rank_in"), "x"),
+        (("preprocessing",), 5),
+        (("preprocessing", "image_shape"), [32, 32]),
+        (("preprocessing", "image_shape"), [32, 32.5, 3]),
+        (("preprocessing", "image_shape"), {"a": 1}),
+        (("preprocessing", "mean"), "abc"),
+        (("preprocessing", "mean", 0), None),
+        (("preprocessing", "std", 0), 10**400),
+        (("preprocessing", "std", 0), 0),
+        (("preprocessing", "resize"), DEEP),
+        (("class_names",), 5),
+        (("class_names",), [1, 2, 3]),
+        (("class_names",), ["a"]),
+        (("info",), 5),
+    ],
+)
+def test_a_description_of_another_form_is_one_error(described, tmp_path, place, value):
+    whole = json.loads(described.read_text())
+    at = whole
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    (tmp_path / "metadata.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"broken metadata\.json: \S") as caught:
+        load_description(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_names_of_other_classes_are_not_saved(tmp_path):
+    model = ij.create_model("lenet", num_classes=3)
+    with pytest.raises(ValueError, match="2 `class_names` must be 3, or none"):
+        ij.save_checkpoint(
+            tmp_path / "c", model, {}, metadata=Metadata(None, ("a", "b"))
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_checkpoint_is_said_so(tmp_path):

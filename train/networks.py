@@ -193,7 +193,7 @@ def read_network(
 
     Raises:
         UsageError: As `read_description`, or the checkpoint is damaged, or has not the
-            variables of a network of the user's own.
+            variables of its network.
     """
     say(f"reading {path}")
     with user_input():
@@ -201,13 +201,12 @@ def read_network(
     description = read_description(path, factory=factory, fallback=fallback)
     with user_input():
         variables = load_arrays(path)["variables"]
-    model = description.model
-    if isinstance(model, OwnNetwork):
-        shape = description.preprocessing.image_shape
-        if differing := differing_from(model, variables, shape):
-            raise UsageError(
-                f"{path} is not of `model.factory` (={model.factory}): {differing}."
-            )
+    model, shape = description.model, description.preprocessing.image_shape
+    if differing := differing_from(model, variables, shape):
+        named = "the network that it names"
+        if isinstance(model, OwnNetwork):
+            named = f"`model.factory` (={model.factory})"
+        raise UsageError(f"{path} is not of {named}: {differing}.")
     return TrainedNetwork(**vars(description), variables=variables)
 
 

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import hashlib
 import importlib
+import json
 import pathlib
 
 import jax
@@ -128,6 +130,29 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         read_network(path)
     with pytest.raises(UsageError, match="there is no checkpoint"):
         read_description(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("width", 0.4, r"params/conv1/kernel is \(3, 3, 1, 6\), must be"),
+        ("name", "resnet20", "params/.* is missing, must be"),
+    ],
+)
+def test_a_network_that_has_other_arrays_is_refused(field, value, said, tmp_path):
+    save(tmp_path / "c")
+    file = tmp_path / "c/metadata.json"
+    told = json.loads(file.read_text())
+    told["model"][field] = value
+    file.write_text(json.dumps(told))
+    manifest = tmp_path / "c/manifest.json"
+    hashes = json.loads(manifest.read_text())
+    hashes["metadata.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(hashes))
+    with pytest.raises(
+        UsageError, match=f"is not of the network that it names: .*{said}"
+    ):
+        read_network(tmp_path / "c")
 
 
 @pytest.mark.parametrize("read", [read_description, read_network])
