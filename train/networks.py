@@ -1,10 +1,12 @@
 """A network from a configuration, or from a checkpoint, which is opened once."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -202,7 +204,11 @@ def read_network(
     with user_input():
         variables = load_arrays(path)["variables"]
     model, shape = description.model, description.preprocessing.image_shape
-    if differing := differing_from(model, variables, shape):
+    # A network in float64 can be read, and cast, where float64 is off.
+    is_wide = np.dtype(model.dtype) == np.float64
+    with jax.enable_x64(True) if is_wide else contextlib.nullcontext():
+        differing = differing_from(model, variables, shape)
+    if differing:
         named = "the network that it names"
         if isinstance(model, OwnNetwork):
             named = f"`model.factory` (={model.factory})"

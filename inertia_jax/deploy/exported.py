@@ -240,9 +240,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
         raise ExportDamagedError(
             f"{path} is no exported network, or damaged: its SHA-256 does not fit."
         )
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        metadata = json.loads(archive.read("metadata.json"))
-        network = archive.read("network")
+    network, metadata = _read(path, content)
     if metadata["format"] != _FORMAT:
         raise ValueError(f"{path} has format {metadata['format']}; must be {_FORMAT}.")
     try:
@@ -252,11 +250,75 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
             f"{path} was written by jax {metadata['jax']}, which jax "
             f"{jax.__version__} cannot read: {error}"
         ) from error
+    # The reader of flatbuffers checks nothing: an edited program raises anything.
+    except Exception as error:
+        raise ExportDamagedError(f"{path} has a broken program: {error!r}.") from error
+    shapes = [_numbers(given.shape) for given in exported.in_avals]
+    types = [given.dtype.name for given in exported.in_avals]
+    if (shapes, types) != ([metadata["input_shape"]], [metadata["input_dtype"]]):
+        raise ExportDamagedError(
+            f"{path} has a program for {shapes} of {types}, and says that its input is "
+            f"{metadata['input_shape']} of {metadata['input_dtype']}."
+        )
     return ExportedNetwork(
         input_shape=tuple(metadata["input_shape"]),
-        input_dtype=np.dtype(metadata["input_dtype"]),
+        input_dtype=exported.in_avals[0].dtype,
         class_names=tuple(metadata["class_names"]),
         platforms=tuple(metadata["platforms"]),
         info=metadata["info"],
         function=jax.jit(exported.call),
     )
+
+
+def _read(path: pathlib.Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Returns a file's two members, the second of which has the fields of `_KINDS`.
+
+    A hash is no signature: a file whose hash fits may have been edited by anyone.
+
+    Raises:
+        ExportDamagedError: The content is no such file.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            # What is compressed may be of any size once it is read.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("its members must be stored without compression")
+            if sum(member.file_size for member in members) > len(content):
+                raise ValueError("its members must be no larger than the file")
+            network = archive.read("network")
+            metadata = json.loads(archive.read("metadata.json"))
+        for name, is_of_kind in _KINDS.items():
+            if not is_of_kind(metadata[name]):
+                raise ValueError(f"`{name}` of its metadata is of another kind")
+    except _BROKEN as error:
+        raise ExportDamagedError(f"{path} is no exported network: {error}.") from error
+    return network, metadata
+
+
+def _numbers(shape: tuple[Any, ...]) -> list[int | None]:
+    """Returns a shape as the metadata have it: None is a symbolic size."""
+    return [size if isinstance(size, int) else None for size in shape]
+
+
+def _are(kinds: type | tuple[type, ...]) -> Callable[[Any], bool]:
+    return lambda values: (
+        isinstance(values, list) and all(isinstance(value, kinds) for value in values)
+    )
+
+
+# What must be so of the fields of `metadata.json`.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "format": lambda value: isinstance(value, int),
+    "jax": lambda value: isinstance(value, str),
+    "input_shape": _are((int, type(None))),
+    "input_dtype": lambda value: isinstance(value, str),
+    "class_names": _are(str),
+    "platforms": _are(str),
+    "info": lambda value: isinstance(value, dict),
+}
+# Damaged and encrypted archives, unknown compressions, and JSON of another form.
+_BROKEN = (
+    *(zipfile.BadZipFile, EOFError, LookupError, NotImplementedError, OSError),
+    *(RecursionError, RuntimeError, TypeError, ValueError),
+)

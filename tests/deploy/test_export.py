@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -287,6 +288,13 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "file"
+    ij.save_exported(path, lambda x: x.mean((1, 2)), image_shape=(8, 8, 3))
+    return path
+
+
 def test_an_altered_file_is_noticed(file, tmp_path):
     content = file.read_bytes()
     other = tmp_path / "other"
@@ -304,6 +312,73 @@ def test_an_altered_file_is_noticed(file, tmp_path):
     for place in (tmp_path / "none", tmp_path):
         with pytest.raises(FileNotFoundError, match="no exported network at"):
             ij.load_exported(place)
+
+
+def _is_compressed(archive, members):
+    for name, content in members.items():
+        archive.writestr(name, content, zipfile.ZIP_DEFLATED)
+
+
+def _has_no_program(archive, members):
+    archive.writestr("metadata.json", members["metadata.json"])
+
+
+def _is_deep(archive, members):
+    archive.writestr("network", members["network"])
+    archive.writestr("metadata.json", "[" * 100_000)
+
+
+def _has(**fields):
+    def write(archive, members):
+        told = json.loads(members["metadata.json"]) | fields
+        archive.writestr("network", members["network"])
+        archive.writestr("metadata.json", json.dumps(told))
+
+    return write
+
+
+def _program_is(alter):
+    def write(archive, members):
+        archive.writestr("network", alter(members["network"]))
+        archive.writestr("metadata.json", members["metadata.json"])
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (_is_compressed, "stored without compression"),
+        (_has_no_program, "no item named 'network'"),
+        (_is_deep, "is no exported network"),
+        (_has(info=[1]), "`info` of its metadata is of another kind"),
+        (_has(class_names="abc"), "`class_names` of its"),
+        (_has(format="1"), "`format` of its"),
+        (_has(input_dtype=5), "`input_dtype` of its"),
+        (_has(input_dtype="O"), "of O"),
+        (_has(input_shape=[None, 9, 8, 3]), "says that its input is .None, 9"),
+        (_program_is(lambda whole: whole[:100]), "a broken program"),
+        (_program_is(lambda whole: whole[:8] + b"\xff" * 40), "a broken program"),
+    ],
+)
+def test_a_file_that_somebody_made_is_checked(small_file, tmp_path, write, said):
+    with zipfile.ZipFile(small_file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    other = tmp_path / "other"
+    with zipfile.ZipFile(other, "w") as archive:
+        write(archive, members)
+        archive.comment = b"0" * 64
+    content = other.read_bytes()[:-64]
+    other.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+    with pytest.raises(ij.ExportDamagedError, match=said):
+        ij.load_exported(other)
+
+
+def test_what_is_no_archive_is_said_so(tmp_path):
+    content = b"no archive" * 50
+    (tmp_path / "x").write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+    with pytest.raises(ij.ExportDamagedError, match="not a zip file"):
+        ij.load_exported(tmp_path / "x")
 
 
 @pytest.mark.usefixtures("no_shape_checks")
