@@ -1,5 +1,6 @@
 """How a network is called, and how every layer of it: its module, and its shapes."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 import flax
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from inertia_jax.inputs import Shape, one_input, shown
 from inertia_jax.intercept import (
@@ -28,6 +30,7 @@ from inertia_jax.layers.kinds import (
     num_axes,
 )
 from inertia_jax.layers.pointwise import Pointwise
+from inertia_jax.programs import every_program
 from inertia_jax.variables import subtree, without_boxes
 
 # A model and its variables.
@@ -38,6 +41,8 @@ Network = tuple[nn.Module, Mapping[str, Any]]
 ApplyFn = Callable[[Any, Any, bool], Any]
 
 _TRACES = itertools.count()
+# The names of calls in a program, before their numbers.
+_CALL = "inertia_jax.calls:"
 _COUNTED: tuple[type[nn.Module], ...] = (
     Pointwise,
     *KINDS,
@@ -88,18 +93,17 @@ def record_calls(
     Raises:
         ValueError: No layer is recognised, although there are parameters.
     """
-    calls: dict[str, Call] = {}
-    # Inside `nn.scan` and its like, a layer is traced anew, below a scope of its own.
-    roots: dict[str, Any] = {}
+    # Calls of each layer that were traced, by their number among all.
+    traced: dict[str, dict[int, Call]] = {}
+    numbers = itertools.count()
 
     def record(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
-        before = calls.get(path)
+        before = len(traced.get(path, ()))
         output = call(*args, **kwargs)
-        known = calls.get(path)
-        if not isinstance(module, _COUNTED):
-            # The entry keeps the order of the computation.
-            calls.setdefault(path, Call(None, (), ()))
-        elif known is before:  # no replacement of the layer was recorded inside it
+        # The entry keeps the order of the computation.
+        known = traced.setdefault(path, {})
+        # A replacement of the layer may have been recorded inside it.
+        if isinstance(module, _COUNTED) and len(known) == before:
             x = first_argument(args, kwargs)
             into, out = x.shape, output.shape
             if x.ndim == num_axes(module) + 1:  # without an axis of images
@@ -108,24 +112,33 @@ def record_calls(
                 # The equation was an argument of the call.
                 equation = kwargs.get("einsum_str", args[-1])
                 module = module.clone(einsum_str=equation, parent=module.scope)
-            found = Call(module, into, out[1:])
-            root = None if module.scope is None else module.scope.root
-            if roots.setdefault(path, root) is not root:
-                return output
-            if known is not None and known.module is not None:
-                found = dataclasses.replace(known, again=(*known.again, found))
-            calls[path] = found
+            number = next(numbers)
+            known[number] = Call(module, into, out[1:])
+            checkpoint_name(x, f"{_CALL}{number}")
         return output
 
     with on_calls(record):
         images = one_input(shape)
         init = functools.partial(init_network, model, apply_fn=apply_fn)
-        variables = without_boxes(jax.eval_shape(init, jax.random.key(0), images))
-    for path, call in calls.items():
-        names = kind_of(call.module).parts or ("kernel",)
+        key = jax.random.key(0)
+        program, shapes = jax.make_jaxpr(init, return_shape=True)(key, images)
+    variables = without_boxes(shapes)
+    # `nn.scan` and its like trace a layer more than once, and `nn.jit` perhaps less.
+    times = collections.Counter(
+        eqn.params["name"]
+        for inner in every_program(program.jaxpr)
+        for eqn in inner.eqns
+        if eqn.primitive.name == "name"
+    )
+    calls = {}
+    for path, known in traced.items():
+        every = [c for n, c in known.items() for _ in range(times[f"{_CALL}{n}"])]
+        first, *again = every or [Call(None, (), ())]
+        calls[path] = dataclasses.replace(first, again=tuple(again))
+        names = kind_of(first.module).parts or ("kernel",)
         if not subtree(variables.get("params", {}), path).keys() & {*names}:
             # A layer that is applied by itself to arrays is none of the network's.
-            calls[path] = dataclasses.replace(call, module=None)
+            calls[path] = dataclasses.replace(first, module=None)
     if variables and not any(call.module is not None for call in calls.values()):
         raise ValueError(
             f"`model` (={type(model).__name__}) has parameters, but no layer that is "
@@ -211,9 +224,10 @@ def own_errors(model: nn.Module, images: Any) -> Iterator[None]:
         words = [str(error), *(note for note in notes if note[:3] != "---")]
         if not isinstance(error, ValueError):
             words[0] = f"{type(error).__name__}: {error}"
+        said = " ".join(f"{word.removesuffix('.')}." for word in words)
         raise ValueError(
             f"{type(model).__name__} cannot be called on images of shape "
-            f"{shown(images)}. {' '.join(words)}"
+            f"{shown(images)}. {said}"
         ) from error
 
 

@@ -1,10 +1,13 @@
 """Answers the calls of a network's layers, so that no model is edited."""
 
 import contextlib
+import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax
 import numpy as np
 from flax import linen as nn
 
@@ -54,7 +57,12 @@ class Wrapper(nn.Module):
         Args:
             train: Whether the layers that the wrapper makes are trained.
         """
-        with on_calls(self.make_answer(train=train)):
+        names = [field.name for field in dataclasses.fields(self) if field.init]
+        fields = [getattr(self, name) for name in names if name != "parent"]
+        own = [field for field in fields if field is not self.wrapped]
+        key = hash((type(self), train, *own))
+        answer = self.make_answer(train=train)
+        with on_calls(answer, key=key, scope=self.scope):
             yield on_scope(self.wrapped, self.scope)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,21 +113,64 @@ def on_scope(model: nn.Module, scope: Any) -> nn.Module:
     return model.clone(parent=scope, _deep_clone=True)
 
 
-def on_calls(answer: Answer) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def on_calls(
+    answer: Answer, *, key: int | None = None, scope: Any = None
+) -> Iterator[None]:
     """Lets a function answer every layer's call inside a `with` block.
 
     Methods other than `__call__` are left alone.
+
+    Args:
+        answer: The function.
+        key: What tells the function from others, for programs that `nn.jit` keeps.
+        scope: The scope of the network, which may be of a class of `nn.jit` itself.
     """
+    place = _Place(key)
 
     def intercept(
         call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
         path = "/".join(context.module.path)
-        return answer(context.module, path, call, args, kwargs)
+        with place.at(context.module.scope, path):
+            if context.method_name != "__call__":
+                return call(*args, **kwargs)
+            return answer(context.module, path, call, args, kwargs)
 
-    return nn.intercept_methods(intercept)
+    with place.at(scope, ""), nn.intercept_methods(intercept):
+        yield
+
+
+class _Place:
+    """The call that is being made, as a flag of scopes.
+
+    `nn.jit` traces the first call of a class, and keeps the program for every call of
+    a module like it. The layers inside are then not called. Modules whose scopes have
+    flags of other hashes are not alike: here, each call that a module makes is another.
+    """
+
+    def __init__(self, key: int | None) -> None:
+        self._key = key
+        self._calls: list[tuple[str, Iterator[int]]] = [("", itertools.count())]
+
+    def __hash__(self) -> int:
+        path, number = self._calls[-1]
+        return hash((self._key, path, next(number)))
+
+    @contextlib.contextmanager
+    def at(self, scope: Any, path: str) -> Iterator[None]:
+        """Is the place of calls by the module of a path, inside a `with` block."""
+        before: Any = None if scope is None else scope.flags
+        if scope is not None:
+            # Scopes inside of it have its flags.
+            scope.flags = flax.core.freeze({**before, f"inertia_jax {self._key}": self})
+        self._calls.append((path, itertools.count()))
+        try:
+            yield
+        finally:
+            self._calls.pop()
+            if scope is not None:
+                scope.flags = before
 
 
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -3,19 +3,19 @@
 import collections
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from inertia_jax.calls import ApplyFn, apply_network, takes_train
 from inertia_jax.inputs import Shape, one_input
 from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import kind_of
+from inertia_jax.programs import programs_inside
 
 # Names of layers, and of their variables and collections, in the trace. No path holds
 # the two characters that surround it.
@@ -149,7 +149,7 @@ class _Uses:
             for i, place in enumerate(places):
                 if place and any(place.startswith(f"{path}/") for path in layers):
                     places[i] = None  # a layer does with its own what it likes
-            for inner in _programs_inside(eqn):
+            for inner in programs_inside(eqn):
                 self.follow(inner, places[start:stop])
             if eqn.primitive.name in _COPIES:
                 holds |= {id(eqn.outvars[0]): places[0]}
@@ -168,7 +168,7 @@ def _passed_on(eqn: Any) -> tuple[int, int]:
     if name == "scan":
         # What a loop carries or slices is not what it was. Slices lack an axis inside.
         # (JAX's versions differ in how they count these operands.)
-        body = next(_programs_inside(eqn))
+        body = next(programs_inside(eqn))
         return 0, _alike(eqn.invars, body.invars) - _alike(eqn.outvars, body.outvars)
     return 0, 0
 
@@ -177,13 +177,3 @@ def _alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     """Returns how many variables of a loop have the same shape inside of it."""
     pairs = zip(outside, inside, strict=True)
     return sum(out.aval.shape == var.aval.shape for out, var in pairs)
-
-
-def _programs_inside(eqn: Any) -> Iterator[Any]:
-    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
-        if _is_program(value):
-            yield getattr(value, "jaxpr", value)
-
-
-def _is_program(value: Any) -> bool:
-    return isinstance(value, (ClosedJaxpr, Jaxpr))

@@ -3,18 +3,17 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from inertia_jax.calls import ApplyFn, init_network
 from inertia_jax.inputs import Shape, one_input
 from inertia_jax.intercept import on_calls
 from inertia_jax.layers.kinds import KINDS
+from inertia_jax.programs import every_program
 from inertia_jax.variables import without_boxes
 
 _MARK = "inertia_jax.deploy.fold"
@@ -72,7 +71,7 @@ def trace_layers(
     jaxpr, variables = traced[0].jaxpr, without_boxes(traced[1])
     follows: dict[str, str] = {}
     calls: collections.Counter[str] = collections.Counter()
-    for inner in _with_subjaxprs(jaxpr):
+    for inner in every_program(jaxpr):
         uses = collections.Counter(id(v) for eqn in inner.eqns for v in eqn.invars)
         uses.update(id(v) for v in inner.outvars)
         made_by: dict[int, str] = {}
@@ -98,15 +97,3 @@ def _read_mark(eqn: Any) -> tuple[str, str, str]:
     mark, _, rest = str(name).partition(":")
     kind, _, path = rest.partition(":")
     return mark, kind, path
-
-
-def _with_subjaxprs(jaxpr: Any) -> Iterator[Any]:
-    yield jaxpr
-    for eqn in jaxpr.eqns:
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                yield from _with_subjaxprs(getattr(value, "jaxpr", value))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, (ClosedJaxpr, Jaxpr))

@@ -256,6 +256,61 @@ def test_layers_that_are_only_called_in_another_way_are_factorised(make, loss):
     assert difference < loss * np.abs(expected).max()
 
 
+class Pair(nn.Module):
+    """Two modules of a class, of which Flax traces the first alone if it may."""
+
+    block: type = Two
+
+    @nn.compact
+    def __call__(self, x):
+        return self.block(name="two")(self.block(name="one")(x))
+
+
+class OnMethod(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return conv(name="b")(nn.relu(conv(name="a")(x)))
+
+
+COMPILED = {
+    "class": nn.jit(Two),
+    "method": OnMethod,
+    "around nn.remat": nn.jit(nn.remat(Two)),
+    "inside nn.remat": nn.remat(nn.jit(Two)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_every_module_of_a_compiled_class_is_found(name):
+    model = Pair(COMPILED[name])
+    variables = model.init(KEY, X)
+    expected = model.apply(variables, X)  # Flax keeps a program of this call
+    macs = 4 * 8 * 8 * 9 * 4 * 4
+    assert ij.count_cost(model, SHAPE).macs == macs
+    small, factors = at_full_rank(model, variables, calibration=X)
+    paths = ["one/a", "one/b", "two/a", "two/b"]
+    assert [path for path, _ in small.plan.rules] == paths and not small.kept
+    np.testing.assert_allclose(small.apply(factors, X), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_of_a_compiled_class_follow_a_plan_each():
+    model = Pair(nn.jit(Two))
+    variables = model.init(KEY, X)
+    # Both layers have a threshold, so that nothing but the plan tells them apart.
+    thresholds = {"a": {"threshold": jnp.asarray(1e9)}}
+    variables = {**variables, "thresholds": {"one": thresholds, "two": thresholds}}
+    closed = ij.Inertial(3, 4, reading="tiled", capacities=None)
+
+    def outputs(model, path):
+        planned = ij.Planned(model, ij.Plan(((path, closed),)))
+        return jax.jit(planned.apply)(variables, X)
+
+    for path in ("one/a", "two/a"):
+        expected = outputs(Pair(), path)
+        np.testing.assert_allclose(outputs(model, path), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_where_nothing_can_change_the_error_says_why():
     model = Tied()
     with pytest.raises(ValueError, match="no convolution .*'enc' has parameters that"):

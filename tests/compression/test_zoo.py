@@ -19,8 +19,6 @@ KEPT = {
     "vae": {"decoder_0": "nn.ConvTranspose"},
     "scanned": {"blocks/a": "several layers", "blocks/b": "several layers"},
     "ensemble": {"twins/a": "several layers", "twins/b": "several layers"},
-    # `nn.jit` takes the first block's program for the second.
-    "compiled": dict.fromkeys(("JitBlock_0/a", "JitBlock_0/b"), "differ, or may"),
     "masked": {"masked": "mask"},
     "local": {"ConvLocal_0": "nn.ConvLocal"},
 }
