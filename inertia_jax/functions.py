@@ -74,6 +74,19 @@ def _is_module(network: Any) -> bool:
     return nnx is not None and isinstance(network, nnx.Module)
 
 
+def _linen(model: Any) -> nn.Module:
+    """Returns a Linen model.
+
+    Raises:
+        ValueError: It is something else, such as the class of a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` (={model!r}) must be a Linen model or an nnx.Module."
+        )
+    return model
+
+
 def _changing(
     function: Callable[Concatenate[nn.Module, Mapping[str, Any], P], R],
 ) -> ChangingFunction[P, R]:
@@ -82,7 +95,7 @@ def _changing(
     @functools.wraps(function)
     def changing(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_module(model):
-            return function(model, *args, **kwargs)
+            return function(_linen(model), *args, **kwargs)
         from inertia_jax.nnx import calls
 
         return calls.changed(function, model, args, kwargs)
@@ -96,7 +109,7 @@ def _reading(function: Callable[Concatenate[nn.Module, P], R]) -> ReadingFunctio
     @functools.wraps(function)
     def reading(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_module(model):
-            return function(model, *args, **kwargs)
+            return function(_linen(model), *args, **kwargs)
         from inertia_jax.nnx import calls
 
         return calls.read(function, model, args, kwargs)

@@ -179,6 +179,18 @@ def test_a_model_without_a_layer_that_is_recognised_is_an_error():
     assert not ij.count_cost(nn.Sequential([nn.relu]), (4, 4, 3)).rows
 
 
+@pytest.mark.usefixtures("no_shape_checks")
+def test_the_class_of_a_model_is_no_model():
+    for call in (
+        lambda: ij.count_cost(Two, (4, 4, 3)),
+        lambda: ij.fold_batch_norm(Two, {}, image_shape=(4, 4, 3)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"`model` .*Two.* must be a Linen model or"
+        ):
+            call()
+
+
 def test_a_network_that_cannot_be_traced_names_the_images_and_its_own_error():
     class Flat(nn.Module):
         @nn.compact
@@ -193,6 +205,11 @@ def test_a_network_that_cannot_be_traced_names_the_images_and_its_own_error():
             ij.count_cost(model, (4, 4, 3))
         with pytest.raises(ValueError, match=message):
             ij.fold_batch_norm(model, {"params": {}}, image_shape=(4, 4, 3))
+        # With any number of images, JAX would see it in the call of the file.
+        with pytest.raises(
+            ValueError, match=rf"{message}.*\. If Flat is called in anot"
+        ):
+            ij.save_exported("no", (model, {"params": {}}), image_shape=(4, 4, 3))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,6 +128,7 @@ def find_sites(
     Raises:
         ValueError: A kernel that is not finite, or variables of another network.
     """
+    variables = plain_variables(variables)
     return split_convolutions(model, variables, image_shape, apply_fn)[0]
 
 
@@ -141,12 +142,12 @@ def split_convolutions(
 ) -> tuple[dict[str, Site], dict[str, str]]:
     """Returns the convolutions that can be factorised, and why others cannot, by path.
 
-    With `linear`, linear layers are among them. Those that are factorised always are.
+    The variables are plain. With `linear`, linear layers are among them. Those that are
+    factorised always are.
 
     Raises:
         ValueError: A kernel that is not finite, or variables of another network.
     """
-    variables = plain_variables(variables)
     calls, kept = find_kept(model, variables, image_shape, apply_fn, linear=linear)
     plan, sites = plan_of(model) or Plan(), {}
     for path, call in calls.items():
@@ -181,10 +182,11 @@ def find_kept(
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Returns the calls of convolutions, and why some cannot be factorised, by path.
 
+    The variables are plain.
+
     Raises:
         ValueError: Variables of another network.
     """
-    variables = plain_variables(variables)
     calls, expected = record_calls(model, image_shape, apply_fn=apply_fn)
     inside = {path for path, call in calls.items() if call.is_factorised}
     convolutions = {
@@ -196,7 +198,7 @@ def find_kept(
         and _is_kernel(call.module, linear)
     }
     for path in convolutions:
-        _check_shapes(path, leaves_at(variables, path), leaves_at(expected, path))
+        check_shapes(path, variables, expected)
     # Layers besides convolutions may have the shapes of other images.
     # Networks of this library use no kernels besides their layers.
     misused = find_misused(
@@ -215,23 +217,31 @@ def find_kept(
     return convolutions, kept
 
 
-def _check_shapes(
-    path: str, leaves: Mapping[str, Any], expected: Mapping[str, Any]
+def check_shapes(
+    path: str,
+    variables: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    *,
+    collections: Sequence[str] = ("params",),
 ) -> None:
-    """Raises ValueError unless a layer's parameters have their shapes."""
-    for name, leaf in expected.items():
-        found = np.shape(leaves[name]) if name in leaves else "missing"
-        if found != tuple(leaf.shape):
-            raise ValueError(
-                f"`variables` do not belong to `model`: {path}/{name} is {found}, "
-                f"must be {tuple(leaf.shape)}."
-            )
+    """Raises ValueError unless the variables of a layer have their shapes."""
+    for collection in collections:
+        leaves = leaves_at(variables, path, collection)
+        for name, leaf in leaves_at(expected, path, collection).items():
+            found = np.shape(leaves[name]) if name in leaves else "missing"
+            if found != tuple(leaf.shape):
+                raise ValueError(
+                    f"`variables` do not belong to `model`: {path}/{name} is {found}, "
+                    f"must be {tuple(leaf.shape)}."
+                )
 
 
-def leaves_at(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns the parameters of a layer, those of its parts as `PART/kernel`."""
-    params = subtree(variables.get("params", {}), path)
-    return traverse_util.flatten_dict(params, sep="/")
+def leaves_at(
+    variables: Mapping[str, Any], path: str, collection: str = "params"
+) -> dict[str, Any]:
+    """Returns the variables of a layer, those of its parts as `PART/kernel`."""
+    leaves = subtree(variables.get(collection, {}), path)
+    return traverse_util.flatten_dict(leaves, sep="/")
 
 
 def layer_places(params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

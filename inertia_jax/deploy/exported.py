@@ -152,15 +152,16 @@ def save_exported(
     check_platforms(platforms)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1, or None.")
-    if isinstance(function, tuple):
-        function = _evaluation(*function, apply_fn)
-    elif apply_fn is not None:
-        raise ValueError("`apply_fn` must be None beside a function of images alone.")
     if isinstance(image_shape, Mapping):
         raise ValueError(
             f"`image_shape` (={image_shape}) must be that of one array: networks of "
             f"several inputs cannot be exported."
         )
+    if isinstance(function, tuple):
+        one = jax.ShapeDtypeStruct((1, *image_shape), image_dtype)
+        function = _evaluation(*function, one, apply_fn)
+    elif apply_fn is not None:
+        raise ValueError("`apply_fn` must be None beside a function of images alone.")
     number = export.symbolic_shape("n")[0] if batch_size is None else batch_size
     images = jax.ShapeDtypeStruct((number, *image_shape), image_dtype)
     try:
@@ -205,19 +206,22 @@ def _write(path: pathlib.Path, network: bytes, metadata: Mapping[str, Any]) -> N
 
 
 def _evaluation(
-    model: Any, variables: Mapping[str, Any], apply_fn: Any
+    model: Any, variables: Mapping[str, Any], one: jax.ShapeDtypeStruct, apply_fn: Any
 ) -> Callable[[Any], Any]:
-    """Returns a network's evaluation as a function of images."""
+    """Returns a network's evaluation as a function of images, tried on one."""
     # Whoever reads files needs JAX alone.
-    from inertia_jax.calls import apply_network, one_array
+    from inertia_jax.calls import apply_network, one_array, own_errors
     from inertia_jax.variables import plain_variables
 
     variables = plain_variables(variables)
 
-    def evaluation(images: Any) -> Any:
-        return one_array(apply_network(model, variables, images, apply_fn=apply_fn)[0])
+    def outputs(images: Any) -> Any:
+        return apply_network(model, variables, images, apply_fn=apply_fn)[0]
 
-    return evaluation
+    # With any number of images, JAX would not see that shapes do not suit each other.
+    with own_errors(model, one):
+        jax.eval_shape(outputs, one)
+    return lambda images: one_array(outputs(images))
 
 
 def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:

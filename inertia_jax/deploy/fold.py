@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.parameter_uses import find_misused
+from inertia_jax.compression.sites import check_shapes
 from inertia_jax.deploy.fold_trace import trace_layers
 from inertia_jax.inputs import Shape
 from inertia_jax.intercept import Answer, Wrapper
@@ -140,6 +141,9 @@ def fold_batch_norm(
         if layer is None:
             kept.append((path, "does not follow one layer that nothing else uses"))
             continue
+        check_shapes(layer, variables, trace.variables)
+        both = ("params", "batch_stats")
+        check_shapes(path, variables, trace.variables, collections=both)
         reason: str | None = None
         module = trace.layers[layer]
         kernel = flat.get(_kernel_path(layer, module))
@@ -198,11 +202,7 @@ def _merge(
     norm_path: str,
     norm: nn.BatchNorm,
 ) -> str | None:
-    """Merges a BatchNorm into `flat`, or changes nothing and returns why it cannot be.
-
-    Raises:
-        ValueError: `flat` lacks a variable of the layer or of the BatchNorm.
-    """
+    """Merges a BatchNorm into `flat`; or changes nothing, and returns why."""
     combine = layer.combine if isinstance(layer, InertialConv) else None
     if norm.axis != -1:
         return f"normalises axis {norm.axis}, not the channels"
@@ -210,9 +210,6 @@ def _merge(
         return "follows combine='stack', whose filters serve two channels each"
 
     def wide(path: str) -> np.ndarray:
-        if path not in flat:
-            collection, _, rest = path.partition("/")
-            raise ValueError(f"`variables` has no {rest!r} in {collection!r}.")
         return np.asarray(flat[path]).astype(np.float64)
 
     kernel_at = _kernel_path(layer_path, layer)

@@ -496,8 +496,10 @@ def test_errors_say_what_is_wrong(tmp_path):
     x = images((8, 8, 3), np.float32)
     with pytest.raises(ValueError, match="`train` .* must be False.*CifarResNet"):
         folded.apply(merged, x, train=True)
-    with pytest.raises(ValueError, match="'bn1/mean' in 'batch_stats'"):
+    with pytest.raises(ValueError, match="to `model`: bn1/mean is missing, must be"):
         ij.fold_batch_norm(model, {"params": variables["params"]})
+    with pytest.raises(ValueError, match=r"conv1/kernel is \(3, 3, 3, 2\), must be"):
+        ij.fold_batch_norm(model.clone(width=0.2), variables)
     with pytest.raises(ValueError, match="`image_shape` .* must be given for Foreign"):
         ij.fold_batch_norm(Foreign(), variables)
     with pytest.raises(ValueError, match="Folded.* that can be trained further: save"):
