@@ -57,7 +57,9 @@ class Pipeline:
         if self.run.model.factory is not None:
             raise UsageError(
                 f"`run.model.factory` (={self.run.model.factory}) must be None: a "
-                f"pipeline takes this library's networks alone."
+                f"pipeline takes this library's networks alone. Of one of your own, "
+                f"the verbs do the same: import, finetune --new-head --train-only "
+                f"HEAD, compress --finetune-epochs."
             )
         for rule in self.ranks:
             parse_ranks(rule)

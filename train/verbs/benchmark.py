@@ -28,6 +28,12 @@ _MODULES = {"train": "steps"}
 
 def run(argv: Sequence[str]) -> int:
     """Runs a suite, which prints its tables, and writes the record."""
+    if any(word.partition("=")[0] == "--model.factory" for word in argv):
+        raise UsageError(
+            "`model.factory` does nothing with benchmark, whose networks are this "
+            "library's; --suite loop --config FILE times a run of the network that "
+            "FILE configures, which may be your own."
+        )
     name, options = _choose_suite(argv)
     # Only the chosen suite is imported: the imports of a suite take seconds.
     module = importlib.import_module(f"train.benchmark.{_MODULES.get(name, name)}")

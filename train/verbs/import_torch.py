@@ -3,18 +3,25 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from inertia_jax import count_cost, create_model, save_checkpoint
+from inertia_jax import count_cost, match_torch, save_checkpoint
 from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata, Preprocessing, both_sides
-from inertia_jax.models.create import check_model_name, input_shape
+from inertia_jax.models.create import (
+    abstract_variables,
+    check_model_name,
+    input_shape,
+)
 from train.arguments import parse_options
+from train.config import FactoryOption, Model
 from train.errors import UsageError, user_input
 from train.machine.processes import say
+from train.networks import make_model
+from train.own_network import check_own_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +34,16 @@ class Import:
     becomes float32."""
     out: str
     """Directory of the checkpoint, which must not exist."""
-    model: str
-    """lenet, resnet18/20/32/44/56, simpledla or vgg16."""
     mean: tuple[float, ...]
     """Mean of each channel with which inputs were normalised, of pixels in [0, 1]."""
     std: tuple[float, ...]
     """Standard deviation of each channel with which inputs were normalised."""
+    model: str | None = None
+    """lenet, resnet18/20/32/44/56, simpledla or vgg16; None: one of your own."""
+    factory: FactoryOption = None
+    """What makes a network of your own, as MODULE:FUNCTION, in place of `model`.
+    PyTorch's weights are paired with its variables by names and shapes
+    (`inertia_jax.match_torch`)."""
     num_classes: int = 10
     """Number of classes."""
     width: float = 1.0
@@ -43,7 +54,7 @@ class Import:
     """Shortcuts of resnet20 to resnet56: padded, or 1x1 convolutions."""
     image_size: int | tuple[int, int] | None = None
     """Height and width of the network's input; one number: both; None: the published
-    ones."""
+    ones, which a network of your own has not."""
     resize: int | tuple[int, int] | None = None
     """Height and width that images are resized to cover before the centre is cut out;
     one number: both; None: those of the input."""
@@ -54,23 +65,102 @@ class Import:
     rename: tuple[str, ...] = ()
     """Parts of keys that have another name in the file, as OLD=NEW: `top=linear`,
     `conv*_x=layer*`."""
+    pairs: tuple[str, ...] = ()
+    """Layers or modules of a network of your own, and what they are in the file, as
+    OURS=THEIRS: `Block_2=layer2.0`."""
+    flattened: tuple[str, ...] = ()
+    """Images that linear layers of a network of your own take in one row, as
+    LAYER=SHAPE; None for what is no image: `Dense_0=7x7x64`, `*=None`."""
+    unflattened: tuple[str, ...] = ()
+    """Images that layers of a network of your own make in one row, or that BatchNorm
+    has there, as LAYER=SHAPE."""
 
 
-def parse_renames(pairs: Sequence[str]) -> dict[str, str]:
-    """Returns the new names by the old ones of `OLD=NEW`.
+# Options that say which network of this library it is, and how one of others is paired.
+_OF_LIBRARY = ("width", "stem", "shortcut", "ema")
+_OF_OTHERS = ("pairs", "flattened", "unflattened")
+
+
+def parse_pairs(name: str, pairs: Sequence[str], *, example: str) -> dict[str, str]:
+    """Returns the right sides of `LEFT=RIGHT` by the left ones.
+
+    Args:
+        name: The option.
+        pairs: Its words.
+        example: Such a pair, for the error.
 
     Raises:
-        ValueError: A pair has no `=`, nothing before it, or the old name of another.
+        ValueError: A pair has no `=`, nothing before it, or the left side of another.
     """
-    renames: dict[str, str] = {}
+    found: dict[str, str] = {}
     for pair in pairs:
-        old, equals, new = pair.partition("=")
-        if not old or not equals:
-            raise ValueError(f"`rename` (={pair!r}) must be OLD=NEW, e.g. top=linear.")
-        if old in renames:
-            raise ValueError(f"`rename` (={pair!r}) has a second name for {old!r}.")
-        renames[old] = new
-    return renames
+        left, equals, right = pair.partition("=")
+        if not left or not equals:
+            raise ValueError(f"`{name}` (={pair!r}) must be {example}.")
+        if left in found:
+            raise ValueError(f"`{name}` (={pair!r}) has a second name for {left!r}.")
+        found[left] = right
+    return found
+
+
+def _parse_shapes(name: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Returns shapes of images, or None, by the layers of `LAYER=SHAPE`."""
+    example = "LAYER=SHAPE, e.g. Dense_0=7x7x64 or Dense_0=None"
+    shapes: dict[str, Any] = {}
+    for layer, shape in parse_pairs(name, pairs, example=example).items():
+        sides = shape.split("x")
+        if shape != "None" and not all(map(str.isdecimal, sides)):
+            raise ValueError(f"`{name}` (='{layer}={shape}') must be {example}.")
+        shapes[layer] = None if shape == "None" else tuple(map(int, sides))
+    return shapes
+
+
+def _check_options(args: Import) -> None:
+    """Raises UsageError where options contradict each other."""
+    if (args.model is None) == (args.factory is None):
+        raise UsageError(
+            f"`model` (={args.model}) or `model.factory` (={args.factory}) must be "
+            f"given, and one of them alone."
+        )
+    needed = "model.factory" if args.factory is None else "model"
+    for name in _OF_OTHERS if args.factory is None else _OF_LIBRARY:
+        if getattr(args, name) != getattr(Import, name):
+            raise UsageError(
+                f"`{name}` (={getattr(args, name)}) does nothing without `{needed}`."
+            )
+    if args.factory is not None and args.image_size is None:
+        raise UsageError(
+            "`image_size` (=None) must be given with `model.factory`: the network does "
+            "not say the height and width of its input."
+        )
+
+
+def _read_weights(
+    args: Import, model: Any, shape: tuple[int, int, int]
+) -> tuple[dict[str, Any], str]:
+    """Returns variables with the weights of the file, and what is to be said of it."""
+    rename = parse_pairs("rename", args.rename, example="OLD=NEW, e.g. top=linear")
+    if args.factory is None:
+        variables, note = read_torch(
+            model,
+            args.weights,
+            image_shape=shape,
+            ema=args.ema,
+            rename=rename,
+            dtype=np.float32,
+        )
+        return variables, f"{note}." if note else ""
+    match = match_torch(
+        abstract_variables(model, shape),
+        args.weights,
+        pairs=parse_pairs(
+            "pairs", args.pairs, example="OURS=THEIRS, e.g. Block_2=layer2.0"
+        ),
+        rename=rename,
+        flattened=_parse_shapes("flattened", args.flattened),
+        unflattened=_parse_shapes("unflattened", args.unflattened),
+    )
+    return match.variables, str(match)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -86,16 +176,13 @@ def run(argv: Sequence[str]) -> int:
                 f"`{name}` (={getattr(args, name)}) must be at most 1: pixels are in "
                 f"[0, 1] here; divide what is of 0 to 255 by 255."
             )
+    _check_options(args)
     say(f"reading {args.weights}")
     with user_input():
-        check_model_name("model", args.model)
-        model = create_model(
-            args.model,
-            num_classes=args.num_classes,
-            width=args.width,
-            stem=args.stem,
-            shortcut=args.shortcut,
-        )
+        name = args.model or Model.name
+        check_model_name("model", name)
+        network = Model(name, args.factory, args.width, args.stem, args.shortcut)
+        model = make_model(network, num_classes=args.num_classes)
         if args.class_names and len(args.class_names) != args.num_classes:
             raise ValueError(
                 f"`class_names` has {len(args.class_names)} entries; must have "
@@ -107,21 +194,17 @@ def run(argv: Sequence[str]) -> int:
             raise ValueError(f"`image_size` (={given}) must be >= 1.")
         shape = (height, width, len(args.mean))
         preprocessing = Preprocessing(shape, args.mean, args.std, args.resize)
-        variables, note = read_torch(
-            model,
-            args.weights,
-            image_shape=shape,
-            ema=args.ema,
-            rename=parse_renames(args.rename),
-            dtype=np.float32,
-        )
+        if args.factory is not None:
+            check_own_network(model, shape, strict=False)
+        variables, note = _read_weights(args, model, shape)
         metadata = Metadata(
             preprocessing, args.class_names, {"imported_from": args.weights}
         )
         save_checkpoint(out, model, variables, metadata=metadata)
     if note:
-        print(f"{note}.")
+        print(note)
     cost = count_cost(model, shape)
-    print(f"{args.model}: {cost.params:,} parameters, {cost.macs:,} MACs an image")
+    name = args.factory or name
+    print(f"{name}: {cost.params:,} parameters, {cost.macs:,} MACs an image")
     print(f"checkpoint  {out}")
     return 0

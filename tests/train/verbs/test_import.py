@@ -1,14 +1,20 @@
 """`python -m train import`: checkpoints from PyTorch weights."""
 
+import re
+
 import jax
 import numpy as np
+import own_cnn
 import pytest
 from conftest import shared_file
+from flax.traverse_util import flatten_dict
 from helpers import exact_cifar10
 from safetensors.numpy import save_file
 
 import inertia_jax as ij
+from inertia_jax.weights.layout import transposed
 from train.__main__ import main
+from train.networks import read_network
 
 STATISTICS = ("--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225")
 
@@ -101,3 +107,48 @@ def test_published_files_go_in_with_one_command(file, model, correct, tmp_path, 
     assert main([*command, "--out", out]) == 0
     assert main(["evaluate", out, "--data", exact_cifar10(tmp_path)]) == 0
     assert f"({correct} of 1,017)" in capsys.readouterr().out
+
+
+def as_torch(variables):
+    """Returns variables of `own_cnn` under the names that they have in PyTorch."""
+    kinds = {"Conv": "conv", "BatchNorm": "bn", "Dense": "head"}
+    leaves = {"mean": "running_mean", "var": "running_var", "bias": "bias"}
+    state = {}
+    for (_, layer, leaf), array in flatten_dict(variables).items():
+        kind, number = layer.split("_")
+        array = transposed(np.asarray(array), to_torch_layout=True)
+        state[f"{kinds[kind]}{number}.{leaves.get(leaf, 'weight')}"] = array
+    return state
+
+
+def test_weights_of_another_network_go_into_one_s_own(tmp_path, capsys):
+    model = own_cnn.make(7)
+    variables = ij.init_variables(model, jax.random.key(0), (8, 8, 1))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: rng.uniform(size=leaf.shape).astype(np.float32), variables
+    )
+    file, out = tmp_path / "own.safetensors", tmp_path / "checkpoint"
+    save_file(as_torch(variables), file)
+    command = ["import", str(file), "--mean", "0.3", "--std", "0.3", "--out", str(out)]
+    own = [*command, "--model.factory", "own_cnn:make", "--num-classes", "7"]
+    sized = [*own, "--image-size", "8"]
+    for words, message in (
+        (command, "`model` (=None) or `model.factory` (=None) must be given"),
+        ([*sized, "--model", "lenet"], "must be given, and one of them alone"),
+        ([*command, "--model", "lenet", "--pairs", "a=b"], "without `model.factory`"),
+        ([*sized, "--width", "2"], "`width` (=2.0) does nothing without `model`"),
+        (own, "`image_size` (=None) must be given with `model.factory`"),
+        ([*sized, "--flattened", "Dense_0=8by8"], "must be LAYER=SHAPE, e.g. Dense_0="),
+        ([*sized, "--flattened", "Dense_0=4x4x8"], "Dense_0"),
+        ([*sized, "--pairs", "Conv_0"], "`pairs` (='Conv_0') must be OURS=THEIRS"),
+        ([*sized, "--pairs", "Conv_0=conv9"], "conv9"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*sized, "--flattened", "*=None"]) == 0
+    assert re.search("params/Dense_0/kernel +head0.weight", capsys.readouterr().out)
+    network = read_network(out)
+    assert network.model.factory == "own_cnn:make"
+    jax.tree.map(np.testing.assert_array_equal, network.variables, variables)
