@@ -5,7 +5,7 @@ import inspect
 import shutil
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -41,6 +41,16 @@ def parse_options(
         description=_description(kind),
         default=default,
     )
+
+
+def optional(kind: type) -> Callable[[str], Any]:
+    """Returns a type for `argparse` whose values may be None, as those of tyro."""
+
+    def convert(word: str) -> Any:
+        return None if word == "None" else kind(word)
+
+    convert.__name__ = kind.__name__  # which the errors of `argparse` have
+    return convert
 
 
 def _description(kind: type) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -184,10 +185,13 @@ def test_a_checkpoint_says_what_makes_its_network(tmp_path, capsys):
     before = evaluate(run, tmp_path)
     # A checkpoint of one's own training says nothing of a function.
     alone = tmp_path / "alone"
-    model = network.model.unplanned
+    kept = (("Conv_0", "is the first one"),)
+    model = ij.Planned(network.model.unplanned, kept=kept)
     ij.save_checkpoint(alone, model, network.variables, metadata=network.metadata)
     with pytest.raises(UsageError, match=r"own_cnn\.OwnCNN and does not say what mak"):
         open_description(alone)
+    assert main(["finetune", str(alone), "--model.factory", "None"]) == 2
+    assert "own_cnn.OwnCNN and does not say what makes it" in capsys.readouterr().err
     out = str(tmp_path / "evaluation.json")
     words = ["evaluate", str(alone), "--model.factory", FACTORY, "--out", out]
     assert main(words) == 0
@@ -203,6 +207,8 @@ def test_a_checkpoint_says_what_makes_its_network(tmp_path, capsys):
     beside = ["--config", str(file), "--init", str(alone), "--teacher", str(alone)]
     beside += ["--workdir", str(tmp_path / "beside")]
     assert main([*arguments, *beside]) == 0
+    # The reasons why layers stayed go with the network.
+    assert read_network(find_checkpoint(tmp_path / "beside")).model.kept == kept
 
 
 @pytest.mark.parametrize("factory", [None, "no_such:make"])
@@ -284,8 +290,17 @@ def test_it_is_compressed_fine_tuned_made_inertial_and_exported(tmp_path):
     words = ["compress", alone, "--model.factory", FACTORY, "--ranks", "ratio:0.5"]
     words += [*images, "--finetune-epochs", "1", "--out", out]
     assert main(words) == 0
-    plan = read_network(tmp_path / "small").model.plan
-    assert {type(spec) for _, spec in plan.rules} == {ij.Tucker2}
+    network = read_network(tmp_path / "small")
+    assert {type(spec) for _, spec in network.model.plan.rules} == {ij.Tucker2}
+    # The reasons why layers stayed go with the network, also when a run is resumed.
+    kept, told, tuned_run = (("Conv_0", "is it"),), tmp_path / "told", tmp_path / "t"
+    model = network.model.clone(kept=kept)
+    ij.save_checkpoint(told, model, network.variables, metadata=network.metadata)
+    words = ["finetune", str(told), "--workdir", str(tuned_run), *tuned]
+    assert main([*words, "--checkpoint-steps", "4"]) == 0
+    shutil.rmtree(max((tuned_run / "checkpoints").iterdir()))
+    assert main([*words, "--checkpoint-steps", "4", "--resume"]) == 0
+    assert read_network(find_checkpoint(tuned_run)).model.kept == kept
     path = next((tmp_path / "gated_run" / "checkpoints").iterdir())
     assert ij.load_checkpoint(path, model=OwnCNN(10, [8, 8]))[0].plan.inertial
     assert Config().model.factory is None

@@ -153,6 +153,7 @@ def _restore(
         path, arrays = restored
         info = load_metadata(path).info
         _check_same_sources(path, info, trainer)
+        trainer.take_reasons(path)
         state = trainer.restore(template, arrays)
         step = int(arrays["training"]["step"])
         # Checkpoints of older versions have no seconds; reports then leave them out.

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import pathlib
 from collections.abc import Generator
 from typing import Any
 
@@ -24,7 +25,9 @@ from train.fit.teacher import load_teacher
 from train.keys import run_keys
 from train.machine.parallel import AXIS, Parallel
 from train.machine.processes import say
-from train.networks import make_model, make_preprocessing
+from train.networks import make_model, make_preprocessing, open_description
+from train.own_network import OwnNetwork
+from train.run.checkpoints import find_checkpoint
 from train.step.distill import Distillation
 from train.step.objective import Objective
 from train.step.optimizer import make_optimizer, scale_learning_rate
@@ -186,6 +189,7 @@ class Trainer:
             variables = read_initial(
                 config, self.data, self.model, key, expected=draw.out_info
             )
+            self.take_reasons(find_checkpoint(config.init))
         state = self._first_state(variables)
         # The state is in its final place before the first step, which compiles twice
         # otherwise.
@@ -199,6 +203,15 @@ class Trainer:
 
     def _first_state(self, variables: Any) -> TrainState:
         return init_state(self.model, self.update, variables)
+
+    def take_reasons(self, path: pathlib.Path) -> None:
+        """Takes from a checkpoint why layers of the user's own network stayed.
+
+        The configuration, which makes the network, does not have the reasons.
+        """
+        if isinstance(self.model, OwnNetwork):
+            there, _ = open_description(path, factory=self.model.factory)
+            self.model = self.model.clone(kept=there.kept)
 
     def restore(self, template: TrainState, arrays: dict[str, Any]) -> TrainState:
         """Puts a checkpoint's arrays on the devices."""

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from train.arguments import optional
 from train.errors import UsageError
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, it may be run again.
@@ -72,7 +73,8 @@ def early_processes(argv: Sequence[str]) -> Processes:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for field in dataclasses.fields(Processes):
         spellings = {f"--{field.name.replace('_', '-')}", f"--{field.name}"}
-        parser.add_argument(*spellings, type=str if "str" in str(field.type) else int)
+        kind = str if "str" in str(field.type) else int
+        parser.add_argument(*spellings, type=optional(kind))
     given = vars(parser.parse_known_args(argv)[0])
     return Processes(**{name: x for name, x in given.items() if x is not None})
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from train.arguments import parse_options
+from train.arguments import optional, parse_options
 from train.config import Config, check_used
 from train.config_file import load_config
 from train.fit.loop import exit_code, fit, summary
@@ -60,7 +60,7 @@ class Fit(RunArguments):
 def early_option(argv: Sequence[str], name: str) -> str | None:
     """Reads an option alone which has a say in the defaults of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(name, dest="value")
+    parser.add_argument(name, dest="value", type=optional(str))
     value: str | None = parser.parse_known_args(argv)[0].value
     return value
 
