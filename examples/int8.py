@@ -1,7 +1,6 @@
 """A compressed network computes in int8, by qwix: as it is, and after training so.
 
-It needs `pip install '.[int8]'`. Run `python examples/int8.py` on digits, or `python
-examples/int8.py CHECKPOINT IMAGES.npz` on a checkpoint and images of your own.
+It needs `.[int8]`, reads digits, or CHECKPOINT IMAGES.npz, and writes int8.ijx.
 """
 
 import sys
@@ -25,8 +24,8 @@ def in_int8(model, variables, x):
     return quantised, {**variables, "params": params}
 
 
-def fit(model, variables, x, y, *, steps, learning_rate):
-    """Returns trained variables; prints the loss. Running statistics stay."""
+def fit(model, variables, x, y, *, steps=64, learning_rate=1e-3):
+    """Returns trained variables. Running statistics stay."""
 
     @jax.jit
     def step(params, opt_state, x, y):
@@ -34,27 +33,18 @@ def fit(model, variables, x, y, *, steps, learning_rate):
             logits = model.apply({**variables, "params": params}, x)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = tx.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
+        updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state)
+        return optax.apply_updates(params, updates), opt_state
 
-    tx, losses = optax.adam(learning_rate), []
-    params, opt_state = variables["params"], tx.init(variables["params"])
+    tx, params = optax.adam(learning_rate), variables["params"]
+    opt_state = tx.init(params)
     for batch in np.random.default_rng(0).integers(len(x), size=(steps, 64)):
-        params, opt_state, loss = step(params, opt_state, x[batch], y[batch])
-        losses.append(float(loss))
-    print("    losses", *(f"{loss:.3f}" for loss in losses[:: steps // 8]))
+        params, opt_state = step(params, opt_state, x[batch], y[batch])
     return {**variables, "params": params}
 
 
-def report(name, model, variables, x, y):
-    """Prints an accuracy."""
-    accuracy = (jax.jit(model.apply)(variables, x).argmax(-1) == y).mean()
-    print(f"{name}: {accuracy:.2%} of {len(y):,}")
-
-
 def main(checkpoint=None, archive=None):
-    """Reports a network in float32, in int8, and in int8 after training so."""
+    """Reports a network in float32 and int8: as it is, trained on, and trained so."""
     if checkpoint:
         model, variables = ij.load_checkpoint(checkpoint)
         data, scale = np.load(archive), ij.load_metadata(checkpoint).preprocessing
@@ -62,18 +52,28 @@ def main(checkpoint=None, archive=None):
         x, x_test = (np.float32((p / 255 - scale.mean) / scale.std) for p in pixels)
         y, y_test = data["y_train"], data["y_test"]
     else:
-        digits = load_digits()
-        x, x_test = np.split(np.float32(digits.images[..., None] / 16), [1500])
-        y, y_test = np.split(digits.target, [1500])
+        x, y = load_digits(return_X_y=True)
+        x, x_test = np.split(np.float32(x / 16).reshape(-1, 8, 8, 1), [1500])
+        y, y_test = np.split(y, [1500])
         model = ij.create_model("lenet", width=0.5)
         variables = ij.init_variables(model, jax.random.key(0), (8, 8, 1))
         variables = fit(model, variables, x, y, steps=300, learning_rate=3e-3)
         model, variables = ij.compress(model, variables, ranks=ij.Ratio(0.5))
-    report("float32", model, variables, x_test, y_test)
-    report("int8", *in_int8(model, variables, x), x_test, y_test)
+
+    def report(name, model, variables):
+        right = (jax.jit(model.apply)(variables, x_test).argmax(-1) == y_test).mean()
+        print(f"{name}: {right:.2%} of {len(y_test):,}", flush=True)
+
     rounding = qwix.quantize_model(model, qwix.QtProvider(RULES))
-    variables = fit(rounding, variables, x, y, steps=64, learning_rate=1e-3)
-    report("int8, trained so", *in_int8(model, variables, x), x_test, y_test)
+    networks = {"as it is": None, "trained on": model, "trained so": rounding}
+    for name, trained in networks.items():
+        tuned = fit(trained, variables, x, y) if trained else variables
+        report(f"float32, {name}", model, tuned)
+        network = in_int8(model, tuned, x)
+        report(f"int8, {name}", *network)
+    ij.save_exported("int8.ijx", network, image_shape=x.shape[1:])
+    logits = ij.load_exported("int8.ijx")(x_test)
+    print(f"from the file int8.ijx: {(logits.argmax(-1) == y_test).mean():.2%}")
 
 
 if __name__ == "__main__":

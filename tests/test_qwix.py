@@ -85,6 +85,22 @@ def test_int8_keeps_every_kernel_in_a_byte_and_the_output_near(name):
     assert 0 < np.abs(error).max() < 0.05 * np.abs(expected).max()
 
 
+def test_a_file_keeps_every_kernel_in_a_byte_and_gives_the_same_numbers(tmp_path):
+    model = ij.create_model("lenet")
+    network = (model, ij.init_variables(model, jax.random.key(0), SHAPE))
+    sizes = [x.size for x in jax.tree.leaves(network[1]["params"]) if x.ndim > 1]
+    quantised, small = in_int8(*network)
+    options = {"image_shape": SHAPE, "platforms": ("cpu",)}
+    ij.save_exported(tmp_path / "float32", network, **options)
+    ij.save_exported(tmp_path / "int8", (quantised, small), **options)
+    logits = ij.load_exported(tmp_path / "int8")(IMAGES)
+    expected = jax.jit(quantised.apply)(small, IMAGES)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    before, after = ((tmp_path / f).stat().st_size for f in ("float32", "int8"))
+    # Three of four bytes of a kernel's number go; scales and rounding take kilobytes.
+    assert before - after > 2.5 * sum(sizes)
+
+
 def test_an_nnx_module_keeps_its_factors_in_a_byte_and_trains_so():
     rngs = nnx.Rngs(0)
     dense = nnx.Sequential(
