@@ -133,12 +133,11 @@ def make_own_network(
     if not isinstance(model, nn.Module):
         kind = f"{type(model).__module__}.{type(model).__name__}"
         raise UsageError(f"{said} must return a flax.linen.Module; got a {kind}.")
-    own = Plan()
-    if isinstance(model, Planned):
-        model, own = model.unplanned, model.plan
+    given = model if isinstance(model, Planned) else Planned(model)
     return OwnNetwork(
-        model,
-        plan=own if plan is None or not plan.rules else plan,
+        given.unplanned,
+        plan=given.plan if plan is None or not plan.rules else plan,
+        kept=given.kept,
         factory=factory,
         num_classes=num_classes,
     )

@@ -258,9 +258,11 @@ def test_stages_are_evaluated_whatever_fields_a_network_has(monkeypatch):
     ]
 
 
-def test_a_pipeline_takes_none():
+def test_a_pipeline_and_a_benchmark_take_none(capsys):
     with pytest.raises(UsageError, match=r"`run.model.factory` \(=own_cnn:make\) must"):
         Pipeline(Config(model=Model(factory=FACTORY)))
+    assert main(["benchmark", f"--model.factory={FACTORY}"]) == 2
+    assert "--suite loop --config FILE times a run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

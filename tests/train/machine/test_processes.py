@@ -29,7 +29,7 @@ from train.__main__ import main
 from train.data.feed import make_feed
 from train.data.sets import Split
 from train.machine.parallel import Parallel
-from train.machine.processes import EXIT_LOST, is_lost
+from train.machine.processes import EXIT_LOST, Processes, early_processes, is_lost
 from train.run.checkpoints import latest_steps
 
 # Of a process that JAX ends itself, when it has not heard of another for long.
@@ -360,3 +360,8 @@ def test_a_process_reads_only_the_rows_of_its_own_devices():
     np.testing.assert_array_equal(images, np.asarray(split.images)[mine])
     np.testing.assert_array_equal(labels, split.labels[mine])
     assert indices.shape == (4, 3, 2)
+
+
+def test_none_is_no_coordinator():
+    words = ["--coordinator", "None", "--num_processes=None", "--process-id", "3"]
+    assert early_processes(words) == Processes(process_id=3)
