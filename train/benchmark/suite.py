@@ -2,10 +2,11 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from train.errors import user_input
+from train.run.directory import describe_machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,10 @@ class BaseSuite:
     def describe(self, row: dict[str, Any]) -> str:
         """Returns a row as text to print."""
         raise NotImplementedError
+
+    def machine(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns hardware, versions and the command, with the rows of the record."""
+        return describe_machine()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Measures the cases in order, prints each row and yields it."""

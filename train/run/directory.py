@@ -48,6 +48,11 @@ _NO_REGULAR_FILE = "no regular file; remove it"
 _FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
 
 
+def this_command() -> str:
+    """Returns the command that this program was started by."""
+    return shlex.join(["python", "-m", "train", *sys.argv[1:]])
+
+
 def describe_machine() -> dict[str, Any]:
     """Returns hardware, versions and the command, as records hold them."""
     device = jax.devices()[0]
@@ -59,7 +64,7 @@ def describe_machine() -> dict[str, Any]:
     }
     cpu = re.search(r"^model name\s*:\s*(.*?)\s*$", text, re.MULTILINE)
     return {
-        "command": shlex.join(["python", "-m", "train", *sys.argv[1:]]),
+        "command": this_command(),
         "backend": device.platform,
         "device": device.device_kind,
         "num_devices": jax.device_count(),

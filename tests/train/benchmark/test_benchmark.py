@@ -19,6 +19,8 @@ from helpers import make_config, synthetic_set
 import inertia_jax as ij
 from inertia_jax.compression.sites import find_sites
 from train.__main__ import main
+from train.benchmark import accelerator as bench_accelerator
+from train.benchmark import checks as bench_checks
 from train.benchmark import ops as bench_ops
 from train.benchmark import startup as bench_startup
 from train.benchmark.loop import _blocks, overhead
@@ -35,6 +37,11 @@ OPTIONS = {
     "train": {*NETWORKS, "dtype", "repeats"},
     "infer": {*NETWORKS, "repeats"},
     "ops": {"batch-size", "dtype", "against", "repeats"},
+    "checks": {"width"},
+    "accelerator": {
+        *("minutes", "skip", "data", "epochs", "width", "batch-size", "against"),
+        "repeats",
+    },
     "memory": NETWORKS,
     "startup": {"verbs", "repeats", "against", "small-pages", "no-small-pages"},
     "loop": {"config", "data", "width", "steps", "repeats"},
@@ -191,6 +198,72 @@ def test_steps_are_timed_and_set_against_the_peak(tmp_path, capsys):
     # There are two gradients beside the forward pass.
     flops = [row[w]["jax"]["gflops"] * row[w]["jax"]["median_ms"] for w in WHAT]
     assert flops[0] == pytest.approx(3 * flops[1])
+
+
+def test_parts_for_an_accelerator_leave_each_other_alone(tmp_path, capsys, monkeypatch):
+    def run_part(name, arguments, *, seconds):
+        assert 0 < seconds <= 60
+        if name != "train resnet18":
+            return {"part": name, "outcome": "failed", "seconds": 1.0, "said": ["no"]}
+        found = {"machine": {"device": "a chip"}, "rows": [1]}
+        return {"part": name, "outcome": "done", "seconds": 2.0, "said": [], **found}
+
+    monkeypatch.setattr(bench_accelerator, "run_part", run_part)
+    out = tmp_path / "record.json"
+    command = ["benchmark", "--suite", "accelerator", "--skip", "memory", "infer"]
+    assert main([*command, "--minutes", "1", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    outcomes = [(row["part"], row["outcome"]) for row in record["rows"]]
+    assert outcomes == [
+        ("checks", "failed"),
+        ("train resnet18", "done"),
+        *((f"train {name}", "failed") for name in ("vgg16", "simpledla")),
+    ]
+    assert record["machine"]["device"] == "a chip"
+    assert record["machine"]["command"].startswith("python -m train")
+    assert "checks: failed after 1 s\nno\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds", "outcome"),
+    [
+        (["--version"], 60, "done"),
+        (["benchmark", "--suite", "nothing"], 60, "failed"),
+        (["quickstart"], 0.1, "stopped"),
+        (["quickstart"], 0, "not begun"),
+    ],
+)
+def test_a_part_is_a_program_with_an_outcome(arguments, seconds, outcome):
+    row = bench_accelerator.run_part("part", arguments, seconds=seconds)
+    assert (row["outcome"], row["arguments"]) == (outcome, arguments)
+    if outcome == "done":
+        assert row["said"] == [ij.__version__]
+    if outcome == "failed":
+        assert "'nothing' must be one of" in row["said"][-1]
+
+
+def test_each_row_is_recorded_as_soon_as_it_is_measured(tmp_path, monkeypatch):
+    out = tmp_path / "record.json"
+
+    def measure(self, case):
+        if case == "Tucker-2":
+            raise KeyboardInterrupt
+        return {"case": case, "gaps": {}}
+
+    monkeypatch.setattr(bench_checks.Suite, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        main(["benchmark", "--suite", "checks", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["convolution", "strided convolution"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["window", "ladder"])
+def test_this_device_is_as_near_to_float64_as_its_types_allow(case):
+    gaps = bench_checks.Suite().measure(case)["gaps"]
+    for dtype, unit in (("float32", 2**-23), ("bfloat16", 2**-7)):
+        assert gaps[dtype]["device"] == gaps[dtype]["cpu"]
+        assert all(0.1 * unit < gap < 10 * unit for gap in gaps[dtype]["cpu"].values())
 
 
 @pytest.mark.slow
