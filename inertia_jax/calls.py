@@ -40,6 +40,11 @@ Network = tuple[nn.Module, Mapping[str, Any]]
 # variables, as inside `nn.apply`.
 ApplyFn = Callable[[Any, Any, bool], Any]
 
+NOTHING_CHANGES = (
+    "With `nn.map_variables(init=True)` no call can change a collection; with "
+    "`init=self.is_initializing()` calls can."
+)
+
 _TRACES = itertools.count()
 # The names of calls in a program, before their numbers.
 _CALL = "inertia_jax.calls:"
@@ -185,7 +190,11 @@ def apply_network(
         # With a collection that may change, `nn.map_variables(init=True)` takes the
         # call for the first one.
         apply = nn.apply(call, model, mutable=[])
-        outputs, changed = apply(variables, images, rngs=rngs)
+        try:
+            outputs, changed = apply(variables, images, rngs=rngs)
+        except flax.errors.ModifyScopeVariableError as error:
+            error.add_note(NOTHING_CHANGES)
+            raise
     return outputs, changed
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from inertia_jax.calls import ApplyFn
+from inertia_jax.calls import NOTHING_CHANGES, ApplyFn
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     divergence,
@@ -108,13 +108,21 @@ class ThresholdSearch:
         for path in self._paths:
             # A layer that is called twice sows twice.
             found = subtree(sown, path)
+            if FRICTION not in found:
+                raise ValueError(
+                    f"{path!r} cannot say what its friction is. {NOTHING_CHANGES}"
+                )
             calls = [f.reshape(len(f), -1) for f in found[FRICTION]]
             rates[path] = mean_gate_rate(found[GATE_RATE], calls)
             frictions[path] = jnp.concatenate(calls, 1)
         return divergence(dense, logits), rates, frictions
 
     def measure(self, thresholds: dict[str, float]) -> SearchState:
-        """Runs the calibration images with these thresholds."""
+        """Runs the calibration images with these thresholds.
+
+        Raises:
+            ValueError: No call of the network can store what a layer measures.
+        """
         arrays = {path: jnp.float32(t) for path, t in thresholds.items()}
         parts = [
             jax.device_get(self._apply(self._variables, arrays, batch, dense))

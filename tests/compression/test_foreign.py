@@ -321,6 +321,29 @@ def test_where_nothing_can_change_the_error_says_why():
         ij.compress(model, model.init(KEY, X), ranks=plan, image_shape=SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("has_norm", "error"),
+    [
+        (False, "'plain' cannot say what its friction is"),
+        (True, "Cannot update variable"),
+    ],
+)
+def test_where_no_call_can_change_a_collection_the_error_says_why(has_norm, error):
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = standardised(nn.Conv, features=4, kernel_size=(3, 3))(x)
+            x = conv(name="plain")(x)
+            if has_norm:
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            return x.mean((1, 2))
+
+    model = Mapped()
+    variables = model.init(KEY, X)
+    with pytest.raises(ValueError, match=f"{error}.*`init=self.is_init"):
+        ij.make_inertial(model, variables, macs=0.9, calibration=X)
+
+
 class Named(nn.Module):
     """Layers whose names mean something to others: to globs, and to paths."""
 
