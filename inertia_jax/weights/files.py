@@ -96,6 +96,8 @@ def read_weights_file(path: pathlib.Path) -> Any:
                 return read_msgpack(path.read_bytes())
             if head.lstrip()[:1] == b"{":
                 return _read_shards(path)
+            if not head:
+                raise ValueError("it is empty")
             if head.startswith((b"PK\x03\x04", b"\x80")):
                 read = _read_legacy if head[0] == 0x80 else _read_zip
                 with _Map(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -153,7 +155,10 @@ def _typed(saved: Any) -> tuple[np.dtype | None, Any, int]:
 
 def _read_zip(file: _Map) -> Any:
     # A map is not declared to be a file.
-    with zipfile.ZipFile(cast(IO[bytes], file)) as archive:
+    binary = cast(IO[bytes], file)
+    if not zipfile.is_zipfile(binary):
+        raise ValueError("its end is missing, as where a download was cut off")
+    with zipfile.ZipFile(binary) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         for info in entries.values():
             if info.CRC == 0:

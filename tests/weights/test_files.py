@@ -393,11 +393,11 @@ def tar_bytes():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "begins with b''"),
+        (b"", "it is empty"),
         (b"<!DOCTYPE html>", "<!DOCTYPE html>"),
         (b"version https://git-lfs", "git-lfs"),
         (tar_bytes(), "save it again"),
-        (b"PK\x03\x04broken", "cannot be read as weights"),
+        (b"PK\x03\x04" + bytes(99), "its end is missing"),
         (struct.pack("<q", 99) + b"{broken", "cannot be read as weights"),
     ],
 )
