@@ -147,7 +147,7 @@ def _say_missing(error: ModuleNotFoundError, who: str) -> int:
         raise error
     print(
         f"error: {who} needs the package {package}, which {sys.executable} has not: "
-        f"pip install 'inertia_jax[train]'.",
+        f"pip install '.[train]' in the checkout.",
         file=sys.stderr,
     )
     return 2

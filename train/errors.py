@@ -84,7 +84,8 @@ def needs_torch(package: str = "PyTorch") -> Iterator[None]:
         yield
     except ImportError as error:
         raise UsageError(
-            f"`--against torch` needs {package}: pip install 'inertia_jax[torch]'."
+            f"`--against torch` needs {package}: pip install '.[torch]' in the "
+            f"checkout."
         ) from error
 
 

@@ -252,7 +252,7 @@ def test_without_the_extra_a_verb_is_answered_in_a_sentence(verb, monkeypatch, c
     assert main([verb, "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: `{verb}` needs the package tyro")
-    assert "pip install 'inertia_jax[train]'" in line
+    assert "pip install '.[train]' in the checkout" in line
 
 
 def test_without_jax_the_program_is_one_sentence_too():

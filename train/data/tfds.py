@@ -16,7 +16,7 @@ from train.data.cache import Splits, cached_set, read_set
 from train.data.resize import resize_and_crop
 from train.data.sets import ImageSet
 
-_INSTALL = "pip install 'inertia_jax[tfds]'"
+_INSTALL = "pip install '.[tfds]' in the checkout"
 
 
 def load_tfds(

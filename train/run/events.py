@@ -39,7 +39,7 @@ class Events:
         if importlib.util.find_spec("tensorboardX") is None:
             raise ImportError(
                 "a run writes events for TensorBoard, which needs tensorboardX: "
-                "pip install 'inertia_jax[train]'."
+                "pip install '.[train]' in the checkout."
             )
         self._path = path
         self._step = step

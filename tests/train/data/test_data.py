@@ -336,7 +336,7 @@ def test_tfds_says_what_to_install(tmp_path, subprocess_env):
     result = run_python(
         READ, "cifar10", tmp_path, "tensorflow_datasets", env=subprocess_env
     )
-    assert "pip install 'inertia_jax[tfds]'" in result.stderr
+    assert "pip install '.[tfds]' in the checkout" in result.stderr
 
 
 OFFLINE = """
