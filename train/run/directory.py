@@ -133,7 +133,14 @@ class RunDirectory:
             raise UsageError(f"{path} exists and holds no run; nothing was changed.")
 
     def _differing_fields(self, config_file: pathlib.Path) -> list[str]:
-        there = read_json(config_file)
+        left = (
+            f"Nothing was changed. The checkpoints beside it are left: "
+            f"`{shell_command('finetune')}` trains one further, with another --workdir."
+        )
+        try:
+            there = read_json(config_file)
+        except UsageError as error:
+            raise UsageError(f"{error} {left}") from error
         try:
             if isinstance(there, dict):
                 there = fill_defaults(there, config_to_json(Config()))
@@ -144,11 +151,7 @@ class RunDirectory:
                 return differing_fields(there, here)
         except RecursionError:  # lists in lists, a thousand deep
             pass
-        raise UsageError(
-            f"{config_file} holds no configuration; nothing was changed. The "
-            f"checkpoints beside it are left: `{shell_command('finetune')}` trains one "
-            f"further, with another --workdir."
-        )
+        raise UsageError(f"{config_file} holds no configuration. {left}")
 
     def _longer(self, config_file: pathlib.Path, differing: list[str]) -> str:
         """Returns the command that trains a run further that has come to its end.

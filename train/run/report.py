@@ -52,7 +52,7 @@ def make_record(
         for epoch in sorted(set(epochs) & set(tests))
     ]
     if not curve:
-        raise UsageError(f"no epoch of {run} has ended yet.")
+        raise UsageError(f"{run / 'metrics.jsonl'} has no epoch that ended.")
     for before, row in itertools.pairwise(curve):
         if before["train_seconds"] is None:  # an older version did not count them
             row["train_seconds"] = None

@@ -179,7 +179,8 @@ CONFIGS = [
 def test_a_configuration_of_another_type_is_one_sentence(config, saved):
     (saved / "config.json").write_text(config)
     before = sorted(saved.rglob("*"))
-    with pytest.raises(UsageError, match=r"config.json (is no JSON|holds no config)"):
+    what = r"config.json (is no JSON|holds no config).* beside it are left"
+    with pytest.raises(UsageError, match=what):
         RunDirectory(saved, Config(), resume=True)
     with pytest.raises(UsageError, match=r"config.json (is no JSON|holds no config)"):
         make_record(saved)
@@ -270,6 +271,9 @@ def test_a_report_draws_what_can_be_read(saved, capsys):
     assert record["starts"] == []
     starts, metrics = capsys.readouterr().err.splitlines()
     assert starts.endswith("left out: 1.") and metrics.endswith("left out: 4.")
+    (saved / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(UsageError, match="metrics.jsonl has no epoch that ended"):
+        make_record(saved)
 
 
 @pytest.mark.parametrize("config", ["[]", "null", "[" * 9999])
