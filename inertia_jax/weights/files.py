@@ -132,7 +132,8 @@ def _read_shards(index: pathlib.Path) -> dict[str, Any]:
         if not isinstance(loaded, Mapping):
             raise ValueError(f"{name} holds a {type(loaded).__name__}; must be a dict")
         weights |= loaded
-    return weights
+    # Several files in a row would look like an order of the network.
+    return dict(sorted(weights.items()))
 
 
 def _typed(saved: Any) -> tuple[np.dtype | None, Any, int]:

@@ -21,9 +21,13 @@ _DTYPES = {
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the arrays of a file by name; an `Unknown` for one of other numbers."""
+    """Returns the arrays of a file by name; an `Unknown` for one of other numbers.
+
+    The names are sorted: the package gives them in another order every time.
+    """
     # The package's own readers of arrays know no float8, and read nothing beside it.
-    return {name: _array(**parts) for name, parts in deserialize(path.read_bytes())}
+    parts = dict(deserialize(path.read_bytes()))
+    return {name: _array(**parts[name]) for name in sorted(parts)}
 
 
 def _array(dtype: str, shape: list[int], data: bytes | bytearray) -> Any:

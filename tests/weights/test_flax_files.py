@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
+from safetensors.numpy import save_file
 
 from inertia_jax.weights.files import read_weights_file
 
@@ -151,6 +152,19 @@ def test_safetensors_of_any_type_are_read(tmp_path):
     assert repr(loaded.pop("C64")) == "<a tensor of C64>"
     types = {kind: loaded[kind].dtype.name for kind in loaded}
     assert types == {"F8_E5M2": "float8_e5m2", "BF16": "bfloat16", "F64": "float64"}
+
+
+def test_weights_without_an_order_are_sorted(tmp_path):
+    """Any order but that of names is taken for the network's by `match_torch`."""
+    names = {f"{letter}{i}": np.zeros(1) for i in range(9) for letter in "ba"}
+    for i in range(2):
+        part = {f"{letter}{i}": np.zeros(1) for letter in "ba"}
+        save_file(part, tmp_path / f"part{1 - i}")
+    save_file(names, tmp_path / "whole")
+    assert [*read_weights_file(tmp_path / "whole")] == sorted(names)
+    places = {"a": "part0", "b": "part1"}
+    (tmp_path / "x.json").write_text(json.dumps({"weight_map": places}))
+    assert [*read_weights_file(tmp_path / "x.json")] == ["a0", "a1", "b0", "b1"]
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,10 @@ def match_torch(
         print(match)                      # params/Stem/kernel  conv1.weight ...
         logits = model.apply(match.variables, images)
 
-    PyTorch's order of the weights counts, since it shows what follows what. Compare a
-    few outputs of both networks: that two networks have the same shapes does not make
-    them the same, as paddings and activations have no weights.
+    PyTorch's order of the weights counts, since it shows what follows what; files of
+    safetensors, and of an index, have none. Compare a few outputs of both networks:
+    that two networks have the same shapes does not make them the same, as paddings and
+    activations have no weights.
 
     Args:
         variables: The Flax network's variables, or their shapes (`jax.eval_shape`). A
