@@ -107,13 +107,30 @@ class _Row(nn.Module):
 
 
 class _Scanned(nn.Module):
+    row: type = _Row
+
     @nn.compact
     def __call__(self, x):
-        scan = nn.scan(
-            _Row, variable_axes={"params": 0}, split_rngs={"params": True}, length=4
-        )
+        axes, split = {"params": 0}, {"params": True}
+        scan = nn.scan(self.row, variable_axes=axes, split_rngs=split, length=4)
         return scan(name="rows")(x, None)[0]
 
 
 def test_scanned_layers_count_by_their_kernels():
-    assert ij.count_cost(_Scanned(), (8, 8, 8)).macs == 4 * 64 * 72 * 8
+    for row in (_Row, nn.jit(_Row)):
+        assert ij.count_cost(_Scanned(row), (8, 8, 8)).macs == 4 * 64 * 72 * 8
+
+
+class _Again(nn.Module):
+    layer: type
+
+    def setup(self):
+        self.shared = self.layer(8, (3, 3))
+
+    def __call__(self, x):
+        return self.shared(self.shared(x))
+
+
+def test_a_compiled_layer_called_twice_counts_twice():
+    for layer in (nn.Conv, nn.jit(nn.Conv)):
+        assert ij.count_cost(_Again(layer), (8, 8, 8)).macs == 2 * 64 * 72 * 8
