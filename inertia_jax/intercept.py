@@ -119,21 +119,24 @@ def on_calls(
 ) -> Iterator[None]:
     """Lets a function answer every layer's call inside a `with` block.
 
-    Methods other than `__call__` are left alone.
+    Methods other than `__call__` are left alone, and so are layers elsewhere.
 
     Args:
         answer: The function.
         key: What tells the function from others, for programs that `nn.jit` keeps.
-        scope: The scope of the network, which may be of a class of `nn.jit` itself.
+        scope: The scope of the network, which may be of a class of `nn.jit` itself. If
+            the network stands inside of another, `answer` is told the paths that its
+            layers have below it.
     """
-    place = _Place(key)
+    place, above = _Place(key), () if scope is None else scope.path
 
     def intercept(
         call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        path = "/".join(context.module.path)
-        with place.at(context.module.scope, path):
-            if context.method_name != "__call__":
+        names = context.module.path
+        path = "/".join(names[len(above) :])
+        with place.at(context.module.scope, "/".join(names)):
+            if context.method_name != "__call__" or names[: len(above)] != above:
                 return call(*args, **kwargs)
             return answer(context.module, path, call, args, kwargs)
 

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -111,7 +112,7 @@ def _traced(
         jaxpr = jax.make_jaxpr(forward)([*places.values()], images).jaxpr
     uses = _Uses()
     stored = [f"{'/'.join(path)}\x03{collection}" for collection, *path in places]
-    uses.follow(jaxpr, stored)
+    uses.read(uses.follow(jaxpr, stored))
     return uses.reasons()
 
 
@@ -135,8 +136,16 @@ class _Uses:
                 found[path] = "has parameters that are also used outside of it"
         return found
 
-    def follow(self, jaxpr: Any, operands: Sequence[str | None]) -> None:
-        """Records the uses in a program of operands that are stored, by place."""
+    def read(self, places: Sequence[str | None]) -> None:
+        """Records that what is stored at some places is used outside of its layer."""
+        self._read.update(filter(None, places))
+
+    def follow(self, jaxpr: Any, operands: Sequence[str | None]) -> list[str | None]:
+        """Records the uses in a program of operands that are stored, by place.
+
+        Returns:
+            The place of each result that is stored, too, and None for the others.
+        """
         holds = dict(zip(map(id, jaxpr.invars), operands, strict=False))
         for eqn in jaxpr.eqns:
             places = [holds.get(id(var)) for var in eqn.invars]
@@ -149,13 +158,19 @@ class _Uses:
             for i, place in enumerate(places):
                 if place and any(place.startswith(f"{path}/") for path in layers):
                     places[i] = None  # a layer does with its own what it likes
-            for inner in programs_inside(eqn):
-                self.follow(inner, places[start:stop])
+            results = [
+                self.follow(inner, places[start:stop]) for inner in programs_inside(eqn)
+            ]
             if eqn.primitive.name in _COPIES:
                 holds |= {id(eqn.outvars[0]): places[0]}
                 continue
-            self._read.update(filter(None, places[:start] + places[stop:]))
-        self._read.update(filter(None, (holds.get(id(var)) for var in jaxpr.outvars)))
+            self.read(places[:start] + places[stop:])
+            if eqn.primitive.name in _CALLS:
+                # `nnx.jit` and `nnx.remat` return what they were given.
+                holds |= dict(zip(map(id, eqn.outvars), results[0], strict=True))
+            else:
+                self.read(list(itertools.chain.from_iterable(results)))
+        return [holds.get(id(var)) for var in jaxpr.outvars]
 
 
 def _passed_on(eqn: Any) -> tuple[int, int]:

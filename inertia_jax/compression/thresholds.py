@@ -110,7 +110,10 @@ class ThresholdSearch:
             found = subtree(sown, path)
             if FRICTION not in found:
                 raise ValueError(
-                    f"{path!r} cannot say what its friction is. {NOTHING_CHANGES}"
+                    f"{path!r} cannot say what its friction is: it may be called "
+                    f"inside a transformation that passes nothing on, such as JAX's "
+                    f"own `checkpoint`; use Flax's, or leave it out by `layers`. "
+                    f"{NOTHING_CHANGES}"
                 )
             calls = [f.reshape(len(f), -1) for f in found[FRICTION]]
             rates[path] = mean_gate_rate(found[GATE_RATE], calls)

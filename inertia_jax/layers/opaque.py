@@ -27,3 +27,7 @@ OpaqueDense: type[nn.Module] = type("OpaqueDense", (Opaque, nn.Dense), {})
 OpaqueConvTranspose: type[nn.Module] = type(
     "OpaqueConvTranspose", (Opaque, nn.ConvTranspose), {}
 )
+OpaqueDenseGeneral: type[nn.Module] = type(
+    "OpaqueDenseGeneral", (Opaque, nn.DenseGeneral), {}
+)
+OpaqueEinsum: type[nn.Module] = type("OpaqueEinsum", (Opaque, nn.Einsum), {})

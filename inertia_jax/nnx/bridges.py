@@ -11,10 +11,39 @@ from flax.nnx.bridge.variables import (
     nnx_attrs_to_linen_vars,
 )
 
+from inertia_jax.compression.planned import Planned
 from inertia_jax.models.create import check_plan, init_variables, input_shape
 from inertia_jax.models.network import Network
-from inertia_jax.plan.plan import Plan
+from inertia_jax.nnx.graph import Path, iter_nodes
+from inertia_jax.plan.plan import Plan, plan_of
 from inertia_jax.variables import plain_variables
+
+# How the names of a bridge's own attributes begin. The others are the variables of the
+# model.
+OWN = "to_nnx__"
+
+
+def find_bridges(module: nnx.Module) -> dict[Path, nnx.bridge.ToNNX]:
+    """Returns the Linen models inside a module, in their bridges, by path."""
+    return {
+        path: node
+        for path, node in iter_nodes(module)
+        if isinstance(node, nnx.bridge.ToNNX)
+    }
+
+
+def unplanned(model: nn.Module) -> nn.Module:
+    """Returns a Linen model without its plan."""
+    if isinstance(model, Planned):
+        return model.unplanned
+    return model.clone(plan=Plan()) if isinstance(model, Network) else model
+
+
+def with_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Returns a Linen model with another plan."""
+    if plan == (plan_of(model) or Plan()):
+        return model
+    return Planned(model, plan) if plan_of(model) is None else model.clone(plan=plan)
 
 
 def read_bridge(bridge: nnx.bridge.ToNNX) -> tuple[nn.Module, dict[str, Any]]:
@@ -31,7 +60,12 @@ def bridge_to(
     for name in _attributes(made):
         delattr(made, name)
     made.to_nnx__module = model
-    for name, value in linen_vars_to_nnx_attrs(dict(variables)).items():
+    own = {
+        collection: {n: v for n, v in leaves.items() if not n.startswith(OWN)}
+        for collection, leaves in variables.items()
+        if isinstance(leaves, Mapping)
+    }
+    for name, value in linen_vars_to_nnx_attrs(own).items():
         setattr(made, name, nnx.data(value))
     return made
 
@@ -64,5 +98,5 @@ def bridge_with_plan(
 
 def _attributes(bridge: nnx.bridge.ToNNX) -> dict[str, Any]:
     """Returns the variables that a module has of the Linen model inside it."""
-    own = ("to_nnx__", "_pytree__")
+    own = (OWN, "_pytree__")
     return {n: value for n, value in vars(bridge).items() if not n.startswith(own)}

@@ -11,7 +11,13 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from inertia_jax.layers.opaque import OpaqueConv, OpaqueConvTranspose, OpaqueDense
+from inertia_jax.layers.opaque import (
+    OpaqueConv,
+    OpaqueConvTranspose,
+    OpaqueDense,
+    OpaqueDenseGeneral,
+    OpaqueEinsum,
+)
 from inertia_jax.nnx.graph import Path, iter_nodes
 from inertia_jax.nnx.inertial import InertialConv
 from inertia_jax.nnx.low_rank import LowRankConv, LowRankDense
@@ -24,6 +30,8 @@ _EQUALS: dict[type[nnx.Module], type[nn.Module]] = {
     nnx.Linear: nn.Dense,
     nnx.BatchNorm: nn.BatchNorm,
     nnx.ConvTranspose: nn.ConvTranspose,
+    nnx.LinearGeneral: nn.DenseGeneral,
+    nnx.Einsum: nn.Einsum,
     **dict.fromkeys(PLANNED, nn.Conv),
     LowRankDense: nn.Dense,
 }
@@ -31,6 +39,8 @@ _OPAQUE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv: OpaqueConv,
     nn.Dense: OpaqueDense,
     nn.ConvTranspose: OpaqueConvTranspose,
+    nn.DenseGeneral: OpaqueDenseGeneral,
+    nn.Einsum: OpaqueEinsum,
 }
 # What layers of NNX compute with, where nobody chose something else.
 _USUAL: dict[str, Any] = {
@@ -93,6 +103,10 @@ def _own_way(node: Any) -> str | None:
     """Returns in what a layer computes otherwise than Flax does, or None."""
     if type(node) is not _base(node):
         return f"is a {type(node).__name__}, which may compute anything"
+    if isinstance(node, nnx.LinearGeneral | nnx.Einsum):
+        # Linen's equals have arguments of other kinds.
+        name = type(node).__name__
+        return f"is an nnx.{name}, of which there is no factorised form"
     for name, usual in _USUAL.items():
         if getattr(node, name, usual) is not usual:
             return f"computes in its own way ({name})"
@@ -113,6 +127,10 @@ def linen_fields(node: Any) -> tuple[type[nn.Module], dict[str, Any]]:
     }
     if hasattr(node, "out_features"):
         fields["features"] = node.out_features
+    if isinstance(node, nnx.LinearGeneral):
+        fields["batch_dims"] = tuple(node.batch_axis)
+    if isinstance(node, nnx.Einsum):
+        fields["shape"] = node.kernel_shape
     return cls, fields
 
 

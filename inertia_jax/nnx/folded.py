@@ -9,7 +9,7 @@ from jax import Array
 
 from inertia_jax.layers.kinds import kind_of
 from inertia_jax.nnx.equals import find_layers, output_type
-from inertia_jax.nnx.graph import become
+from inertia_jax.nnx.graph import Path, become
 
 
 class FoldedBatchNorm(nnx.Module):
@@ -53,10 +53,32 @@ def fold_into(module: nnx.Module, folded: Sequence[tuple[str, str]]) -> None:
     found = find_layers(module)
     layers: dict[str, Any] = {"/".join(p): layer.node for p, layer in found.items()}
     for layer, norm in folded:
-        _give_bias(layers[layer])
-        become(layers[norm], FoldedBatchNorm(layers[norm]))
+        # The others are those of Linen models inside of the module.
+        if layer in layers:
+            _give_bias(layers[layer])
+        if norm in layers:
+            become(layers[norm], FoldedBatchNorm(layers[norm]))
     if folded:
         module.eval()
+
+
+def pairs_below(
+    folded: Sequence[tuple[str, str]], path: Path
+) -> tuple[tuple[str, str], ...]:
+    """Returns the pairs of a Linen model at a path, by the paths that it knows.
+
+    Of a pair that has one layer elsewhere, the other is not in the model's way.
+    """
+    above = "".join(f"{name}/" for name in path)
+
+    def below(layer: str) -> str:
+        return layer.removeprefix(above) if layer.startswith(above) else f"/{layer}"
+
+    return tuple(
+        (below(layer), below(norm))
+        for layer, norm in folded
+        if layer.startswith(above) or norm.startswith(above)
+    )
 
 
 def _give_bias(node: Any) -> None:

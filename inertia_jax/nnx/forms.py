@@ -11,7 +11,7 @@ from flax import nnx
 from inertia_jax.dropped import DroppedRule, find_dropped
 from inertia_jax.layers.factorised import cannot_factorise
 from inertia_jax.layers.in_place import standing
-from inertia_jax.nnx.bridges import bridge_with_plan
+from inertia_jax.nnx.bridges import bridge_with_plan, find_bridges
 from inertia_jax.nnx.equals import PLANNED, Layer, find_layers, linen_layer
 from inertia_jax.nnx.graph import become, is_trained, iter_nodes
 from inertia_jax.nnx.inertial import InertialConv
@@ -34,13 +34,14 @@ def plan_of(module: nnx.Module) -> Plan:
 
     That of a Linen model inside a module, as of `ij.nnx.create_model`, is the model's.
     """
-    if isinstance(module, nnx.bridge.ToNNX):
-        return plan_of_linen(module.to_nnx__module) or Plan()
-    rules = [
+    rules: list[tuple[str, Spec]] = [
         (as_glob("/".join(path)), layer.node.spec)
         for path, layer in find_layers(module).items()
         if isinstance(layer.node, PLANNED)
     ]
+    for path, bridge in find_bridges(module).items():
+        plan = plan_of_linen(bridge.to_nnx__module) or Plan()
+        rules += plan.above(path).rules
     return Plan(tuple(rules))
 
 
@@ -73,14 +74,33 @@ def apply_plan(
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if isinstance(module, nnx.bridge.ToNNX):
         return bridge_with_plan(module, plan, rngs)
+    changed = with_forms(module, plan, rngs)
+    for path, bridge in find_bridges(changed).items():
+        below = plan.below(path)
+        if below != plan_of(bridge):
+            become(bridge, bridge_with_plan(bridge, below, rngs))
+    return changed
+
+
+def with_forms(module: nnx.Module, plan: Plan, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns a module whose own convolutions have the forms of a plan.
+
+    Linen models inside of it have theirs.
+
+    Raises:
+        ValueError: What `apply_plan` refuses.
+    """
     changed = nnx.clone(module, graph=True)
+    bridges = find_bridges(changed)
     convolutions = {
         "/".join(path): layer
         for path, layer in find_layers(changed).items()
         if isinstance(layer.node, (nnx.Conv, nnx.Linear, *PLANNED))
     }
-    for glob, _ in plan.rules:
-        if not any(matches(path, glob) for path in convolutions):
+    for glob, spec in plan.rules:
+        rule = Plan(((glob, spec),))
+        is_below = any(rule.below(path).rules for path in bridges)
+        if not is_below and not any(matches(path, glob) for path in convolutions):
             raise ValueError(f"`plan` has {glob!r}, which matches no convolution.")
     if dropped := _dropped(plan, convolutions):
         listed = "\n  ".join(map(str, dropped))

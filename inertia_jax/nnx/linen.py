@@ -4,15 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
 from inertia_jax.compression.planned import Planned
 from inertia_jax.deploy.fold import Folded
-from inertia_jax.nnx.bridges import bridge_to, read_bridge
+from inertia_jax.nnx.bridges import (
+    bridge_to,
+    find_bridges,
+    read_bridge,
+    with_plan,
+)
 from inertia_jax.nnx.equals import find_layers
-from inertia_jax.nnx.folded import fold_into
-from inertia_jax.nnx.forms import apply_plan, plan_of
+from inertia_jax.nnx.folded import fold_into, pairs_below
+from inertia_jax.nnx.forms import plan_of, with_forms
+from inertia_jax.nnx.graph import become
 from inertia_jax.nnx.variables import iter_variables, value_at
 from inertia_jax.nnx.view import LinenView, Source
 from inertia_jax.plan.plan import Plan
@@ -63,14 +70,31 @@ def from_linen(
     Returns:
         A module of the same class, of which only those layers are others that the model
         has others for.
+
+    Raises:
+        ValueError: Variables of another model.
     """
     if isinstance(module, nnx.bridge.ToNNX):
         return bridge_to(module, model, variables)
     folded: tuple[tuple[str, str], ...] = ()
     if isinstance(model, Folded):
         model, folded = model.unfolded, model.folded
-    changed = apply_plan(module, plan_of_linen(model) or Plan())
+    plan = plan_of_linen(model) or Plan()
+    changed = with_forms(module, plan, nnx.Rngs(0))
+    for path, bridge in find_bridges(changed).items():
+        linen = with_plan(bridge.to_nnx__module, plan.below(path))
+        if pairs := pairs_below(folded, path):
+            linen = Folded(linen, pairs)
+        inside = {name: value_at(variables, (name, *path)) for name in variables}
+        become(bridge, bridge_to(bridge, linen, inside))
     fold_into(changed, folded)
     for place, variable in iter_variables(changed, find_layers(changed)):
-        variable.set_raw_value(value_at(variables, place))
+        value, shape = value_at(variables, place), variable.get_raw_value().shape
+        if value is None or np.shape(value) != shape:
+            found = "missing" if value is None else np.shape(value)
+            raise ValueError(
+                f"`variables` do not belong to `model`: {'/'.join(place)} is {found}, "
+                f"must be {shape}."
+            )
+        variable.set_raw_value(value)
     return changed

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.nnx.variablelib import variable_name_from_type
 
 from inertia_jax.nnx.graph import Path, iter_nodes
 
@@ -38,12 +39,20 @@ def iter_variables(
         layers: Paths of layers that Linen has, too. Their parameters are in `params`
             whatever class of variables they have.
     """
-    for path, node in iter_nodes(module):
+    nodes = list(iter_nodes(module))
+    bridges = {path for path, node in nodes if isinstance(node, nnx.bridge.ToNNX)}
+    for path, node in nodes:
         if not isinstance(node, nnx.Variable):
             continue
         if isinstance(node.get_raw_value(), _ARRAYS):
-            in_layer = any(path[:n] in layers for n in range(len(path)))
-            yield (_collection(node, in_layer=in_layer), *path), node
+            above = [path[:n] for n in range(len(path))]
+            collection = _collection(node, in_layer=any(p in layers for p in above))
+            # The rest of a bridge's attributes are its own, and not the model's.
+            if any(
+                p in bridges and not path[len(p)].startswith("to_nnx__") for p in above
+            ):
+                collection = variable_name_from_type(type(node))
+            yield (collection, *path), node
 
 
 def _collection(variable: nnx.Variable[Any], *, in_layer: bool) -> str:

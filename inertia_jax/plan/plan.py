@@ -5,7 +5,8 @@ import fnmatch
 import functools
 import glob
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from flax import linen as nn
@@ -36,6 +37,25 @@ def matches(path: str, pattern: str) -> bool:
 def as_glob(path: str) -> str:
     """Returns the glob that matches this path alone."""
     return glob.escape(path)
+
+
+def _rests(pattern: str, prefix: str) -> list[str]:
+    """Returns the globs of what follows a prefix in the paths that a glob matches."""
+    if not prefix:
+        return [pattern]
+    if pattern.startswith("*"):
+        # It is as long as the prefix or more, or shorter.
+        return list(dict.fromkeys([pattern, *_shorter(pattern[1:], prefix)]))
+    token = re.match(r"\[!?\]?[^]]*\]|.", pattern, re.DOTALL)
+    if token is None or not fnmatch.fnmatchcase(prefix[0], token[0]):
+        return []
+    return _rests(pattern[token.end() :], prefix[1:])
+
+
+def _shorter(pattern: str, prefix: str) -> list[str]:
+    """Returns the globs of what follows a prefix of which a `*` has taken a part."""
+    starts = range(len(prefix))
+    return [rest for i in starts for rest in _rests(pattern, prefix[i:])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +115,17 @@ class Plan:
         if not isinstance(spec, Inertial):
             spec = core_of(self.spec(path.removesuffix("/core")))
         return spec if isinstance(spec, Inertial) else None
+
+    def above(self, path: Sequence[str]) -> "Plan":
+        """Returns the plan of a network that has this one's as its part at a path."""
+        prefix = as_glob("".join(f"{name}/" for name in path))
+        return Plan(tuple((prefix + glob, spec) for glob, spec in self.rules))
+
+    def below(self, path: Sequence[str]) -> "Plan":
+        """Returns the plan of the part of a network at a path."""
+        prefix = "".join(f"{name}/" for name in path)
+        rules = [(rest, spec) for g, spec in self.rules for rest in _rests(g, prefix)]
+        return Plan(tuple(rules))
 
     @property
     def inertial(self) -> tuple[Inertial, ...]:

@@ -608,3 +608,32 @@ def test_a_network_of_ones_own_is_made_inertial():
     assert plain(inertial).total_macs <= 0.8 * plain(model).macs
     outputs = inertial.apply(changed, X, mode="use")["logits"]
     assert outputs.shape == (4, 5) and np.isfinite(outputs).all()
+
+
+def test_a_planned_or_folded_model_may_be_a_part_of_another():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(True, name="bn")(conv(name="a")(x))
+
+    class Outer(nn.Module):
+        part: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            # A layer of the same name, of which no plan speaks.
+            return self.part(conv(name="a")(x))
+
+    model = Normed()
+    plan = ij.Plan((("a", ij.Tucker2(2, 2)),))
+    planned = ij.Planned(model, plan)
+    variables = planned.init(KEY, X)
+    folded = ij.fold_batch_norm(planned, variables, image_shape=SHAPE)
+    for part, inside in ((planned, variables), folded):
+        outer = Outer(part)
+        drawn = outer.init(KEY, X)
+        assert drawn["params"]["a"].keys() == {"kernel", "bias"}
+        given = {name: {"part": tree} for name, tree in inside.items()}
+        given["params"] |= {"a": drawn["params"]["a"]}
+        expected = part.apply(inside, conv().apply({"params": given["params"]["a"]}, X))
+        np.testing.assert_allclose(outer.apply(given, X), expected, atol=1e-6)

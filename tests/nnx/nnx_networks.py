@@ -43,12 +43,14 @@ class LinenBlock(nn.Module):
 
 
 class LinenNet(nn.Module):
+    drop_rate: float = 0.5
+
     @nn.compact
     def __call__(self, x, *, train=False):
         x = nn.Conv(8, (3, 3), strides=2, name="stem")(x)
         x = LinenBlock(name="block")(x, train=train)
         x = nn.Conv(16, (1, 1), name="point")(x).mean((1, 2))
-        x = nn.Dropout(0.5, deterministic=not train)(x)
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
         return nn.Dense(10, name="fc")(x)
 
 

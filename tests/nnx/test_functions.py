@@ -1,11 +1,21 @@
 """The functions of the library on NNX modules, beside the same on Linen models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nnx_networks import SHAPE, Block, Net, X, linen_variables, make_pair
+from nnx_networks import (
+    SHAPE,
+    Block,
+    LinenNet,
+    Net,
+    X,
+    linen_variables,
+    make_pair,
+)
 
 import inertia_jax as ij
 
@@ -205,6 +215,88 @@ def test_bad_modules_are_refused(pair):
         ij.count_cost(net, (8, 8, 5))
     with pytest.raises(ValueError, match=r"`image_shape` \(=None\).* Net, which"):
         ij.compress(net, ranks=ij.Ratio(0.5))
+    model, own = ij.nnx.as_linen(net)
+    with pytest.raises(ValueError, match="do not belong to `model`: .*drop.* missing"):
+        ij.nnx.from_linen(net, model, variables)
+    other = {**own, "params": {**own["params"], "stem": own["params"]["point"]}}
+    with pytest.raises(ValueError, match="stem/bias is .16,., must be .8,."):
+        ij.nnx.from_linen(net, model, other)
+
+
+class Keyed(nnx.Module):
+    """It draws in evaluation, too: from a stream that it is given, or its own."""
+
+    def __init__(self, stream=None):
+        self.conv = nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+        self.stream = stream
+
+    def __call__(self, x, rngs):
+        noise = jax.random.normal((self.stream or rngs)(), x.shape)
+        return self.conv(x + noise).mean((1, 2))
+
+
+def test_a_module_may_need_a_key_in_evaluation():
+    half = {"ranks": ij.Ratio(0.5), "image_shape": SHAPE}
+    net = Keyed()
+    with pytest.raises(ValueError, match="missing 1 .*'rngs'.* say how it is called"):
+        ij.compress(net, **half)
+    call = lambda net, images, train: net(images, nnx.Rngs(1))  # noqa: E731
+    small = ij.compress(net, apply_fn=call, **half)
+    assert small.conv.spec == ij.Tucker2(2, 4)
+    call = lambda net, images, train: net(images, None)  # noqa: E731
+    drawing = ij.compress(Keyed(nnx.Rngs(1)), apply_fn=call, **half)
+    np.testing.assert_allclose(small(X, nnx.Rngs(1)), drawing(X, None), atol=1e-6)
+
+
+TILED = ij.Inertial(3, 4, reading="tiled", threshold=ij.Learned(0.5))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    (
+        ij.Tucker2(4, 4),
+        ij.LowRank(4),
+        dataclasses.replace(TILED, gate_gradient="ste", capacities=None),
+        dataclasses.replace(TILED, threshold=ij.Rate(0.5), relative=True),
+    ),
+    ids=("tucker2", "low_rank", "learned", "rate"),
+)
+def test_a_step_is_that_of_the_same_network_in_linen(spec):
+    where = "point" if isinstance(spec, ij.LowRank) else "block/*"
+    net = ij.nnx.apply_plan(Net(nnx.Rngs(0)), ij.Plan(((where, spec),)))
+    net.drop.rate = 0.0
+    model = ij.Planned(LinenNet(drop_rate=0.0), ij.nnx.plan_of(net))
+    _, variables = ij.nnx.as_linen(net)
+    params = variables["params"]
+    others = {n: variables[n] for n in ("batch_stats", "thresholds") if n in variables}
+
+    def loss(params):
+        given = {"params": params, **others}
+        y, changed = model.apply(given, X, train=True, mutable=[*others])
+        return (y**2).mean(), (y, changed)
+
+    (_, (y, changed)), expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params
+    )
+
+    @nnx.jit
+    @nnx.value_and_grad(has_aux=True)
+    def step(net, images):
+        y = net(images)
+        return (y**2).mean(), y
+
+    net.train()
+    (_, ours), grads = step(net, X)
+    np.testing.assert_allclose(ours, y, atol=1e-6)
+    _, moved = ij.nnx.as_linen(net)
+    for found, wanted in (
+        (nnx.to_pure_dict(grads), expected),
+        ({name: moved[name] for name in others}, dict(changed)),
+    ):
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(expected))
 
 
 def test_a_module_is_made_inertial_as_in_linen(pair):

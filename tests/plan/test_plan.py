@@ -196,3 +196,18 @@ def test_what_a_stranger_plans_is_bounded_before_it_is_built(
     with pytest.raises(ValueError, match=re.escape(words)) as found:
         make()
     assert len(str(found.value)) < 500
+
+
+GLOBS = ("*", "net/*", "n*/b?/c*", "*conv1", "net/b1/conv1", "[mn]et/b[!2]/*", "*/b*1")
+
+
+@pytest.mark.parametrize("glob", GLOBS)
+def test_a_plan_is_cut_at_the_path_of_a_part(glob):
+    plan = ij.Plan(((glob, ij.Tucker2(1, 1)),))
+    for part in (("net",), ("net", "b1"), ("net/b1",), ("[x]",)):
+        below = plan.below(part)
+        above = below.above(part)
+        for rest in ("conv1", "b1/conv1", "b2/conv1", "b1/c*", "b", "other"):
+            path = "/".join((*part, rest))
+            assert below.spec(rest) == above.spec(path) == plan.spec(path)
+            assert above.spec(rest) == ij.Conv()
