@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 
 # What fails in a helper is shown as what fails in a test.
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "outcomes")
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
