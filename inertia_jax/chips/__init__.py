@@ -1,0 +1,1 @@
+"""Accelerators that are not there: what their compiler says of a program."""
