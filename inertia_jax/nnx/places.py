@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -59,10 +59,17 @@ class Place:
 
         Programs that `nnx.jit` keeps know this place, and would keep the arrays, too.
         """
-        if self._is_lost or not self._made <= self._variables(self._node).keys():
-            # A transformation has not passed on all that was made inside of it.
-            scope = scope_at(self._root, self._path)
-            self._call(self._node, scope, _zeros(self._inputs))
+        own = self._variables(self._node)
+        if self._is_lost or not self._made <= own.keys():
+            # A transformation has not passed on all that was made inside of it. What
+            # is made here is no part of the program, in which calls are counted.
+            with jax.ensure_compile_time_eval():
+                scope = self._new_scope({}, {"params": jax.random.key(0)})
+                inside = scope_at(scope, self._path)
+                self._call(self._node, inside, _zeros(self._inputs))
+            made = traverse_util.flatten_dict(dict(scope.variables()))
+            for place in made.keys() - own.keys():
+                _hold(self._node, place, made[place])
         held = list(_iter_held(self._node))
         self._node, self._root, self._stored = None, None, []
         return held
@@ -102,13 +109,15 @@ class Place:
         for place, variable in _iter_held(node):
             if is_outside or _trace_of(variable.get_raw_value()) is not _trace_of(x):
                 fixed.add(place[0])
-        scope = Scope(
-            variables,
-            rngs=self._root.rngs,
-            mutable=subtract_filters(self._root.mutable, fixed),
-            flags=self._root.flags,
-        )
+        scope = self._new_scope(variables, self._root.rngs, fixed)
         return scope_at(scope, self._path)
+
+    def _new_scope(
+        self, variables: dict[str, Any], rngs: Any, fixed: Collection[str] = ()
+    ) -> Any:
+        """Returns a scope like the root, in which some collections cannot change."""
+        mutable = subtract_filters(self._root.mutable, {*fixed})
+        return Scope(variables, rngs=rngs, mutable=mutable, flags=self._root.flags)
 
     def _call(self, node: Any, scope: Any, inputs: Any) -> Any:
         """Returns the output of Linen's equal of the layer, on a scope."""

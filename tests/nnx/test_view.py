@@ -204,6 +204,33 @@ def test_what_a_transformation_does_not_pass_on_is_said():
     model, _ = ij.compress(*ij.nnx.as_linen(Closed()), **half, **OPTIONS)
     assert dict(model.kept)["conv1"].startswith("is called inside nn.scan, nn.vmap or")
     assert [glob for glob, _ in model.plan.rules] == ["conv2"]
+    # First variables of factors are made all the same.
+    model, _ = ij.compress(*ij.nnx.as_linen(Closed()), image_shape=SHAPE, **half)
+    assert ij.count_cost(model, SHAPE).rows == ij.count_cost(expected, SHAPE).rows
     for cls in (Closed, Twice):  # without updates of the graph, nothing is sown
         with pytest.raises(ValueError, match="'conv1' cannot say what its friction is"):
             ij.make_inertial(cls(), macs=0.95, **OPTIONS)
+
+
+class Mixed(nnx.Module):
+    def __init__(self):
+        self.conv = conv()
+        self.spread = nnx.LinearGeneral(4, (2, 3), rngs=nnx.Rngs(1))
+        self.gather = nnx.Einsum("nhwab,abc->nc", (2, 3, 5), rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.gather(self.spread(self.conv(x)))
+
+
+def test_linear_layers_of_several_axes_are_counted_and_stay():
+    net = Mixed()
+    rows = {row.path: row for row in ij.count_cost(net, SHAPE).rows}
+    assert (rows["spread"].macs, rows["spread"].params) == (36 * 4 * 6, 4 * 6 + 6)
+    assert (rows["gather"].macs, rows["gather"].params) == (36 * 6 * 5, 6 * 5)
+    options = {"ranks": ij.Ratio(0.5), "image_shape": SHAPE, "linear": True}
+    model, _ = ij.compress(*ij.nnx.as_linen(net), **options)
+    assert dict(model.kept) == {
+        path: f"is an nnx.{name}, of which there is no factorised form"
+        for path, name in (("spread", "LinearGeneral"), ("gather", "Einsum"))
+    }
+    assert ij.compress(net, **options).conv.spec == ij.Tucker2(2, 2)
