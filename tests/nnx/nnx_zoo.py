@@ -296,8 +296,8 @@ class Ensemble(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.stem = nnx.Conv(4, 8, (3, 3), rngs=rngs)
-        make = nnx.vmap(lambda rngs: Block(rngs=rngs))
-        self.twins = make(rngs.fork(split=2))
+        make = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: Block(rngs=rngs)))
+        self.twins = make(rngs)
 
     def __call__(self, x):
         call = nnx.vmap(lambda block, x: block(x), in_axes=(0, None))
