@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # These import JAX, which is not needed before the process may be replaced.
     try:
         import inertia_jax
+        from inertia_jax.chips.compiler import tell_libtpu
         from train.machine.platform import choose_cpu_flags, use_compilation_cache
     except ModuleNotFoundError as error:
         return _say_missing(error, "this program")
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = parser.parse_args(argv[:1] or ["--help"]).verb
     use_compilation_cache()
     choose_cpu_flags()
+    tell_libtpu()
     give_back_after_compiling()
     try:
         _check_local(argv)

@@ -13,7 +13,7 @@ from jax.experimental.layout import Format, Layout
 
 from inertia_jax.chips.chip import Chip, find_chip
 
-# Where JAX sees no TPU, libtpu is told so: it looks for no machine of Google's, and
+# What libtpu takes from the environment: the machine that it would look for, and that
 # another process may have it loaded, too.
 _NO_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -21,6 +21,18 @@ _NO_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def tell_libtpu() -> None:
+    """Tells libtpu that this machine has no TPU, where JAX sees none.
+
+    Otherwise it complains in several lines when JAX computes for the first time, and
+    refuses to serve two processes at once.
+    """
+    # JAX sets this when it is imported where it sees no TPU.
+    if "TPU_SKIP_MDS_QUERY" in os.environ:
+        for variable, value in _NO_TPU.items():
+            os.environ.setdefault(variable, value)
 
 
 def topology(chip: Chip | str, num_chips: int = 1) -> topologies.TopologyDescription:
@@ -43,10 +55,7 @@ def topology(chip: Chip | str, num_chips: int = 1) -> topologies.TopologyDescrip
         raise ImportError(
             f"compiling for {chip.name} needs libtpu: pip install 'inertia_jax[tpu]'."
         )
-    # JAX sets this when it is imported where it sees no TPU.
-    if "TPU_SKIP_MDS_QUERY" in os.environ:
-        for variable, value in _NO_TPU.items():
-            os.environ.setdefault(variable, value)
+    tell_libtpu()
     try:
         found = topologies.get_topology_desc(
             platform="tpu",
@@ -71,7 +80,25 @@ def compile_for(
 ) -> jax.stages.Compiled:
     """Compiles a function for an accelerator that need not be there.
 
-    The result cannot be called. `estimate` reads what the compiler says of it.
+    The result cannot be called. `estimate` reads what the compiler says of it. The
+    arguments are those of `lower_for`.
+
+    Raises:
+        ImportError: libtpu, which has the compiler, is not installed.
+        ValueError: An unknown chip, or a program that does not fit into its memory; the
+            message says by how much.
+    """
+    lowered = lower_for(function, *shapes, chip=chip, any_layout=any_layout)
+    return compile_lowered(lowered, chip=chip)
+
+
+def lower_for(
+    function: Callable[..., Any],
+    *shapes: Any,
+    chip: Chip | str,
+    any_layout: bool = False,
+) -> jax.stages.Lowered:
+    """Lowers a function for an accelerator that need not be there.
 
     Args:
         function: The function, or what `jax.jit` has made of it.
@@ -85,10 +112,8 @@ def compile_for(
 
     Raises:
         ImportError: libtpu, which has the compiler, is not installed.
-        ValueError: An unknown chip, or a program that does not fit into its memory; the
-            message says by how much.
+        ValueError: An unknown chip.
     """
-    chip = find_chip(chip) if isinstance(chip, str) else chip
     one = jax.sharding.SingleDeviceSharding(topology(chip).devices[0])
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -102,9 +127,7 @@ def compile_for(
         function = jax.jit(function, in_shardings=free, out_shardings=free)
     elif not hasattr(function, "trace"):
         function = jax.jit(function)
-    return compile_lowered(
-        function.trace(*jax.tree.map(placed, shapes)).lower(), chip=chip
-    )
+    return function.trace(*jax.tree.map(placed, shapes)).lower()
 
 
 def compile_lowered(

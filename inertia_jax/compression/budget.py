@@ -1,6 +1,8 @@
 """Chooses all ranks of a network jointly, for the least error within a budget."""
 
+import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,12 +28,18 @@ from inertia_jax.compression.sites import Factorised, Site
 from inertia_jax.compression.weighed_kernel import WeighedKernel
 from inertia_jax.cost.count import count_one
 from inertia_jax.inputs import Shape
+from inertia_jax.layers.kinds import ranks_of
 from inertia_jax.ops.tucker.tucker import Method
 from inertia_jax.plan.specs import Conv
 from inertia_jax.progress import Progress, counted
 
 # The most forms of a layer whose latency is measured.
 _TIMED_FORMS = 8
+# The ranks that are compiled for a chip, as shares of the most, each side's with the
+# same of the other side or that two steps away.
+_COMPILED_SHARES = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+# Chips take channels by eights at least.
+_CHIP_MULTIPLE = 8
 
 Costs = dict[str, Callable[[Conv | Factorised], float]]
 
@@ -88,6 +96,8 @@ def choose_ranks(
             possible), or images on which no choice's outputs are finite.
     """
     sites = {path: kernel.site for path, kernel in kernels.items()}
+    if budget.device is not None:
+        round_to = math.lcm(round_to, _CHIP_MULTIPLE)
     plain = {path: WeighedKernel(site) for path, site in sites.items()}
     energies = dict.fromkeys(sites, lambda lost: lost)
     ways = [
@@ -95,8 +105,10 @@ def choose_ranks(
         for each in ([kernels, plain] if batches else [kernels])
     ]
     if budget.of == "latency":
-        ways = _thinned(sites, ways)
+        ways = _thinned(sites, ways, budget)
         costs = _latencies(budget, dense[0], sites, ways[0].grids, progress)
+        if budget.device is not None:
+            _warn_of_slower(budget.device, sites, ways[0].grids, costs)
     else:
         costs = {
             path: (site.macs if budget.of == "macs" else site.params)
@@ -176,16 +188,27 @@ def _cost(
     """Returns the cost of a whole network, in the units of the budget."""
     if budget.of == "latency":
         return model_latency_ms(
-            *network, image_shape, batch_size=budget.batch_size, apply_fn=apply_fn
+            *network,
+            image_shape,
+            batch_size=budget.batch_size,
+            apply_fn=apply_fn,
+            device=budget.device,
         )
     table = count_one(network[0], image_shape, apply_fn=apply_fn)
     return float(table.macs if budget.of == "macs" else table.params)
 
 
-def _thinned(sites: Mapping[str, Site], ways: list[Way]) -> list[Way]:
-    """Returns the ways with a few forms on their hulls, cheaper than the dense ones."""
+def _thinned(sites: Mapping[str, Site], ways: list[Way], budget: Budget) -> list[Way]:
+    """Returns the ways with a few forms that take fewer MACs than the dense ones.
+
+    They are on the hulls, where they are measured, or the same for all layers of one
+    geometry, where they are compiled, which takes seconds each.
+    """
     kept: dict[str, list[int]] = {}
     for path, site in sites.items():
+        if budget.device is not None:
+            kept[path] = _to_compile(site, ways[0].grids[path])
+            continue
         places: set[int] = set()
         for way in ways:
             grid = way.grids[path]
@@ -203,6 +226,41 @@ def _thinned(sites: Mapping[str, Site], ways: list[Way]) -> list[Way]:
     ]
 
 
+def _to_compile(site: Site, grid: Forms) -> list[int]:
+    """Returns the places of the forms that are compiled, by `_COMPILED_SHARES`."""
+    ranks = [ranks_of(spec) for spec in grid.specs]
+    near = []
+    for side in map(np.unique, zip(*ranks, strict=True)):
+        wanted = np.asarray(_COMPILED_SHARES) * side[-1]
+        near.append(side[np.abs(side[:, None] - wanted).argmin(axis=0)])
+    steps = itertools.product(range(len(_COMPILED_SHARES)), repeat=len(near))
+    pairs = {
+        tuple(side[i] for side, i in zip(near, step, strict=True))
+        for step in steps
+        if max(step) - min(step) in (0, 2)
+    }
+    is_less = grid.costs < site.macs(Conv())
+    return [i for i, pair in enumerate(ranks) if pair in pairs and is_less[i]]
+
+
+def _warn_of_slower(
+    device: str, sites: Mapping[str, Site], grids: Mapping[str, Forms], costs: Costs
+) -> None:
+    """Warns of the layers that no form makes faster."""
+    slower = [
+        path
+        for path, site in sites.items()
+        if costs[path](site.spec)
+        <= min(map(costs[path], grids[path].specs), default=math.inf)
+    ]
+    if slower:
+        warnings.warn(
+            f"these layers stay as they are, since no form of them is faster on "
+            f"{device}, as its compiler estimates: {', '.join(slower)}.",
+            stacklevel=5,
+        )
+
+
 def _latencies(
     budget: Budget,
     model: nn.Module,
@@ -214,12 +272,19 @@ def _latencies(
     dtype = getattr(model, "dtype", None) or jnp.float32
     measured: dict[Any, dict[Any, float]] = {}
     costs: Costs = {}
-    for path, site in counted(sites.items(), progress, "timing layers"):
+    what = "timing layers" if budget.device is None else "compiling layers"
+    for path, site in counted(sites.items(), progress, what):
         # Layers of one geometry are measured once.
         times = measured.setdefault(site.geometry, {})
         wanted = dict.fromkeys([Conv(), site.spec, *grids[path].specs])
         new = [spec for spec in wanted if spec not in times]
-        found = site_latencies_ms(site, new, batch_size=budget.batch_size, dtype=dtype)
+        found = site_latencies_ms(
+            site,
+            new,
+            batch_size=budget.batch_size,
+            dtype=dtype,
+            device=budget.device,
+        )
         times.update(zip(new, found, strict=True))
         costs[path] = times.__getitem__
     return costs

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from inertia_jax.chips.chip import find_chip
 from inertia_jax.compression.sites import Factorised, Site
 from inertia_jax.layers.kinds import kind_of, ranks_of
 from inertia_jax.ops.tucker.rank_selection import energy_rank, evbmf_rank, mode_spectra
@@ -74,15 +75,20 @@ class Budget:
     Attributes:
         macs: The share of the dense network's multiply-accumulates, in (0, 1].
         params: The share of its parameters, in (0, 1].
-        latency: The share of its time on this machine, in (0, 1], measured layer by
-            layer.
+        latency: The share of its time, in (0, 1]: on this machine, measured layer by
+            layer, or on `device`.
         batch_size: Images per call where latency is measured, >= 1.
+        device: The chip on which latency counts, such as "v5e" (`CHIPS`), which need
+            not be there: its compiler estimates the time of every layer in every form,
+            and of the network, in bfloat16. It needs libtpu (the extra `tpu`). None:
+            this machine.
     """
 
     macs: float | None = None
     params: float | None = None
     latency: float | None = None
     batch_size: int = 64
+    device: str | None = None
 
     def __post_init__(self) -> None:
         given = self._given
@@ -93,6 +99,12 @@ class Budget:
                 f"a Budget must have one of macs, params and latency; it has {given}."
             )
         _set_share(self, next(iter(given)))
+        if self.device is not None:
+            find_chip(self.device)
+            if self.latency is None:
+                raise ValueError(
+                    f"`device` (={self.device!r}) must be None without `latency`."
+                )
 
     @property
     def of(self) -> str:

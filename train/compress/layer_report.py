@@ -27,8 +27,8 @@ class LayerReport:
             1 - |K - K'|^2 / |K|^2.
         params: The numbers of parameters before and after, without the bias.
         macs: The MACs an image before and after.
-        latency_ms: The milliseconds a call before and after; None where they were not
-            measured.
+        latency_ms: The milliseconds a call before and after, measured here or as the
+            compiler of a chip estimates them; None where layers were not timed.
     """
 
     path: str
@@ -46,6 +46,7 @@ def report_layers(
     image_shape: tuple[int, ...],
     *,
     latency_batch: int,
+    device: str | None = None,
 ) -> list[LayerReport]:
     """Compares every convolution of two networks that differ in form alone.
 
@@ -55,6 +56,8 @@ def report_layers(
         image_shape: The shape [h, w, c] of the networks' input.
         latency_batch: The number of images a call with which each layer is timed, both
             forms in alternation; 0: layers are not timed.
+        device: The chip whose compiler estimates these times. None: they are measured
+            on this machine.
     """
     old_sites = find_sites(*before, image_shape)
     new_sites = find_sites(*after, image_shape)
@@ -68,7 +71,11 @@ def report_layers(
             key = (old.geometry, old.spec, new.spec)
             if key not in times:
                 times[key] = site_latencies_ms(
-                    old, [old.spec, new.spec], batch_size=latency_batch, dtype=dtype
+                    old,
+                    [old.spec, new.spec],
+                    batch_size=latency_batch,
+                    dtype=dtype,
+                    device=device,
                 )
             latency_ms = times[key]
         rows.append(
@@ -92,11 +99,12 @@ def _energy(old: Site, new: Site) -> float:
     return float(1 - missed / total) if total > 0 else 1.0
 
 
-def format_layers(rows: list[LayerReport]) -> str:
-    """Returns the rows as a table, a line a layer."""
+def format_layers(rows: list[LayerReport], device: str | None = None) -> str:
+    """Returns the rows as a table, a line a layer, timed on a chip or here."""
     timed = any(row.latency_ms for row in rows)
     header = ["layer", "kernel", "ranks", "energy", "parameters", "MACs"]
-    lines = [[*header, "ms"] if timed else header]
+    milliseconds = "ms" if device is None else f"ms on {device}, estimated"
+    lines = [[*header, milliseconds] if timed else header]
     for row in rows:
         line = [
             row.path,
@@ -107,7 +115,7 @@ def format_layers(rows: list[LayerReport]) -> str:
             _change(row.macs),
         ]
         if timed and row.latency_ms:
-            line.append(f"{row.latency_ms[0]:.2f} -> {row.latency_ms[1]:.2f}")
+            line.append(f"{row.latency_ms[0]:.3g} -> {row.latency_ms[1]:.3g}")
         lines.append(line)
     total = ["all of these", "", "", ""]
     for pairs in ([row.params for row in rows], [row.macs for row in rows]):
@@ -115,7 +123,7 @@ def format_layers(rows: list[LayerReport]) -> str:
     if timed:
         latencies = [row.latency_ms for row in rows if row.latency_ms]
         before, after = (sum(values) for values in zip(*latencies, strict=True))
-        total.append(f"{before:.2f} -> {after:.2f}")
+        total.append(f"{before:.3g} -> {after:.3g}")
     lines.append(total)
     return aligned(lines, left=3)
 

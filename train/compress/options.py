@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from inertia_jax import Budget
+from inertia_jax.chips.compiler import topology
 from inertia_jax.compression.reconstruct import LEAST_IMAGES
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.specs import Inertial
@@ -18,7 +20,7 @@ from train.config import (
     ResizedCropOption,
     SourceOption,
 )
-from train.errors import UsageError
+from train.errors import UsageError, user_input
 from train.run.outputs import check_output, check_output_file
 from train.sources import Source
 
@@ -56,7 +58,11 @@ class Compress:
     images."""
     latency_batch: int = 0
     """Tucker-2: number of images a call with which layers are timed; 0: layers are not
-    timed, and a budget of latency takes 64."""
+    timed without `--device`, and a budget of latency takes 64."""
+    device: str | None = None
+    """Tucker-2: chip whose time counts in a budget of latency and is reported, v4, v5e,
+    v5p or v6e, as its compiler estimates it in bfloat16; it need not be there, but
+    libtpu must (the extra `tpu`). None: this machine."""
     tile_size: int = 2
     """Inertial: side of a tile of outputs."""
     metric: Metric = Inertial.metric
@@ -113,9 +119,14 @@ class Compress:
         """Whether convolutions become inertial, not Tucker-2."""
         return self.macs is not None
 
+    @property
+    def timed_batch(self) -> int:
+        """The number of images a call with which layers are timed; 0: they are not."""
+        return self.latency_batch or (Budget.batch_size if self.device else 0)
+
 
 # The options of Tucker-2 alone, those that need data, and those of inertial layers.
-_OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch")
+_OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch", "device")
 AUGMENTATION = ("crop_padding", "flip", "resized_crop")
 _OF_DATA = (
     "also_test",
@@ -159,6 +170,9 @@ def check_options(args: Compress) -> None:
             raise UsageError(f"`{name}` (={value}) must be {rule}.")
     if args.ranks is not None:
         parse_ranks(args.ranks)
+    if args.device is not None:
+        with user_input():
+            topology(args.device)
     if args.macs is not None and not 0 < args.macs <= 1:
         raise UsageError(f"`macs` (={args.macs}) must be in (0, 1].")
 

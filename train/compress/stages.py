@@ -189,8 +189,9 @@ def _make_tucker2(
     progress: Progress | None,
 ) -> Network:
     rule = parse_ranks(args.ranks or "")
-    if isinstance(rule, Budget) and rule.of == "latency" and args.latency_batch:
-        rule = dataclasses.replace(rule, batch_size=args.latency_batch)
+    if isinstance(rule, Budget) and rule.of == "latency":
+        batch_size = args.timed_batch or rule.batch_size
+        rule = dataclasses.replace(rule, batch_size=batch_size, device=args.device)
     calibration = None
     if args.weigh and draw is not None:
         calibration = draw(args.calibration_images, augment=False)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inertia_jax import count_cost
+from inertia_jax.compression.latency import model_latency_ms
 from train.arguments import parse_options
 from train.command import shell_command
 from train.compress import augmentation
@@ -105,6 +106,7 @@ def _report(
     last = list(tests[0]["stages"].values())[-1] if tests else {}
     cost = count_cost(small[0], shape, gate_rates=last.get("gate_rates"))
     rows = []
+    estimated_ms: list[float] = []
     if args.is_inertial:
         print(cost)
         print(_where_counted(args, tests))
@@ -113,9 +115,10 @@ def _report(
             (dense.model, dense.variables),
             small,
             shape,
-            latency_batch=args.latency_batch,
+            latency_batch=args.timed_batch,
+            device=args.device,
         )
-        print(format_layers(rows))
+        print(format_layers(rows, args.device))
         for layer in cost.rows:
             if layer.note:
                 print(f"{layer.path} stays dense: {layer.note}")
@@ -124,6 +127,19 @@ def _report(
             f"network: {old.params:,} -> {cost.params:,} parameters, {old.macs:,} -> "
             f"{cost.macs:,} MACs, {cost.macs / cost.dense_macs:.3f} of the dense "
             f"network's"
+        )
+    if args.device is not None:
+        estimated_ms = [
+            model_latency_ms(
+                *network, shape, batch_size=args.timed_batch, device=args.device
+            )
+            for network in ((dense.model, dense.variables), small)
+        ]
+        before, after = estimated_ms
+        print(
+            f"network on {args.device}: {before:.3g} -> {after:.3g} ms a call of "
+            f"{args.timed_batch} images, {after / before:.3f} of the time, as its "
+            f"compiler estimates"
         )
     for test in tests:
         print(in_words(test))
@@ -138,6 +154,9 @@ def _report(
         "augmentation": {name: getattr(args, name) for name in AUGMENTATION},
         **cost_to_json(cost),
         "tests": tests,
+        "device": args.device,
+        "batch_size": args.timed_batch,
+        "estimated_ms": estimated_ms,
         "layers": [dataclasses.asdict(row) for row in rows],
         "plan": plan_to_json(small[0].plan),
     }

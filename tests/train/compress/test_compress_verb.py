@@ -191,6 +191,8 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
         (["--ranks", "ratio:0.5", "--tile-size", "4"], "`tile_size` .*does nothing"),
         (["--macs", "0.8", "--round-to", "8"], "`round_to` .*does nothing with --macs"),
         (["--ranks", "ratio:0.5", "--latency-batch", "-1"], "`latency_batch` .*>= 0"),
+        (["--ranks", "budget:latency=1", "--device", "v5"], "must be one of v4, v5e"),
+        (["--macs", "0.8", "--device", "v5e"], "`device` .*does nothing with --macs"),
         (["--ranks", "half"], "`ranks` .=half. must be"),
         (["--macs", "80"], "`macs` .=80.0. must be in .0, 1."),
         (["--macs", "0.9", "--seed", "-1"], "`seed` .* must be >= 0"),
