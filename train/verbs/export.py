@@ -12,14 +12,13 @@ import tyro
 from flax import linen as nn
 
 from inertia_jax import fold_batch_norm, load_exported, save_exported
-from inertia_jax.calls import same_keys
 from inertia_jax.deploy.exported import check_platforms
 from inertia_jax.metadata import Preprocessing, both_sides
 from inertia_jax.plan.plan import without_ladders
 from train.arguments import parse_options
 from train.config import FactoryOption
-from train.data.augment import Augmentation
 from train.errors import UsageError, user_input
+from train.evaluate.deployed import images_to_logits, kernels_in_type
 from train.networks import TrainedNetwork, read_network, with_dtype
 from train.run.checkpoints import find_checkpoint
 
@@ -94,7 +93,9 @@ def run(argv: Sequence[str]) -> int:
     print(f"checkpoint  {path}")
     print(f"exported    {out}, {out.stat().st_size / 1e6:.1f} MB")
     plain = without_ladders(network.model)
-    before = _calls(plain, network.variables, network.preprocessing, args.input)
+    before = images_to_logits(
+        plain, network.variables, network.preprocessing, args.input
+    )
     print(_compared(out, before, args.platforms))
     number = "n" if batch_size is None else batch_size
     shown = f"[{', '.join(map(str, (number, *shape)))}]"
@@ -134,35 +135,8 @@ def _function(args: Export, network: TrainedNetwork) -> Callable[[Any], Any]:
         print(f"folded      {len(folded[0].folded)} BatchNorm layers")
         for norm, reason in folded[0].kept:
             print(f"  {norm} stays: it {reason}")
-    variables = _in_type(variables, dtype)
-    return _calls(model, variables, network.preprocessing, args.input)
-
-
-def _in_type(variables: Any, dtype: Any) -> Any:
-    """Returns variables with kernels in the type of the computation."""
-
-    def convert(path: Any, leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # someone's counter
-            return jnp.asarray(leaf)
-        is_kernel = path[-1] == jax.tree_util.DictKey("kernel")
-        return jnp.asarray(leaf, dtype if is_kernel else jnp.float32)
-
-    return jax.tree.map_with_path(convert, variables)
-
-
-def _calls(
-    network: Any, variables: Any, preprocessing: Preprocessing, images: str
-) -> Callable[[Any], Any]:
-    """Returns the function from raw or normalised images to logits in float32."""
-    dtype = jnp.dtype(getattr(network, "unfolded", network).dtype)
-    augmentation = Augmentation.plain(preprocessing, dtype)
-
-    def function(x: Any) -> Any:
-        x = augmentation.for_evaluation(x) if images == "uint8" else x.astype(dtype)
-        logits = network.apply(variables, x, rngs=same_keys(jax.random.key(0)))
-        return logits.astype(jnp.float32)
-
-    return function
+    variables = kernels_in_type(variables, dtype)
+    return images_to_logits(model, variables, network.preprocessing, args.input)
 
 
 def _compared(
