@@ -24,6 +24,7 @@ SUITES = {
     "inertial": "tiled convolutions beside dense ones",
     "tucker": "compressed networks beside dense ones",
     "sweep": "a sweep's networks beside each other",
+    "compile": "a TPU's compiler's estimates, without a TPU",
 }
 _MODULES = {"train": "steps"}
 

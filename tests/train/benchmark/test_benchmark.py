@@ -48,6 +48,10 @@ OPTIONS = {
     "inertial": {"batch-size", "width", "repeats"},
     "tucker": {*NETWORKS, "stem", "repeats"},
     "sweep": {"sweep", "data", "batch-size", "steps", "repeats"},
+    "compile": {
+        *("device", "chips", "models", "networks", "programs", "dtypes", "width"),
+        *("batch-size", "eval-batch-size", "sync-batch-norm", "no-sync-batch-norm"),
+    },
 }
 NARROW = ["--models", "vgg16", "--width", "0.02", "--batch-size", "2", "--repeats", "2"]
 
