@@ -11,6 +11,7 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
 _KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 _INSTRUCTION = re.compile(rf"%([\w.-]+) = (.*?) (?:({_KINDS})(-start|-done)?|[\w-]+)\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_WORK = re.compile(r" (?:fusion|convolution|custom-call|dot)\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ALGORITHM = re.compile(r'"emitter":"(\w+?)(?:Emitter)?"')
 
@@ -23,14 +24,16 @@ class Collective:
         kind: The operation, such as "all-reduce".
         num_bytes: The bytes of its results on each device, without padding.
         algorithm: How the devices pass their parts on, "" if the program does not say.
-        hidden_cycles: The estimated cycles of what is scheduled between its start and
-            its end; None where the device waits for it.
+        num_beside: The number of fusions, convolutions and calls that are scheduled
+            between its start and its end; None where it is one operation.
+        cycles_beside: Their cycles, as far as the compiler estimates them.
     """
 
     kind: str
     num_bytes: int
     algorithm: str = ""
-    hidden_cycles: int | None = None
+    num_beside: int | None = None
+    cycles_beside: int = 0
 
 
 def find_collectives(text: str) -> list[Collective]:
@@ -49,9 +52,13 @@ def find_collectives(text: str) -> list[Collective]:
         name, shape, kind, part = instruction.groups()
         if kind is None:
             cycles = sum(map(int, _CYCLES.findall(line)))
-            for place in started.values():
-                hidden = (found[place].hidden_cycles or 0) + cycles
-                found[place] = dataclasses.replace(found[place], hidden_cycles=hidden)
+            for place in started.values() if _WORK.search(line) else ():
+                one = found[place]
+                found[place] = dataclasses.replace(
+                    one,
+                    num_beside=(one.num_beside or 0) + 1,
+                    cycles_beside=one.cycles_beside + cycles,
+                )
         elif part == "-done":
             # The start's own result may hold its operands, too.
             place = started.pop(re.findall(r"%([\w.-]+)", line)[1])
@@ -67,7 +74,7 @@ def find_collectives(text: str) -> list[Collective]:
                     kind,
                     _num_bytes(shape),
                     algorithm[1] if algorithm else "",
-                    hidden_cycles=0 if is_started else None,
+                    num_beside=0 if is_started else None,
                 )
             )
     return found

@@ -168,12 +168,15 @@ class Suite(BaseSuite):
 
     def describe(self, row: dict[str, Any]) -> str:
         lines = [str(Case.of_row(row)), _described(row)]
-        lines += [
-            f"  {each['count']} {each['kind']}, {each['num_bytes']:,} bytes "
-            f"({each['algorithm'] or 'no algorithm named'}), of which {each['hidden']} "
-            f"beside other work"
-            for each in row["collectives"]
-        ]
+        for each in row["collectives"]:
+            how = f" by {each['algorithm']}" if each["algorithm"] else ""
+            beside = (
+                f"{each['num_beside']} operations" if each["num_beside"] else "none"
+            )
+            lines.append(
+                f"  {each['count']} {each['kind']}{how}, {each['num_bytes']:,} bytes, "
+                f"beside other work: {beside}"
+            )
         return "\n".join(lines)
 
 
@@ -201,20 +204,21 @@ def _estimates(compiled: Any, chip: Chip) -> dict[str, Any]:
 
 
 def _collectives(text: str) -> list[dict[str, Any]]:
-    """Returns what devices send each other, by operation and algorithm."""
-    kinds: dict[tuple[str, str], list[Collective]] = {}
+    """Returns what devices send each other, by operation, algorithm and overlap."""
+    kinds: dict[tuple[str, str, bool], list[Collective]] = {}
     for each in find_collectives(text):
-        kinds.setdefault((each.kind, each.algorithm), []).append(each)
+        key = (each.kind, each.algorithm, bool(each.num_beside))
+        kinds.setdefault(key, []).append(each)
     return [
         {
             "kind": kind,
             "algorithm": algorithm,
             "count": len(each),
             "num_bytes": sum(one.num_bytes for one in each),
-            "hidden": sum(one.hidden_cycles is not None for one in each),
-            "hidden_cycles": sum(one.hidden_cycles or 0 for one in each),
+            "num_beside": sum(one.num_beside or 0 for one in each),
+            "cycles_beside": sum(one.cycles_beside for one in each),
         }
-        for (kind, algorithm), each in kinds.items()
+        for (kind, algorithm, _), each in kinds.items()
     ]
 
 

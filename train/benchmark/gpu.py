@@ -35,29 +35,36 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-NAME, MEMORY_BYTES, MOST = "h100", 84942979072, 8
+NAME, MEMORY_BYTES = "h100", 84942979072
+_GPUS_OF_HOST = 8
 # Autotuning would run kernels.
 OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
 def gpu_devices(num_devices: int) -> tuple[Any, ...]:
-    """Returns GPUs to compile for, of one machine.
+    """Returns GPUs to compile for.
 
     Args:
-        num_devices: The number of GPUs, at most eight.
+        num_devices: The number of GPUs: at most the eight of a host, or some hosts'.
 
     Raises:
-        ValueError: There are more, or the packages that compile for GPUs are missing.
+        ValueError: There is no such number, or the packages that compile for GPUs are
+            missing.
     """
-    if num_devices > MOST:
+    hosts, rest = divmod(num_devices, _GPUS_OF_HOST)
+    if rest and hosts:
         raise ValueError(
-            f"`chips` (={num_devices}) must be at most {MOST}, a machine's GPUs."
+            f"`chips` (={num_devices}) must be at most {_GPUS_OF_HOST}, or a multiple "
+            f"of it."
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     jax.config.update("jax_platforms", "cpu")
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_TARGET, topology=f"1x1x{num_devices}"
+            platform="cuda",
+            target_config=_TARGET,
+            # Networks of hosts, hosts of a network, GPUs of a host.
+            topology=f"1x{hosts}x{_GPUS_OF_HOST}" if hosts else f"1x1x{rest}",
         )
     except NotImplementedError as error:
         raise ValueError(

@@ -21,20 +21,21 @@ def test_bytes_and_algorithms_are_read_from_a_program_of_a_tpu():
     ]
 
 
-def test_what_runs_between_a_start_and_its_end_is_hidden():
+def test_what_runs_between_a_start_and_its_end_is_beside_it():
     text = """
       %x = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"1000"}
       %a = f32[8]{0} all-reduce-start(%x), channel_id=3
       %b = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), channel_id=4
       %y = f32[8]{0:T(128)} fusion(%p), backend_config={"estimated_cycles":"70"}
+      %g = f32[8]{0} get-tuple-element(%y), index=0
       %c = f32[8]{0} all-reduce-done(%a)
-      %z = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"7"}
+      %z = f32[8]{0} custom-call(%p), custom_call_target="__cudnn$convForward"
       %d = f32[64]{0} all-gather-done(%b)
       %w = f32[8]{0} fusion(%d), backend_config={"estimated_cycles":"1000"}
       %e = s4[8]{0} all-gather(%w), channel_id=5
     """
     assert find_collectives(text) == [
-        Collective("all-reduce", 32, hidden_cycles=70),
-        Collective("all-gather", 256, hidden_cycles=77),
+        Collective("all-reduce", 32, num_beside=1, cycles_beside=70),
+        Collective("all-gather", 256, num_beside=2, cycles_beside=70),
         Collective("all-gather", 4),
     ]

@@ -67,7 +67,7 @@ def compiled(monkeypatch):
 
 def test_a_record_grows_and_nothing_is_compiled_twice(compiled, tmp_path, capsys):
     out = tmp_path / "record.json"
-    once = ["--networks", "dense", "--programs", "train", "--dtypes", "bfloat16"]
+    once = ["--networks", "dense", "--programs", "evaluate", "--dtypes", "bfloat16"]
     for chips in (["1"], ["4"], ["4", "1"]):
         command = [*COMMAND, *once, "--chips", *chips, "--out", str(out)]
         assert main(command) == 0
@@ -81,7 +81,7 @@ def test_a_record_grows_and_nothing_is_compiled_twice(compiled, tmp_path, capsys
         "scheduled": pytest.approx(3e9 / chip.clock_hz),
     }
     (sent,) = rows[1]["collectives"]
-    assert (sent["count"], sent["num_bytes"], sent["hidden"]) == (1, 1000, 0)
+    assert (sent["count"], sent["num_bytes"], sent["num_beside"]) == (1, 1000, 0)
     said = capsys.readouterr().out
     assert "1 all-reduce, 1,000 bytes" in said and "3,000,000 cycles" in said
     # Another program is compiled anew, and takes the place of the old one.
@@ -99,7 +99,12 @@ def test_records_and_chips_that_cannot_be_are_refused(compiled, tmp_path, capsys
         ("--device", "v5"): "`device` (=v5) must be one of v4, v5e, v5p, v6e, h100.",
         ("--chips", "0"): "`chips` (=(0,))",
         ("--out", str(other)): "must be a record of this suite, or new",
-        ("--device", "h100", "--chips", "9"): "`chips` (=9) must be at most 8",
+        (
+            "--device",
+            "h100",
+            "--chips",
+            "9",
+        ): "`chips` (=9) must be at most 8, or a multiple of it.",
     }.items():
         assert main([*COMMAND, *options]) == 2
         assert said in capsys.readouterr().err
