@@ -1,9 +1,9 @@
-"""Steps of one, two and four real processes beside the model of docs/scaling.md.
+"""Steps of one, two and four real processes, and what they send each other.
 
 `python -m train.benchmark.processes --out FILE` measures. Each process has one CPU
 device. In turn, all of them time a step of their own, a step together, and all-reduces
-of arrays of several sizes. The document's formula is fitted to all of the all-reduces:
-`2 (n-1)/n bytes / bandwidth + 2 (n-1) latency`.
+of arrays of several sizes. The time of a ring, `2 (n-1)/n bytes / bandwidth + 2 (n-1)
+latency`, is fitted to all of the all-reduces.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
-from train.benchmark.scaling_model import count_step
 from train.benchmark.timing import Calls, times_in_turn
 from train.config import Config, Data, Model, Optimizer
 from train.data.sets import ImageSet, Split
@@ -77,8 +76,10 @@ def _measure(repeats: int) -> dict[str, Any]:
     for width in _WIDTHS:
         _, calls[f"alone {width}"] = _step(width, jax.local_devices())
         trainer, calls[f"together {width}"] = _step(width, jax.devices())
-        step = count_step("lenet", trainer.model)
-        networks[str(width)] = {"params": step.params, "bytes": step.gradient_bytes}
+        leaves = jax.tree.leaves(trainer.abstract_state().params)
+        params = sum(leaf.size for leaf in leaves)
+        # Gradients in float32, and four sums of the metrics.
+        networks[str(width)] = {"params": params, "bytes": 4 * params + 16}
     if jax.process_count() > 1:
         calls |= {f"reduce {size}": _reduction(size) for size in _SIZES}
 
