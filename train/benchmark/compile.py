@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -26,8 +26,6 @@ from train.benchmark.programs import NETWORKS, PROGRAMS
 from train.benchmark.suite import BaseSuite
 from train.errors import UsageError, user_input
 from train.machine.parallel import Parallel
-from train.run.directory import describe_machine
-from train.run.outputs import write_json
 
 
 class Case(NamedTuple):
@@ -44,7 +42,7 @@ class Case(NamedTuple):
     sync_batch_norm: bool
 
     @classmethod
-    def of_row(cls, row: dict[str, Any]) -> "Case":
+    def of_row(cls, row: Mapping[str, Any]) -> "Case":
         """Returns the case of a row of the record."""
         return cls(*(row[name] for name in cls._fields))
 
@@ -99,6 +97,7 @@ class Suite(BaseSuite):
     """Whether chips share the statistics of BatchNorm in training."""
 
     def cases(self) -> Iterator[Case]:
+        _recorded(self.out)  # whose form is looked at before minutes pass
         if self.device not in (names := (*CHIPS, gpu.NAME)):
             raise UsageError(
                 f"`device` (={self.device}) must be one of {', '.join(names)}."
@@ -154,17 +153,10 @@ class Suite(BaseSuite):
             found = _estimates(compiled, find_chip(case.device))
         return known | found | {"collectives": _collectives(compiled.as_text())}
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the record's rows, with those of the cases among them.
-
-        The record is written after each program, which takes minutes.
-        """
-        rows = {Case.of_row(row): row for row in _recorded(self.out)}
-        for row in super().rows():
-            rows[Case.of_row(row)] = row
-            record = {"machine": describe_machine(), "rows": list(rows.values())}
-            write_json(self.out, record)
-        yield from rows.values()
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns the record as it was, with the rows new or in their old places."""
+        merged = {Case.of_row(row): row for row in (*_recorded(self.out), *rows)}
+        return super().record(list(merged.values()))
 
     def describe(self, row: dict[str, Any]) -> str:
         lines = [str(Case.of_row(row)), _described(row)]

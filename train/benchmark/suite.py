@@ -32,6 +32,10 @@ class BaseSuite:
         """Returns hardware, versions and the command, with the rows of the record."""
         return describe_machine()
 
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns what the file of the record holds after these rows."""
+        return {"machine": self.machine(rows), "rows": list(rows)}
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """Measures the cases in order, prints each row and yields it."""
         for case in self.cases():

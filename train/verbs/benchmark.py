@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     for row in suite.rows():
         rows.append(row)
         # What is measured is kept, whatever becomes of the rest.
-        write_json(suite.out, {"machine": suite.machine(rows), "rows": rows})
+        write_json(suite.out, suite.record(rows))
     return 0
 
 
