@@ -1,5 +1,6 @@
 """A kernel weighed by its layer's inputs, and the parameters of its factors."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,6 @@ from inertia_jax.ops.tucker.factors import (
 )
 from inertia_jax.ops.tucker.low_rank import low_rank, low_rank_to_kernel
 from inertia_jax.ops.tucker.tucker import Method, tucker2
-from inertia_jax.ops.tucker.unfold import split_groups
 from inertia_jax.plan.specs import Conv, LowRank
 
 
@@ -45,9 +45,13 @@ class WeighedKernel:
 
     def _multiplied(self, matrices: np.ndarray, kernel: Any) -> np.ndarray:
         """Multiplies each group's matrix into the input channels."""
-        parts = np.asarray(split_groups(kernel, self.site.groups))
-        parts = np.einsum("gij,g...jo->...igo", matrices, parts, optimize=True)
-        return parts.reshape(*parts.shape[:-2], -1).astype(self.kernel.dtype)
+        parts = _split(np.asarray(kernel), self.site.groups)
+        return self._joined(np.einsum("gij,gkjo->gkio", matrices, parts, optimize=True))
+
+    def _joined(self, parts: np.ndarray) -> np.ndarray:
+        """Returns a kernel from those of its groups, the inverse of `_split`."""
+        joined = np.moveaxis(parts, 0, -2).astype(self.kernel.dtype)
+        return joined.reshape(*self.kernel.shape[:-2], joined.shape[1], -1)
 
     def factors(
         self, spec: Factorised, *, method: Method = "hosvd"
@@ -86,10 +90,49 @@ class WeighedKernel:
         )
 
     def dense_kernel(self, spec: Factorised, *, method: Method = "hosvd") -> np.ndarray:
-        """Returns the kernel that the factors stand for."""
+        """Returns the kernel that the factors stand for, up to rounding.
+
+        Those of HOSVD are projections, for which nothing is compiled: a program for
+        each pair of ranks takes a second.
+        """
+        shape = self.site.kernel.shape
+        if method == "hosvd":
+            product = self._projected(spec)
+            if self._inverse is not None:
+                product = self._multiplied(self._inverse, product)
+            return product.reshape(shape)
         factors, groups = self.factors(spec, method=method), self.site.groups
         kernel = np.asarray(kind_of(spec).to_kernel(factors, groups=groups))
-        return kernel.reshape(self.site.kernel.shape)
+        return kernel.reshape(shape)
+
+    def _projected(self, spec: Factorised) -> np.ndarray:
+        """Projects the weighed kernel onto the leading vectors of its unfoldings."""
+        parts, (u_in, u_out) = self._parts, self._bases
+        if isinstance(spec, LowRank):
+            u_in = u_in[..., : spec.rank]
+            parts = np.einsum("gir,gjr,gkjo->gkio", u_in, u_in, parts, optimize=True)
+        else:
+            u_in, u_out = u_in[..., : spec.rank_in], u_out[..., : spec.rank_out]
+            parts = np.einsum(
+                *("gir,gjr,gkjp,gps,gos->gkio", u_in, u_in, parts, u_out, u_out),
+                optimize=True,
+            )
+        return self._joined(parts)
+
+    @functools.cached_property
+    def _parts(self) -> np.ndarray:
+        return _split(self.kernel.astype(np.float64), self.site.groups)
+
+    @functools.cached_property
+    def _bases(self) -> tuple[np.ndarray, np.ndarray]:
+        """Left singular vectors of each group's unfoldings, the leading ones first."""
+        parts = self._parts
+        grams = (
+            np.einsum("gkio,gkjo->gij", parts, parts, optimize=True),
+            np.einsum("gkio,gkip->gop", parts, parts, optimize=True),
+        )
+        u_in, u_out = (np.linalg.eigh(gram)[1][..., ::-1] for gram in grams)
+        return u_in, u_out
 
     def parameters(
         self, spec: Conv | Factorised, leaves: Mapping[str, Any], *, method: Method
@@ -118,3 +161,15 @@ class WeighedKernel:
         if bias is not None:
             new[f"{parts[-1]}bias"] = bias
         return new
+
+
+def _split(
+    kernel: Float[np.ndarray, "*sides c_in c_out"], groups: int
+) -> Float[np.ndarray, "g k c_in c_out_group"]:
+    """Returns each group's kernel, its sides as one axis.
+
+    It is NumPy's: on devices, each reshape of each shape would be compiled by itself.
+    """
+    *_, c_in, c_out = kernel.shape
+    parts = kernel.reshape(-1, c_in, groups, c_out // groups)
+    return np.moveaxis(parts, 2, 0)

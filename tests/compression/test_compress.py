@@ -13,7 +13,9 @@ import inertia_jax as ij
 from inertia_jax.compression import budget
 from inertia_jax.compression.calibration import divergence
 from inertia_jax.compression.ranks import rank_by_rule
-from inertia_jax.compression.sites import find_sites
+from inertia_jax.compression.sites import Site, find_sites
+from inertia_jax.compression.weighed_kernel import WeighedKernel
+from inertia_jax.layers.kinds import kind_of
 from inertia_jax.models.resnet_cifar import CifarResNet
 from inertia_jax.ops.tucker.unfold import max_ranks
 
@@ -406,6 +408,33 @@ def test_decompress_is_the_inverse(network, budgeted):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_weighed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "groups", "spec"),
+    [
+        ((3, 3, 6, 8), 1, ij.Tucker2(3, 5)),
+        ((3, 2, 3, 8), 2, ij.Tucker2(2, 3)),
+        ((5, 4, 6), 1, ij.Tucker2(4, 2)),
+        ((3, 3, 1, 4), 2, ij.Tucker2(1, 1)),
+        ((1, 1, 6, 8), 1, ij.LowRank(3)),
+        ((1, 1, 3, 8), 2, ij.LowRank(2)),
+        ((6, 8), 1, ij.LowRank(3)),
+    ],
+)
+def test_the_kernel_of_factors_needs_no_factors(shape, groups, spec, is_weighed):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=shape).astype(np.float32)
+    one = (1,) * (len(shape) - 2)
+    site = Site("conv", kernel, groups, one, "SAME", one, (), ij.Conv(), ij.Conv())
+    roots = rng.normal(size=(groups, shape[-2], shape[-2]))
+    moment = (roots @ roots.swapaxes(1, 2)).astype(np.float32) if is_weighed else None
+    layer = WeighedKernel(site, moment)
+    factors = layer.factors(spec)
+    expected = kind_of(spec).to_kernel(factors, groups=groups)
+    found = layer.dense_kernel(spec)
+    np.testing.assert_allclose(found, np.reshape(expected, shape), atol=2e-4)
+
+
 def test_inertial_cores_are_left_alone_and_have_no_dense_kernel():
     core = ij.Inertial(3, 4, reading="tiled")
     plan = ij.Plan((("conv2", ij.Tucker2(4, 5, core=core)),))
