@@ -87,14 +87,14 @@ def find_weights(
     counts = _count_fits(arrays, keys)
     places = [place for place, count in counts.items() if 2 * count >= len(keys)]
     place = _choose(places, counts, ema=ema) if places else _usual_place(values)
-    unnamed = unnamed_averages(values)
+    unnamed = unnamed_averages(values, place)
     takes_unnamed = ema and not _is_averaged(place)
     if takes_unnamed and not unnamed:
         raise ValueError(
             "`ema` (=True) needs averaged weights, as at `ema` or `state_dict_ema`; "
             "there are none."
         )
-    owners = {name: _owner(name, places or [place]) for name in values}
+    owners = {name: _owner(name, [*(places or [place]), *unnamed]) for name in values}
     taken = [name for name in values if owners[name] == place]
     if both := sorted(twice.intersection(taken)):
         raise ValueError(f"the weights have two values for {both[0]}.")
@@ -156,7 +156,7 @@ def weights_by_key(
         for name in beside
         if _owner(name, others) is None and math.prod(values[name].shape) > 1
     ]
-    unnamed = unnamed_averages(values)
+    unnamed = unnamed_averages(values, place)
     return FoundWeights(
         state, place, tuple(sorted({*others, *unnamed})), tuple(left_out)
     )

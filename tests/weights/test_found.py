@@ -286,3 +286,25 @@ def test_other_lists_are_no_averages(listed):
     loaded = {"model": weights(), "ema": {"shadow_params": listed}}
     with pytest.raises(ValueError, match="needs averaged weights"):
         find(loaded, ema=True)
+
+
+@pytest.mark.parametrize("place", ["", "model", "model.diffusion_model"])
+@pytest.mark.parametrize("name", ["", "diffusion_model"])
+def test_averages_whose_keys_have_no_dots_are_those_of_the_weights(place, name):
+    """As latent diffusion keeps them: of what is trained, with two numbers beside."""
+    raw = weights(1, f"{place}." if place else "")
+    averages = {
+        f"model_ema.{name}{key.replace('.', '')}": np.full(2, 2.0)
+        for key in KEYS
+        if key != "bn1.running_mean"
+    }
+    loaded = {**raw, **averages, "model_ema.decay": np.ones(())}
+    found = find(loaded)
+    assert found.state["conv1.weight"][0] == 1
+    assert not found.left_out
+    assert "not those at `model_ema`; `ema` (=True) takes" in found.note()
+    found = find(loaded, ema=True)
+    assert found.place == "model_ema"
+    assert {key: found.state[key][0] for key in KEYS} == {
+        key: 1 if key == "bn1.running_mean" else 2 for key in KEYS
+    }
