@@ -38,8 +38,8 @@ class ImageSet:
         """Number of classes."""
         return len(self.class_names)
 
-    def with_classes(self, class_names: Sequence[str]) -> "ImageSet | None":
-        """Returns the set with labels that count a checkpoint's classes, by name.
+    def places_in(self, class_names: Sequence[str]) -> tuple[int, ...] | None:
+        """Returns where each class stands among those of a checkpoint, by name.
 
         None means that names do not tell which class is which: they are missing (then
         numbers stand for them), occur twice, or are not all the checkpoint's.
@@ -49,7 +49,17 @@ class ImageSet:
         is_clear = len(places) == len(class_names)
         if not (has_names and is_clear and {*self.class_names} <= places.keys()):
             return None
-        found = np.array([places[name] for name in self.class_names], np.int32)
+        return tuple(places[name] for name in self.class_names)
+
+    def with_classes(self, class_names: Sequence[str]) -> "ImageSet | None":
+        """Returns the set with labels that count a checkpoint's classes, by name.
+
+        None means that names do not tell which class is which, as for `places_in`.
+        """
+        places = self.places_in(class_names)
+        if places is None:
+            return None
+        found = np.array(places, np.int32)
 
         def renumbered(split: Split) -> Split:
             return dataclasses.replace(split, labels=found[split.labels])

@@ -1,6 +1,7 @@
 """The checkpoint that a run starts from: checked before anything is compiled, read."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from train.config_file import differing_fields
 from train.data import ImageSet, warn_of_other_names
 from train.errors import UsageError, user_input
 from train.fit.checks import check_same_everywhere
+from train.machine.processes import say
 from train.networks import (
     make_preprocessing,
     model_config,
@@ -35,15 +37,18 @@ def verify_initial(config: Config) -> None:
             verify_checkpoint(find_checkpoint(config.init))
 
 
-def check_initial(config: Config, data: ImageSet) -> None:
+def check_initial(config: Config, data: ImageSet) -> ImageSet:
     """Checks that the checkpoint that a run starts from suits the run, if it has one.
+
+    Returns:
+        The data; where the last layer is kept, with its classes, by name.
 
     Raises:
         UsageError: There is no checkpoint, or it has another network or another
             normalisation.
     """
     if config.init is None:
-        return
+        return data
     path, name = find_checkpoint(config.init), f"`init` (={config.init})"
     model, metadata = open_description(path, factory=config.model.factory)
     with user_input():
@@ -74,7 +79,10 @@ def check_initial(config: Config, data: ImageSet) -> None:
                 f"{name} has {model.num_classes} classes, {data.name} has "
                 f"{data.num_classes}; --new-head draws a last layer for them."
             )
+        ours, data = data, named_as(data, metadata.class_names)
         warn_of_other_names(data, metadata.class_names)
+        if data.class_names != ours.class_names:
+            say(f"classes of {data.name} are those of {config.init} by their names")
     if theirs is not None and theirs.image_shape != own.image_shape:
         wanted = _shapes(model, theirs.image_shape)
         if differing := differing_fields(wanted, _shapes(model, own.image_shape)):
@@ -82,6 +90,17 @@ def check_initial(config: Config, data: ImageSet) -> None:
                 f"{name} takes images of {theirs.image_shape}, the run has "
                 f"{own.image_shape}, for which layers have other sizes: {differing[0]}."
             )
+    return data
+
+
+def named_as(data: ImageSet, class_names: Sequence[str]) -> ImageSet:
+    """Returns data whose labels count a checkpoint's classes, if names tell them all.
+
+    Otherwise, the data are returned as they are.
+    """
+    if data.num_classes != len(class_names):
+        return data
+    return data.with_classes(class_names) or data
 
 
 def read_initial(

@@ -1,5 +1,6 @@
 """The training loop: epochs, logging, evaluation, checkpoints, signals."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,7 +37,7 @@ from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
 from train.fit.checks import warn_of_unreached
 from train.fit.clock import TrainingClock
-from train.fit.initial import check_initial, verify_initial
+from train.fit.initial import check_initial, named_as, verify_initial
 from train.fit.meter import Meter, progress_bar
 from train.fit.stop import StopSignal
 from train.fit.teacher import resolve_teacher
@@ -99,7 +100,9 @@ def fit(
     data = load_configured(config.data)
     _check_agreement(config, data)
     if is_new:
-        check_initial(config, data)
+        data = check_initial(config, data)
+    elif config.init is not None and not config.new_head:
+        data = _with_classes_of_run(data, directory.checkpoints)
     trainer = Trainer(config, data, devices)
     warn_of_unreached(config)
     whose = "the checkpoint" if config.init else "the configuration"
@@ -142,6 +145,16 @@ def _check_agreement(config: Config, data: ImageSet) -> None:
                 f"the {name} of process {other} is not that of process 0; all "
                 f"must run the same command on the same data."
             )
+
+
+def _with_classes_of_run(data: ImageSet, checkpoints: pathlib.Path) -> ImageSet:
+    """Returns data with the classes that the run began with, those of its network."""
+    for step in reversed(latest_steps(checkpoints)):
+        # A damaged checkpoint is reported when arrays are restored.
+        with contextlib.suppress(OSError, ValueError):
+            path = checkpoint_path(checkpoints, step)
+            return named_as(data, load_metadata(path).class_names)
+    return data
 
 
 def _restore(

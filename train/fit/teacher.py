@@ -13,6 +13,7 @@ from inertia_jax.metadata import Preprocessing
 from inertia_jax.plan.plan import without_ladders
 from train.config import Config
 from train.config_file import differing_fields
+from train.data import ImageSet, warn_of_other_names
 from train.errors import UsageError
 from train.networks import read_network
 from train.run.checkpoints import find_checkpoint
@@ -54,14 +55,14 @@ def resolve_teacher(config: Config) -> Config:
 
 
 def load_teacher(
-    config: Config, preprocessing: Preprocessing, num_classes: int
+    config: Config, preprocessing: Preprocessing, data: ImageSet
 ) -> Teacher | None:
     """Returns the configured teacher, or None without one.
 
     Args:
         config: The run's configuration.
         preprocessing: The run's preprocessing, which the teacher must share.
-        num_classes: The number of the run's classes, which the teacher must share.
+        data: The run's data, whose number of classes the teacher must share.
 
     Raises:
         UsageError: The checkpoint is missing or damaged, or does not fit.
@@ -79,7 +80,7 @@ def load_teacher(
             "num_classes": model.num_classes,
             **dataclasses.asdict(network.preprocessing),
         },
-        {"num_classes": num_classes, **dataclasses.asdict(preprocessing)},
+        {"num_classes": data.num_classes, **dataclasses.asdict(preprocessing)},
     )
     if differing:
         raise UsageError(
@@ -90,8 +91,14 @@ def load_teacher(
         raise UsageError(f"`teacher` (={path}), in float64, needs JAX_ENABLE_X64=1.")
     # Without ladders the logits are the same, and the step has no switch of capacities.
     model = without_ladders(model)
+    order = data.places_in(network.class_names)
+    if order is None:
+        warn_of_other_names(data, network.class_names)
     distillation = Distillation(
-        model, weight=config.distill_weight, temperature=config.distill_temperature
+        model,
+        weight=config.distill_weight,
+        temperature=config.distill_temperature,
+        order=order,
     )
     # Where XLA may, BatchNorm takes roots of narrow statistics in their type.
     variables = widened(network.variables, training_dtype(model))

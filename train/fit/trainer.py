@@ -77,7 +77,7 @@ class Trainer:
         check_gates(config, self.model.plan.inertial, self.parallel.num_devices)
         self.steps_per_epoch = len(train) // config.batch_size
         self.update = self._make_update()
-        teacher = load_teacher(config, self.preprocessing, data.num_classes)
+        teacher = load_teacher(config, self.preprocessing, data)
         self.teacher_sha256 = teacher.sha256 if teacher else None
         # As an argument of every call they are no constants of the program.
         self.teacher_variables = (

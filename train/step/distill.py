@@ -18,11 +18,13 @@ class Distillation:
         model: The teacher's network, with the same number of classes.
         weight: The teacher's share of the loss, in (0, 1].
         temperature: Divisor of both networks' logits, > 0.
+        order: The teacher's place of each class; None: the same.
     """
 
     model: nn.Module
     weight: float
     temperature: float
+    order: tuple[int, ...] | None = None
 
 
 def distillation_loss(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import traverse_util
@@ -162,7 +163,10 @@ class TrainStep:
             batch = augmentation.for_training(pixels, keys, mirrored)
         rngs = same_keys(jax.random.key(0))
         logits: Any = distillation.model.apply(variables, batch, train=False, rngs=rngs)
-        return jnp.asarray(logits)
+        logits = jnp.asarray(logits)
+        if distillation.order is None:
+            return logits
+        return logits[:, np.array(distillation.order)]
 
     def _forward(
         self,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -22,7 +23,7 @@ from train.data.statistics import pixel_statistics, warn_of_normalisation
 from train.errors import UsageError
 from train.fit.checks import warn_of_unreached
 from train.fit.initial import check_initial, head_paths, read_initial, verify_initial
-from train.fit.loop import _check_same_sources
+from train.fit.loop import _check_same_sources, _with_classes_of_run
 from train.machine.processes import warn
 from train.networks import model_config
 from train.run.directory import RunDirectory
@@ -306,6 +307,28 @@ def test_the_checkpoint_of_a_run_is_hashed_once(checkpoint, monkeypatch):
     found = read_initial(config, data, model, jax.random.key(0), expected=variables)
     jax.tree.map(np.testing.assert_array_equal, found, variables)
     assert hashed == [checkpoint]
+
+
+def test_classes_in_another_order_are_those_of_the_checkpoint_by_name(
+    checkpoint, tmp_path, capsys
+):
+    split = Split(np.zeros((3, *SHAPE), np.uint8), np.array([0, 1, 9], np.int32))
+    data = ImageSet("set", split, split, NAMES[::-1])
+    config = Config(
+        init=str(checkpoint),
+        data=Data(mean=(0.43,), std=(0.25,)),
+        model=model_config(ij.load_checkpoint(checkpoint)[0]),
+    )
+    found = check_initial(config, data)
+    assert found.class_names == NAMES
+    assert found.train.labels.tolist() == found.test.labels.tolist() == [9, 8, 0]
+    assert "classes of set are those of" in capsys.readouterr().err
+    # With a new head, they are the data's own.
+    assert check_initial(dataclasses.replace(config, new_head=True), data) is data
+    # A resumed run has the classes that it began with, as its checkpoints say.
+    shutil.copytree(checkpoint, tmp_path / "step_00000001")
+    (tmp_path / "step_00000002").mkdir()
+    assert _with_classes_of_run(data, tmp_path).class_names == NAMES
 
 
 def test_statistics_are_numpys():

@@ -35,6 +35,7 @@ from train.config import Config, Model, Optimizer
 from train.errors import UsageError
 from train.fit.teacher import load_teacher
 from train.fit.trainer import Trainer
+from train.machine.processes import warn
 from train.step.distill import Distillation, distillation_loss
 
 
@@ -154,11 +155,28 @@ def test_each_network_computes_in_its_own_type():
     assert {inputs for _, inputs, train in seen if train} == {"bfloat16"}
 
 
-def save(path, name="lenet", *, seed=0, preprocessing=PREPROCESSING, **options):
+def test_a_teacher_with_its_classes_in_another_order_teaches_by_name():
+    model = Small()
+    one = ij.init_variables(model, jax.random.key(1), INPUTS.shape[1:])
+    order = tuple(range(10))[::-1]
+    head = jax.tree.map(lambda leaf: leaf[..., order], one["params"]["fc"])
+    other = {**one, "params": {**one["params"], "fc": head}}
+    _, same = take_steps(
+        model, 1, distillation=Distillation(model, 1.0, 1.0), teacher=one
+    )
+    _, mapped = take_steps(
+        model, 1, distillation=Distillation(model, 1.0, 1.0, order), teacher=other
+    )
+    jax.tree.map(np.testing.assert_array_equal, mapped.params, same.params)
+
+
+def save(
+    path, name="lenet", *, seed=0, preprocessing=PREPROCESSING, classes=(), **options
+):
     """Makes a checkpoint of a network that was never trained."""
     model = ij.create_model(name, **{"width": 0.06, **options})
     variables = ij.init_variables(model, jax.random.key(seed), SHAPE)
-    classes = tuple(map(str, range(model.num_classes)))
+    classes = classes or tuple(map(str, range(model.num_classes)))
     metadata = Metadata(preprocessing, classes, {"evaluation": None})
     ij.save_checkpoint(path, model, variables, metadata=metadata)
     return path
@@ -224,7 +242,7 @@ def test_the_teacher_is_an_argument_that_is_kept(x64, teacher):
 def test_ladders_are_left_out_of_the_step(tmp_path):
     spec = ij.Inertial(3, 4, reading="tiled", capacities=(0.5, 1.0))
     path = save(tmp_path / "inertial", plan=ij.Plan((("conv2", spec),)))
-    found = load_teacher(Config(teacher=str(path)), PREPROCESSING, 10)
+    found = load_teacher(Config(teacher=str(path)), PREPROCESSING, IMAGES)
     assert found.distillation.model.plan.spec("conv2") == dataclasses.replace(
         spec, capacities=None
     )
@@ -245,14 +263,28 @@ def test_ladders_are_left_out_of_the_step(tmp_path):
 def test_a_teacher_that_does_not_fit_is_refused(options, message, tmp_path):
     path = save(tmp_path / "teacher", **options)
     with pytest.raises(UsageError, match=rf"^`teacher` \(={path}\) .*{message}"):
-        load_teacher(Config(teacher=str(path)), PREPROCESSING, 10)
+        load_teacher(Config(teacher=str(path)), PREPROCESSING, IMAGES)
+
+
+def test_a_teacher_tells_where_its_classes_are(tmp_path, capsys):
+    names = tuple("abcdefghij")
+    teacher = save(tmp_path / "teacher", classes=names)
+    config = Config(teacher=str(teacher))
+    for own, order in ((names, range(10)), (names[::-1], range(9, -1, -1))):
+        data = dataclasses.replace(IMAGES, class_names=own)
+        found = load_teacher(config, PREPROCESSING, data)
+        assert found.distillation.order == tuple(order)
+    warn.cache_clear()
+    other = dataclasses.replace(IMAGES, class_names=("x", *names[1:]))
+    assert load_teacher(config, PREPROCESSING, other).distillation.order is None
+    assert "label 0 is 'x'" in capsys.readouterr().err
 
 
 def test_a_teacher_in_float64_needs_float64(tmp_path, x64):
     config = Config(teacher=str(save(tmp_path / "teacher", dtype="float64")))
-    load_teacher(config, PREPROCESSING, 10)
+    load_teacher(config, PREPROCESSING, IMAGES)
     with jax.enable_x64(False), pytest.raises(UsageError, match="JAX_ENABLE_X64=1"):
-        load_teacher(config, PREPROCESSING, 10)
+        load_teacher(config, PREPROCESSING, IMAGES)
 
 
 @pytest.fixture(scope="module")
