@@ -211,7 +211,9 @@ def _compute_open(
     def selected() -> Array:
         high = opened()
         means = spread(tile_means(high, tiling), n)
-        return jnp.where(spread(gate[..., None], n), high, means)
+        return select(
+            high, means, spread(friction[..., None], n), threshold.reshape(1, 1, 1, 1)
+        )
 
     sizes = [0, *(math.ceil(share * num_tiles) for share in capacities[:-1])]
     rung = sum((num_open > size).astype(jnp.int32) for size in sizes)

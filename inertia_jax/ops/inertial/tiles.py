@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Bool, Float, Int, Shaped
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
 from inertia_jax.ops.conv.conv import Padding, Pads, conv2d, explicit_padding
 from inertia_jax.ops.inertial.settings import Low
@@ -73,13 +73,31 @@ def make_tiling(
 
 
 def spread(
-    tiles: Shaped[Array, "n rows columns c"], tile_size: int
-) -> Shaped[Array, "n h w c"]:
+    tiles: Float[Array, "n rows columns c"], tile_size: int
+) -> Float[Array, "n h w c"]:
     """Returns the map in which each tile's value stands at all its positions."""
-    n, rows, columns, c = tiles.shape
-    shape = (n, rows, tile_size, columns, tile_size, c)
-    wide = jnp.broadcast_to(tiles[:, :, None, :, None], shape)
-    return wide.reshape(n, rows * tile_size, columns * tile_size, c)
+    window, step = (1, tile_size, tile_size, 1), tile_size - 1
+
+    def repeat(tiles: Array) -> Array:
+        n, rows, columns, c = tiles.shape
+        shape = (n, rows, tile_size, columns, tile_size, c)
+        wide = jnp.broadcast_to(tiles[:, :, None, :, None], shape)
+        return wide.reshape(n, rows * tile_size, columns * tile_size, c)
+
+    def sum_dilated(tiles: Array) -> Array:
+        # Zeros lie between the tiles, so that each window has one of them. XLA for TPU
+        # fuses this with what reads it; a broadcast map of six axes it writes first.
+        return lax.reduce_window(
+            tiles,
+            tiles.dtype.type(0),
+            lax.add,
+            window,
+            window_strides=(1, 1, 1, 1),
+            padding=((0, 0), (step, step), (step, step), (0, 0)),
+            base_dilation=window,
+        )
+
+    return lax.platform_dependent(tiles, tpu=sum_dilated, default=repeat)
 
 
 def tile_means(
@@ -89,9 +107,18 @@ def tile_means(
     n = tiling.tile_size
     if tiling.low == "sample":
         return high[:, (n - 1) // 2 :: n, (n - 1) // 2 :: n]
-    wide = at_least_float32(high.dtype)
-    views = (high[:, i::n, j::n].astype(wide) for i, j in square_offsets(n))
-    return (total(views) / n**2).astype(high.dtype)
+
+    def sum_slices(high: Array) -> Array:
+        return total(high[:, i::n, j::n] for i, j in square_offsets(n))
+
+    def sum_windows(high: Array) -> Array:
+        window = (1, n, n, 1)
+        zero = high.dtype.type(0)
+        return lax.reduce_window(high, zero, lax.add, window, window, "VALID")
+
+    wide = high.astype(at_least_float32(high.dtype))
+    sums = lax.platform_dependent(wide, tpu=sum_windows, default=sum_slices)
+    return (sums / n**2).astype(high.dtype)
 
 
 def fill_low(

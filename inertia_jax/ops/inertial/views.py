@@ -1,11 +1,11 @@
 """Views of an image at shifted places, and their sums."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import Padding, Pads, explicit_padding, pad_image
@@ -54,19 +54,38 @@ def shifted_views(
     output_size: tuple[int, int],
     strides: tuple[int, int],
     channel_stride: int = 1,
-) -> Iterator[Float[Array, "n h_out w_out c_out"]]:
-    """Yields, for each offset, the pixels that lie there in every region."""
-    # Rows and columns are split by the strides, which makes views plain slices. With
-    # these, friction of 2x2 tiles takes half as long on CPU as with strided slices.
-    n, height, width, c = x.shape
+) -> list[Float[Array, "n h_out w_out c_out"]]:
+    """Returns, for each offset, the pixels that lie there in every region."""
     down, across = strides
-    x = pad_image(x, ((0, -height % down), (0, -width % across)))
-    x = x.reshape(n, -(-height // down), down, -(-width // across), across, c)
     rows, columns = output_size
-    for i, j in offsets:
-        row, column = i // down, j // across
-        view = x[:, row : row + rows, i % down, column : column + columns, j % across]
-        yield view[..., ::channel_stride]
+
+    def split(x: Array) -> list[Array]:
+        # Rows and columns are split by the strides, which makes views plain slices.
+        # With these, friction of 2x2 tiles takes half as long on CPU.
+        n, height, width, c = x.shape
+        x = pad_image(x, ((0, -height % down), (0, -width % across)))
+        x = x.reshape(n, -(-height // down), down, -(-width // across), across, c)
+        found = []
+        for i, j in offsets:
+            row, column = slice(i // down, i // down + rows), j // across
+            view = x[:, row, i % down, column : column + columns, j % across]
+            found.append(view[..., ::channel_stride])
+        return found
+
+    def step(x: Array) -> list[Array]:
+        # XLA for TPU keeps the padding out of memory, which it does not where rows and
+        # columns are split: for 2x2 tiles of [256,32,32,64] in bfloat16 it estimates
+        # 0.20 million cycles on v5e, not 0.71.
+        return [
+            x[:, i : i + rows * down : down, j : j + columns * across : across][
+                ..., ::channel_stride
+            ]
+            for i, j in offsets
+        ]
+
+    if strides == (1, 1):
+        return split(x)
+    return lax.platform_dependent(x, tpu=step, default=split)
 
 
 def sum_views(
