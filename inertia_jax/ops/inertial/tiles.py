@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from inertia_jax.ops.conv.conv import Padding, Pads, conv2d, explicit_padding
 from inertia_jax.ops.inertial.settings import Low
-from inertia_jax.ops.inertial.views import square_offsets, sum_views, total
+from inertia_jax.ops.inertial.views import by_platform, square_offsets, sum_views, total
 from inertia_jax.ops.precision import at_least_float32
 
 
@@ -97,7 +97,7 @@ def spread(
             base_dilation=window,
         )
 
-    return lax.platform_dependent(tiles, tpu=sum_dilated, default=repeat)
+    return by_platform(tiles, tpu=sum_dilated, default=repeat)
 
 
 def tile_means(
@@ -117,7 +117,7 @@ def tile_means(
         return lax.reduce_window(high, zero, lax.add, window, window, "VALID")
 
     wide = high.astype(at_least_float32(high.dtype))
-    sums = lax.platform_dependent(wide, tpu=sum_windows, default=sum_slices)
+    sums = by_platform(wide, tpu=sum_windows, default=sum_slices)
     return (sums / n**2).astype(high.dtype)
 
 

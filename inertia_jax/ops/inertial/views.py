@@ -1,7 +1,8 @@
 """Views of an image at shifted places, and their sums."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import Padding, Pads, explicit_padding, pad_image
+from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.precision import at_least_float32
 
 
@@ -20,6 +22,18 @@ def square_offsets(side: int) -> list[tuple[int, int]]:
 def total(terms: Iterable[Array]) -> Array:
     """Returns the sum of at least one array."""
     return functools.reduce(jnp.add, terms)
+
+
+def by_platform(
+    x: Array, *, tpu: Callable[..., Any], default: Callable[..., Any]
+) -> Any:
+    """Returns what a function for TPU, or another one elsewhere, makes of an array.
+
+    Where convolutions are replaced, no operation stands in a branch.
+    """
+    if is_replaced():
+        return default(x)
+    return lax.platform_dependent(x, tpu=tpu, default=default)
 
 
 def region_grid(
@@ -85,7 +99,7 @@ def shifted_views(
 
     if strides == (1, 1):
         return split(x)
-    return lax.platform_dependent(x, tpu=step, default=split)
+    return by_platform(x, tpu=step, default=split)
 
 
 def sum_views(
