@@ -153,7 +153,7 @@ def test_a_narrow_teacher_answers_as_its_float32_copy(tmp_path):
             metadata = Metadata(PREPROCESSING)
             ij.save_checkpoint(path, model[0], variables, metadata=metadata)
         config = dataclasses.replace(config, teacher=str(path))
-        found[dtype] = load_teacher(config, PREPROCESSING, 10)
+        found[dtype] = load_teacher(config, PREPROCESSING, synthetic_set(8, 1))
         # A resumed run knows its teacher by what the file holds.
         assert found[dtype].sha256 == hash_variables(variables)
     ours, theirs = (found[dtype].variables for dtype in ("float16", "float32"))
