@@ -53,7 +53,8 @@ def topology(chip: Chip | str, num_chips: int = 1) -> topologies.TopologyDescrip
     name = chip.topology_name(num_chips)
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
-            f"compiling for {chip.name} needs libtpu: pip install 'inertia_jax[tpu]'."
+            f"compiling for {chip.name} needs libtpu: pip install '.[tpu]' in the "
+            f"checkout."
         )
     tell_libtpu()
     try:

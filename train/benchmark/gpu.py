@@ -69,7 +69,7 @@ def gpu_devices(num_devices: int) -> tuple[Any, ...]:
     except NotImplementedError as error:
         raise ValueError(
             "`device` (=h100) needs XLA's compiler for GPUs: "
-            "pip install 'inertia_jax[h100]'."
+            "pip install '.[h100]' in the checkout."
         ) from error
     return tuple(topology.devices)
 

@@ -114,7 +114,7 @@ def test_records_and_chips_that_cannot_be_are_refused(compiled, tmp_path, capsys
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is there")
 def test_without_libtpu_the_extra_is_named(capsys):
     assert main(COMMAND) == 2
-    assert "pip install 'inertia_jax[tpu]'" in capsys.readouterr().err
+    assert "pip install '.[tpu]' in the checkout" in capsys.readouterr().err
 
 
 def test_what_a_gpu_does_is_read_from_its_program():
