@@ -54,6 +54,9 @@ NETWORKS = {
     "factors": lambda: planned(ij.Tucker2(4, 6)),
     "tiles": lambda: planned(ij.Inertial(3, 4, reading="tiled")),
     "window": lambda: planned(ij.Inertial(1, 3)),
+    "periphery": lambda: planned(
+        ij.Inertial(2, 4, combine="weighted_periphery", threshold=ij.Fixed.OPEN)
+    ),
 }
 
 
@@ -126,8 +129,9 @@ def test_an_nnx_module_keeps_its_factors_in_a_byte_and_trains_so():
         ij.Tucker2Conv(8, 3, 4, 5),
         ij.InertialConv(8, 3, 4, reading="tiled"),
         ij.InertialConv(8, 1, 3, combine="weighted_input"),
+        ij.InertialConv(8, 2, 4, combine="weighted_periphery"),
     ],
-    ids=["factors", "tiles", "window"],
+    ids=["factors", "tiles", "window", "periphery"],
 )
 def test_training_in_int8_has_nearly_the_gradients_of_training(layer):
     variables = jax.jit(layer.init)(jax.random.key(0), IMAGES)

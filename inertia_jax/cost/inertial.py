@@ -68,7 +68,11 @@ def _count_window(
     # Each term takes a product and a sum, or a sum alone where all weigh the same.
     per_term = 2 if spec.combine.startswith("weighted") else 1
     by_input = spec.combine not in ("max", "weighted_channel") and strides != (1, 1)
-    if by_input or spec.combine == "weighted_input":
+    if spec.combine == "weighted_periphery" and m > 1:
+        macs = regions * (taps + c_in * layer.core_features)
+        sums = [(size - 1) * s + 1 for size, s in zip(positions, strides, strict=True)]
+        join = math.prod(sums) * c_in * spec.region_size**2 * per_term
+    elif by_input or spec.combine == "weighted_input":
         macs = 2 * regions * taps
         spans = [(size - 1) * s + m for size, s in zip(positions, strides, strict=True)]
         join = math.prod(spans) * c_in * (k + 1) ** 2 * per_term

@@ -204,17 +204,20 @@ class InertialConv(nn.Module):
         return y.reshape(*batch, *y.shape[1:])
 
     def _weights(self, spec: Inertial, c_in: int) -> Array | np.ndarray | None:
-        n = spec.region_size - spec.core_size + 1
         shape = weights_shape(
-            spec.combine, steps=n, c_in=c_in, core_features=self.core_features
+            spec.combine,
+            core_size=spec.core_size,
+            region_size=spec.region_size,
+            c_in=c_in,
+            core_features=self.core_features,
         )
         if shape is None:
             return None
-        num_weights = n * n - 1 if spec.zero_middle else n * n
+        num_weights = math.prod(shape[:2]) - spec.zero_middle
         init = nn.initializers.constant(1 / num_weights)
         weights = self.param("weights", init, shape, self.param_dtype)
         if spec.zero_middle:
-            middle = (n - 1) // 2
+            middle = (shape[0] - 1) // 2
             weights = weights.at[middle, middle].set(0)
         return weights
 

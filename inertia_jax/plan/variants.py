@@ -29,9 +29,14 @@ def published_variant(
 
         original, mod1       l1, detail is the mean; fixed threshold
         mod2                 l2, detail is the mean; straight-through
-        mod5                 l2, detail is a weighted sum; straight-through
-        mod6, spconv2d       the same, the middle weight 0, a hard gate; fixed threshold
+        mod5                 l2, detail is a weighted sum over P; straight-through
+        mod6, spconv2d       mod5 with a hard gate and a fixed threshold
         mod7, mod8, mod9     mod6 with a threshold an output channel, a parameter
+
+    The weighted sum has a weight for each of the |P| = d^2 - m^2 pixels of the
+    periphery, to which the middle tap of the core is applied; the middle of the region
+    takes no part. The published code of mod2 misplaces the detail by a reshape; that
+    mistake is not repeated.
 
     Where the gate is straight-through, the threshold is learned; behind a hard gate it
     has no gradient, as published (`gate_gradient="ste"` among the changes gives one).
@@ -65,8 +70,7 @@ def published_variant(
         core_size,
         region_size,
         metric="l1" if name in ("original", "mod1") else "l2",
-        combine="weighted" if is_weighted else "mean",
-        zero_middle=is_weighted and name != "mod5",
+        combine="weighted_periphery" if is_weighted else "mean",
         threshold=mean_threshold,
         gate_gradient="ste" if name in ("mod2", "mod5") else "none",
         slope=slope * terms,

@@ -76,6 +76,14 @@ REGION = 3 * 3 * 8
             64 * (3 * (36 + 8 + 12) + 36),
             64 * 192,
         ),
+        # The core, and its middle tap, at each of 64 places; 12 pixels around it.
+        (
+            {"core_size": 2, "region_size": 4, "combine": "weighted_periphery"},
+            48 + 4 + 12,
+            64 * (48 + 12),
+            64 * (3 * 36 + 2 * 16 * 3),
+            64 * 192,
+        ),
         # Noise is counted as one operation a channel.
         ({"metric": "random"}, 16, 1200, 64 * (3 + 36), 64 * 108),
     ],

@@ -71,6 +71,7 @@ def raw_friction(layer, x):
         {**WINDOW, "combine": "weighted_channel", "padding": ((1, 2), (0, 1))},
         {**WINDOW, "combine": "weighted_input", "metric": "l2"},
         {**WINDOW, "combine": "weighted", "zero_middle": True},
+        {**WINDOW, "combine": "weighted_periphery", "strides": 2},
         {**WINDOW, "channel_stride": 2, "reference": "core_mean"},
         {**TILED, "low": "mean"},
         {**TILED, "low": "sample", "capacities": (0.7, 1)},

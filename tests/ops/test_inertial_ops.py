@@ -16,7 +16,7 @@ from inertia_jax import ops
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
-WEIGHTED = ("weighted", "weighted_channel", "weighted_input")
+WEIGHTED = ("weighted", "weighted_channel", "weighted_input", "weighted_periphery")
 COMBINES = ("mean", "sum", "max", "stack", *WEIGHTED)
 METRICS = ("l1", "l2", "max")
 LADDERS = [(1 / 8, 1 / 4, 1 / 2, 1), (0.4, 1), (1,)]
@@ -93,6 +93,14 @@ def window_reading(padded, core, gate, d, strides, combine="mean", weights=None)
         for i, j in np.ndindex(d - m + 1, d - m + 1):
             u[i, j] = np.tensordot(region[i : i + m, j : j + m], core, 3)
         low = u[(d - m) // 2, (d - m) // 2]
+        if combine == "weighted_periphery":
+            patch = range((d - m) // 2, (d - m) // 2 + m)
+            pixels = [
+                region[i, j]
+                for i, j in np.ndindex(d, d)
+                if not (i in patch and j in patch)
+            ]
+            return np.where(gate, weights @ pixels @ core[m // 2, m // 2], low)
         if combine == "stack":
             return np.concatenate([low, gate * np.mean(list(u.values()), axis=0)])
         for i, j in u:
@@ -155,6 +163,9 @@ def draw(seed, tiled=False):
 
 
 def random_weights(rng, combine, n, core):
+    if combine == "weighted_periphery":
+        m = len(core)
+        return rng.normal(size=(n + m - 1) ** 2 - m**2)
     last = {"weighted": (), "weighted_channel": core.shape[3:]}
     shape = (n, n, *last.get(combine, core.shape[2:3]))
     return rng.normal(size=shape) if combine in WEIGHTED else None
@@ -163,12 +174,12 @@ def random_weights(rng, combine, n, core):
 # Values
 
 
-@pytest.mark.parametrize("seed", range(26))
+@pytest.mark.parametrize("seed", range(30))
 def test_window_reading_equals_its_definition(seed, x64):
     rng, x, core, d, padding, settings = draw(seed)
-    combine, m = COMBINES[seed % 7], len(core)
-    # With 26 seeds, each combine is met at stride 1 and at more.
-    strides = [2, 3, (1, 2), (3, 1), (2, 3)][rng.integers(5)] if seed // 7 % 2 else 1
+    combine, m = COMBINES[seed % 8], len(core)
+    # With 30 seeds, each combine is met at stride 1 and at more.
+    strides = [2, 3, (1, 2), (3, 1), (2, 3)][rng.integers(5)] if seed // 8 % 2 else 1
     pair = (strides, strides) if isinstance(strides, int) else strides
     weights = random_weights(rng, combine, d - m + 1, core)
     padded = zero_pad(x, padding, d, pair)

@@ -11,33 +11,55 @@ SHAPE, FEATURES, THRESHOLD, SLOPE = (2, 6, 5, 3), 4, 30.0, 0.05
 NAMES = ("original", "mod1", "mod2", "mod5", "mod6", "spconv2d", "mod7", "mod8", "mod9")
 
 
-def published(name, x, core, weights, threshold):
-    """y of a 1x1 core in 3x3 regions, as the formulas have it; friction is a sum."""
-    h, w = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    views = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
-    differences = [view - x for i, view in enumerate(views) if i != 4]
+def published(name, x, core, weights, threshold, d):
+    """y of an m x m core in d x d regions, as the formulas have it; d - m is even.
+
+    Friction is a sum.
+    """
+    (h, w), m, k = x.shape[1:3], len(core), d - len(core)
+    before, after = (d - 1) // 2, d // 2
+    padded = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
+    views = {
+        (i, j): padded[:, i : i + h, j : j + w] for i in range(d) for j in range(d)
+    }
+    middle = range(k // 2, k // 2 + m)
+    periphery = [(i, j) for i, j in views if not (i in middle and j in middle)]
     power = jnp.abs if name in ("original", "mod1") else jnp.square
+    differences = [views[at] - views[d // 2, d // 2] for at in periphery]
     friction = sum(power(d) for d in differences).sum(-1, keepdims=True)
-    responses = [jnp.einsum("nhwc,co->nhwo", view, core[0, 0]) for view in views]
+
+    def respond(row, column):
+        return sum(
+            jnp.einsum("nhwc,co->nhwo", views[row + i, column + j], core[i, j])
+            for i in range(m)
+            for j in range(m)
+        )
+
     if name in ("original", "mod1", "mod2"):
-        detail = sum(responses) / 9
+        shifts = [(i, j) for i in range(k + 1) for j in range(k + 1)]
+        detail = sum(respond(*shift) for shift in shifts) / len(shifts)
     else:
-        shares = weights.reshape(-1)
-        if name != "mod5":
-            shares = shares.at[4].set(0)
-        detail = sum(s * u for s, u in zip(shares, responses, strict=True))
+        tap = core[m // 2, m // 2]
+        detail = sum(
+            weight * jnp.einsum("nhwc,co->nhwo", views[at], tap)
+            for weight, at in zip(weights, periphery, strict=True)
+        )
     threshold = jnp.broadcast_to(threshold, (FEATURES,)).reshape(1, 1, 1, FEATURES)
     gate = (friction > threshold).astype(x.dtype)
     if name in ("mod2", "mod5"):
         soft = jax.nn.sigmoid(SLOPE * (friction - threshold))
         gate = gate + soft - jax.lax.stop_gradient(soft)
-    return gate * detail + (1 - gate) * responses[4]
+    return gate * detail + (1 - gate) * respond(k // 2, k // 2)
 
 
-def layer(name):
+def layer(name, m, d):
     spec = ij.published_variant(
-        name, in_channels=SHAPE[-1], threshold=THRESHOLD, slope=SLOPE
+        name,
+        in_channels=SHAPE[-1],
+        core_size=m,
+        region_size=d,
+        threshold=THRESHOLD * (d * d - m * m) / 8,
+        slope=SLOPE,
     )
     return ij.InertialConv.from_spec(
         spec, FEATURES, use_bias=False, param_dtype=jnp.float64
@@ -45,18 +67,23 @@ def layer(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_variant_equals_its_formula_in_value_and_gradient(name, x64):
+@pytest.mark.parametrize(
+    ("name", "m", "d"),
+    [*((name, 1, 3) for name in NAMES), ("mod5", 2, 4), ("mod9", 3, 5), ("mod1", 3, 5)],
+)
+def test_variant_equals_its_formula_in_value_and_gradient(name, m, d, x64):
     rng = np.random.default_rng(0)
     x, cotangent = rng.normal(size=SHAPE), rng.normal(size=(*SHAPE[:3], FEATURES))
-    model = layer(name)
+    model = layer(name, m, d)
     variables = model.init(jax.random.key(0), x)
-    scale = 8 * SHAPE[-1]  # |P| C
+    scale = (d * d - m * m) * SHAPE[-1]  # |P| C
+    level = THRESHOLD * (d * d - m * m) / 8
     params = dict(variables["params"])
     if "weights" in params:
-        params["weights"] = jnp.asarray(rng.normal(size=(3, 3)))
+        assert params["weights"].shape == (d * d - m * m,)
+        params["weights"] = jnp.asarray(rng.normal(size=d * d - m * m))
     if name in ("mod7", "mod8", "mod9"):
-        levels = jnp.linspace(0.6, 1.5, FEATURES) * THRESHOLD
+        levels = jnp.linspace(0.6, 1.5, FEATURES) * level
         params["threshold"] = levels / scale
     rest = {k: v for k, v in variables.items() if k != "params"}
 
@@ -64,8 +91,8 @@ def test_variant_equals_its_formula_in_value_and_gradient(name, x64):
         return (model.apply({"params": params, **rest}, x) * cotangent).sum()
 
     def theirs(params, x):
-        threshold = params.get("threshold", THRESHOLD / scale) * scale
-        y = published(name, x, params["kernel"], params.get("weights"), threshold)
+        threshold = params.get("threshold", level / scale) * scale
+        y = published(name, x, params["kernel"], params.get("weights"), threshold, d)
         return (y * cotangent).sum()
 
     # float64: only the order of summation differs.

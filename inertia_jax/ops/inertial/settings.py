@@ -11,7 +11,14 @@ from jax import Array
 Metric = Literal["l1", "l2", "max", "random"]
 Reference = Literal["center", "core_mean"]
 Combine = Literal[
-    "mean", "sum", "max", "weighted", "weighted_channel", "weighted_input", "stack"
+    "mean",
+    "sum",
+    "max",
+    "weighted",
+    "weighted_channel",
+    "weighted_input",
+    "weighted_periphery",
+    "stack",
 ]
 Low = Literal["mean", "sample"]
 GateGradient = Literal["none", "ste"]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
@@ -13,11 +14,13 @@ from inertia_jax.ops.conv.conv import (
     Padding,
     conv2d,
     in_one_type,
+    mix_channels,
     pad_image,
     stride_pair,
 )
 from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.inertial.friction import friction as region_friction
+from inertia_jax.ops.inertial.friction import periphery_offsets
 from inertia_jax.ops.inertial.gates import is_open, select
 from inertia_jax.ops.inertial.settings import (
     Combine,
@@ -54,16 +57,20 @@ class InertialOutput(NamedTuple):
 
 
 def weights_shape(
-    combine: Combine, *, steps: int, c_in: int, core_features: int
+    combine: Combine,
+    *,
+    core_size: int,
+    region_size: int,
+    c_in: int,
+    core_features: int,
 ) -> tuple[int, ...] | None:
-    """Returns the shape of the weights that `combine` takes; None if it takes none.
-
-    `steps` is the number of shifts in a row, region side - core side + 1.
-    """
+    """Returns the shape of the weights that `combine` takes; None if it takes none."""
+    steps = region_size - core_size + 1
     return {
         "weighted": (steps, steps),
         "weighted_channel": (steps, steps, core_features),
         "weighted_input": (steps, steps, c_in),
+        "weighted_periphery": (region_size**2 - core_size**2,),
     }.get(combine)
 
 
@@ -95,10 +102,12 @@ def inertial_conv(
     S is `mean`, `sum` or `max`; `weighted` (weights [n, n], n = k + 1) and
     `weighted_channel` ([n, n, c_core]) weigh the sum; `weighted_input` ([n, n, c_in])
     weighs the input before a second core evaluation; `stack` returns u_delta0 and the
-    gated mean side by side, with twice the core's channels. All but `weighted_input`
-    take u_delta as shifts of one core map over the padded input; at larger strides,
-    joins that are linear over the input take two core evaluations at the output's
-    positions, which are fewer.
+    gated mean side by side, with twice the core's channels. `weighted_periphery`
+    ([d^2 - m^2], row by row) knows no shifts: it applies the middle tap (m // 2,
+    m // 2) of the core to each pixel of the periphery, and weighs the sum. All but the
+    last and `weighted_input` take u_delta as shifts of one core map over the padded
+    input; at larger strides, joins that are linear over the input take two core
+    evaluations at the output's positions, which are fewer.
 
     Args:
         x: Images.
@@ -135,7 +144,7 @@ def inertial_conv(
         )
     check_slope(slope)
     m, d = core.shape[0], region_size
-    weights = _check_weights(weights, combine, core, steps=d - m + 1)
+    weights = _check_weights(weights, combine, core, region_size=d)
     x, core = in_one_type(x, core)
     steps = stride_pair(strides)
     pads, size = region_grid(x.shape[1:3], d, steps, padding)
@@ -196,10 +205,14 @@ def as_friction(friction: ArrayLike, shape: tuple[Any, ...]) -> Array:
 
 
 def _check_weights(
-    weights: ArrayLike | None, combine: Combine, core: Array, *, steps: int
+    weights: ArrayLike | None, combine: Combine, core: Array, *, region_size: int
 ) -> Array | None:
     shape = weights_shape(
-        combine, steps=steps, c_in=core.shape[2], core_features=core.shape[3]
+        combine,
+        core_size=core.shape[0],
+        region_size=region_size,
+        c_in=core.shape[2],
+        core_features=core.shape[3],
     )
     if shape is None and weights is not None:
         raise ValueError(f"`weights` must be None for `combine` (={combine!r}).")
@@ -226,7 +239,16 @@ def _responses(
     """Returns u_delta0 and S u_delta of every region of the padded image `x`."""
     m = core.shape[0]
     k = region_size - m
-    if weights is not None:
+    evaluate = functools.partial(conv2d, strides=strides, padding="VALID")
+    if combine == "weighted_periphery" and weights is not None:
+        at = periphery_offsets(core_size=m, region_size=region_size)
+        rows, columns = np.transpose(at)
+        square = jnp.zeros((region_size, region_size), weights.dtype)
+        weights = square.at[rows, columns].set(weights)[..., None]
+        if m > 1:
+            joined = sum_views(x, weights, side=region_size)
+            return _core_and_tap(_middle(x, k), joined, core, strides)
+    elif weights is not None:
         weights = weights.reshape(k + 1, k + 1, -1)
     elif combine != "sum":
         weights = jnp.full((k + 1, k + 1, 1), 1 / (k + 1) ** 2)
@@ -238,16 +260,11 @@ def _responses(
         (rows, columns), (vertical, horizontal) = output_size, strides
         span = ((rows - 1) * vertical + m, (columns - 1) * horizontal + m)
         x = x[:, : span[0] + k, : span[1] + k]
-        start = k // 2
-        middle = x[:, start : start + span[0], start : start + span[1]]
-        evaluate = lambda image: conv2d(  # noqa: E731
-            image, core, strides=strides, padding="VALID"
-        )
-        joined = sum_views(x, weights, side=k + 1)
+        middle, joined = _middle(x, k), sum_views(x, weights, side=k + 1)
         if is_replaced():  # It sees the core once, and each image by itself.
-            low, high = jnp.split(evaluate(jnp.concatenate([middle, joined])), 2)
+            low, high = jnp.split(evaluate(jnp.concatenate([middle, joined]), core), 2)
             return low, high
-        return evaluate(middle), evaluate(joined)
+        return evaluate(middle, core), evaluate(joined, core)
     spans = [
         (size - 1) * s + region_size
         for size, s in zip(output_size, strides, strict=True)
@@ -261,3 +278,38 @@ def _responses(
         return low, functools.reduce(jnp.maximum, views(square_offsets(k + 1)))
     high = sum_views(core_map, weights, side=k + 1)
     return low, high[:, :: strides[0], :: strides[1]]
+
+
+def _middle(x: Float[Array, "n hp wp c_in"], k: int) -> Float[Array, "n h w c_in"]:
+    """Returns the part of the padded image that cores at delta0 read."""
+    start = k // 2
+    rows, columns = (slice(start, start + side - k) for side in x.shape[1:3])
+    return x[:, rows, columns]
+
+
+def _core_and_tap(
+    x: Float[Array, "n hp wp c_in"],
+    joined: Float[Array, "n h w c_in"],
+    core: Float[Array, "m m c_in c_core"],
+    strides: tuple[int, int],
+) -> tuple[Array, Array]:
+    """Returns the core at every region of `x`, and its middle tap at `joined`."""
+    m = core.shape[0]
+    joined = joined[:, :: strides[0], :: strides[1]]
+    n, rows, columns, c = joined.shape
+    if not is_replaced():
+        low = conv2d(x, core, strides=strides, padding="VALID")
+        return low, mix_channels(joined, core[m // 2, m // 2])
+    # It sees the core once: cores lie side by side, zeros around what the tap reads.
+    offsets = square_offsets(m)
+    views = shifted_views(x, offsets, output_size=(rows, columns), strides=strides)
+    alone = [
+        joined if at == (m // 2, m // 2) else jnp.zeros_like(joined) for at in offsets
+    ]
+    regions = jnp.stack(
+        [jnp.concatenate(pair) for pair in zip(views, alone, strict=True)], 3
+    )
+    blocks = regions.reshape(2 * n, rows, columns, m, m, c).swapaxes(2, 3)
+    blocks = blocks.reshape(2 * n, rows * m, columns * m, c)
+    low, high = jnp.split(conv2d(blocks, core, strides=m, padding="VALID"), 2)
+    return low, high
