@@ -1,57 +1,58 @@
 """Smaller and faster convolutional networks in JAX."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from inertia_jax import ops
-from inertia_jax.checkpoint import (
-    CheckpointDamagedError,
-    CheckpointWriteError,
-    load_checkpoint,
-    save_checkpoint,
-)
-from inertia_jax.compression.planned import Planned
-from inertia_jax.compression.ranks import Budget, Energy, Evbmf, Ratio
-from inertia_jax.cost.table import CostTable, LayerCost
-from inertia_jax.deploy.exported import (
-    ExportDamagedError,
-    ExportedNetwork,
-    load_exported,
-)
-from inertia_jax.deploy.fold import Folded
-from inertia_jax.dropped import DroppedRule
-from inertia_jax.functions import (
-    compress,
-    count_cost,
-    decompress,
-    dropped_rules,
-    fold_batch_norm,
-    make_inertial,
-    recalibrate_batch_norm,
-    reconstruct,
-    save_exported,
-)
-from inertia_jax.interop import load_torch, to_torch
-from inertia_jax.layers.inertial import InertialConv
-from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
-from inertia_jax.layers.tucker import Tucker2Conv
-from inertia_jax.metadata import Metadata, Preprocessing, load_metadata
-from inertia_jax.models.create import MODEL_NAMES, create_model, init_variables
-from inertia_jax.plan.plan import Plan
-from inertia_jax.plan.specs import (
-    Conv,
-    Fixed,
-    Inertial,
-    Learned,
-    LowRank,
-    Rate,
-    Tucker2,
-)
-from inertia_jax.plan.variants import published_variant
-from inertia_jax.weights.match.match import TorchMatch, match_torch
+from inertia_jax.lazy import importer
 
 if TYPE_CHECKING:
-    from inertia_jax import nnx
+    from inertia_jax import nnx, ops
+    from inertia_jax.checkpoint import (
+        CheckpointDamagedError,
+        CheckpointWriteError,
+        load_checkpoint,
+        save_checkpoint,
+    )
+    from inertia_jax.compression.planned import Planned
+    from inertia_jax.compression.ranks import Budget, Energy, Evbmf, Ratio
+    from inertia_jax.cost.table import CostTable, LayerCost
+    from inertia_jax.deploy.exported import (
+        ExportDamagedError,
+        ExportedNetwork,
+        load_exported,
+    )
+    from inertia_jax.deploy.fold import Folded
+    from inertia_jax.dropped import DroppedRule
+    from inertia_jax.functions import (
+        compress,
+        count_cost,
+        decompress,
+        dropped_rules,
+        fold_batch_norm,
+        make_inertial,
+        recalibrate_batch_norm,
+        reconstruct,
+        save_exported,
+    )
+    from inertia_jax.interop import load_torch, to_torch
+    from inertia_jax.layers.inertial import InertialConv
+    from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
+    from inertia_jax.layers.tucker import Tucker2Conv
+    from inertia_jax.metadata import Metadata, Preprocessing, load_metadata
+    from inertia_jax.models.create import create_model, init_variables
+    from inertia_jax.models.names import MODEL_NAMES
+    from inertia_jax.plan.plan import Plan
+    from inertia_jax.plan.specs import (
+        Conv,
+        Fixed,
+        Inertial,
+        Learned,
+        LowRank,
+        Rate,
+        Tucker2,
+    )
+    from inertia_jax.plan.variants import published_variant
+    from inertia_jax.weights.match.match import TorchMatch, match_torch
+
 
 __version__ = "0.1.0"
 
@@ -108,12 +109,78 @@ __all__ = [
     "to_torch",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Imports `nnx` where it is used: Flax's takes a quarter of a second."""
-    if name == "nnx":
-        return importlib.import_module("inertia_jax.nnx")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = importer(
+    __name__,
+    {
+        "checkpoint": (
+            "CheckpointDamagedError",
+            "CheckpointWriteError",
+            "load_checkpoint",
+            "save_checkpoint",
+        ),
+        "compression.planned": ("Planned",),
+        "compression.ranks": (
+            "Budget",
+            "Energy",
+            "Evbmf",
+            "Ratio",
+        ),
+        "cost.table": (
+            "CostTable",
+            "LayerCost",
+        ),
+        "deploy.exported": (
+            "ExportDamagedError",
+            "ExportedNetwork",
+            "load_exported",
+        ),
+        "deploy.fold": ("Folded",),
+        "dropped": ("DroppedRule",),
+        "functions": (
+            "compress",
+            "count_cost",
+            "decompress",
+            "dropped_rules",
+            "fold_batch_norm",
+            "make_inertial",
+            "recalibrate_batch_norm",
+            "reconstruct",
+            "save_exported",
+        ),
+        "interop": (
+            "load_torch",
+            "to_torch",
+        ),
+        "layers.inertial": ("InertialConv",),
+        "layers.low_rank": (
+            "LowRankConv",
+            "LowRankDense",
+        ),
+        "layers.tucker": ("Tucker2Conv",),
+        "metadata": (
+            "Metadata",
+            "Preprocessing",
+            "load_metadata",
+        ),
+        "models.create": ("create_model", "init_variables"),
+        "models.names": ("MODEL_NAMES",),
+        "plan.plan": ("Plan",),
+        "plan.specs": (
+            "Conv",
+            "Fixed",
+            "Inertial",
+            "Learned",
+            "LowRank",
+            "Rate",
+            "Tucker2",
+        ),
+        "plan.variants": ("published_variant",),
+        "weights.match.match": (
+            "TorchMatch",
+            "match_torch",
+        ),
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -34,7 +34,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 UNCHECKED = {
     "inertia_jax.plan": "makes its own types of what people write, such as lists",
     "train.config": "says itself what is wrong with an option",
-    "train.verbs": "passes MISSING of tyro where an argument must be given",
+    "train.options": "passes MISSING of tyro where an argument must be given",
 }
 # Before anything of the library is imported.
 jaxtyping.install_import_hook(

@@ -1,7 +1,9 @@
 """The wheel holds the library alone, and what is imported is declared."""
 
 import ast
+import importlib
 import importlib.metadata
+import pathlib
 import re
 import subprocess
 import sys
@@ -150,3 +152,29 @@ def test_tests_import_what_the_extras_bring():
     distributions = declared("train", "tfds", "torch", "int8", "dev") | helpers
     files = (ROOT / "tests").rglob("*.py")
     assert undeclared(files, distributions, nested=True) == set()
+
+
+@pytest.mark.parametrize("package", ["inertia_jax", "ops", "plan", "models"])
+def test_names_that_are_imported_late_are_those_that_type_checkers_see(package):
+    name = package if package == "inertia_jax" else f"inertia_jax.{package}"
+    module = importlib.import_module(name)
+    tree = ast.parse(pathlib.Path(module.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: getattr(importlib.import_module(node.module), alias.name)
+        for node in block.body
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(module.__all__)
+    # Asked anew: what was asked for before lies in the module itself.
+    found = {name: module.__getattr__(name) for name in module.__all__}
+    assert all(found[name] is seen[name] for name in seen)
+    assert not hasattr(module, "no_such_name")
+
+
+def test_the_library_is_imported_when_it_is_used():
+    code = (
+        "import sys, inertia_jax as ij; assert not {'jax', 'flax'} & {*sys.modules}; "
+        "ij.checkpoint.load_arrays; assert 'jax' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from train.machine.host_memory import (
     restart_with_huge_pages,
 )
 from train.machine.streams import is_output_lost, keep_streams
+from train.versions import versions_in_words
 
 VERBS = {
     "fit": "train a network",
@@ -51,15 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns the exit code: 0, 1 where a sweep's run failed, 2 after
     bad input, 130 after Ctrl-C.
     """
-    # These import JAX, which is not needed before the process may be replaced.
-    try:
-        import inertia_jax
-        from inertia_jax.chips.compiler import tell_libtpu
-        from train.machine.platform import choose_cpu_flags, use_compilation_cache
-    except ModuleNotFoundError as error:
-        return _say_missing(error, "this program")
-
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [word for word in argv if word != NO_HUGE_PAGES]
+    if argv[:1] == ["--version"]:
+        print(versions_in_words())
+        return 0
+    try:
+        verb = _parser().parse_args(argv[:1] or ["--help"]).verb
+        name = _MODULES.get(verb, verb)
+        if argv[1:] in (["-h"], ["--help"]):
+            _show_help(name, argv[1:])
+        return _run_verb(name, argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        return _say_missing(error, f"`{argv[0]}`")
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(f"error: {in_words(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Returns the parser of the first word."""
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
     hint = (
         "`python -m train VERB --help` says more. With --no-huge-pages, no verb starts "
@@ -72,32 +90,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", metavar="VERB", type=one_of(VERBS))
-    version = inertia_jax.__version__
-    parser.add_argument("--version", action="version", version=version)
-    argv = [word for word in argv if word != NO_HUGE_PAGES]
-    verb = parser.parse_args(argv[:1] or ["--help"]).verb
+    parser.add_argument("--version", action="store_true", help="show versions and exit")
+    return parser
+
+
+def _show_help(name: str, words: Sequence[str]) -> None:
+    """Ends the program with a verb's help, which needs nothing that computes."""
+    if importlib.util.find_spec(f"train.options.{name}") is not None:
+        importlib.import_module(f"train.options.{name}").parse(words)
+    importlib.import_module(f"train.verbs.{name}").run(words)
+
+
+def _run_verb(name: str, argv: Sequence[str]) -> int:
+    # These import JAX, which is not needed before the process may be replaced.
+    from inertia_jax.chips.compiler import tell_libtpu
+    from train.machine.platform import choose_cpu_flags, use_compilation_cache
+
     use_compilation_cache()
     choose_cpu_flags()
     tell_libtpu()
     give_back_after_compiling()
-    try:
-        _check_local(argv)
-        # Each verb is imported when it is called: a benchmark may need PyTorch, a
-        # report a plotting library.
-        module = importlib.import_module(f"train.verbs.{_MODULES.get(verb, verb)}")
-        if signal.getsignal(signal.SIGINT) is _leave:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return module.run(argv[1:])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        return _say_missing(error, f"`{verb}`")
-    except OSError as error:
-        if not is_full(error):
-            raise
-        print(f"error: {in_words(error)}", file=sys.stderr)
-        return 2
+    _check_local(argv)
+    # Each verb is imported when it is called: a benchmark may need PyTorch, a report a
+    # plotting library.
+    module = importlib.import_module(f"train.verbs.{name}")
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code: int = module.run(argv[1:])
+    return code
 
 
 def _check_local(argv: Sequence[str]) -> None:

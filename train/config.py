@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from inertia_jax.metadata import both_sides, shortest_sides
-from inertia_jax.models.create import check_model_name
+from inertia_jax.models.names import check_model_name
 from inertia_jax.ops.inertial.settings import near_miss
 from train.errors import UsageError, user_input
 from train.sources import Source
@@ -112,6 +111,9 @@ class Data:
             sides = getattr(self, name)
             if sides is None:
                 continue
+            # This brings Flax, for which the help of the defaults need not wait.
+            from inertia_jax.metadata import both_sides, shortest_sides
+
             with user_input():
                 object.__setattr__(self, name, shortest_sides(sides))
             for side in both_sides(sides):
@@ -122,6 +124,8 @@ class Data:
         """Height and width to which images are brought when they are loaded."""
         if self.image_size is None:
             return None
+        from inertia_jax.metadata import both_sides
+
         height, width = both_sides(self.image_size)
         resized = both_sides(self.eval_resize or self.image_size)
         return max(height, resized[0]), max(width, resized[1])

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from inertia_jax.ops.inertial.settings import near_miss
+
 # What the system says of a disk, or of a share of it, that is full.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -94,9 +96,6 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
     def check(word: str) -> str:
         if word not in choices:
-            # This import brings JAX, for which `--help` need not wait.
-            from inertia_jax.ops.inertial.settings import near_miss
-
             listed = f"must be one of {', '.join(choices)}.{near_miss(word, choices)}"
             raise argparse.ArgumentTypeError(f"{word!r} {listed}")
         return word

@@ -21,12 +21,13 @@ from inertia_jax.inputs import (
     shown,
 )
 from inertia_jax.models.lenet import LeNet
+from inertia_jax.models.names import check_model_name
 from inertia_jax.models.network import Network
 from inertia_jax.models.resnet import ResNet18
 from inertia_jax.models.resnet_cifar import CifarResNet
 from inertia_jax.models.simpledla import SimpleDLA
 from inertia_jax.models.vgg import VGG16
-from inertia_jax.ops.inertial.settings import check_choice, near_miss
+from inertia_jax.ops.inertial.settings import check_choice
 from inertia_jax.plan.plan import Plan, without_ladders
 from inertia_jax.plan.specs import as_python
 from inertia_jax.variables import without_boxes
@@ -41,7 +42,6 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         for depth in (20, 32, 44, 56)
     },
 }
-MODEL_NAMES = tuple(sorted(_MODELS))
 _DTYPES = ("bfloat16", "float32", "float64")
 
 # First variables are drawn once, by a program that LLVM would optimise for longer than
@@ -124,15 +124,6 @@ def create_model(
     if model.plan.rules:
         check_plan(model, input_shape(model), strict=strict)
     return model
-
-
-def check_model_name(argument: str, name: object) -> None:
-    """Raises ValueError unless `name` is one of `MODEL_NAMES`."""
-    if not isinstance(name, str) or name not in _MODELS:
-        raise ValueError(
-            f"`{argument}` (={name!r}) must be one of {', '.join(MODEL_NAMES)}."
-            f"{near_miss(name, MODEL_NAMES)}"
-        )
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:

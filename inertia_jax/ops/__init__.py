@@ -1,15 +1,25 @@
 """Pure functions on arrays; nothing here knows of Flax."""
 
-from inertia_jax.ops.conv.conv import conv2d
-from inertia_jax.ops.inertial.friction import friction
-from inertia_jax.ops.inertial.gates import hard_gate, is_open, select
-from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
-from inertia_jax.ops.inertial.window import InertialOutput, inertial_conv
-from inertia_jax.ops.pool import max_pool2d
-from inertia_jax.ops.tucker.factors import LowRankFactors, Tucker2Factors
-from inertia_jax.ops.tucker.low_rank import low_rank, low_rank_conv, low_rank_to_kernel
-from inertia_jax.ops.tucker.rank_selection import energy_rank, evbmf_rank
-from inertia_jax.ops.tucker.tucker import tucker2, tucker2_conv, tucker2_to_kernel
+from typing import TYPE_CHECKING
+
+from inertia_jax.lazy import importer
+
+if TYPE_CHECKING:
+    from inertia_jax.ops.conv.conv import conv2d
+    from inertia_jax.ops.inertial.friction import friction
+    from inertia_jax.ops.inertial.gates import hard_gate, is_open, select
+    from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
+    from inertia_jax.ops.inertial.window import InertialOutput, inertial_conv
+    from inertia_jax.ops.pool import max_pool2d
+    from inertia_jax.ops.tucker.factors import LowRankFactors, Tucker2Factors
+    from inertia_jax.ops.tucker.low_rank import (
+        low_rank,
+        low_rank_conv,
+        low_rank_to_kernel,
+    )
+    from inertia_jax.ops.tucker.rank_selection import energy_rank, evbmf_rank
+    from inertia_jax.ops.tucker.tucker import tucker2, tucker2_conv, tucker2_to_kernel
+
 
 __all__ = [
     "InertialOutput",
@@ -32,6 +42,43 @@ __all__ = [
     "tucker2_conv",
     "tucker2_to_kernel",
 ]
+
+__getattr__ = importer(
+    __name__,
+    {
+        "conv.conv": ("conv2d",),
+        "inertial.friction": ("friction",),
+        "inertial.gates": (
+            "hard_gate",
+            "is_open",
+            "select",
+        ),
+        "inertial.tiled": ("inertial_conv_tiled",),
+        "inertial.window": (
+            "InertialOutput",
+            "inertial_conv",
+        ),
+        "pool": ("max_pool2d",),
+        "tucker.factors": (
+            "LowRankFactors",
+            "Tucker2Factors",
+        ),
+        "tucker.low_rank": (
+            "low_rank",
+            "low_rank_conv",
+            "low_rank_to_kernel",
+        ),
+        "tucker.rank_selection": (
+            "energy_rank",
+            "evbmf_rank",
+        ),
+        "tucker.tucker": (
+            "tucker2",
+            "tucker2_conv",
+            "tucker2_to_kernel",
+        ),
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -1,17 +1,23 @@
 """The plan: which kind of convolution stands at every layer of a network."""
 
-from inertia_jax.plan.plan import Plan
-from inertia_jax.plan.specs import (
-    Conv,
-    Fixed,
-    Inertial,
-    Learned,
-    LowRank,
-    Rate,
-    Spec,
-    Threshold,
-    Tucker2,
-)
+from typing import TYPE_CHECKING
+
+from inertia_jax.lazy import importer
+
+if TYPE_CHECKING:
+    from inertia_jax.plan.plan import Plan
+    from inertia_jax.plan.specs import (
+        Conv,
+        Fixed,
+        Inertial,
+        Learned,
+        LowRank,
+        Rate,
+        Spec,
+        Threshold,
+        Tucker2,
+    )
+
 
 __all__ = [
     "Conv",
@@ -25,6 +31,24 @@ __all__ = [
     "Threshold",
     "Tucker2",
 ]
+
+__getattr__ = importer(
+    __name__,
+    {
+        "plan": ("Plan",),
+        "specs": (
+            "Conv",
+            "Fixed",
+            "Inertial",
+            "Learned",
+            "LowRank",
+            "Rate",
+            "Spec",
+            "Threshold",
+            "Tucker2",
+        ),
+    },
+)
 
 
 def __dir__() -> list[str]:

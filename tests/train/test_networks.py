@@ -22,11 +22,11 @@ from train.config import Config, Data, Model
 from train.config_file import config_to_json, differing_fields
 from train.errors import UsageError
 from train.networks import from_checkpoint, read_description, read_network
+from train.options.evaluate import Evaluate
+from train.options.fit import parse
+from train.options.sweep import SweepArguments
 from train.run.checkpoints import find_checkpoint
-from train.verbs.evaluate import Evaluate
 from train.verbs.finetune import run as run_finetune
-from train.verbs.fit import parse
-from train.verbs.sweep import SweepArguments
 
 pytestmark = pytest.mark.usefixtures("one_device")
 SHAPE = (8, 8, 1)
@@ -237,7 +237,7 @@ def test_augmentation_that_nobody_recorded_is_said(
     told = {"compressed": {"data": "npz:there", **recorded}}
     metadata = Metadata(SEEN, NAMES, told)
     ij.save_checkpoint(tmp_path / "small", model, variables, metadata=metadata)
-    monkeypatch.setattr("train.verbs.finetune.Finetune.train", lambda run: run.run.data)
+    monkeypatch.setattr("train.verbs.finetune.train", lambda run: run.run.data)
     data = run_finetune([str(tmp_path / "small"), "--data.crop-padding", "3"])
     said = "`data.crop_padding` (=3)" + ("" if recorded else " and `data.flip` (=True)")
     assert f"how its images were augmented; this run has {said}\n" in (

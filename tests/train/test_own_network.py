@@ -31,8 +31,8 @@ from train.networks import (
     with_classes,
     with_dtype,
 )
+from train.options import fit
 from train.run.checkpoints import find_checkpoint
-from train.verbs import fit
 
 FACTORY = "own_cnn:make"
 SHAPE = (8, 8, 1)

@@ -6,8 +6,8 @@ from train.arguments import parse_options
 from train.compress.options import Compress
 from train.data import load_data
 from train.errors import UsageError
+from train.options.fit import parse
 from train.sources import complete_source, describe_near
-from train.verbs.fit import parse
 
 
 @pytest.fixture

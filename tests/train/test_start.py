@@ -3,12 +3,14 @@
 import dataclasses
 import importlib
 import pathlib
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,7 +250,8 @@ def test_budgets_are_judged_as_compress_judges_them():
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "import"])
 def test_without_the_extra_a_verb_is_answered_in_a_sentence(verb, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    monkeypatch.delitem(sys.modules, f"train.verbs.{verb}", raising=False)
+    for room in ("options", "verbs"):
+        monkeypatch.delitem(sys.modules, f"train.{room}.{verb}", raising=False)
     assert main([verb, "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: `{verb}` needs the package tyro")
@@ -263,7 +266,36 @@ def test_without_jax_the_program_is_one_sentence_too():
     )
     assert found.returncode == 2
     *_, line = found.stderr.splitlines()
-    assert re.match(r"error: this program needs the package (jax|numpy), ", line)
+    assert re.match(r"error: `fit` needs the package (jax|numpy), ", line)
+
+
+# A program: prints which of these packages the help of a verb has imported.
+HELP = """
+import contextlib, io, sys
+from train.__main__ import main
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    main([sys.argv[1], "--help"])
+heavy = ("jax", "jaxlib", "flax", "optax", "orbax", "scipy", "matplotlib", "torch")
+print(*(name for name in heavy if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("export", "report")])
+def test_help_imports_nothing_that_computes(verb):
+    command = [sys.executable, "-c", HELP, verb]
+    found = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == []
+
+
+def test_versions_are_said(capsys):
+    assert main(["--version"]) == 0
+    found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert found["inertia_jax"] == ij.__version__
+    assert found["jax"] == jax.__version__
+    assert found["flax"] == flax.__version__
+    assert found["python"] == platform.python_version()
 
 
 def test_a_defect_of_our_own_is_no_missing_package(monkeypatch):

@@ -1,38 +1,18 @@
 """Evaluation of a checkpoint's network on any data that fit it."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from train.config import CacheDirOption, Data
+from train.config import Data
 from train.data import ImageSet, load_data, warn_of_other_names
 from train.data.augment import Augmentation
 from train.data.feed import make_feed
 from train.errors import UsageError, shortened
 from train.evaluate.evaluation import Evaluation, make_evaluator
+from train.evaluate.settings import EvaluationSettings
 from train.machine.parallel import Parallel
 from train.machine.processes import first_devices, say, warn
 from train.networks import NetworkDescription, TrainedNetwork
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """How test images are evaluated."""
-
-    cache_dir: CacheDirOption = Data.cache_dir
-    """Directory in which decoded sets are kept."""
-    batch_size: int = 500
-    """Images a step, over all devices."""
-    devices: int | None = None
-    """Number of devices to use, the first ones; None: all."""
-    resize: bool = False
-    """Resize images whose size is not that of the network's input."""
-    flip_test: bool = False
-    """Evaluate by the mean logits of each image and its mirror image."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"`batch_size` (={self.batch_size}) must be >= 1.")
 
 
 def evaluate_network(

@@ -21,7 +21,8 @@ from train.data import ImageSet, load_configured
 from train.errors import UsageError, user_input
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.evaluate.evaluation import Evaluation, paired_difference
-from train.experiments.pipeline_config import Pipeline, check_claim, claim
+from train.experiments.claim import check_claim, claim
+from train.experiments.pipeline_config import Pipeline
 from train.fit.checks import check_trainable
 from train.fit.loop import fit
 from train.keys import run_keys

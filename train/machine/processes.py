@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from train.arguments import optional
 from train.errors import UsageError
+from train.machine.settings import Processes
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, it may be run again.
 EXIT_LOST = 75
@@ -33,23 +34,6 @@ _LOST = re.compile(
 )
 # Errors of the same libraries that a restart would not cure.
 _NOT_LOST = re.compile(r"RESOURCE_EXHAUSTED|INVALID_ARGUMENT|ncclCommInit")
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """The number of processes, and the place of this one."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0 of several; `auto` asks the cluster: SLURM, Open MPI,
-    Kubernetes or a TPU pod."""
-    num_processes: int | None = None
-    """Number of processes on all hosts."""
-    process_id: int | None = None
-    """Number of this process, from 0."""
-    join_seconds: int = 300
-    """Seconds to wait until all have started."""
-    dead_seconds: int = 60
-    """Seconds of silence after which a process counts as dead, and the others end."""
 
 
 def say(words: str) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -18,7 +17,6 @@ from typing import IO, Any
 import jax
 from jax.experimental import multihost_utils
 
-import inertia_jax
 from inertia_jax.atomic import appearing, local_path
 from train.command import shell_command
 from train.config import Config
@@ -39,8 +37,7 @@ from train.run.lines import (
     write_lines,
 )
 from train.run.outputs import check_output
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+from train.versions import package_versions
 
 _NO_REGULAR_FILE = "no regular file; remove it"
 
@@ -74,10 +71,7 @@ def describe_machine() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {
-            "inertia_jax": inertia_jax.__version__,
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": package_versions(),
         # The settings of XLA and malloc, by the user or by the program.
         "environment": {name: value for name, value in settings.items() if value},
     }

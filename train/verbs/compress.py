@@ -8,17 +8,12 @@ from typing import Any
 
 from inertia_jax import count_cost
 from inertia_jax.compression.latency import model_latency_ms
-from train.arguments import parse_options
 from train.command import shell_command
 from train.compress import augmentation
 from train.compress.accuracy import Network, compare_stages, in_words, stage_evaluator
+from train.compress.checks import check_options, check_options_without_data
 from train.compress.layer_report import format_layers, report_layers
-from train.compress.options import (
-    AUGMENTATION,
-    Compress,
-    check_options,
-    check_options_without_data,
-)
+from train.compress.options import AUGMENTATION, Compress
 from train.compress.progress import shown_progress
 from train.compress.rank_rules import plan_to_json
 from train.compress.stages import (
@@ -37,6 +32,7 @@ from train.networks import (
     read_description,
     read_network,
 )
+from train.options.compress import parse
 from train.run.checkpoints import find_checkpoint, last_checkpoint
 from train.run.directory import describe_machine
 from train.run.outputs import write_json
@@ -44,7 +40,7 @@ from train.run.outputs import write_json
 
 def run(argv: Sequence[str]) -> int:
     """Compresses as the arguments say, and prints cost and accuracy."""
-    args = parse_options(Compress, argv, verb="compress")
+    args = parse(argv)
     check_options(args)
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
     is_made = args.resume and out.exists()

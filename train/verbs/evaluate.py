@@ -1,51 +1,23 @@
 """`python -m train evaluate`: evaluate a checkpoint."""
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Annotated
 
 import jax
-import tyro
 
-from train.arguments import parse_options
-from train.config import FactoryOption, SourceOption
-from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
+from train.evaluate.checkpoint import evaluate_network
 from train.evaluate.evaluation import paired_difference
-from train.machine.processes import Processes, first_devices, joined
+from train.machine.processes import first_devices, joined
 from train.networks import read_network
+from train.options.evaluate import Evaluate, parse
 from train.run.checkpoints import find_checkpoint
 from train.run.outputs import check_output_file, write_json
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Evaluates a checkpoint on every test image, each once."""
-
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """Checkpoint, or run, of which the best checkpoint is taken."""
-    data: SourceOption = None
-    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network
-    was trained on."""
-    against: str | None = None
-    """Checkpoint, or run, to compare with on the same data, image by image."""
-    factory: FactoryOption = None
-    """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
-    says."""
-    out: str | None = None
-    """File to which everything is written, as JSON."""
-    settings: Annotated[EvaluationSettings, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=EvaluationSettings
-    )
-    processes: Annotated[Processes, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=Processes
-    )
-
-
 def run(argv: Sequence[str]) -> int:
     """Evaluates as the arguments say, and prints the result."""
-    args = parse_options(Evaluate, argv, verb="evaluate")
+    args = parse(argv)
     with joined(args.processes, saves_on_sigterm=False):
         is_first = jax.process_index() == 0  # the only process that prints
         with contextlib.nullcontext() if is_first else contextlib.redirect_stdout(None):

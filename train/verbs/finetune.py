@@ -5,32 +5,20 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from train.arguments import parse_options
 from train.config import FINETUNE, check_used
 from train.config_file import load_config
 from train.errors import UsageError, shortened
 from train.machine.processes import early_processes, joined, say
 from train.networks import from_checkpoint, read_description
+from train.options.finetune import parse
+from train.options.fit import early_option, given_fields
 from train.run.checkpoints import find_checkpoint
-from train.verbs.fit import RunArguments, early_option, given_fields
+from train.verbs.fit import train
 
 # Fields of `data` that must stay those of the network's training.
 _ITS_OWN = ("mean", "std", "image_size", "eval_resize")
-
-
-@dataclasses.dataclass(frozen=True)
-class Finetune(RunArguments):
-    """Trains a checkpoint's network further, on the data of its training by default.
-
-    The checkpoint comes before the options; it fixes network and normalisation.
-    """
-
-    checkpoint: Annotated[str, tyro.conf.Positional] = tyro.MISSING
-    """Checkpoint, or run, of which the best checkpoint is taken."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -57,9 +45,7 @@ def _run(argv: Sequence[str]) -> int:
             default = dataclasses.replace(
                 default, name=f"{default.name}_{_checkpoint_name(argv[0])}"
             )
-    args = parse_options(
-        Finetune, argv, verb="finetune", default=Finetune(default, config=file)
-    )
+    args = parse(argv, default, file=file)
     args.set_flags()
     if path is None:
         raise UsageError("`checkpoint` must be given, before the options.")
@@ -80,7 +66,7 @@ def _run(argv: Sequence[str]) -> int:
             for name in network.unknown_augmentation
         )
         say(f"{path} does not say how its images were augmented; this run has {used}")
-    return args.train()
+    return train(args)
 
 
 def _checkpoint_name(given: str) -> str:

@@ -1,12 +1,10 @@
 """`python -m train import`: make a checkpoint from weights of PyTorch or Flax."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import tyro
 
 from inertia_jax import count_cost, match_torch, save_checkpoint
 from inertia_jax.interop import read_torch
@@ -16,65 +14,12 @@ from inertia_jax.models.create import (
     check_model_name,
     input_shape,
 )
-from train.arguments import parse_options
-from train.config import FactoryOption, Model
+from train.config import Model
 from train.errors import UsageError, user_input
 from train.machine.processes import say
 from train.networks import make_model
+from train.options.import_torch import Import, parse
 from train.own_network import check_own_network
-
-
-@dataclasses.dataclass(frozen=True)
-class Import:
-    """Makes a checkpoint from weights of PyTorch or Flax."""
-
-    weights: Annotated[str, tyro.conf.Positional]
-    """File that torch.save, safetensors or flax.serialization wrote, whatever its name,
-    the JSON index of several files, or a folder of orbax. What is narrower than float32
-    becomes float32."""
-    out: str
-    """Directory of the checkpoint, which must not exist."""
-    mean: tuple[float, ...]
-    """Mean of each channel with which inputs were normalised, of pixels in [0, 1]."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel with which inputs were normalised."""
-    model: str | None = None
-    """lenet, resnet18/20/32/44/56, simpledla or vgg16; None: one of your own."""
-    factory: FactoryOption = None
-    """What makes a network of your own, as MODULE:FUNCTION, in place of `model`.
-    PyTorch's weights are paired with its variables by names and shapes
-    (`inertia_jax.match_torch`)."""
-    num_classes: int = 10
-    """Number of classes."""
-    width: float = 1.0
-    """Factor of every number of channels."""
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers of resnet18."""
-    shortcut: Literal["A", "B"] = "A"
-    """Shortcuts of resnet20 to resnet56: padded, or 1x1 convolutions."""
-    image_size: int | tuple[int, int] | None = None
-    """Height and width of the network's input; one number: both; None: the published
-    ones, which a network of your own has not."""
-    resize: int | tuple[int, int] | None = None
-    """Height and width that images are resized to cover before the centre is cut out;
-    one number: both; None: those of the input."""
-    class_names: tuple[str, ...] = ()
-    """Name of each class."""
-    ema: bool = False
-    """Whether averaged weights are taken, of a file that has both."""
-    rename: tuple[str, ...] = ()
-    """Parts of keys that have another name in the file, as OLD=NEW: `top=linear`,
-    `conv*_x=layer*`."""
-    pairs: tuple[str, ...] = ()
-    """Layers or modules of a network of your own, and what they are in the file, as
-    OURS=THEIRS: `Block_2=layer2.0`."""
-    flattened: tuple[str, ...] = ()
-    """Images that linear layers of a network of your own take in one row, as
-    LAYER=SHAPE; None for what is no image: `Dense_0=7x7x64`, `*=None`."""
-    unflattened: tuple[str, ...] = ()
-    """Images that layers of a network of your own make in one row, or that BatchNorm
-    has there, as LAYER=SHAPE."""
-
 
 # Options that say which network of this library it is, and how one of others is paired.
 _OF_LIBRARY = ("width", "stem", "shortcut", "ema")
@@ -165,7 +110,7 @@ def _read_weights(
 
 def run(argv: Sequence[str]) -> int:
     """Imports as the arguments say, and prints where the checkpoint is."""
-    args = parse_options(Import, argv, verb="import")
+    args = parse(argv)
     out = pathlib.Path(args.out).expanduser()
     if out.exists():
         raise UsageError(f"`out` (={out}) must not exist; it was left as it is.")

@@ -1,31 +1,22 @@
 """`python -m train quickstart`: train and evaluate a small network, in minutes."""
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
 
-from train.arguments import parse_options
 from train.config_file import load_config
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
 from train.fit.loop import exit_code, fit, summary
 from train.networks import read_network
+from train.options.quickstart import parse
 from train.run.checkpoints import find_checkpoint
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 
 
-@dataclasses.dataclass(frozen=True)
-class Quickstart:
-    """Trains a narrow ResNet18 on handwritten digits and evaluates its checkpoint."""
-
-    workdir: str = "runs/quickstart"
-    """Directory of the run; a run that is there already is resumed."""
-
-
 def run(argv: Sequence[str]) -> int:
     """Trains, evaluates from the checkpoint and prints where things lie."""
-    args = parse_options(Quickstart, argv, verb="quickstart")
+    args = parse(argv)
     start = time.monotonic()
     workdir = pathlib.Path(args.workdir).expanduser()
     result = fit(load_config(_CONFIG), workdir=workdir, resume=True)

@@ -1,15 +1,9 @@
 """`python -m train sweep`: train many runs, and record each."""
 
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
-import tyro
-
-from train.arguments import parse_options
-from train.config import SourceOption
 from train.errors import DivergedError, UsageError, user_input
 from train.experiments.sweep import (
     append_record,
@@ -22,32 +16,12 @@ from train.experiments.sweep import (
     with_source,
 )
 from train.fit.loop import exit_code, fit
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepArguments:
-    """Trains the runs that a file lists.
-
-    Runs that have a record are skipped; a run that was stopped is resumed.
-    """
-
-    sweep: Annotated[str, tyro.conf.Positional]
-    """Python file that defines `sweep`, a Sweep of train.experiments.sweep."""
-    out: str
-    """File of JSON lines, to which each run appends a record when it ends."""
-    data: SourceOption = None
-    """Data that replace every run's `data.source`."""
-    only: tuple[str, ...] = ()
-    """Names of the runs to train; none: all of them."""
-    workdir: str = "runs/sweeps"
-    """Directory in which the runs' directories are made and kept."""
-    max_runs: int | None = None
-    """Number of runs after which to stop; None: all of them are trained."""
+from train.options.sweep import parse
 
 
 def run(argv: Sequence[str]) -> int:
     """Trains the missing runs and prints the table; returns 1 if one diverged."""
-    args = parse_options(SweepArguments, argv, verb="sweep")
+    args = parse(argv)
     path, out = pathlib.Path(args.sweep), pathlib.Path(args.out)
     sweep = load_sweep(path)
     names = [config.name for config in sweep.configs]

@@ -5,9 +5,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-import jax
-from jax import Array
-
 Metric = Literal["l1", "l2", "max", "random"]
 Reference = Literal["center", "core_mean"]
 Combine = Literal[
@@ -58,20 +55,10 @@ def check_sizes(*, core_size: int, region_size: int) -> None:
 
 def check_slope(slope: float) -> None:
     """Raises ValueError unless `slope` > 0; a traced one cannot be checked."""
+    import jax  # which specs and options, that also have a slope, can do without
+
     if not isinstance(slope, jax.core.Tracer) and not slope > 0:
         raise ValueError(f"`slope` (={slope}) must be > 0.")
-
-
-def check_core(x: Array, core: Array, *, region_size: int) -> None:
-    """Raises ValueError unless `core` is [m, m, c_in, features], m < `region_size`."""
-    if core.ndim != 4 or core.shape[0] != core.shape[1]:
-        raise ValueError(f"`core` (shape {core.shape}) must be [m, m, c_in, c_out].")
-    check_sizes(core_size=core.shape[0], region_size=region_size)
-    if x.ndim != 4 or x.shape[-1] != core.shape[2]:
-        raise ValueError(
-            f"`core` (shape {core.shape}) must take the channels of `x` (shape "
-            f"{x.shape}), an [n, h, w, c_in]."
-        )
 
 
 def check_capacities(capacities: Sequence[float | int] | None) -> None:

@@ -23,7 +23,6 @@ from inertia_jax.ops.inertial.settings import (
     Reference,
     check_capacities,
     check_choice,
-    check_core,
     check_slope,
 )
 from inertia_jax.ops.inertial.tiles import (
@@ -34,7 +33,7 @@ from inertia_jax.ops.inertial.tiles import (
     spread,
     tile_means,
 )
-from inertia_jax.ops.inertial.window import InertialOutput, as_friction
+from inertia_jax.ops.inertial.window import InertialOutput, as_friction, check_core
 from inertia_jax.ops.inertial.winograd_tiles import fill_by_winograd, fits
 from inertia_jax.ops.precision import at_least_float32
 

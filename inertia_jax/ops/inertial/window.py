@@ -28,7 +28,7 @@ from inertia_jax.ops.inertial.settings import (
     Metric,
     Reference,
     check_choice,
-    check_core,
+    check_sizes,
     check_slope,
 )
 from inertia_jax.ops.inertial.views import (
@@ -313,3 +313,15 @@ def _core_and_tap(
     blocks = blocks.reshape(2 * n, rows * m, columns * m, c)
     low, high = jnp.split(conv2d(blocks, core, strides=m, padding="VALID"), 2)
     return low, high
+
+
+def check_core(x: Array, core: Array, *, region_size: int) -> None:
+    """Raises ValueError unless `core` is [m, m, c_in, features], m < `region_size`."""
+    if core.ndim != 4 or core.shape[0] != core.shape[1]:
+        raise ValueError(f"`core` (shape {core.shape}) must be [m, m, c_in, c_out].")
+    check_sizes(core_size=core.shape[0], region_size=region_size)
+    if x.ndim != 4 or x.shape[-1] != core.shape[2]:
+        raise ValueError(
+            f"`core` (shape {core.shape}) must take the channels of `x` (shape "
+            f"{x.shape}), an [n, h, w, c_in]."
+        )

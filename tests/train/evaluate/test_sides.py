@@ -22,7 +22,7 @@ from train.data.augment import Augmentation
 from train.data.training_inputs import training_inputs
 from train.errors import UsageError
 from train.networks import NetworkDescription, from_checkpoint
-from train.verbs.fit import parse
+from train.options.fit import parse
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

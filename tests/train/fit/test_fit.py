@@ -34,9 +34,9 @@ from train.errors import UsageError
 from train.evaluate.evaluation import Evaluation
 from train.fit.loop import FitResult, summary
 from train.networks import make_model
+from train.options.fit import parse
 from train.run.checkpoints import best_step, latest_steps
 from train.run.report import format_curve
-from train.verbs.fit import parse
 
 FIT = [
     "fit",

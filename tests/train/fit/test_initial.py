@@ -26,10 +26,10 @@ from train.fit.initial import check_initial, head_paths, read_initial, verify_in
 from train.fit.loop import _check_same_sources, _with_classes_of_run
 from train.machine.processes import warn
 from train.networks import model_config
+from train.options.fit import parse
 from train.run.directory import RunDirectory
 from train.step.optimizer import make_schedule
 from train.verbs.finetune import _checkpoint_name
-from train.verbs.fit import parse
 
 pytestmark = pytest.mark.usefixtures("one_device")
 SHAPE = (8, 8, 1)

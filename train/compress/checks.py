@@ -1,0 +1,85 @@
+"""Checks of the options of `python -m train compress`, before anything is read."""
+
+from inertia_jax.chips.compiler import topology
+from inertia_jax.compression.reconstruct import LEAST_IMAGES
+from train.compress.options import AUGMENTATION, Compress
+from train.compress.rank_rules import parse_ranks
+from train.errors import UsageError, user_input
+from train.run.outputs import check_output, check_output_file
+
+# The options of Tucker-2 alone, those that need data, and those of inertial layers.
+_OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch", "device")
+_OF_DATA = (
+    "also_test",
+    "recalibration_images",
+    "reconstruction_images",
+    *AUGMENTATION,
+)
+_OF_INERTIAL = ("tile_size", "metric", "reference", "low", "channel_stride")
+
+
+def check_options(args: Compress) -> None:
+    """Raises UsageError where options contradict each other, or lie outside a range."""
+    _check_method(args)
+    for name in _OF_TUCKER2 if args.is_inertial else _OF_INERTIAL:
+        value = getattr(args, name)
+        if value != getattr(Compress, name):
+            given = "--macs" if args.is_inertial else "--ranks"
+            raise UsageError(f"`{name}` (={value}) does nothing with {given}.")
+    check_output("out", args.out)
+    check_output_file("record", args.record)
+    rate = args.finetune_learning_rate
+    if not 0 < rate < float("inf"):
+        raise UsageError(f"`finetune_learning_rate` (={rate}) must be > 0.")
+    if not args.finetune_epochs and rate != Compress.finetune_learning_rate:
+        raise UsageError(
+            f"`finetune_learning_rate` (={rate}) does nothing without "
+            f"`finetune_epochs`."
+        )
+    for name in ("finetune_epochs", "latency_batch", "seed", "crop_padding"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UsageError(f"`{name}` (={value}) must be >= 0.")
+    for name, least, is_needed in (
+        ("calibration_images", 2, True),
+        ("recalibration_images", 2, args.is_inertial),
+        ("reconstruction_images", LEAST_IMAGES, False),
+    ):
+        value = getattr(args, name)
+        if value < least and (is_needed or value):
+            rule = f">= {least}" if is_needed else f"0 or >= {least}"
+            raise UsageError(f"`{name}` (={value}) must be {rule}.")
+    if args.ranks is not None:
+        parse_ranks(args.ranks)
+    if args.device is not None:
+        with user_input():
+            topology(args.device)
+    if args.macs is not None and not 0 < args.macs <= 1:
+        raise UsageError(f"`macs` (={args.macs}) must be in (0, 1].")
+
+
+def check_options_without_data(args: Compress) -> None:
+    """Raises UsageError where an option is set that does nothing without data."""
+    for name in _OF_DATA:
+        value = getattr(args, name)
+        if value != getattr(Compress, name):
+            raise UsageError(
+                f"`{name}` (={value}) does nothing without data; say which with --data."
+            )
+
+
+def _check_method(args: Compress) -> None:
+    if args.ranks is None and args.macs is None:
+        raise UsageError(
+            "--ranks (for Tucker-2 factors) or --macs (for inertial layers) must be "
+            "given."
+        )
+    if args.ranks is not None and args.macs is not None:
+        raise UsageError(
+            f"`ranks` (={args.ranks}) and `macs` (={args.macs}) must not both be given."
+        )
+    if args.method is not None and args.is_inertial != (args.method == "inertial"):
+        rule = (
+            "inertial with --macs" if args.is_inertial else "hosvd or hooi with --ranks"
+        )
+        raise UsageError(f"`method` (={args.method}) must be {rule}.")
