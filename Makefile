@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-all test-floor lint clean
+.PHONY: quickstart test test-all test-floor lint docs clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
@@ -37,6 +37,11 @@ lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy inertia_jax train
 
+# The documentation as a site, in docs/_build/html. A warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+	@echo the site begins at docs/_build/html/index.html
+
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -44,4 +49,4 @@ $(VENV)/.%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache
