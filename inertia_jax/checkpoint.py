@@ -39,11 +39,33 @@ from inertia_jax.variables import plain_variables
 
 
 class CheckpointDamagedError(ValueError):
-    """The error of a checkpoint whose files are not those that were written."""
+    """The error of a checkpoint whose files are not those that were written.
+
+    Example:
+        >>> import pathlib
+        >>> ij.save_checkpoint("checkpoints/damaged", model, variables)
+        >>> next(pathlib.Path("checkpoints/damaged").rglob("*ocdbt")).write_bytes(b"")
+        0
+        >>> try:
+        ...     ij.load_checkpoint("checkpoints/damaged")
+        ... except ij.CheckpointDamagedError:
+        ...     print("a file was altered")
+        a file was altered
+    """
 
 
 class CheckpointWriteError(OSError):
-    """The error of a checkpoint that could not be written; nothing of it is left."""
+    """The error of a checkpoint that could not be written; nothing of it is left.
+
+    Example:
+        >>> import pathlib
+        >>> pathlib.Path("a file").touch()
+        >>> try:
+        ...     ij.save_checkpoint("a file/checkpoint", model, variables)
+        ... except ij.CheckpointWriteError:
+        ...     print("nothing can be written there")
+        nothing can be written there
+    """
 
 
 def save_checkpoint(
@@ -77,6 +99,12 @@ def save_checkpoint(
         FileExistsError: Something exists at `path`.
         ValueError: `model` is `Folded`, or no Linen model, or `path` is a URL.
         CheckpointWriteError: It could not be written, e.g. because the disk is full.
+
+    Example:
+        >>> about = ij.Metadata(class_names=tuple("0123456789"), info={"epoch": 3})
+        >>> ij.save_checkpoint("checkpoints/lenet", model, variables, metadata=about)
+        >>> ij.load_metadata("checkpoints/lenet").info["epoch"]
+        3
     """
     path = local_path(path).absolute()
     if path.exists():
@@ -157,6 +185,12 @@ def load_checkpoint(
         OSError: A file could not be read.
         ValueError: `model` is missing, or its layers and arrays are not those of the
             checkpoint; the message says which.
+
+    Example:
+        >>> ij.save_checkpoint("checkpoints/again", model, variables)
+        >>> again, arrays = ij.load_checkpoint("checkpoints/again")
+        >>> again == model
+        True
     """
     path = find_checkpoint(path)
     verify_checkpoint(path)

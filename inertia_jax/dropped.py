@@ -31,6 +31,12 @@ class DroppedRule:
         path: The layer, which is dense, or has a dense core; "" for a rule that wins at
             none of the layers that it matches.
         reason: The reason why the spec is not used there.
+
+    Example:
+        >>> plan = ij.Plan((("conv*", ij.Inertial(5, 6, reading="tiled")),))
+        >>> network = ij.create_model("lenet", width=0.0625, plan=plan)
+        >>> ij.dropped_rules(network, (28, 28, 1))[0].reason
+        'core 5 exceeds kernel 3'
     """
 
     glob: str
@@ -68,6 +74,12 @@ def dropped_rules(
             whose plan is read off its layers: `ij.nnx.apply_plan` warns of such rules.
         image_shape: The shape of one input, such as [h, w, c].
         apply_fn: How the network is called, as in `compress`.
+
+    Example:
+        >>> plan = ij.Plan((("conv*", ij.Inertial(5, 6, reading="tiled")),))
+        >>> network = ij.create_model("lenet", width=0.0625, plan=plan)
+        >>> [rule.path for rule in ij.dropped_rules(network, (28, 28, 1))]
+        ['conv1', 'conv2']
     """
     plan = plan_of(model)
     if plan is None or not plan.rules:

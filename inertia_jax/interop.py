@@ -82,6 +82,16 @@ def load_torch(
             floating-point numbers, a prefix or name that matches nothing, or a file of
             another kind.
         FileNotFoundError: There is no such file.
+
+    Example:
+        >>> state_dict = ij.to_torch(model, variables)  # or the path of a file
+        >>> loaded = ij.load_torch(
+        ...     model, {f"module.{k}": v for k, v in state_dict.items()}
+        ... )
+        >>> jnp.array_equal(
+        ...     loaded["params"]["fc2"]["bias"], state_dict["fc2.bias"]
+        ... ).item()
+        True
     """
     variables, note = read_torch(
         model,
@@ -177,6 +187,11 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
 
     Raises:
         ValueError: The variables do not belong to `model`.
+
+    Example:
+        >>> state_dict = ij.to_torch(model, variables)
+        >>> {key: array.shape for key, array in state_dict.items() if "conv2" in key}
+        {'conv2.bias': (4,), 'conv2.weight': (4, 2, 3, 3)}
     """
     flat = traverse_util.flatten_dict(plain_variables(variables))
     expected = traverse_util.flatten_dict(abstract_variables(model))

@@ -72,6 +72,12 @@ class Preprocessing:
     Raises:
         ValueError: Entries that do not fit the channels or are not finite, or a
             `resize` below the input's sides.
+
+    Example:
+        >>> ij.Preprocessing(
+        ...     image_shape=(28, 28, 1), mean=(0.13,), std=(0.31,)
+        ... ).image_shape
+        (28, 28, 1)
     """
 
     image_shape: tuple[int, int, int]
@@ -119,6 +125,14 @@ class Metadata:
         info: Further facts, e.g. step, metrics and configuration, as JSON.
         network: The network's name, or the qualified name of the class of another's
             model. `save_checkpoint` writes it, whatever is here.
+
+    Example:
+        >>> about = ij.Metadata(
+        ...     ij.Preprocessing(image_shape=(28, 28, 1), mean=(0.13,), std=(0.31,)),
+        ...     class_names=tuple("0123456789"),
+        ... )
+        >>> about.preprocessing.mean
+        (0.13,)
     """
 
     preprocessing: Preprocessing | None = None
@@ -190,6 +204,11 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     Raises:
         FileNotFoundError: There is no checkpoint at `path`.
         ValueError: Its description is broken, or of another version.
+
+    Example:
+        >>> ij.save_checkpoint("checkpoints/named", model, variables)
+        >>> ij.load_metadata("checkpoints/named").network
+        'lenet'
     """
     path = find_checkpoint(path)
     return _make_metadata(path, _read_description(path))

@@ -108,6 +108,13 @@ def make_inertial(
         ValueError: A share that no rates can meet (the message says the least
             possible), a glob that matches no convolution that can be tiled, a network
             that is inertial already, or outputs that are not finite.
+
+    Example:
+        >>> gated, thresholds = ij.make_inertial(
+        ...     model, variables, macs=0.9, calibration=images
+        ... )
+        >>> sorted(thresholds)
+        ['params', 'thresholds']
     """
     macs = as_python(macs)
     _check_options(macs, tile_size, batch_size)

@@ -60,6 +60,15 @@ class Planned(Wrapper):
         ValueError: A rule of another kind, or for an `nn.Conv` or `nn.Dense` that
             cannot be factorised. Rules for other layers are not used: `dropped_rules`
             lists them.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> plan = ij.Plan((("layers_0", ij.Tucker2(2, 2)),))
+        >>> network = ij.Planned(
+        ...     nn.Sequential([nn.Conv(8, (3, 3)), nn.Conv(8, (3, 3))]), plan
+        ... )
+        >>> [row.kind for row in ij.count_cost(network, (6, 6, 8)).rows]
+        ['tucker2', 'conv']
     """
 
     # A field `model` would clash with children of that name in the wrapped model.

@@ -31,6 +31,13 @@ class Ratio:
 
     Attributes:
         ratio: The share of the channels, in (0, 1].
+
+    Example:
+        >>> small, _ = ij.compress(
+        ...     model, variables, ranks=ij.Ratio(0.5), only_cheaper=False
+        ... )
+        >>> small.plan.spec("conv2").rank_in, small.plan.spec("conv2").rank_out
+        (1, 2)
     """
 
     ratio: float
@@ -47,6 +54,13 @@ class Energy:
 
     Attributes:
         share: The share to keep, in (0, 1].
+
+    Example:
+        >>> small, _ = ij.compress(
+        ...     model, variables, ranks=ij.Energy(0.5), only_cheaper=False
+        ... )
+        >>> small.plan.spec("conv2").rank_out
+        2
     """
 
     share: float
@@ -60,6 +74,13 @@ class Evbmf:
     """The rule that ranks are those that empirical variational Bayes finds, at least 1.
 
     It is applied to each unfolding of the kernel.
+
+    Example:
+        >>> small, _ = ij.compress(
+        ...     model, variables, ranks=ij.Evbmf(), only_cheaper=False
+        ... )
+        >>> small.plan.spec("conv2").rank_out
+        1
 
     References:
         Kim et al., 2016, https://arxiv.org/abs/1511.06530, section 3.2
@@ -82,6 +103,12 @@ class Budget:
             not be there: its compiler estimates the time of every layer in every form,
             and of the network, in bfloat16. It needs libtpu (the extra `tpu`). None:
             this machine.
+
+    Example:
+        >>> small, _ = ij.compress(model, variables, ranks=ij.Budget(params=0.99))
+        >>> cost = ij.count_cost(small, (28, 28, 1))
+        >>> cost.params <= 0.99 * ij.count_cost(model, (28, 28, 1)).params
+        True
     """
 
     macs: float | None = None

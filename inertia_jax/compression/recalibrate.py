@@ -60,6 +60,14 @@ def recalibrate_batch_norm(
             not finite, or a network that takes no argument by which it would be told
             that it is trained.
 
+    Example:
+        >>> from flax import linen as nn
+        >>> network = nn.BatchNorm(use_running_average=None)
+        >>> first = network.init(jax.random.key(0), images, use_running_average=True)
+        >>> measured = ij.recalibrate_batch_norm(network, first, images)
+        >>> jnp.allclose(measured["batch_stats"]["mean"], images.mean()).item()
+        True
+
     References:
         Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167, algorithm 2
     """

@@ -101,6 +101,14 @@ def reconstruct(
             or `nn.vmap`, a dense network with other layers, other shapes or BatchNorm
             elsewhere, too few images, or images or outputs that are not finite.
 
+    Example:
+        >>> small, factors = ij.compress(model, variables, ranks=ij.Budget(macs=0.5))
+        >>> fitted = ij.reconstruct(
+        ...     small, factors, dense=(model, variables), images=images, iterations=2
+        ... )
+        >>> jax.tree.structure(fitted) == jax.tree.structure(factors)
+        True
+
     References:
         Zhang et al., 2016, https://arxiv.org/abs/1505.06798, section 3.3 (asymmetric
         reconstruction)

@@ -122,6 +122,12 @@ def compress(
             kernels or images that are not finite, or no `image_shape` where it is
             needed.
 
+    Example:
+        >>> small, factors = ij.compress(model, variables, ranks=ij.Budget(macs=0.5))
+        >>> before, after = (ij.count_cost(m, (28, 28, 1)).macs for m in (model, small))
+        >>> after <= before / 2
+        True
+
     References:
         Kim et al., 2016, https://arxiv.org/abs/1511.06530
     """
@@ -241,6 +247,14 @@ def decompress(
     Raises:
         ValueError: A factorised layer whose core is inertial, which no dense kernel
             equals.
+
+    Example:
+        >>> small, factors = ij.compress(
+        ...     model, variables, ranks=ij.Ratio(1), only_cheaper=False
+        ... )
+        >>> dense, kernels = ij.decompress(small, factors)
+        >>> kernels["params"]["conv2"]["kernel"].shape
+        (3, 3, 2, 4)
     """
     shape = image_shape_of(model, image_shape)
     for _, spec in (plan_of(model) or Plan()).rules:

@@ -64,6 +64,11 @@ def count_cost(
     Raises:
         ValueError: `input_shape` is not made of positive entries, or `gate_rates` names
             no inertial layer or lies outside [0, 1].
+
+    Example:
+        >>> cost = ij.count_cost(model, (28, 28, 1))
+        >>> cost.params, cost.macs
+        (4802, 58328)
     """
     shape = shape_of_input(model, input_shape, apply_fn)
     return count_one(model, shape, gate_rates=gate_rates, apply_fn=apply_fn)

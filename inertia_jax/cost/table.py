@@ -29,6 +29,11 @@ class LayerCost:
         gate_rate: Share of open gates that `macs` is counted at.
         ranks: (rank_in, rank_out) of a Tucker-2 layer, (rank,) of two factors.
         note: The reason why the layer is not what the plan has for it.
+
+    Example:
+        >>> row = ij.count_cost(model, (28, 28, 1)).rows[1]
+        >>> row.path, row.output_shape, row.params, row.macs
+        ('conv2', (24, 24, 4), 76, 41472)
     """
 
     path: str
@@ -51,6 +56,11 @@ class CostTable:
 
     Attributes:
         rows: One a layer that has parameters, in the order of the computation.
+
+    Example:
+        >>> cost = ij.count_cost(model, (28, 28, 1))
+        >>> cost.params, [row.path for row in cost.rows]
+        (4802, ['conv1', 'conv2', 'fc1', 'fc2'])
     """
 
     rows: tuple[LayerCost, ...]

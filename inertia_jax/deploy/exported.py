@@ -45,7 +45,18 @@ _MOST_BYTES = 2**31 - 2**24
 
 
 class ExportDamagedError(ValueError):
-    """The error of a file that is no exported network, or was altered."""
+    """The error of a file that is no exported network, or was altered.
+
+    Example:
+        >>> import pathlib
+        >>> pathlib.Path("empty.ijx").write_bytes(b"")
+        0
+        >>> try:
+        ...     ij.load_exported("empty.ijx")
+        ... except ij.ExportDamagedError:
+        ...     print("no exported network")
+        no exported network
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,14 @@ class ExportedNetwork:
         info: Further facts from whoever wrote the file.
         function: The function from images to logits, for use inside other JAX
             functions; it has no derivative.
+
+    Example:
+        >>> ij.save_exported(
+        ...     "mean.ijx", lambda x: x.mean((1, 2)), image_shape=(8, 8, 3)
+        ... )
+        >>> network = ij.load_exported("mean.ijx")
+        >>> network.input_shape, network.platforms
+        ((None, 8, 8, 3), ('cpu', 'cuda', 'tpu'))
     """
 
     input_shape: tuple[int | None, ...]
@@ -142,6 +161,11 @@ def save_exported(
             `batch_size`, as those of tiled inertial layers do, or weights of more than
             2 GB.
         OSError: The file could not be written; nothing of it is left.
+
+    Example:
+        >>> ij.save_exported("lenet.ijx", (model, variables), image_shape=(28, 28, 1))
+        >>> ij.load_exported("lenet.ijx")(np.asarray(images)).shape
+        (16, 10)
 
     References:
         https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees
@@ -234,6 +258,11 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
         FileNotFoundError: There is no file at `path`.
         ExportDamagedError: It is no exported network, or has been altered.
         ValueError: This version of the library, or of JAX, cannot read it.
+
+    Example:
+        >>> ij.save_exported("sum.ijx", lambda x: x.sum((1, 2)), image_shape=(8, 8, 3))
+        >>> ij.load_exported("sum.ijx")(np.ones((2, 8, 8, 3), "float32")).tolist()
+        [[64.0, 64.0, 64.0], [64.0, 64.0, 64.0]]
     """
     path = local_path(path)
     if not path.is_file():

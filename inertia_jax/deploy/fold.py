@@ -39,6 +39,16 @@ class Folded(Wrapper):
 
     Raises:
         ValueError: The network is called in training mode.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> network = nn.Sequential(
+        ...     [nn.Conv(4, 3), nn.BatchNorm(use_running_average=True)]
+        ... )
+        >>> first = network.init(jax.random.key(0), jnp.ones((1, 8, 3)))
+        >>> folded, merged = ij.fold_batch_norm(network, first, image_shape=(8, 3))
+        >>> folded.folded, folded.kept
+        ((('layers_0', 'layers_1'),), ())
     """
 
     unfolded: nn.Module
@@ -119,6 +129,16 @@ def fold_batch_norm(
     Raises:
         ValueError: No `image_shape` where it is needed, or variables that are not the
             model's.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> network = nn.Sequential(
+        ...     [nn.Conv(4, 3), nn.BatchNorm(use_running_average=True)]
+        ... )
+        >>> first = network.init(jax.random.key(0), jnp.ones((1, 8, 3)))
+        >>> folded, merged = ij.fold_batch_norm(network, first, image_shape=(8, 3))
+        >>> sorted(merged["params"]), "batch_stats" in merged
+        (['layers_0'], False)
     """
     variables = plain_variables(variables)
     if isinstance(model, Folded):

@@ -64,6 +64,12 @@ class InertialConv(nn.Module):
     Raises:
         ValueError: What `Inertial` refuses, a core that is not square, tiles with
             strides, or `stack` of an odd number of features.
+
+    Example:
+        >>> layer = ij.InertialConv(4, (3, 3), reading="tiled", threshold=ij.Fixed(0.5))
+        >>> outputs, first = layer.init_with_output(jax.random.key(0), images)
+        >>> outputs.shape, sorted(first["params"]), sorted(first["thresholds"])
+        ((16, 28, 28, 4), ['bias', 'kernel'], ['threshold'])
     """
 
     features: int

@@ -34,6 +34,12 @@ class LowRankConv(nn.Module):
     Raises:
         ValueError: A rank outside its range, a side that is not 1, or groups that do
             not divide the channels.
+
+    Example:
+        >>> layer = ij.LowRankConv(4, rank=1)
+        >>> outputs, first = layer.init_with_output(jax.random.key(0), images)
+        >>> outputs.shape, sorted(first["params"])
+        ((16, 28, 28, 4), ['left', 'right'])
     """
 
     features: int
@@ -100,6 +106,12 @@ class LowRankDense(nn.Module):
 
     Raises:
         ValueError: A rank outside its range.
+
+    Example:
+        >>> layer = ij.LowRankDense(10, rank=2)
+        >>> outputs, first = layer.init_with_output(jax.random.key(0), jnp.ones((3, 8)))
+        >>> outputs.shape, first["params"]["left"]["kernel"].shape
+        ((3, 10), (8, 2))
     """
 
     features: int

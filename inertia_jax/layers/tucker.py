@@ -50,6 +50,12 @@ class Tucker2Conv(nn.Module):
     Raises:
         ValueError: A rank outside its range, a core of another side than `kernel_size`,
             or groups that do not divide the channels.
+
+    Example:
+        >>> layer = ij.Tucker2Conv(4, (3, 3), rank_in=1, rank_out=2)
+        >>> outputs, first = layer.init_with_output(jax.random.key(0), images)
+        >>> outputs.shape, first["params"]["core"]["kernel"].shape
+        ((16, 28, 28, 4), (3, 3, 1, 2))
     """
 
     features: int

@@ -83,6 +83,12 @@ def create_model(
     Raises:
         ValueError: An argument outside its range, a plan whose glob matches no
             convolution of the network, or, with `strict`, one that falls back.
+
+    Example:
+        >>> plan = ij.Plan((("layer3*", ij.Tucker2(8, 8)),))
+        >>> small = ij.create_model("resnet20", num_classes=100, plan=plan)
+        >>> ij.count_cost(small, (32, 32, 3)).params
+        82164
     """
     check_model_name("name", name)
     num_classes = as_python(num_classes)
@@ -211,6 +217,11 @@ def init_variables(
         shape: The shape of one input, such as [h, w, c], or of each of several by name;
             None means the one the network was made for.
         apply_fn: How the network is called, as in `inertia_jax.compress`.
+
+    Example:
+        >>> first = ij.init_variables(model, jax.random.key(0))
+        >>> jax.tree.map(jnp.shape, first["params"]["conv1"])
+        {'bias': (2,), 'kernel': (3, 3, 1, 2)}
     """
     # A constant key is no tracer under a transformation, but its copy is.
     key = jax.random.clone(key)

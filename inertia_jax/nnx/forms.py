@@ -33,6 +33,13 @@ def plan_of(module: nnx.Module) -> Plan:
     """Returns the plan of a module: a rule for each layer of a form that a plan has.
 
     That of a Linen model inside a module, as of `ij.nnx.create_model`, is the model's.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = ij.nnx.Tucker2Conv(8, 8, 3, rank_in=2, rank_out=2, rngs=nnx.Rngs(0))
+        >>> net = nnx.Sequential(layer)
+        >>> ij.nnx.plan_of(net).spec("layers/0").rank_in
+        2
     """
     rules: list[tuple[str, Spec]] = [
         (as_glob("/".join(path)), layer.node.spec)
@@ -70,6 +77,13 @@ def apply_plan(
     Raises:
         ValueError: A rule that matches no convolution, or one that cannot have this
             form.
+
+    Example:
+        >>> from flax import nnx
+        >>> net = nnx.Sequential(nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0)))
+        >>> small = ij.nnx.apply_plan(net, ij.Plan((("*", ij.Tucker2(2, 2)),)))
+        >>> type(small.layers[0]).__name__
+        'Tucker2Conv'
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if isinstance(module, nnx.bridge.ToNNX):

@@ -48,6 +48,14 @@ class InertialConv(nnx.Module):
 
     Raises:
         ValueError: What `inertia_jax.InertialConv` refuses.
+
+    Example:
+        >>> from flax import nnx
+        >>> tiled = {"reading": "tiled", "threshold": ij.Rate(0.25)}
+        >>> layer = ij.nnx.InertialConv(1, 4, (3, 3), **tiled, rngs=nnx.Rngs(0))
+        >>> layer.train()
+        >>> layer(images).shape, layer.threshold[...].item() > 0
+        ((16, 28, 28, 4), True)
     """
 
     def __init__(

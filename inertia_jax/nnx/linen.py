@@ -40,6 +40,13 @@ def as_linen(module: nnx.Module) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         ValueError: The module is abstract, as from `nnx.eval_shape`.
+
+    Example:
+        >>> from flax import nnx
+        >>> net = nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0)))
+        >>> _, arrays = ij.nnx.as_linen(net)
+        >>> arrays["params"]["layers"]["0"]["kernel"].shape
+        (3, 3, 1, 4)
     """
     if isinstance(module, nnx.bridge.ToNNX):
         return read_bridge(module)
@@ -73,6 +80,14 @@ def from_linen(
 
     Raises:
         ValueError: Variables of another model.
+
+    Example:
+        >>> from flax import nnx
+        >>> net = nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=nnx.Rngs(0)))
+        >>> linen, arrays = ij.nnx.as_linen(net)
+        >>> zeros = jax.tree.map(jnp.zeros_like, arrays)
+        >>> ij.nnx.from_linen(net, linen, zeros)(images).any().item()
+        False
     """
     if isinstance(module, nnx.bridge.ToNNX):
         return bridge_to(module, model, variables)

@@ -36,6 +36,12 @@ class LowRankConv(nnx.Module):
     Raises:
         ValueError: A rank outside its range, a side that is not 1, or groups that do
             not divide the channels.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = ij.nnx.LowRankConv(1, 8, rank=1, rngs=nnx.Rngs(0))
+        >>> layer(images).shape
+        (16, 28, 28, 8)
     """
 
     def __init__(
@@ -122,6 +128,12 @@ class LowRankDense(nnx.Module):
 
     Raises:
         ValueError: A rank outside its range.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = ij.nnx.LowRankDense(8, 10, rank=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((3, 8))).shape
+        (3, 10)
     """
 
     def __init__(

@@ -13,6 +13,13 @@ class Network(nnx.bridge.ToNNX):
 
     It is called as `network(images)`, or with `train`; otherwise it is in the mode that
     `train()` and `eval()` set.
+
+    Example:
+        >>> from flax import nnx
+        >>> network = ij.nnx.create_model("lenet", width=0.0625, rngs=nnx.Rngs(0))
+        >>> network.eval()
+        >>> network(images).shape
+        (16, 10)
     """
 
     @property
@@ -43,6 +50,12 @@ def create_model(name: str, *, rngs: nnx.Rngs, **options: Any) -> Network:
 
     Raises:
         ValueError: What `inertia_jax.create_model` refuses.
+
+    Example:
+        >>> from flax import nnx
+        >>> network = ij.nnx.create_model("lenet", width=0.0625, rngs=nnx.Rngs(0))
+        >>> ij.count_cost(network, (28, 28, 1)).params
+        4802
     """
     model = create.create_model(name, **options)
     network = Network(model, rngs=rngs)

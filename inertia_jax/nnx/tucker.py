@@ -81,6 +81,14 @@ class Tucker2Conv(nnx.Module):
 
     Raises:
         ValueError: A rank outside its range, or groups that do not divide the channels.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = ij.nnx.Tucker2Conv(
+        ...     1, 8, (3, 3), rank_in=1, rank_out=2, rngs=nnx.Rngs(0)
+        ... )
+        >>> layer(images).shape, layer.core.kernel.shape
+        ((16, 28, 28, 8), (3, 3, 1, 2))
     """
 
     def __init__(

@@ -13,7 +13,21 @@ from inertia_jax.nnx.graph import Path, iter_nodes
 
 @nnx.register_variable_name("thresholds", overwrite=True)
 class GateThreshold(nnx.Variable[Any]):
-    """A friction threshold that no gradient trains."""
+    """A friction threshold that no gradient trains.
+
+    Example:
+        >>> from flax import nnx
+        >>> layer = ij.nnx.InertialConv(
+        ...     1,
+        ...     4,
+        ...     (3, 3),
+        ...     reading="tiled",
+        ...     threshold=ij.Fixed(0.25),
+        ...     rngs=nnx.Rngs(0),
+        ... )
+        >>> jax.tree.leaves(nnx.state(layer, ij.nnx.GateThreshold))[0].item()
+        0.25
+    """
 
 
 # The classes of variables in Linen's collections.

@@ -22,6 +22,13 @@ def max_pool2d(
 
     Raises:
         ValueError: `window` is less than 1 or larger than the images.
+
+    Example:
+        >>> ij.ops.max_pool2d(jnp.arange(16.0).reshape(1, 4, 4, 1), window=2)[
+        ...     0, :, :, 0
+        ... ]
+        Array([[ 5.,  7.],
+               [13., 15.]], dtype=float32)
     """
     x = jnp.asarray(x)
     if x.ndim != 4:

@@ -80,6 +80,13 @@ class Plan:
 
     Raises:
         ValueError: A rule is not a pair of a string and a spec.
+
+    Example:
+        >>> plan = ij.Plan((("conv2", ij.Tucker2(2, 3)), ("*", ij.Conv())))
+        >>> plan.spec("conv2").rank_out
+        3
+        >>> ij.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     rules: tuple[tuple[str, Spec], ...] = ()

@@ -69,6 +69,12 @@ class Fixed:
         value: Friction above it opens the gate; in the units of the friction.
         OPEN: The threshold below all friction, which opens every gate.
         CLOSED: The threshold above all friction, which closes every gate.
+
+    Example:
+        >>> ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed(0.5)).threshold
+        Fixed(value=0.5)
+        >>> ij.Fixed.OPEN.value, ij.Fixed.CLOSED.value
+        (-1.0, 1e+30)
     """
 
     OPEN: ClassVar["Fixed"]
@@ -90,6 +96,13 @@ class Learned:
     Attributes:
         init: Its value before training, in the units of the friction.
         per_channel: Whether each output channel has its own threshold.
+
+    Example:
+        >>> layer = ij.InertialConv(
+        ...     4, 1, 3, threshold=ij.Learned(0.25), gate_gradient="ste"
+        ... )
+        >>> layer.init(jax.random.key(0), images)["params"]["threshold"].item()
+        0.25
     """
 
     init: float = 0.1
@@ -107,6 +120,17 @@ class Rate:
     Attributes:
         target: Share of open gates, in (0, 1]. The threshold is a quantile of the
             batch in training, and the running mean of it in evaluation.
+
+    Example:
+        >>> layer = ij.InertialConv(4, 3, reading="tiled", threshold=ij.Rate(0.25))
+        >>> first = layer.init(jax.random.key(0), images, train=True)
+        >>> _, moved = layer.apply(
+        ...     first, images, train=True, mutable=["thresholds", "intermediates"]
+        ... )
+        >>> sorted(moved)
+        ['intermediates', 'thresholds']
+        >>> moved["intermediates"]["gate_rate"][0].mean().item()
+        0.25
     """
 
     target: float
@@ -127,6 +151,12 @@ class Conv:
     Attributes:
         kernel_size: Side of its filters, at most 31, on the same output grid; None: the
             network's.
+
+    Example:
+        >>> plan = ij.Plan((("conv1", ij.Conv(kernel_size=1)), ("*", ij.Conv())))
+        >>> narrow = ij.create_model("lenet", width=0.0625, plan=plan)
+        >>> ij.count_cost(narrow, (28, 28, 1)).rows[0].macs
+        1352
     """
 
     kernel_size: int | None = None
@@ -159,6 +189,15 @@ class Inertial:
         channel_stride: Step over the channels that friction reads, >= 1.
         capacities: Shares of open tiles that evaluation of the tiled reading is
             compiled for, at most 64, rising to 1; None computes every tile.
+
+    Example:
+        >>> spec = ij.Inertial(3, 4, reading="tiled", threshold=ij.Rate(0.25))
+        >>> gated = ij.create_model(
+        ...     "lenet", width=0.0625, plan=ij.Plan((("conv2", spec),))
+        ... )
+        >>> row = ij.count_cost(gated, (28, 28, 1)).rows[1]
+        >>> row.kind, row.dense_macs, row.macs, row.core_macs
+        ('inertial', 41472, 18144, 10368)
     """
 
     core_size: int
@@ -227,6 +266,12 @@ class Tucker2:
         rank_in: Channels between the first 1x1 and the core, >= 1.
         rank_out: Channels between the core and the last 1x1, >= 1.
         core: Spec of the core convolution.
+
+    Example:
+        >>> plan = ij.Plan((("conv2", ij.Tucker2(rank_in=1, rank_out=2)),))
+        >>> small = ij.create_model("lenet", width=0.0625, plan=plan)
+        >>> ij.count_cost(small, (28, 28, 1)).rows[1].ranks
+        (1, 2)
     """
 
     rank_in: int
@@ -248,6 +293,13 @@ class LowRank:
 
     Attributes:
         rank: Channels between the two, >= 1.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> plan = ij.Plan((("*", ij.LowRank(2)),))
+        >>> network = ij.Planned(nn.Conv(8, (1, 1)), plan)
+        >>> ij.count_cost(network, (6, 6, 8)).rows[0].ranks
+        (2,)
     """
 
     rank: int

@@ -54,6 +54,11 @@ def published_variant(
 
     Raises:
         ValueError: An unknown name, or an argument outside its range.
+
+    Example:
+        >>> spec = ij.published_variant("mod5", in_channels=64)
+        >>> spec.metric, spec.combine, spec.gate_gradient
+        ('l2', 'weighted', 'ste')
     """
     check_choice("name", name, Variant)
     if in_channels < 1:

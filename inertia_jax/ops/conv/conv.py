@@ -118,6 +118,13 @@ def conv2d(
     Raises:
         ValueError: Channels of `x` and `kernel` do not match, or an argument is outside
             its range.
+
+    Example:
+        >>> ij.ops.conv2d(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0]
+        Array([[4., 6., 6., 4.],
+               [6., 9., 9., 6.],
+               [6., 9., 9., 6.],
+               [4., 6., 6., 4.]], dtype=float32)
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     for name, array in (("x", x), ("kernel", kernel)):

@@ -79,6 +79,11 @@ def friction(
 
     Raises:
         ValueError: An argument is outside its range, or an image smaller than a region.
+
+    Example:
+        >>> edge = jnp.zeros((1, 6, 6, 1)).at[:, :, 3:].set(1)
+        >>> ij.ops.friction(edge, region_size=3, core_size=1, padding="VALID")[0, 0]
+        Array([0.   , 0.375, 0.375, 0.   ], dtype=float32)
     """
     check_sizes(core_size=core_size, region_size=region_size)
     check_choice("metric", metric, Metric)

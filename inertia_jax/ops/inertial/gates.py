@@ -19,6 +19,10 @@ def is_open(
 
     NaN opens the gate: detail reads the whole region, so that the NaN shows in the
     output instead of being passed over.
+
+    Example:
+        >>> ij.ops.is_open(jnp.array([0.1, 0.2, jnp.nan]), 0.1).tolist()
+        [False, True, True]
     """
     return ~(jnp.asarray(friction) <= jnp.asarray(threshold))
 
@@ -38,6 +42,12 @@ def hard_gate(
         friction: Friction of each region.
         threshold: Threshold, broadcastable to the friction.
         slope: Steepness of the sigmoid, per unit of friction, > 0.
+
+    Example:
+        >>> ij.ops.hard_gate(jnp.array([0.1, 0.3]), 0.2, slope=10.0).tolist()
+        [0.0, 1.0]
+        >>> jax.grad(ij.ops.hard_gate)(0.2, 0.2, slope=10.0).item()
+        2.5
 
     References:
         Bengio et al., 2013, https://arxiv.org/abs/1308.3432
@@ -134,6 +144,14 @@ def select(
         threshold: One threshold, or one per channel.
         gate_gradient: `none` or `ste`.
         slope: Steepness of the sigmoid, per unit of friction, > 0.
+
+    Example:
+        >>> high, low = jnp.ones((1, 1, 2, 1)), jnp.zeros((1, 1, 2, 1))
+        >>> friction = jnp.array([0.1, 0.3]).reshape(1, 1, 2, 1)
+        >>> ij.ops.select(
+        ...     high, low, friction, jnp.full((1, 1, 1, 1), 0.2)
+        ... ).ravel().tolist()
+        [0.0, 1.0]
     """
     if gate_gradient == "none":
         return jnp.where(is_open(friction, threshold), high, low)

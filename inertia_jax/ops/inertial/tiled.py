@@ -95,6 +95,16 @@ def inertial_conv_tiled(
     Raises:
         ValueError: The core is not square or not smaller than the region, capacities do
             not rise to 1, or another argument is out of range.
+
+    Example:
+        >>> edge = jnp.zeros((1, 4, 4, 1)).at[:, :, 3:].set(1)
+        >>> out = ij.ops.inertial_conv_tiled(
+        ...     edge, jnp.ones((1, 1, 1, 1)), region_size=2, threshold=0.1
+        ... )
+        >>> out.gate[0].tolist()
+        [[False, True], [False, True]]
+        >>> out.y[0, 0, :, 0]
+        Array([0., 0., 0., 1.], dtype=float32)
     """
     x, core, threshold = jnp.asarray(x), jnp.asarray(core), jnp.asarray(threshold)
     check_core(x, core, region_size=region_size)

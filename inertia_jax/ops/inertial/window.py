@@ -49,6 +49,13 @@ class InertialOutput(NamedTuple):
             axis of channels where the threshold has one.
         friction: Friction of each region, [n, regions_h, regions_w], in float32 or
             float64.
+
+    Example:
+        >>> out = ij.ops.inertial_conv(
+        ...     images, jnp.ones((1, 1, 1, 2)), region_size=3, threshold=0.5
+        ... )
+        >>> out.y.shape, out.gate.shape, out.friction.dtype
+        ((16, 28, 28, 2), (16, 28, 28), dtype('float32'))
     """
 
     y: Float[Array, "n h_out w_out c_out"]
@@ -132,6 +139,20 @@ def inertial_conv(
     Raises:
         ValueError: The core is not square or not smaller than the region, weights are
             missing, surplus or misshapen, or another argument is out of range.
+
+    Example:
+        >>> edge = jnp.zeros((1, 6, 6, 1)).at[:, :, 3:].set(3)
+        >>> out = ij.ops.inertial_conv(
+        ...     edge,
+        ...     jnp.ones((1, 1, 1, 1)),
+        ...     region_size=3,
+        ...     threshold=0.1,
+        ...     padding="VALID",
+        ... )
+        >>> out.gate[0, 0].tolist()
+        [False, True, True, False]
+        >>> out.y[0, 0, :, 0].round().astype(int).tolist()
+        [0, 1, 2, 3]
     """
     x, core, threshold = jnp.asarray(x), jnp.asarray(core), jnp.asarray(threshold)
     check_core(x, core, region_size=region_size)

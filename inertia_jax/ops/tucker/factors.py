@@ -21,6 +21,12 @@ class Tucker2Factors(NamedTuple):
         core: Kernel of a convolution of `groups`, [*sides, r_in, groups * r_out], with
             a side for each axis of an image.
         u_out: Factor of the output channels, [c_out, r_out], with rows by group.
+
+    Example:
+        >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 8, 6))
+        >>> u_in, core, u_out = ij.ops.tucker2(kernel, rank_in=4, rank_out=3)
+        >>> core.shape
+        (3, 3, 4, 3)
     """
 
     u_in: Float[Array, "c_in r_in"]
@@ -34,6 +40,13 @@ class LowRankFactors(NamedTuple):
     Attributes:
         left: Factor of the input channels, [c_in, r], with rows by group.
         right: Factor of the output channels, [c_out, r], with rows by group.
+
+    Example:
+        >>> factors = ij.ops.LowRankFactors(
+        ...     left=jnp.ones((8, 2)), right=jnp.ones((6, 2))
+        ... )
+        >>> ij.ops.low_rank_to_kernel(factors, num_axes=0).shape
+        (8, 6)
     """
 
     left: Float[Array, "c_in r"]

@@ -38,6 +38,12 @@ def low_rank(
     Raises:
         ValueError: The rank is outside its range, or the kernel has several taps.
 
+    Example:
+        >>> matrix = jax.random.normal(jax.random.key(0), (8, 6))
+        >>> left, right = ij.ops.low_rank(matrix, rank=2)
+        >>> left.shape, right.shape
+        ((8, 2), (6, 2))
+
     References:
         Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
     """
@@ -74,6 +80,13 @@ def low_rank_to_kernel(
 
     Raises:
         ValueError: The factors do not fit each other.
+
+    Example:
+        >>> matrix = jax.random.normal(jax.random.key(0), (8, 6))
+        >>> factors = ij.ops.low_rank(matrix, rank=6)
+        >>> again = ij.ops.low_rank_to_kernel(factors, num_axes=0)
+        >>> jnp.allclose(again, matrix, atol=1e-5).item()
+        True
     """
     check_factors(factors, groups=groups)
     left, right = map(jnp.asarray, factors)
@@ -101,6 +114,11 @@ def low_rank_conv(
 
     Raises:
         ValueError: The factors do not fit each other, or do not fit `x`.
+
+    Example:
+        >>> kernel = jax.random.normal(jax.random.key(0), (1, 1, 1, 6))
+        >>> ij.ops.low_rank_conv(images, ij.ops.low_rank(kernel, rank=1)).shape
+        (16, 28, 28, 6)
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])

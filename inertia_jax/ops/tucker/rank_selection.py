@@ -25,6 +25,10 @@ def energy_rank(singular_values: Float[ArrayLike, "k"], share: float) -> int:
 
     Raises:
         ValueError: The share is outside its range.
+
+    Example:
+        >>> ij.ops.energy_rank(np.array([3.0, 2.0, 1.0]), 0.9)
+        2
     """
     if not 0 < share <= 1:
         raise ValueError(f"`share` (={share}) must be in (0, 1].")
@@ -50,6 +54,12 @@ def evbmf_rank(matrix: Float[ArrayLike, "m n"]) -> int:
 
     Raises:
         ValueError: The matrix is not two-dimensional, or not finite.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> signal = rng.normal(size=(40, 3)) @ rng.normal(size=(3, 60))
+        >>> ij.ops.evbmf_rank(signal + 0.1 * rng.normal(size=(40, 60)))
+        3
 
     References:
         Nakajima et al., 2013, https://jmlr.org/papers/v14/nakajima13a.html, theorem 2

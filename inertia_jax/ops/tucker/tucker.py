@@ -72,6 +72,12 @@ def tucker2(
         ValueError: A rank is outside its range, the kernel has no channels, the method
             is unknown, or the groups do not divide the output channels.
 
+    Example:
+        >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 8, 6))
+        >>> factors = ij.ops.tucker2(kernel, rank_in=4, rank_out=3)
+        >>> [factor.shape for factor in factors]
+        [(8, 4), (3, 3, 4, 3), (6, 3)]
+
     References:
         Tucker, 1966, https://doi.org/10.1007/BF02289464
         De Lathauwer et al., 2000, https://doi.org/10.1137/S0895479898346995 (HOOI)
@@ -187,6 +193,12 @@ def tucker2_to_kernel(
 
     Raises:
         ValueError: The factors do not fit each other.
+
+    Example:
+        >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 8, 6))
+        >>> factors = ij.ops.tucker2(kernel, rank_in=8, rank_out=6)
+        >>> jnp.allclose(ij.ops.tucker2_to_kernel(factors), kernel, atol=1e-5).item()
+        True
     """
     check_factors(factors, groups=groups)
     u_in, core, u_out = map(jnp.asarray, factors)
@@ -222,6 +234,12 @@ def tucker2_conv(
 
     Raises:
         ValueError: The factors do not fit each other or `x`, or the padding is bad.
+
+    Example:
+        >>> kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 6))
+        >>> factors = ij.ops.tucker2(kernel, rank_in=1, rank_out=3, method="hooi")
+        >>> ij.ops.tucker2_conv(images, factors, strides=2).shape
+        (16, 14, 14, 6)
     """
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])

@@ -37,6 +37,13 @@ class TorchMatch:
         variables: The variables with PyTorch's numbers, in Flax's layout.
         pairs: The key of a weight by the path of its variable, e.g.
             `{"params/Conv_0/kernel": "conv1.weight"}`.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> shapes = jax.eval_shape(nn.Conv(4, (3, 3)).init, jax.random.key(0), images)
+        >>> weights = {"stem.weight": np.ones((4, 1, 3, 3)), "stem.bias": np.zeros(4)}
+        >>> ij.match_torch(shapes, weights).pairs["params/kernel"]
+        'stem.weight'
     """
 
     variables: dict[str, Any] = dataclasses.field(repr=False)
@@ -99,6 +106,14 @@ def match_torch(
     Raises:
         ValueError: Weights or variables are left over, or what is whose is ambiguous.
         FileNotFoundError: There is no such file.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> shapes = jax.eval_shape(nn.Conv(4, (3, 3)).init, jax.random.key(0), images)
+        >>> weights = {"stem.weight": np.ones((4, 1, 3, 3)), "stem.bias": np.zeros(4)}
+        >>> match = ij.match_torch(shapes, weights)
+        >>> match.variables["params"]["kernel"].shape
+        (3, 3, 1, 4)
     """
     flat = traverse_util.flatten_dict(without_boxes(variables))
     leaves = {tuple(map(str, path)): leaf for path, leaf in flat.items()}
