@@ -37,7 +37,7 @@ VERBS = {
     "export": "write a checkpoint as one file that needs JAX alone to run",
     "pipeline": "compress and fine-tune PyTorch weights, beside a dense control",
     "sweep": "train many configurations, and write a record of each run",
-    "report": "draw a run's learning curve and write its record",
+    "report": "write a page about runs and checkpoints, side by side",
     "benchmark": "measure speed and memory, beside PyTorch if asked",
     "quickstart": "train and evaluate a small network on digits, in minutes",
 }

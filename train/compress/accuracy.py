@@ -34,7 +34,7 @@ def stage_evaluator(
 
         def evaluator(source: str, model: nn.Module) -> Any:
             for its_source, its_model, found in known:
-                if its_source == source and _are_equal(its_model, model):
+                if its_source == source and are_equal(its_model, model):
                     return found
             network = dataclasses.replace(description, model=model)
             known.append((source, model, evaluator_for(network, source, settings)))
@@ -48,7 +48,7 @@ def stage_evaluator(
     return evaluate
 
 
-def _are_equal(one: nn.Module, other: nn.Module) -> bool:
+def are_equal(one: nn.Module, other: nn.Module) -> bool:
     """Returns whether models are known to be equal."""
     try:
         return bool(one == other)

@@ -37,7 +37,20 @@ def evaluator_for(
     Raises:
         UsageError: The data do not fit the network.
     """
-    data = _load_fitting(network, source, settings)
+    data = load_fitting(network, source, settings)
+    evaluate = evaluator_on(network, data, settings)
+
+    def run(variables: Mapping[str, Any]) -> Evaluation:
+        say(f"evaluating on {source}")
+        return evaluate(variables)
+
+    return run
+
+
+def evaluator_on(
+    network: NetworkDescription, data: ImageSet, settings: EvaluationSettings
+) -> Callable[[Mapping[str, Any]], Evaluation]:
+    """Returns a function that evaluates variables of a network on data that fit it."""
     parallel = Parallel("pmap", tuple(first_devices(settings.devices)))
     evaluate = make_evaluator(
         network.model,
@@ -49,16 +62,17 @@ def evaluator_for(
         flip_test=settings.flip_test,
     )
 
-    def run(variables: Mapping[str, Any]) -> Evaluation:
-        say(f"evaluating on {source}")
-        return evaluate(parallel.replicate(variables))
-
-    return run
+    return lambda variables: evaluate(parallel.replicate(variables))
 
 
-def _load_fitting(
+def load_fitting(
     network: NetworkDescription, source: str, settings: EvaluationSettings
 ) -> ImageSet:
+    """Returns a source's data, with the classes of a network where names tell them.
+
+    Raises:
+        UsageError: The data do not fit the network.
+    """
     preprocessing, trained_on = network.preprocessing, network.trained_on
     height, width, channels = preprocessing.image_shape
     resize = settings.resize or bool(trained_on and trained_on.image_size)

@@ -48,6 +48,7 @@ def make_record(
             "test_top5": tests[epoch]["top5"],
             "images_per_s": epochs[epoch]["images_per_s"],
             "train_seconds": _number_or_none(epochs[epoch].get("train_seconds")),
+            **_gate_rates(epochs[epoch], tests[epoch]),
         }
         for epoch in sorted(set(epochs) & set(tests))
     ]
@@ -59,6 +60,20 @@ def make_record(
     reached = {str(share): _first_epoch(curve, share) for share in seconds_to}
     found = {"seconds_to": reached} if seconds_to else {}
     return {"config": config, "starts": starts, "curve": curve, **found}
+
+
+def _gate_rates(epoch: dict[str, Any], test: dict[str, Any]) -> dict[str, Any]:
+    """Returns the gate rates of an epoch: the mean in training, each layer's in test.
+
+    It is {} for a network without gates.
+    """
+    rates = {
+        name.removeprefix("gate_rate/"): rate
+        for name, rate in test.items()
+        if name.startswith("gate_rate/") and is_number(rate)
+    }
+    mean = _number_or_none(epoch.get("gate_rate"))
+    return {"train_gate_rate": mean, "test_gate_rates": rates} if rates else {}
 
 
 def _number_or_none(value: Any) -> Any:
@@ -81,10 +96,14 @@ def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
 
     curve = record["curve"]
     epochs = [row["epoch"] for row in curve]
+    # A line through one point is not seen.
+    marker = "o" if len(epochs) == 1 else None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
     for split, name in (("train", "accuracy"), ("test", "top1")):
-        left.plot(epochs, [100 * row[f"{split}_{name}"] for row in curve], label=split)
-        right.plot(epochs, [row[f"{split}_loss"] for row in curve], label=split)
+        shares = [100 * row[f"{split}_{name}"] for row in curve]
+        left.plot(epochs, shares, label=split, marker=marker)
+        losses = [row[f"{split}_loss"] for row in curve]
+        right.plot(epochs, losses, label=split, marker=marker)
     left.set(xlabel="epoch", ylabel="accuracy [%]")
     right.set(xlabel="epoch", ylabel="loss [nats]")
     left.legend()
@@ -114,13 +133,14 @@ def format_curve(record: dict[str, Any]) -> str:
     tie = f", the first of {1 + len(equal)} with this accuracy" if equal else ""
     best = f"best: epoch {first['epoch']}, test top-1 {highest:.2%}{tie}"
     reached = [
-        f"{float(share):.2%} {_in_words(epoch)}"
+        f"{float(share):.2%} {in_words(epoch)}"
         for share, epoch in record.get("seconds_to", {}).items()
     ]
     return "\n".join([aligned([list(columns), *rows], left=0), best, *reached])
 
 
-def _in_words(reached: dict[str, Any] | None) -> str:
+def in_words(reached: dict[str, Any] | None) -> str:
+    """Returns when an accuracy was reached, as a record has it."""
     if reached is None:
         return "was not reached"
     seconds = reached["train_seconds"]

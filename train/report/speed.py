@@ -1,0 +1,88 @@
+"""The time of networks on this machine, and the cycles on a chip that is not there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from inertia_jax import fold_batch_norm
+from inertia_jax.chips.chip import find_chip
+from inertia_jax.compression.latency import model_latency_ms
+from train.benchmark.timing import Calls, interleaved, random_images
+from train.machine.processes import say
+from train.networks import TrainedNetwork
+from train.report.subjects import Subject
+from train.run.directory import describe_machine
+
+BATCH_SIZES = (1, 64)
+_REPEATS = 9
+
+# What must be the same for times to be compared.
+_MACHINE = ("backend", "device", "cpu", "num_cpus", "versions", "environment")
+
+
+def measure_latency(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """Times networks in turn, as `export` writes them, with BatchNorm folded.
+
+    Returns:
+        `machine`, and `networks`: by the hash of the checkpoint and the number of
+        images a call, the median, the least and the greatest time in milliseconds.
+    """
+    networks: dict[str, dict[str, Any]] = {s.sha256: {} for s in subjects if s.network}
+    for batch_size in BATCH_SIZES:
+        say(f"timing {len(networks)} networks in turn, {batch_size} images a call")
+        calls: Calls = {}
+        for subject in subjects:
+            if subject.network is not None and subject.sha256 not in calls:
+                calls[subject.sha256] = _call(subject.network, batch_size)
+        for sha256, spread in interleaved(calls, repeats=_REPEATS).items():
+            networks[sha256][str(batch_size)] = spread
+    return {"machine": _this_machine(), "networks": networks}
+
+
+def kept_latency(record: Any, subjects: Sequence[Subject]) -> dict[str, Any] | None:
+    """Returns the times of a record, if they hold for these networks, here and now.
+
+    Times of other networks are left out. None means that one of these is missing:
+    networks are only compared in times that were measured in turn.
+    """
+    latency = record.get("latency") if isinstance(record, Mapping) else None
+    if not isinstance(latency, Mapping) or latency.get("machine") != _this_machine():
+        return None
+    known = latency.get("networks")
+    wanted = {subject.sha256 for subject in subjects if subject.network is not None}
+    if not isinstance(known, Mapping) or not wanted or not wanted <= known.keys():
+        return None
+    return {**latency, "networks": {sha256: known[sha256] for sha256 in wanted}}
+
+
+def estimate_cycles(network: TrainedNetwork, device: str, *, batch_size: int) -> int:
+    """Returns the cycles of a call in bfloat16, as the compiler of a chip has them.
+
+    Raises:
+        ValueError: No chip has this name, or the network does not fit into its memory.
+        ImportError: libtpu, which has the compiler, is not installed.
+    """
+    ms = model_latency_ms(
+        network.model,
+        network.variables,
+        network.preprocessing.image_shape,
+        batch_size=batch_size,
+        device=device,
+    )
+    return round(1e-3 * ms * find_chip(device).clock_hz)
+
+
+def _call(network: TrainedNetwork, batch_size: int) -> Any:
+    shape = network.preprocessing.image_shape
+    model, variables = fold_batch_norm(
+        network.model, network.variables, image_shape=shape
+    )
+    forward = jax.jit(lambda images: model.apply(variables, images))
+    images = jax.device_put(random_images(batch_size, shape))
+    return lambda: forward(images)
+
+
+def _this_machine() -> dict[str, Any]:
+    machine = describe_machine()
+    return {name: machine[name] for name in _MACHINE}
