@@ -1,4 +1,4 @@
-"""The wheel holds the library alone, and what is imported is declared."""
+"""The wheel holds library and program, and what is imported is declared."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ from conftest import ROOT
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_library_alone_and_imports(tmp_path, subprocess_env):
+def test_the_wheel_holds_library_and_program_and_both_run(tmp_path, subprocess_env):
     pytest.importorskip("setuptools", minversion="77", reason="needs setuptools")
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "-w", str(tmp_path)]
     options = ["--no-deps", "--no-build-isolation", "-q"]
@@ -27,7 +27,13 @@ def test_the_wheel_holds_the_library_alone_and_imports(tmp_path, subprocess_env)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     tops = {p.name for p in (tmp_path / "site").iterdir() if "dist-info" not in p.name}
-    assert tops == {"inertia_jax"}
+    assert tops == {"inertia_jax", "train"}
+    (entry,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
+    assert "inertia = train.__main__:run_command" in entry.read_text()
+    for folder in ("", "pipelines", "sweeps"):
+        names = {file.name for file in (ROOT / "configs" / folder).glob("*.py")}
+        there = tmp_path / "site" / "train" / "configs" / folder
+        assert names and names <= {file.name for file in there.iterdir()}
     code = (
         "import inertia_jax as ij; print(ij.__file__); "
         "print(ij.count_cost(ij.create_model('resnet20'), (32, 32, 3)).params)"
@@ -43,6 +49,25 @@ def test_the_wheel_holds_the_library_alone_and_imports(tmp_path, subprocess_env)
     place, params = result.stdout.split()
     assert place.startswith(str(tmp_path))
     assert params == "269722"
+    # The command, as pip makes it, from a folder with a module of the same name.
+    command = tmp_path / "inertia"
+    command.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom train.__main__ import run_command\n"
+        f"sys.exit(run_command())\n"
+    )
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "train.py").write_text("raise SystemExit('not this')")
+    options = ["fit", "--config", "mnist_lenet", "--no-huge-pages", "--help"]
+    shown = subprocess.run(
+        [sys.executable, command, *options],
+        env={**subprocess_env, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path / "work",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "usage: inertia fit" in shown.stdout
+    assert "(default: lenet)" in shown.stdout
 
 
 # Nodes whose bodies run when they are called, not when the module is imported.

@@ -1,4 +1,4 @@
-"""The command line: `python -m train VERB`."""
+"""The command line: `inertia VERB`, or `python -m train VERB`."""
 
 import argparse
 import contextlib
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from train.command import install_command, program
 from train.errors import (
     UsageError,
     in_words,
@@ -80,12 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     """Returns the parser of the first word."""
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
     hint = (
-        "`python -m train VERB --help` says more. With --no-huge-pages, no verb starts "
+        f"`{program()} VERB --help` says more. With --no-huge-pages, no verb starts "
         "itself again for huge pages of memory."
     )
     parser = argparse.ArgumentParser(
-        prog="python -m train",
-        usage="python -m train VERB ...",
+        prog=program(),
+        usage=f"{program()} VERB ...",
         description=f"{__doc__}\n\n{listed}\n\n{hint}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -138,6 +139,12 @@ def _leave(number: int, frame: Any) -> None:
     os._exit(130)
 
 
+def run_command() -> int:
+    """Is the command `inertia`, which finds modules where `python -m train` does."""
+    sys.path.insert(0, os.getcwd())
+    return _run()
+
+
 def _run() -> int:
     """Runs a verb as a program: Ctrl-C is one line, and lost streams end nothing."""
     code: Any
@@ -169,7 +176,7 @@ def _say_missing(error: ModuleNotFoundError, who: str) -> int:
         raise error
     print(
         f"error: {who} needs the package {package}, which {sys.executable} has not: "
-        f"pip install '.[train]' in the checkout.",
+        f"{install_command('train')}.",
         file=sys.stderr,
     )
     return 2

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.command import program
+
 Options = typing.TypeVar("Options")
 
 # The widest text that is read with ease; tyro itself fits all else to the terminal.
@@ -37,7 +39,7 @@ def parse_options(
     return tyro.cli(
         kind,
         args=_with_switches(kind, argv),
-        prog=f"python -m train {verb}",
+        prog=f"{program()} {verb}",
         description=_description(kind),
         default=default,
     )

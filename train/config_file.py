@@ -8,6 +8,7 @@ import pathlib
 import typing
 from typing import Any
 
+from inertia_jax.ops.inertial.settings import near_miss
 from train.config import Config
 from train.errors import UsageError
 
@@ -26,12 +27,16 @@ def load_config(path: str | pathlib.Path) -> Config:
 def load_from_file(path: pathlib.Path, name: str, kind: type[Kind]) -> Kind:
     """Reads what a Python file defines as `name`.
 
+    Args:
+        path: The file, or the name of one that the program brings (`configs/`).
+        name: The variable.
+        kind: Its type.
+
     Raises:
         UsageError: There is no such file, it raises an error, or it does not define
             `name` of that kind.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no {name} file at {path}.")
+    path = _find_file(path, name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"`{name}` (={path}) must be a Python file.")
@@ -48,6 +53,39 @@ def load_from_file(path: pathlib.Path, name: str, kind: type[Kind]) -> Kind:
             f"{path} must define `{name}`, a {kind.__module__}.{kind.__name__}."
         )
     return value
+
+
+def shipped_configs() -> pathlib.Path:
+    """Returns the folder of the program's own configurations."""
+    # In the wheel they are part of the program; in the checkout they lie beside it.
+    program = pathlib.Path(__file__).parent
+    inside = program / "configs"
+    return inside if inside.is_dir() else program.parent / "configs"
+
+
+def shipped_names(name: str) -> list[str]:
+    """Returns the names of the program's own files that define `name`."""
+    return sorted(file.stem for file in _shipped_folder(name).glob("[!_]*.py"))
+
+
+def _shipped_folder(name: str) -> pathlib.Path:
+    return shipped_configs() / ("" if name == "config" else f"{name}s")
+
+
+def _find_file(path: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns a file, or the program's own that is named so, with or without `.py`."""
+    if path.is_file():
+        return path
+    folder, known = _shipped_folder(name), shipped_names(name)
+    stem = path.name.removesuffix(".py")
+    # Pages name them from the checkout, as configs/NAME.py.
+    places = {pathlib.Path(), "configs" / folder.relative_to(shipped_configs())}
+    if path.parent in places and stem in known:
+        return folder / f"{stem}.py"
+    raise UsageError(
+        f"there is no {name} file at {path}, and the program's own are "
+        f"{', '.join(known)}.{near_miss(stem, known)}"
+    )
 
 
 def config_to_json(config: Config) -> dict[str, Any]:

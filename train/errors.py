@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from inertia_jax.ops.inertial.settings import near_miss
+from train.command import install_command
 
 # What the system says of a disk, or of a share of it, that is full.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -86,8 +87,7 @@ def needs_torch(package: str = "PyTorch") -> Iterator[None]:
         yield
     except ImportError as error:
         raise UsageError(
-            f"`--against torch` needs {package}: pip install '.[torch]' in the "
-            f"checkout."
+            f"`--against torch` needs {package}: {install_command('torch')}."
         ) from error
 
 

@@ -32,6 +32,7 @@ from train.command import shell_command
 from train.config import Data, Model, Optimizer
 from train.config_file import load_config
 from train.errors import UsageError
+from train.experiments.sweep import load_sweep
 from train.fit.trainer import Trainer
 from train.step.optimizer import make_optimizer
 from train.step.state import Update, init_state, training_to_dict
@@ -154,6 +155,31 @@ def test_a_file_of_configurations_is_answered_alike(tmp_path):
     )
     with pytest.raises(UsageError, match="Did you mean resnet18"):
         load_config(file)
+
+
+@pytest.mark.parametrize(
+    "name", ["mnist_lenet", "mnist_lenet.py", "configs/mnist_lenet.py"]
+)
+def test_a_configuration_of_the_program_is_found_by_its_name(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).model.name == "lenet"
+    sweep = load_sweep(pathlib.Path("mnist_inertial"))
+    assert (
+        sweep.configs == load_sweep(ROOT / "configs/sweeps/mnist_inertial.py").configs
+    )
+    # What lies here is meant first.
+    (tmp_path / "mnist_lenet").write_text("")
+    with pytest.raises(UsageError, match="must be a Python file|must define"):
+        load_config("mnist_lenet")
+
+
+def test_a_configuration_that_is_nowhere_is_answered_with_the_near_one():
+    with pytest.raises(UsageError, match="Did you mean cifar10_resnet18?"):
+        load_config("cifar10_resent18")
+    with pytest.raises(UsageError, match="no config file at elsewhere/mnist_lenet"):
+        load_config("elsewhere/mnist_lenet")
 
 
 @pytest.mark.parametrize(
@@ -320,3 +346,16 @@ def test_commands_name_the_interpreter_as_the_shell_finds_it(tmp_path, monkeypat
         assert shlex.split(shell_command("fit"))[0] == name
     monkeypatch.setenv("PATH", str(place))
     assert shell_command("fit", "--epochs", "3") == "python -m train fit --epochs 3"
+
+
+def test_commands_of_the_installed_program_name_it_as_the_shell_finds_it(
+    tmp_path, monkeypatch
+):
+    program = tmp_path / "bin" / "inertia"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(program), "fit"])
+    monkeypatch.chdir(tmp_path)
+    assert shell_command("evaluate", "x") == "./bin/inertia evaluate x"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert shell_command("evaluate", "x") == "inertia evaluate x"

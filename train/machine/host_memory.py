@@ -9,6 +9,8 @@ import platform
 import sys
 from collections.abc import Iterator
 
+from train.command import is_installed_command
+
 NO_HUGE_PAGES = "--no-huge-pages"
 _VARIABLE = "GLIBC_TUNABLES"
 _TUNABLE = "glibc.malloc.hugetlb"
@@ -37,7 +39,7 @@ def restart_with_huge_pages() -> None:
 
     It does nothing if the user has the setting (0 turns it off) or says
     `--no-huge-pages`, if the kernel gives huge pages to all or to nobody, or if this
-    process is anything but the command `python -m train` with a verb that computes
+    process is anything but `inertia` or `python -m train` with a verb that computes
     for long. The second process says so when it begins to work. Programs that this
     one starts do not inherit the setting.
     """
@@ -56,6 +58,8 @@ def restart_with_huge_pages() -> None:
     if {NO_HUGE_PAGES, "-h", "--help"} & set(sys.argv):
         return
     command = ["-m", "train", *sys.argv[1:]]
+    if is_installed_command():
+        command = [*sys.argv]
     # A debugger's process, or a notebook's, is not ours to replace.
     if sys.orig_argv[-len(command) :] != command or sys.gettrace() is not None:
         return

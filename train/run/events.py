@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from train.command import install_command
 from train.errors import in_words
 from train.run.lines import is_number
 
@@ -39,7 +40,7 @@ class Events:
         if importlib.util.find_spec("tensorboardX") is None:
             raise ImportError(
                 "a run writes events for TensorBoard, which needs tensorboardX: "
-                "pip install '.[train]' in the checkout."
+                f"{install_command('train')}."
             )
         self._path = path
         self._step = step

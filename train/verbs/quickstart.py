@@ -11,15 +11,13 @@ from train.networks import read_network
 from train.options.quickstart import parse
 from train.run.checkpoints import find_checkpoint
 
-_CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
-
 
 def run(argv: Sequence[str]) -> int:
     """Trains, evaluates from the checkpoint and prints where things lie."""
     args = parse(argv)
     start = time.monotonic()
     workdir = pathlib.Path(args.workdir).expanduser()
-    result = fit(load_config(_CONFIG), workdir=workdir, resume=True)
+    result = fit(load_config("quickstart"), workdir=workdir, resume=True)
     if result.evaluation is None:
         print(f"stopped and saved at step {result.step}; the same command goes on.")
         return exit_code(result)

@@ -41,6 +41,14 @@ def give_command(monkeypatch, *words):
     monkeypatch.setattr(sys, "orig_argv", command)
 
 
+def test_the_installed_command_is_started_again_too(restarts, monkeypatch):
+    command = ["/env/bin/inertia", "fit", "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *command])
+    host_memory.restart_with_huge_pages()
+    assert restarts == [(sys.executable, [sys.executable, *command])]
+
+
 @pytest.mark.parametrize(
     "words",
     [
