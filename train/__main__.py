@@ -5,11 +5,12 @@ import contextlib
 import gc
 import importlib
 import importlib.util
+import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from train.command import install_command, program
@@ -27,7 +28,8 @@ from train.machine.host_memory import (
     restart_with_huge_pages,
 )
 from train.machine.streams import is_output_lost, keep_streams
-from train.versions import versions_in_words
+from train.result import JSON, printed_as_json
+from train.versions import found_versions, versions_in_words
 
 VERBS = {
     "fit": "train a network",
@@ -39,6 +41,10 @@ VERBS = {
     "pipeline": "compress and fine-tune PyTorch weights, beside a dense control",
     "sweep": "train many configurations, and write a record of each run",
     "report": "write a page about runs and checkpoints, side by side",
+    "models": "list the networks, with their parameters and multiply-accumulates",
+    "plan": "show what stands at each layer of a checkpoint's network",
+    "diff": "say in what two checkpoints differ",
+    "predict": "say which classes a checkpoint's network sees in images",
     "benchmark": "measure speed and memory, beside PyTorch if asked",
     "quickstart": "train and evaluate a small network on digits, in minutes",
 }
@@ -55,34 +61,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad input, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [word for word in argv if word != NO_HUGE_PAGES]
+    is_json = JSON in argv
+    argv = [word for word in argv if word not in (NO_HUGE_PAGES, JSON)]
     if argv[:1] == ["--version"]:
-        print(versions_in_words())
+        print(json.dumps(found_versions()) if is_json else versions_in_words())
         return 0
+    verb = _parser().parse_args(argv[:1] or ["--help"]).verb
+    if argv[1:] in (["-h"], ["--help"]):
+        return _guarded(verb, _show_help, argv)[0]
+    if not is_json:
+        return _guarded(verb, _run_verb, argv)[0]
+    with printed_as_json(verb) as result:
+        code, error = _guarded(verb, _run_verb, argv)
+        result.update(exit_code=code, error=error)
+    return code
+
+
+def _guarded(
+    verb: str, call: Callable[[str, Sequence[str]], int], argv: Sequence[str]
+) -> tuple[int, str | None]:
+    """Returns the exit code of a call, and the error that the user is told, if any."""
     try:
-        verb = _parser().parse_args(argv[:1] or ["--help"]).verb
-        name = _MODULES.get(verb, verb)
-        if argv[1:] in (["-h"], ["--help"]):
-            _show_help(name, argv[1:])
-        return _run_verb(name, argv)
+        return call(_MODULES.get(verb, verb), argv), None
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        told = str(error)
     except ModuleNotFoundError as error:
-        return _say_missing(error, f"`{argv[0]}`")
+        told = _missing(error, f"`{verb}`")
     except OSError as error:
         if not is_full(error):
             raise
-        print(f"error: {in_words(error)}", file=sys.stderr)
-        return 2
+        told = in_words(error)
+    print(f"error: {told}", file=sys.stderr)
+    return 2, told
 
 
 def _parser() -> argparse.ArgumentParser:
     """Returns the parser of the first word."""
     listed = "\n".join(f"  {verb:<12}{words}" for verb, words in VERBS.items())
     hint = (
-        f"`{program()} VERB --help` says more. With --no-huge-pages, no verb starts "
-        "itself again for huge pages of memory."
+        f"`{program()} VERB --help` says more. With --json, a verb prints one JSON "
+        "object, and what people read goes to standard error. With --no-huge-pages, "
+        "no verb starts itself again for huge pages of memory."
     )
     parser = argparse.ArgumentParser(
         prog=program(),
@@ -95,11 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show_help(name: str, words: Sequence[str]) -> None:
+def _show_help(name: str, argv: Sequence[str]) -> int:
     """Ends the program with a verb's help, which needs nothing that computes."""
     if importlib.util.find_spec(f"train.options.{name}") is not None:
-        importlib.import_module(f"train.options.{name}").parse(words)
-    importlib.import_module(f"train.verbs.{name}").run(words)
+        importlib.import_module(f"train.options.{name}").parse(argv[1:])
+    code: int = importlib.import_module(f"train.verbs.{name}").run(argv[1:])
+    return code
 
 
 def _run_verb(name: str, argv: Sequence[str]) -> int:
@@ -169,17 +189,15 @@ def _run() -> int:
     return code or int(is_lost)
 
 
-def _say_missing(error: ModuleNotFoundError, who: str) -> int:
-    """Prints what to install; raises the error where it is one of our own modules."""
+def _missing(error: ModuleNotFoundError, who: str) -> str:
+    """Returns what to install; raises the error where it is one of our own modules."""
     package = (error.name or "train").partition(".")[0]
     if package in ("train", "inertia_jax"):
         raise error
-    print(
-        f"error: {who} needs the package {package}, which {sys.executable} has not: "
-        f"{install_command('train')}.",
-        file=sys.stderr,
+    return (
+        f"{who} needs the package {package}, which {sys.executable} has not: "
+        f"{install_command('train')}."
     )
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A network from a configuration, or from a checkpoint, which is opened once."""
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -14,6 +15,7 @@ from flax import linen as nn
 from inertia_jax import CostTable, Plan, count_cost, create_model
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 from inertia_jax.differences import differing_from
+from inertia_jax.layers.kinds import CONVOLUTIONS
 from inertia_jax.metadata import (
     Metadata,
     Preprocessing,
@@ -214,6 +216,31 @@ def read_network(
             named = f"`model.factory` (={model.factory})"
         raise UsageError(f"{path} is not of {named}: {differing}.")
     return TrainedNetwork(**vars(description), variables=variables)
+
+
+def name_in_words(model: Any) -> str:
+    """Returns what a network is called, and what it has that is no default."""
+    config = model_config(model)
+    if config.factory is not None:
+        return config.factory
+    named = ("width", "stem", "shortcut", "dtype")
+    given = {name: getattr(config, name) for name in named}
+    told = [f"{k} {v}" for k, v in given.items() if v != getattr(Model, k)]
+    return ", ".join([config.name, *told])
+
+
+def cost_in_words(cost: CostTable) -> str:
+    """Returns parameters and MACs, and the share of the dense network's."""
+    words = f"{cost.params:,} parameters, {cost.total_macs:,} MACs an image"
+    if cost.total_macs != cost.dense_macs:
+        words += f", {cost.total_macs / cost.dense_macs:.3f} of the dense network's"
+    return words
+
+
+def kinds_in_words(cost: CostTable) -> str:
+    """Returns how many convolutions of each kind a network has."""
+    kinds = collections.Counter(row.kind for row in cost.rows)
+    return ", ".join(f"{n} {k}" for k, n in kinds.most_common() if k in CONVOLUTIONS)
 
 
 def cost_to_json(cost: CostTable) -> dict[str, int | float]:

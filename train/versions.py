@@ -19,9 +19,14 @@ def package_versions() -> dict[str, str | None]:
     return found
 
 
+def found_versions() -> dict[str, str | None]:
+    """Returns the versions of the packages and of Python."""
+    return package_versions() | {"python": platform.python_version()}
+
+
 def versions_in_words() -> str:
     """Returns a line for each package, and one for Python."""
-    found = package_versions() | {"python": platform.python_version()}
     return "\n".join(
-        f"{name:<17}{version or 'not installed'}" for name, version in found.items()
+        f"{name:<17}{version or 'not installed'}"
+        for name, version in found_versions().items()
     )

@@ -30,6 +30,7 @@ class Evaluation:
         class_names: The name of each class.
         gate_rates: Share of open gates of each inertial layer, by path.
         right: Whether each example's class scores highest [num_examples], bool.
+        predictions: The class that scores highest, of each example [num_examples], int.
         flip_test: Whether each answer is the mean of those to the image and to its
             mirror image.
     """
@@ -42,6 +43,7 @@ class Evaluation:
     class_names: tuple[str, ...]
     gate_rates: Mapping[str, float]
     right: np.ndarray
+    predictions: np.ndarray
     flip_test: bool = False
 
     @property
@@ -174,6 +176,7 @@ def make_evaluator(
                 for path, rates in results["gate_rates"].items()
             },
             right=results["rank"] < 1,
+            predictions=np.asarray(results["prediction"]),
             flip_test=flip_test,
         )
 

@@ -370,6 +370,19 @@ def summary(result: FitResult) -> str:
     )
 
 
+def result_to_json(result: FitResult) -> dict[str, Any]:
+    """Returns how a run ended, and where its files are, as JSON has it."""
+    evaluation, checkpoints = result.evaluation, result.workdir / "checkpoints"
+    step = best_step(checkpoints)
+    return {
+        "workdir": result.workdir,
+        "step": result.step,
+        "stopped_by": result.stopped_by,
+        "last": evaluation and json.loads(evaluation.to_json()),
+        "best_checkpoint": None if step is None else checkpoint_path(checkpoints, step),
+    }
+
+
 def _best(checkpoints: pathlib.Path, last_top1: float) -> str:
     """Returns a line that names the best checkpoint, "" where none was evaluated."""
     step = best_step(checkpoints)

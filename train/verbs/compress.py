@@ -33,6 +33,7 @@ from train.networks import (
     read_network,
 )
 from train.options.compress import parse
+from train.result import add_result
 from train.run.checkpoints import find_checkpoint, last_checkpoint
 from train.run.directory import describe_machine
 from train.run.outputs import write_json
@@ -156,6 +157,7 @@ def _report(
         "layers": [dataclasses.asdict(row) for row in rows],
         "plan": plan_to_json(small[0].plan),
     }
+    add_result({"checkpoint": args.out, **record})
     write_json(args.record, record)
 
 

@@ -6,11 +6,19 @@ from collections.abc import Sequence
 
 import jax
 
+from inertia_jax.plan.plan import Plan, plan_of
 from train.evaluate.checkpoint import evaluate_network
 from train.evaluate.evaluation import paired_difference
 from train.machine.processes import first_devices, joined
-from train.networks import read_network
+from train.networks import (
+    cost_in_words,
+    cost_to_json,
+    kinds_in_words,
+    name_in_words,
+    read_network,
+)
 from train.options.evaluate import Evaluate, parse
+from train.result import add_result
 from train.run.checkpoints import find_checkpoint
 from train.run.outputs import check_output_file, write_json
 
@@ -33,9 +41,16 @@ def _run(args: Evaluate) -> int:
     # Before the first evaluation, which may take long.
     other = read_network(against, fallback=args.factory) if against else None
     print(f"checkpoint  {network.path}")
+    cost = network.cost()
+    print(f"network     {name_in_words(network.model)}")
+    print(f"layers      {kinds_in_words(cost)}")
     evaluation = evaluate_network(network, args.settings, source=args.data)
+    if evaluation.gate_rates:
+        cost = network.cost(evaluation.gate_rates)
+    print(f"cost        {cost_in_words(cost)}")
     print(evaluation)
-    found = json.loads(evaluation.to_json())
+    found = json.loads(evaluation.to_json()) | cost_to_json(cost)
+    found |= {"plan": json.loads((plan_of(network.model) or Plan()).to_json())}
     if other is not None:
         # Only results on the same data can be compared image by image.
         source = args.data or network.source
@@ -50,7 +65,8 @@ def _run(args: Evaluate) -> int:
             "margin_95": margin,
         }
     if evaluation.gate_rates:
-        print(f"\n{network.cost(evaluation.gate_rates)}")
+        print(f"\n{cost}")
+    add_result({"checkpoint": network.path, **found})
     if jax.process_index() == 0:
         write_json(args.out, found)
     return 0

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import jax
 
-from train.fit.loop import exit_code, fit, summary
+from train.fit.loop import exit_code, fit, result_to_json, summary
 from train.machine.processes import first_devices, joined
 from train.options.fit import RunArguments, parse
+from train.result import add_result
 
 
 def run(argv: Sequence[str]) -> int:
@@ -25,4 +26,5 @@ def train(args: RunArguments) -> int:
     result = fit(args.run, workdir=workdir, resume=args.resume, devices=devices)
     if jax.process_index() == 0:
         print(summary(result))
+    add_result(result_to_json(result))
     return exit_code(result)

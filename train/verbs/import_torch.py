@@ -20,6 +20,7 @@ from train.machine.processes import say
 from train.networks import make_model
 from train.options.import_torch import Import, parse
 from train.own_network import check_own_network
+from train.result import add_result
 
 # Options that say which network of this library it is, and how one of others is paired.
 _OF_LIBRARY = ("width", "stem", "shortcut", "ema")
@@ -152,4 +153,5 @@ def run(argv: Sequence[str]) -> int:
     name = args.factory or name
     print(f"{name}: {cost.params:,} parameters, {cost.macs:,} MACs an image")
     print(f"checkpoint  {out}")
+    add_result({"checkpoint": out, "params": cost.params, "macs": cost.macs})
     return 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from train.experiments.pipeline import make_pipeline_record, run_pipeline, summarise
 from train.options.pipeline import parse
+from train.result import add_result
 from train.run.outputs import check_output_file, write_json
 
 
@@ -19,5 +20,7 @@ def run(argv: Sequence[str]) -> int:
         print("stopped and saved; the same command goes on.")
         return 0
     print(summarise(stages))
-    write_json(args.record, make_pipeline_record(pipeline, stages))
+    record = make_pipeline_record(pipeline, stages)
+    add_result(record)
+    write_json(args.record, record)
     return 0

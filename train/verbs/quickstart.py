@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from train.config_file import load_config
 from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
-from train.fit.loop import exit_code, fit, summary
+from train.fit.loop import exit_code, fit, result_to_json, summary
 from train.networks import read_network
 from train.options.quickstart import parse
+from train.result import add_result
 from train.run.checkpoints import find_checkpoint
 
 
@@ -18,6 +19,7 @@ def run(argv: Sequence[str]) -> int:
     start = time.monotonic()
     workdir = pathlib.Path(args.workdir).expanduser()
     result = fit(load_config("quickstart"), workdir=workdir, resume=True)
+    add_result(result_to_json(result))
     if result.evaluation is None:
         print(f"stopped and saved at step {result.step}; the same command goes on.")
         return exit_code(result)

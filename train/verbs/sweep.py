@@ -17,6 +17,7 @@ from train.experiments.sweep import (
 )
 from train.fit.loop import exit_code, fit
 from train.options.sweep import parse
+from train.result import add_result
 
 
 def run(argv: Sequence[str]) -> int:
@@ -62,4 +63,5 @@ def run(argv: Sequence[str]) -> int:
             append_record(out, record, workdir=workdir)
         done += 1
     print(summarise(read_records(out)))
+    add_result({"records": read_records(out)})
     return 1 if failed else 0

@@ -74,6 +74,7 @@ def test_an_evaluation_prints_its_gates_and_its_confusion():
         class_names=("cat", "giraffe", "ox"),
         gate_rates={"conv1": 0.5, "layer1/conv": 0.125},
         right=np.repeat([True, False], [174, 26]),
+        predictions=np.repeat([0, 1, 2], [124, 1, 75]),
     )
     expected = """\
 top-1      87.00%  (174 of 200)
@@ -211,6 +212,7 @@ def test_the_command_that_evaluates_a_run_can_be_pasted(tmp_path):
         class_names=("a", "b"),
         gate_rates={},
         right=np.array([True, False]),
+        predictions=np.array([0, 0]),
     )
     run = tmp_path / "my runs" / "it's"
     said = summary(FitResult(run, 3, found, None)).splitlines()

@@ -311,7 +311,8 @@ def test_of_equal_checkpoints_the_first_is_called_the_best(tmp_path):
         path = checkpoint_path(tmp_path / "checkpoints", step)
         ij.save_checkpoint(path, model, variables, metadata=metadata)
         evaluation = Evaluation(
-            *(2, 0.1, top1, 1.0, np.eye(2), ("a", "b"), {}, np.ones(2, bool))
+            *(2, 0.1, top1, 1.0, np.eye(2), ("a", "b"), {}, np.ones(2, bool)),
+            predictions=np.arange(2),
         )
         said = summary(FitResult(tmp_path, step, evaluation, None))
         tie = ", the first of those with this accuracy" if step == 3 else ""

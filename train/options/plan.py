@@ -1,0 +1,29 @@
+"""The options of `python -m train plan`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from train.arguments import parse_options
+from train.config import FactoryOption
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Shows what stands at each layer of a checkpoint's network, and what it costs."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Checkpoint, or run, of which the best checkpoint is taken."""
+    factory: FactoryOption = None
+    """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
+    says."""
+    out: str | None = None
+    """File to which the plan is written, as `compress --ranks plan:FILE` and
+    `--model.plan` take it."""
+
+
+def parse(argv: Sequence[str]) -> Plan:
+    """Reads the words after the verb."""
+    return parse_options(Plan, argv, verb="plan")
