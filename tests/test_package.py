@@ -168,7 +168,7 @@ def test_the_training_program_starts_with_the_extra_train():
 @pytest.mark.parametrize("folder", ["inertia_jax", "train"])
 def test_every_import_is_of_a_declared_dependency(folder):
     files = (ROOT / folder).rglob("*.py")
-    distributions = declared("train", "tfds", "torch")
+    distributions = declared("train", "tfds", "torch", "wandb")
     assert undeclared(files, distributions, nested=True) == set()
 
 

@@ -93,6 +93,22 @@ def config_to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def flat_config(config: Config) -> dict[str, bool | int | float | str]:
+    """Returns the configuration by its options' names; what is no number is text."""
+
+    def flatten(fields: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in fields.items():
+            if isinstance(value, dict):
+                found |= flatten(value, f"{prefix}{name}.")
+            else:
+                is_plain = isinstance(value, bool | int | float | str)
+                found[f"{prefix}{name}"] = value if is_plain else json.dumps(value)
+        return found
+
+    return flatten(config_to_json(config), "")
+
+
 def fill_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Returns a JSON config with defaults for the fields that it lacks."""
     filled = {**defaults, **config}

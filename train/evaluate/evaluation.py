@@ -31,6 +31,7 @@ class Evaluation:
         gate_rates: Share of open gates of each inertial layer, by path.
         right: Whether each example's class scores highest [num_examples], bool.
         predictions: The class that scores highest, of each example [num_examples], int.
+        gate_rates_by_example: The same share in each example [num_examples], by path.
         flip_test: Whether each answer is the mean of those to the image and to its
             mirror image.
     """
@@ -44,6 +45,9 @@ class Evaluation:
     gate_rates: Mapping[str, float]
     right: np.ndarray
     predictions: np.ndarray
+    gate_rates_by_example: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict
+    )
     flip_test: bool = False
 
     @property
@@ -177,6 +181,7 @@ def make_evaluator(
             },
             right=results["rank"] < 1,
             predictions=np.asarray(results["prediction"]),
+            gate_rates_by_example=results["gate_rates"],
             flip_test=flip_test,
         )
 

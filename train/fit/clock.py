@@ -40,6 +40,11 @@ class TrainingClock:
         passed = time.perf_counter() - self._start
         return self._before + passed - covered(self._compiling)
 
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of tracing and compiling since the clock was last started."""
+        return covered(self._compiling)
+
     def start(self) -> None:
         """Starts the clock."""
         self._compiling.clear()

@@ -35,17 +35,21 @@ from train.data import ImageSet, load_configured
 from train.data.statistics import warn_of_normalisation
 from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
+from train.fit.announce import describe_run, first_images, gate_histograms
 from train.fit.checks import warn_of_unreached
 from train.fit.clock import TrainingClock
 from train.fit.initial import check_initial, named_as, verify_initial
 from train.fit.meter import Meter, progress_bar
+from train.fit.pace import Pace
 from train.fit.stop import StopSignal
 from train.fit.teacher import resolve_teacher
 from train.fit.trainer import Trainer, make_metadata
 from train.machine.processes import differing_process, is_lost, say
+from train.machine.waiting import refreshed
 from train.networks import check_model
 from train.run.checkpoints import Checkpoints
 from train.run.directory import RunDirectory
+from train.run.wandb_log import import_wandb
 from train.step.state import TrainState, training_to_dict
 from train.step.trainable import describe_trained
 
@@ -75,7 +79,12 @@ class FitResult:
 
 
 def fit(
-    config: Config, *, workdir: pathlib.Path, resume: bool, devices: Any = None
+    config: Config,
+    *,
+    workdir: pathlib.Path,
+    resume: bool,
+    devices: Any = None,
+    wandb: bool = False,
 ) -> FitResult:
     """Trains, evaluates after every epoch, and keeps checkpoints.
 
@@ -84,11 +93,14 @@ def fit(
         workdir: The run's directory.
         resume: Whether a run in `workdir` is resumed, if there is one.
         devices: The devices to run on; None means all.
+        wandb: Whether metrics also go to Weights & Biases.
 
     Raises:
         UsageError: The input is bad, a loss is not finite, or the disk is full. The
             last good checkpoint is left.
     """
+    if wandb:
+        import_wandb()  # before anything is read
     config = resolve_teacher(config)
     # A plan that no network takes is said before data are read, which may take long.
     with user_input():
@@ -112,7 +124,7 @@ def fit(
     checkpoints = Checkpoints(directory.checkpoints)
     try:
         state, step, seconds = _restore(trainer, template, checkpoints, resume=resume)
-        directory.open(step)
+        directory.open(step, learning_rate=trainer.learning_rate, wandb=wandb)
         with StopSignal() as stop, TrainingClock(seconds) as clock:
             return _Run(
                 trainer, state, step, directory, checkpoints, stop, clock
@@ -237,10 +249,17 @@ class _Run:
     clock: TrainingClock
     last_save: float = dataclasses.field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        trainer = self.trainer
+        batch_size = trainer.config.batch_size
+        self.pace = Pace(self.clock, steps=trainer.steps, batch_size=batch_size)
+
     def finish(self) -> FitResult:
         """Trains the epochs that are left, unless a signal stops the run."""
         trainer, config = self.trainer, self.trainer.config
         _announce(trainer, self.state)
+        if self.step == 0:
+            self.directory.show_images(0, "train/images", first_images(trainer))
         evaluation: Evaluation | None = None
         if self.step < trainer.steps:
             say("compiling the first step")
@@ -250,7 +269,7 @@ class _Run:
                 meter = Meter(
                     self.directory, bar, config, self.step, has_gates=trainer.has_gates
                 )
-                stopped_by = self._train_epoch(epoch, meter)
+                stopped_by = self._train_epoch(epoch, meter, bar)
                 if self.step == (epoch + 1) * trainer.steps_per_epoch:
                     evaluation = self._end_epoch(epoch, meter, bar)
                     # A signal that came during the evaluation is seen here. With
@@ -264,17 +283,19 @@ class _Run:
             evaluation = trainer.evaluate(self.state)
         return FitResult(self.directory.path, self.step, evaluation, None)
 
-    def _train_epoch(self, epoch: int, meter: Meter) -> int | None:
+    def _train_epoch(self, epoch: int, meter: Meter, bar: tqdm) -> int | None:
         """Takes the remaining steps of an epoch; returns the signal that stopped it."""
         trainer, end = self.trainer, (epoch + 1) * self.trainer.steps_per_epoch
         first_step = self.step - epoch * trainer.steps_per_epoch
         stopped_by = None
         self.clock.start()
         for inputs in trainer.inputs(epoch, first_step):
-            self.state, totals = trainer.train_call(self.state, inputs)
+            with self.pace.call(bar):
+                self.state, totals = trainer.train_call(self.state, inputs)
             before, self.step = self.step, self.step + inputs[2].shape[1]
             # The meter reads one call late: the devices never wait for the host.
             meter.after_call(self.step, totals)
+            self.pace.after_call(self.step)
             stopped_by = self.stop.after_call()
             if self.step < end and (
                 stopped_by is not None
@@ -291,7 +312,10 @@ class _Run:
     def _end_epoch(self, epoch: int, meter: Meter, bar: tqdm) -> Evaluation:
         """Logs, evaluates and saves after an epoch's last step."""
         words = meter.log_epoch(epoch, self.clock.seconds)
-        evaluation = self.trainer.evaluate(self.state)
+        with refreshed(bar):
+            evaluation = self.trainer.evaluate(self.state)
+        histograms = gate_histograms(evaluation, self.state.result)
+        self.directory.show_histograms(self.step, histograms)
         metrics = {"epoch": epoch + 1, **evaluation.metrics()}
         self.directory.log(self.step, "test", metrics)
         if jax.process_index() == 0:
@@ -317,6 +341,7 @@ def _announce(trainer: Trainer, state: TrainState) -> None:
     """Prints, on the first process, what will be trained."""
     if jax.process_index() != 0:
         return
+    tqdm.write(describe_run(trainer), file=sys.stderr)
     if trainer.has_gates:
         shape = trainer.preprocessing.image_shape
         tqdm.write(f"{count_cost(trainer.model, shape)}\n")
@@ -361,7 +386,7 @@ def summary(result: FitResult) -> str:
     options = ["--flip-test"] if evaluation.flip_test else []
     top5 = f", top-5 {evaluation.top5:.2%}" if evaluation.has_top5 else ""
     return (
-        f"test top-1 {evaluation.top1:.2%}{top5}, loss "
+        f"last epoch   test top-1 {evaluation.top1:.2%}{top5}, loss "
         f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
         f"checkpoints  {result.workdir}/checkpoints\n"
         f"{_best(result.workdir / 'checkpoints', evaluation.top1)}"
@@ -390,6 +415,7 @@ def _best(checkpoints: pathlib.Path, last_top1: float) -> str:
         return ""
     path, tie = checkpoint_path(checkpoints, step), ""
     is_last = step == latest_steps(checkpoints)[-1]
-    if not is_last and load_metadata(path).info["evaluation"]["top1"] == last_top1:
+    top1 = load_metadata(path).info["evaluation"]["top1"]
+    if not is_last and top1 == last_top1:
         tie = ", the first of those with this accuracy"
-    return f"best         {path.name}{tie}\n"
+    return f"best         {path.name}, test top-1 {top1:.2%}{tie}\n"

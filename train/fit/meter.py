@@ -13,7 +13,7 @@ from train.run.directory import RunDirectory
 
 
 def progress_bar(steps: int | None, done: int, batch_size: int) -> tqdm:
-    """Returns a run's bar, which counts images and is shown by the first process.
+    """Returns a run's bar, which counts images, of the first process on a terminal.
 
     Args:
         steps: The number of steps of the whole run; None: unknown.
@@ -25,8 +25,9 @@ def progress_bar(steps: int | None, done: int, batch_size: int) -> tqdm:
         initial=done * batch_size,
         unit="img",
         unit_scale=True,
-        disable=jax.process_index() != 0,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+        # Elsewhere than on a terminal, a run has a line an epoch.
+        disable=jax.process_index() != 0 or not sys.stderr.isatty(),
+        mininterval=0.5,
         dynamic_ncols=True,
     )
 

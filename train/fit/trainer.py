@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from inertia_jax.metadata import Metadata
 from inertia_jax.models.create import drawn_variables, trace_variables
@@ -30,7 +31,11 @@ from train.own_network import OwnNetwork
 from train.run.checkpoints import find_checkpoint
 from train.step.distill import Distillation
 from train.step.objective import Objective
-from train.step.optimizer import make_optimizer, scale_learning_rate
+from train.step.optimizer import (
+    make_optimizer,
+    make_schedule,
+    scale_learning_rate,
+)
 from train.step.state import TrainState, Update, init_state, restore_state
 from train.step.train_step import TrainStep
 from train.step.trainable import trained_paths
@@ -156,6 +161,26 @@ class Trainer:
     def has_gates(self) -> bool:
         """Whether the network has inertial layers."""
         return bool(self.model.plan.inertial)
+
+    @functools.cached_property
+    def learning_rates(self) -> Float[np.ndarray, "steps"]:
+        """The learning rate of each step of the run, computed once on the host."""
+        schedule = make_schedule(
+            scale_learning_rate(
+                self.config.optimizer, batch_size=self.config.batch_size
+            ),
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.config.epochs,
+        )
+        # Beside an accelerator's steps, none of which would be waited for.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            rates = jax.jit(jax.vmap(schedule))(jnp.arange(self.steps))
+            return np.asarray(rates)
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate with which a step, counted from 1, was taken."""
+        rates = self.learning_rates
+        return float(rates[min(max(step, 1), len(rates)) - 1])
 
     def abstract_state(self) -> TrainState:
         """Returns the shapes and types of a state; nothing is drawn or compiled.

@@ -33,6 +33,9 @@ class RunArguments:
     deterministic: bool = False
     """Make training on GPU bitwise repeatable, and slower."""
 
+    wandb: bool = False
+    """Send metrics to Weights & Biases, too; the package wandb must be installed."""
+
     def set_flags(self) -> None:
         """Sets the flags that XLA reads when JAX first asks for a device."""
         if self.deterministic:

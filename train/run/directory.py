@@ -12,9 +12,11 @@ import shutil
 import stat
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from inertia_jax.atomic import appearing, local_path
@@ -24,6 +26,7 @@ from train.config_file import (
     config_to_json,
     differing_fields,
     fill_defaults,
+    flat_config,
     without_places,
 )
 from train.errors import UsageError, in_words, user_input
@@ -37,12 +40,16 @@ from train.run.lines import (
     write_lines,
 )
 from train.run.outputs import check_output
+from train.run.wandb_log import WandbLog
 from train.versions import package_versions
 
 _NO_REGULAR_FILE = "no regular file; remove it"
 
 # The files of a run's directory.
-_FILES = {"config.json", "run.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
+_FILES = {
+    *("config.json", "run.jsonl", "metrics.jsonl"),
+    *("tensorboard", "checkpoints", "wandb"),
+}
 
 
 def this_command() -> str:
@@ -96,6 +103,8 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self._metrics = Log(path / "metrics.jsonl")
         self._events: Events | None = None
+        self._wandb: WandbLog | None = None
+        self._learning_rate: Callable[[int], float] | None = None
         self._lock: IO[str] | None = None
         self._is_writer = jax.process_index() == 0
         self._config = config
@@ -212,10 +221,27 @@ class RunDirectory:
             self._lock.close()
             raise UsageError(f"another run was in {self.path} meanwhile.")
 
-    def open(self, step: int) -> None:
-        """Begins to write, after `step`: later lines of metrics are dropped."""
+    def open(
+        self,
+        step: int,
+        *,
+        learning_rate: Callable[[int], float] | None = None,
+        wandb: bool = False,
+    ) -> None:
+        """Begins to write, after `step`: later lines of metrics are dropped.
+
+        Args:
+            step: The number of steps taken.
+            learning_rate: The learning rate of each step, counted from 1, which lines
+                of metrics have; None: they do not have it.
+            wandb: Whether metrics also go to Weights & Biases.
+
+        Raises:
+            UsageError: A file cannot be written, or wandb cannot begin.
+        """
         if not self._is_writer:
             return
+        self._learning_rate = learning_rate
         started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step}
         starts, metrics = self.path / "run.jsonl", self.path / "metrics.jsonl"
         with user_input():
@@ -233,13 +259,48 @@ class RunDirectory:
             if metrics.exists():
                 write_lines(metrics, rows)
             self._events = Events(self.path / "tensorboard", step, rows)
+        if step == 0:
+            hyperparameters = flat_config(self._config)
+            self._events.show(0, lambda make: _hyperparameters(make, hyperparameters))
+        if wandb:
+            self._wandb = WandbLog(
+                self.path,
+                name=self._config.name,
+                config=config_to_json(self._config),
+                started=read_starts(starts)[0]["started"],
+            )
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Adds a line of metrics, of kind `train`, `epoch` or `test`."""
         if self._events is None:
             return
-        self._metrics.add({"step": step, "kind": kind, **metrics})
+        if self._learning_rate is not None:
+            metrics = {**metrics, "learning_rate": self._learning_rate(step)}
+        # In seconds since 1970, as TensorBoard has it.
+        now = {"time": round(time.time(), 3)}
+        self._metrics.add({"step": step, "kind": kind, **now, **metrics})
         self._events.add(step, kind, metrics)
+        if self._wandb is not None:
+            self._wandb.add(step, kind, metrics)
+
+    def show_images(self, step: int, tag: str, images: np.ndarray) -> None:
+        """Shows images, uint8 [n, h, w, c], c being 1 or 3, beside each other."""
+        if self._events is not None:
+            row = np.concatenate(list(images), axis=1)
+            self._events.show(
+                step, lambda make: [make.image(tag, row, dataformats="HWC")]
+            )
+
+    def show_histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Shows how numbers are distributed, by tag."""
+        if self._events is not None and values:
+            self._events.show(
+                step,
+                lambda make: [
+                    make.histogram(tag, np.ravel(array), "auto")
+                    for tag, array in values.items()
+                ],
+            )
 
     def close(self) -> None:
         """Writes out what is buffered, and lets other runs have the directory."""
@@ -247,9 +308,20 @@ class RunDirectory:
             if self._events is not None:
                 self._metrics.close()
                 self._events.close()
+            if self._wandb is not None:
+                self._wandb.close()
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+
+def _hyperparameters(make: Any, values: dict[str, Any]) -> list[Any]:
+    """Returns TensorBoard's summaries of hyperparameters, beside test accuracy."""
+    rows = "".join(f"|{name}|{value}|\n" for name, value in values.items())
+    return [
+        *make.hparams(values, {"test/top1": 0.0}),
+        make.text("config", f"|option|value|\n|-|-|\n{rows}"),
+    ]
 
 
 def _open_lock(path: pathlib.Path) -> IO[str]:

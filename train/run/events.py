@@ -6,7 +6,7 @@ import pathlib
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from train.command import install_command
@@ -15,7 +15,7 @@ from train.run.lines import is_number
 
 
 class Events:
-    """Scalars in a directory for TensorBoard, which is made with the first of them.
+    """What a directory for TensorBoard holds; it is made with the first event.
 
     A thread writes them, because importing the writer also imports PyTorch if it is
     installed; steps go on during these two seconds. If they cannot be written, a
@@ -57,6 +57,15 @@ class Events:
             self._last.result()  # raises any error that is not a failure to write
         self._last = self._pool.submit(self._write, step, kind, metrics, time.time())
 
+    def show(self, step: int, make: Callable[[Any], Sequence[Any]]) -> None:
+        """Adds summaries that are no scalars.
+
+        Args:
+            step: The step that they belong to.
+            make: A function of the module `tensorboardX.summary`, which returns them.
+        """
+        self._last = self._pool.submit(self._write_made, step, make, time.time())
+
     def close(self) -> None:
         """Waits until all is written."""
         self._pool.shutdown()
@@ -73,13 +82,27 @@ class Events:
     ) -> None:
         self._append(_scalars(step, kind, metrics, wall_time), self._step + 1)
 
+    def _write_made(
+        self, step: int, make: Callable[[Any], Sequence[Any]], wall_time: float
+    ) -> None:
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event
+
+        events = [
+            Event(wall_time=wall_time, step=step, summary=made)
+            for made in make(summary)
+        ]
+        self._append(events, self._step + 1)
+
     def _write_missing(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes all events anew if some of these lines' are not there."""
         now = time.time()
         expected = {
             (event.step, event.summary.value[0].tag): event
             for row in rows
-            for event in _scalars(row["step"], row["kind"], _metrics(row), now)
+            for event in _scalars(
+                row["step"], row["kind"], _metrics(row), row.get("time", now)
+            )
         }
         try:
             files = sorted(self._path.glob("events.out.tfevents.*"))
@@ -139,7 +162,7 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in row.items()
-        if name != "step" and is_number(value)
+        if name not in ("step", "time") and is_number(value)
     }
 
 

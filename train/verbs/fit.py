@@ -23,7 +23,13 @@ def train(args: RunArguments) -> int:
     """Trains, prints where the results are, and returns the exit code."""
     devices = first_devices(args.devices)
     workdir = pathlib.Path(args.workdir or f"runs/{args.run.name}").expanduser()
-    result = fit(args.run, workdir=workdir, resume=args.resume, devices=devices)
+    result = fit(
+        args.run,
+        workdir=workdir,
+        resume=args.resume,
+        devices=devices,
+        wandb=args.wandb,
+    )
     if jax.process_index() == 0:
         print(summary(result))
     add_result(result_to_json(result))

@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
         return exit_code(result)
     best = read_network(find_checkpoint(workdir))
     evaluation = evaluate_network(best, EvaluationSettings())
-    print(f"\nevaluated again, from {best.path}:\n{evaluation}\n")
+    print(f"\nthe best checkpoint, {best.path.name}, evaluated again:\n{evaluation}\n")
     print(summary(result))
     print(f"took         {time.monotonic() - start:.0f} s")
     return 0

@@ -316,7 +316,8 @@ def test_of_equal_checkpoints_the_first_is_called_the_best(tmp_path):
         )
         said = summary(FitResult(tmp_path, step, evaluation, None))
         tie = ", the first of those with this accuracy" if step == 3 else ""
-        assert f"\nbest         step_0000000{min(step, 2)}{tie}\n" in said
+        best = f"step_0000000{min(step, 2)}, test top-1 {min(top1, 0.5):.2%}{tie}"
+        assert f"\nbest         {best}\n" in said
 
     rows = [(1, 0.1), (2, 0.5), (3, 0.5)]
     numbers = dict.fromkeys(
