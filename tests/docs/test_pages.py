@@ -6,7 +6,13 @@ from pages import PAGES, name_of, python_of, run_python_of
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
-@pytest.mark.parametrize("page", filter(python_of, PAGES), ids=name_of)
+# Pages that need more than the extra `train`.
+NEEDS = {"docs/deployment.md": "qwix"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_of(p)], ids=name_of)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    if (package := NEEDS.get(name_of(page))) is not None:
+        pytest.importorskip(package, reason="needs the extra `int8`")
     monkeypatch.chdir(tmp_path)
     run_python_of(page)
