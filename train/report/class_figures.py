@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.evaluate.evaluation import Evaluation
-from train.report.findings import Findings
+from train.report.findings import Findings, short_source
 from train.report.svg import (
     INK,
     Figure,
@@ -56,7 +56,8 @@ def draw_classes(findings: Sequence[Findings]) -> list[Figure]:
             axes.set_ylim(len(shown) - 0.5, -0.5)
             axes.set(xlabel="test top-1 [%]")
             svg = to_svg(figure, f"classes-{number}", title)
-        figures.append(Figure(f"classes-{number}", title, f"{source}. {which}.", svg))
+        caption = f"{short_source(source)}. {which}."
+        figures.append(Figure(f"classes-{number}", title, caption, svg))
     return figures
 
 

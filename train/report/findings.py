@@ -220,6 +220,11 @@ def _is_factorised(origin: Origin) -> bool:
     return isinstance(compressed, Mapping) and compressed.get("ranks") is not None
 
 
+def short_source(source: str) -> str:
+    """Returns the name of a source, without the folders that it lies in."""
+    return pathlib.PurePath(source).name
+
+
 def choose_pictures(test: Split, count: int) -> Split:
     """Returns the first image of each class, of as many classes as are needed.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from train.report.findings import Findings
+from train.report.findings import Findings, short_source
 from train.report.svg import (
     FAINT,
     INK,
@@ -117,8 +117,8 @@ def draw_tradeoffs(findings: Sequence[Findings], *, device: str | None) -> list[
             title = f"Accuracy against {words.partition(',')[0]}"
             svg = _scatter(known, scores, words, f"tradeoff-{name}-{group}", title)
             caption = (
-                f"{source}. Rings and the line: the Pareto front, the networks that "
-                f"none is both cheaper and better than."
+                f"{short_source(source)}. Rings and the line mark the Pareto "
+                f"front: the networks than which none is both cheaper and better."
             )
             figures.append(Figure(f"tradeoff-{name}-{group}", title, caption, svg))
     return figures

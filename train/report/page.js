@@ -70,30 +70,47 @@ function drawMaps(maps) {
     return `rgb(${color.join()})`;
   }
 
-  /* Draws an image, and over each region the colour that `fill` has for its level. */
-  function paint(canvas, picture, one, number, fill) {
-    const side = Math.ceil(160 / picture.width);
+  /* Draws an image, and over each region the colour that `fill` has for its level.
+     A line parts the regions that `isOpen` holds for from those that it does not. */
+  function paint(canvas, picture, one, number, fill, isOpen) {
+    const side = Math.ceil(192 / picture.width);
     canvas.width = picture.width * side;
     canvas.height = picture.height * side;
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
     context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-    const height = canvas.height * one.covered[0] / one.rows;
-    const width = canvas.width * one.covered[1] / one.columns;
+    const top = (row) => Math.round(row * canvas.height * one.covered[0] / one.rows);
+    const left = (column) => Math.round(column * canvas.width * one.covered[1] / one.columns);
+    const at = (row, column) => one.level[(number * one.rows + row) * one.columns + column];
+    const rectangle = (color, x, y, width, height) => {
+      context.fillStyle = color;
+      context.fillRect(x, y, width, height);
+    };
     for (let row = 0; row < one.rows; row++) {
       for (let column = 0; column < one.columns; column++) {
-        const level = one.level[(number * one.rows + row) * one.columns + column];
-        const color = fill(level);
-        if (!color) continue;
-        context.fillStyle = color;
-        const [top, left] = [Math.round(row * height), Math.round(column * width)];
-        context.fillRect(left, top, Math.round((column + 1) * width) - left, Math.round((row + 1) * height) - top);
+        const color = fill(at(row, column));
+        if (color) rectangle(color, left(column), top(row), left(column + 1) - left(column), top(row + 1) - top(row));
+      }
+    }
+    if (!isOpen) return;
+    for (let row = 0; row < one.rows; row++) {
+      for (let column = 0; column < one.columns; column++) {
+        const open = isOpen(at(row, column));
+        const [x, y] = [left(column), top(row)];
+        if (column && open !== isOpen(at(row, column - 1))) rectangle(EDGE, x - 1, y - 1, 2, top(row + 1) - y + 2);
+        if (row && open !== isOpen(at(row - 1, column))) rectangle(EDGE, x - 1, y - 1, left(column + 1) - x + 2, 2);
       }
     }
   }
 
-  const veil = () => matchMedia("(prefers-color-scheme: dark)").matches ? "rgba(20, 23, 27, 0.86)" : "rgba(252, 252, 251, 0.86)";
-  const gates = (edge) => { const color = veil(); return (level) => level > edge ? null : color; };
+  const EDGE = "#f08c00";
+  const isDark = matchMedia("(prefers-color-scheme: dark)");
+  function paintGates(canvas, picture, one, number, edge) {
+    const veil = isDark.matches ? "rgba(20, 23, 27, 0.84)" : "rgba(252, 252, 251, 0.84)";
+    const isOpen = (level) => level > edge;
+    paint(canvas, picture, one, number, (level) => isOpen(level) ? null : veil, isOpen);
+  }
+
   const element = (name, parent, className) => {
     const made = document.createElement(name);
     if (className) made.className = className;
@@ -111,7 +128,7 @@ function drawMaps(maps) {
       paint(friction, picture, one, number, (level) => {
         return ramp(level / one.edges.length).replace("rgb", "rgba").replace(")", ", 0.72)");
       });
-      paint(gate, picture, one, number, gates(edge));
+      paintGates(gate, picture, one, number, edge);
     });
     const kind = one.thresholds > 1 ? `the median of ${one.thresholds} channels' own` : "its own";
     const own = `${kind}: ${threshold(one, one.own)}, ${percent(rate(one, one.own))}`;
@@ -132,7 +149,7 @@ function drawMaps(maps) {
     const { map } = current();
     get("layers").querySelectorAll("canvas").forEach((canvas, number) => {
       const one = map.layers[number];
-      paint(canvas, map.loaded[chosen.value], one, Number(chosen.value), gates(one.own));
+      paintGates(canvas, map.loaded[chosen.value], one, Number(chosen.value), one.own);
     });
   }
 
@@ -179,6 +196,6 @@ function drawMaps(maps) {
   chosen.addEventListener("change", showStrip);
   slider.addEventListener("input", redraw);
   get("own").addEventListener("click", () => { slider.value = current().one.own; redraw(); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { redraw(); showStrip(); });
+  isDark.addEventListener("change", () => { redraw(); showStrip(); });
   showNetwork();
 }

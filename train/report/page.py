@@ -3,6 +3,7 @@
 import base64
 import io
 import pathlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from train.report.class_figures import draw_classes, draw_confusion, worst_pairs
-from train.report.findings import Findings
+from train.report.findings import Findings, short_source
 from train.report.gate_maps import layer_to_json
 from train.report.layer_figures import draw_gate_rates, draw_kernels
 from train.report.overview import draw_curves, draw_tradeoffs
-from train.report.svg import NUM_COLOURS
+from train.report.svg import NUM_COLOURS, Figure
 from train.report.tables import layer_table, network_table
 from train.run.report import in_words
 
@@ -123,6 +124,13 @@ def _subject(index: int, found: Findings, entry: Mapping[str, Any]) -> dict[str,
         commands = [start["command"] for start in starts if "command" in start]
     return {
         **entry,
+        "source": found.source,
+        "data": short_source(found.source) if found.source else None,
+        "imported_from": dict.fromkeys(
+            origin["imported_from"]
+            for origin in entry["origins"]
+            if origin["imported_from"]
+        ),
         "index": index,
         "epochs": record["curve"][-1]["epoch"] if record else None,
         "gate_rate": sum(rates) / len(rates) if rates else None,
@@ -177,7 +185,7 @@ def _figures(findings: Sequence[Findings], device: str | None) -> dict[str, Any]
     ]
     sections: list[dict[str, Any]] = []
 
-    def add(id: str, title: str, figures: Sequence[Any], single: Any = ()) -> None:
+    def add(id: str, title: str, figures: Sequence[Figure], single: Any = ()) -> None:
         groups = [
             {
                 "id": name,
@@ -193,7 +201,9 @@ def _figures(findings: Sequence[Findings], device: str | None) -> dict[str, Any]
                 "title": title,
                 "figures": figures,
                 "single": groups,
-                "legend": len(findings) > 1,
+                "legend": _subjects_in(
+                    [*figures, *(f for _, of in single for f in of)]
+                ),
             }
         )
 
@@ -215,6 +225,14 @@ def _figures(findings: Sequence[Findings], device: str | None) -> dict[str, Any]
         contents.append(("layers", "Layers"))
     contents.append(("origins", "How they were made"))
     return {"sections": sections, "contents": contents}
+
+
+def _subjects_in(figures: Sequence[Figure]) -> list[int]:
+    """Returns the subjects that figures have parts of, if there are several."""
+    found = {
+        int(i) for f in figures for i in re.findall(r'data-subject="(\d+)"', f.svg)
+    }
+    return sorted(found) if len(found) > 1 else []
 
 
 def _maps(findings: Sequence[Findings]) -> list[dict[str, Any]]:

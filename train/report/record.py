@@ -61,7 +61,11 @@ def _subject(found: Findings) -> dict[str, Any]:
         "cycles": found.cycles,
         "training": subject.record,
         "origins": [
-            {"path": str(origin.path), "commands": list(origin.commands)}
+            {
+                "path": str(origin.path),
+                "imported_from": origin.info.get("imported_from"),
+                "commands": list(origin.commands),
+            }
             for origin in subject.origins
         ],
         "left_out": dict(found.left_out),

@@ -67,6 +67,7 @@ def network_table(
         Column("top-1", of("top1"), "{:.2%}"),
         Column("parameters", of("cost", "params"), "{:,}"),
         Column("MACs", of("cost", "total_macs"), "{:,}"),
+        Column("of dense", _share_of_dense, "{:.0%}"),
         Column("gate rate", of("gate_rate"), "{:.1%}"),
         *(
             Column(f"ms, batch {n}", of("latency_ms", str(n), "median_ms"), "{:.3g}")
@@ -80,6 +81,14 @@ def network_table(
         Column("seed", of("seed"), "{}"),
     ]
     return make_table(columns, subjects)
+
+
+def _share_of_dense(subject: Mapping[str, Any]) -> float | None:
+    """Returns the share of the dense network's MACs, None for a dense network."""
+    cost = subject["cost"]
+    if cost is None or cost["total_macs"] == cost["dense_macs"]:
+        return None
+    return cost["total_macs"] / cost["dense_macs"]
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
