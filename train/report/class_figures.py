@@ -75,13 +75,14 @@ def draw_confusion(evaluation: Evaluation, index: int) -> Figure:
             axes.set_xticks(range(count), names, rotation=90)
             axes.set_yticks(range(count), names)
             for row, column in np.argwhere(counts):
-                axes.text(
+                number = axes.text(
                     *(column, row, str(counts[row, column])),
                     horizontalalignment="center",
                     verticalalignment="center_baseline",
                     fontsize=min(8.5, 120 / count),
                     color=INK,
                 )
+                number.set_in_layout(False)  # which would measure every one
         axes.set(xlabel="answer", ylabel="class")
         svg = to_svg(figure, name, title)
     caption = (

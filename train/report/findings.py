@@ -1,7 +1,6 @@
 """What a report finds out about each network: cost, accuracy, kernels, gates."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +9,9 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax import CostTable
+from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 from inertia_jax.models.create import known_name
 from train.compress.accuracy import are_equal
-from train.compress.layer_report import LayerReport, report_layers
 from train.data import ImageSet, Split
 from train.errors import UsageError
 from train.evaluate.checkpoint import (
@@ -22,9 +21,10 @@ from train.evaluate.checkpoint import (
 )
 from train.evaluate.evaluation import Evaluation
 from train.machine.processes import say, warn
-from train.networks import TrainedNetwork, read_network
+from train.networks import TrainedNetwork
 from train.own_network import OwnNetwork
 from train.report.gate_maps import GateMaps, map_maker
+from train.report.kernels import FactorisedKernel, compare_kernels
 from train.report.subjects import Origin, Subject, parent_of
 from train.run.checkpoints import find_checkpoint
 
@@ -50,7 +50,7 @@ class Findings:
     source: str | None = None
     evaluation: Evaluation | None = None
     cost: CostTable | None = None
-    kernels: tuple[LayerReport, ...] = ()
+    kernels: tuple[FactorisedKernel, ...] = ()
     maps: GateMaps | None = None
     latency: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     cycles: int | None = None
@@ -99,7 +99,6 @@ class Examiner:
         *,
         source: str | None = None,
         num_images: int,
-        factory: str | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -107,12 +106,12 @@ class Examiner:
             settings: How test images are evaluated.
             source: The data; None: those that each network was trained on.
             num_images: The number of images on which friction is shown.
-            factory: What makes a network of the user's own, as MODULE:FUNCTION.
         """
         self._settings, self._source = settings, source
         self._num_images = num_images
         self._known: dict[Any, list[tuple[nn.Module, _Instruments]]] = {}
-        self._read = functools.cache(functools.partial(read_network, fallback=factory))
+        self._costs: dict[Any, list[tuple[nn.Module, CostTable]]] = {}
+        self._read: dict[pathlib.Path, Mapping[str, Any]] = {}
 
     def examine(self, subject: Subject) -> Findings:
         """Returns what is found out about a subject.
@@ -139,8 +138,9 @@ class Examiner:
                 warn(f"{subject.name} is not evaluated: {error}")
             else:
                 findings = self._measured(findings, network, source, tools)
-        kernels = self._kernels(subject, left_out)
-        cost = network.cost(findings.gate_rates)
+        self._read[network.path.absolute()] = network.variables
+        cost = self._cost(network, findings.gate_rates)
+        kernels = self._kernels(subject, cost, left_out)
         return dataclasses.replace(findings, cost=cost, kernels=kernels)
 
     def _measured(
@@ -183,27 +183,38 @@ class Examiner:
         )
 
     def _kernels(
-        self, subject: Subject, left_out: dict[str, str]
-    ) -> tuple[LayerReport, ...]:
+        self, subject: Subject, cost: CostTable, left_out: dict[str, str]
+    ) -> tuple[FactorisedKernel, ...]:
         """Compares the layers that became factors with those before, if any did."""
         made = [o for o in subject.origins if _is_factorised(o)]
         if not made:
             return ()
-        after = made[-1]
-        before = pathlib.Path(parent_of(after.info) or "").expanduser()
+        before = pathlib.Path(parent_of(made[-1].info) or "").expanduser()
         try:
-            small = self._read(after.path)
-            dense = self._read(find_checkpoint(before))
-            rows = report_layers(
-                (dense.model, dense.variables),
-                (small.model, small.variables),
-                small.preprocessing.image_shape,
-                latency_batch=0,
-            )
-        except (UsageError, ValueError, KeyError) as error:
+            dense = self._variables(find_checkpoint(before).absolute())
+            small = self._variables(made[-1].path.absolute())
+            return compare_kernels(dense, small, cost)
+        except (UsageError, OSError, ValueError, KeyError) as error:
             left_out["kernels"] = f"the network before cannot be compared: {error}"
             return ()
-        return tuple(row for row in rows if row.ranks)
+
+    def _variables(self, path: pathlib.Path) -> Mapping[str, Any]:
+        """Returns a checkpoint's variables, read once."""
+        if path not in self._read:
+            say(f"reading {path}")
+            verify_checkpoint(path)
+            self._read[path] = load_arrays(path)["variables"]
+        return self._read[path]
+
+    def _cost(self, network: TrainedNetwork, rates: Mapping[str, float]) -> CostTable:
+        """Returns a network's cost, counted once for equal networks."""
+        key = (network.preprocessing.image_shape, tuple(sorted(rates.items())))
+        known = self._costs.setdefault(key, [])
+        for model, cost in known:
+            if are_equal(model, network.model):
+                return cost
+        known.append((network.model, network.cost(rates)))
+        return known[-1][1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -89,7 +89,6 @@ def run(argv: Sequence[str]) -> int:
         args.settings,
         source=args.data,
         num_images=args.images,
-        factory=args.factory,
     )
     findings = [examiner.examine(subject) for subject in subjects]
     latency = kept_latency(_record_before(files["json"]), subjects)
