@@ -30,6 +30,15 @@ def test_the_wheel_holds_library_and_program_and_both_run(tmp_path, subprocess_e
     assert tops == {"inertia_jax", "train"}
     (entry,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
     assert "inertia = train.__main__:run_command" in entry.read_text()
+    tracked = subprocess.run(
+        ["git", "ls-files", "inertia_jax", "train"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in tracked.stdout.split():
+        assert (tmp_path / "site" / name).exists(), name
     for folder in ("", "pipelines", "sweeps"):
         names = {file.name for file in (ROOT / "configs" / folder).glob("*.py")}
         there = tmp_path / "site" / "train" / "configs" / folder
