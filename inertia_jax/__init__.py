@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         reconstruct,
         save_exported,
     )
+    from inertia_jax.images import preprocess
     from inertia_jax.interop import load_torch, to_torch
     from inertia_jax.layers.inertial import InertialConv
     from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
@@ -101,6 +102,7 @@ __all__ = [
     "match_torch",
     "nnx",
     "ops",
+    "preprocess",
     "published_variant",
     "recalibrate_batch_norm",
     "reconstruct",
@@ -147,6 +149,7 @@ __getattr__ = importer(
             "reconstruct",
             "save_exported",
         ),
+        "images": ("preprocess",),
         "interop": (
             "load_torch",
             "to_torch",

@@ -6,20 +6,17 @@ normalised.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
+from inertia_jax.images import normalise, preprocess, resized, scale_and_cut
 from inertia_jax.metadata import Preprocessing
-from inertia_jax.ops.precision import at_least_float32
 from train.config import Data
-from train.data.resize import covering_size
 
 
 def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, "n"]:
@@ -77,21 +74,6 @@ def alternating_mirrors(
     return (coins + epoch.astype(jnp.uint32)) % 2 == 1
 
 
-def resize(
-    images: Num[Array, "n h w c"],
-    *,
-    sides: tuple[int, int],
-    output_shape: tuple[int, int],
-) -> Float[Array, "n h_out w_out c"]:
-    """Resizes to cover `sides`, bilinear, antialiased, and cuts the centre out."""
-    # Sizes are static. torchvision rounds the corner to a pixel.
-    stored = images.shape[1:3]
-    resized = np.array(covering_size((stored[0], stored[1]), sides))
-    corner = np.round((resized - np.array(output_shape)) / 2)
-    scale = jnp.array(resized / np.array(stored), jnp.float32)
-    return _scale(images, scale, jnp.array(-corner, jnp.float32), output_shape)
-
-
 def resized_crop(
     images: Num[Array, "n h w c"],
     boxes: Float[Array, "n 4"],
@@ -105,23 +87,11 @@ def resized_crop(
 
     def one(image: Array, box: Array) -> Array:
         scale = jnp.array(output_shape) / box[2:]
-        return _scale(image[None], scale, -box[:2] * scale, output_shape)[0]
+        return scale_and_cut(
+            image[None], scale, -box[:2] * scale, output_shape=output_shape
+        )[0]
 
     return jax.vmap(one)(images, boxes)
-
-
-def _scale(
-    images: Array, scale: Array, translation: Array, output_shape: tuple[int, int]
-) -> Array:
-    return jax.image.scale_and_translate(
-        images.astype(jnp.float32),
-        (images.shape[0], *output_shape, images.shape[-1]),
-        (1, 2),
-        scale,
-        translation,
-        method="linear",
-        antialias=True,
-    )
 
 
 def draw_boxes(
@@ -165,20 +135,6 @@ def draw_boxes(
     return jax.vmap(one)(keys)
 
 
-def normalise(
-    images: Num[Array, "n h w c"],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: jnp.dtype,
-) -> Float[Array, "n h w c"]:
-    """Returns `(images / 255 - mean) / std`, computed in float32 at least."""
-    compute = at_least_float32(dtype)
-    pixels = images.astype(compute) / 255
-    offset, scale = jnp.array(mean, compute), jnp.array(std, compute)
-    return ((pixels - offset[None, None, None]) / scale[None, None, None]).astype(dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """The processing of images before they enter the network.
@@ -218,7 +174,7 @@ class Augmentation:
             boxes = draw_boxes(crop_keys, (height, width), output_shape=output_shape)
             images = resized_crop(images, boxes, output_shape=output_shape)
         else:
-            images = self._resized(images, output_shape)
+            images = resized(images, output_shape, output_shape=output_shape)
             if data.crop_padding:
                 high = 2 * data.crop_padding + 1
                 draw = lambda key: jax.random.randint(key, (2,), 0, high)  # noqa: E731
@@ -230,20 +186,11 @@ class Augmentation:
             if mirrored is None:
                 mirrored = jax.vmap(jax.random.bernoulli)(flip_keys)
             images = flip(images, mirrored)
-        return self._normalised(images)
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        return normalise(images, mean=mean, std=std, dtype=self.dtype)
 
     def for_evaluation(
         self, images: UInt8[Array, "n h w c"]
     ) -> Float[Array, "n h_out w_out c"]:
         """Resizes, cuts the centre out and normalises."""
-        return self._normalised(self._resized(images, self.preprocessing.resized_sides))
-
-    def _resized(self, images: Array, sides: tuple[int, int]) -> Array:
-        output_shape = self.preprocessing.image_shape[:2]
-        if images.shape[1:3] == sides == output_shape:
-            return images
-        return resize(images, sides=sides, output_shape=output_shape)
-
-    def _normalised(self, images: Array) -> Array:
-        mean, std = self.preprocessing.mean, self.preprocessing.std
-        return normalise(images, mean=mean, std=std, dtype=self.dtype)
+        return preprocess(images, self.preprocessing, dtype=self.dtype)

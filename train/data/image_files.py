@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from train.data.resize import covering_size, cropped
+from inertia_jax.images import covering_size
+from train.data.resize import cropped
 
 # The raster formats that are read, by Pillow's names; the common ones come first, since
 # they are tried in this order. Not among them are those that Pillow has other programs

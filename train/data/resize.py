@@ -4,21 +4,7 @@ from typing import Any
 
 import numpy as np
 
-
-def covering_size(stored: tuple[int, int], sides: tuple[int, int]) -> tuple[int, int]:
-    """Returns the size of an image that covers two sides, its shape kept.
-
-    The image is scaled by `max(h / h_stored, w / w_stored)`. The side that is not
-    exact is rounded down to a pixel, as in torchvision.
-
-    Args:
-        stored: Height and width of the image.
-        sides: Height and width to cover.
-    """
-    (height, width), (least_height, least_width) = stored, sides
-    if least_height * width >= least_width * height:
-        return least_height, width * least_height // height
-    return height * least_width // width, least_width
+from inertia_jax.images import covering_size
 
 
 def resize_and_crop(image: np.ndarray, sides: tuple[int, int]) -> np.ndarray:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inertia_jax.images import covering_size, normalise, resize
 from inertia_jax.metadata import Preprocessing
 from train.config import Data
 from train.data import augment
-from train.data.resize import covering_size
 
 FLOAT32 = jnp.dtype("float32")
 RNG = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def test_flip_equals_numpys():
 
 def test_normalise_equals_numpys():
     mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    ours = augment.normalise(jnp.asarray(IMAGES), mean=mean, std=std, dtype=FLOAT32)
+    ours = normalise(jnp.asarray(IMAGES), mean=mean, std=std, dtype=FLOAT32)
     expected = (IMAGES / 255 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -70,7 +70,7 @@ def test_resize_equals_pillows(stored, size):
     theirs = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     top, left = round((height - crop) / 2), round((width - crop) / 2)
     theirs = np.asarray(theirs)[top : top + crop, left : left + crop]
-    ours = augment.resize(
+    ours = resize(
         jnp.asarray(image[None]), sides=(size, size), output_shape=(crop, crop)
     )
     np.testing.assert_allclose(ours[0], theirs, atol=1.01)
