@@ -271,12 +271,15 @@ def latest_steps(directory: pathlib.Path) -> list[int]:
 
 
 def best_step(directory: pathlib.Path) -> int | None:
-    """Returns the earliest step of the highest evaluated top-1."""
+    """Returns the earliest step of the highest evaluated top-1.
+
+    It is that on validation images where a run has some, and else on test images.
+    """
     best: tuple[float, int] | None = None
     for step in latest_steps(directory):
         try:
             info = load_metadata(checkpoint_path(directory, step)).info
-            evaluation = info.get("evaluation")
+            evaluation = info.get("validation") or info.get("evaluation")
             if not evaluation:
                 continue  # saved inside an epoch
             top1 = float(evaluation["top1"])

@@ -75,6 +75,15 @@ class Data:
         "~/.cache/inertia_jax"
     )
     """Directory in which downloaded and decoded sets are kept."""
+    test_share: float = 0.0
+    """Share of the training images that are held out as test images, of each class; for
+    a source that has none of its own."""
+    validation_share: float = 0.0
+    """Share of the training images that are held out, of each class, and choose the
+    best checkpoint; 0: the test images choose it."""
+    split_seed: int = 0
+    """Seed of the draw of the images that are held out; that of the run does not change
+    them."""
     image_size: int | tuple[int, int] | None = None
     """Height and width of the network's input, in pixels; one number: both; None: as
     the images are stored."""
@@ -107,6 +116,20 @@ class Data:
             _check_range("data.std", value, above=0)
         _check_range("data.memory_share", self.memory_share, above=0, finite=False)
         _check_range("data.crop_padding", self.crop_padding, least=0)
+        _check_range("data.test_share", self.test_share, least=0, below=1)
+        _check_range("data.validation_share", self.validation_share, least=0, below=1)
+        _check_range("data.split_seed", self.split_seed, least=0, below=2**32)
+        shares = self.test_share, self.validation_share
+        if sum(shares) >= 1:
+            raise UsageError(
+                f"`data.test_share` (={shares[0]}) and `data.validation_share` "
+                f"(={shares[1]}) must add up to less than 1: the rest is trained on."
+            )
+        if self.split_seed and not any(shares):
+            raise UsageError(
+                f"`data.split_seed` (={self.split_seed}) does nothing without "
+                f"`data.test_share` and `data.validation_share`."
+            )
         for name in ("image_size", "eval_resize"):
             sides = getattr(self, name)
             if sides is None:

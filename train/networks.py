@@ -24,6 +24,7 @@ from inertia_jax.metadata import (
 )
 from inertia_jax.models.create import model_name
 from train.config import Config, Data, Model
+from train.data.held_out import HELD_OUT, HeldOut, as_trained, source_name
 from train.errors import UsageError, user_input
 from train.machine.processes import say
 from train.own_network import (
@@ -58,7 +59,11 @@ class NetworkDescription:
                 name: compressed.get(name)
                 for name in ("cache_dir", "crop_padding", "flip", "resized_crop")
             }
-            recorded |= {name: v for name, v in told.items() if v is not None}
+            told = {name: v for name, v in told.items() if v is not None}
+            if source_name(told["source"]) != source_name(recorded.get("source", "")):
+                # What was held out are images of the training's source.
+                recorded = {n: v for n, v in recorded.items() if n not in HELD_OUT}
+            recorded |= told
         # A later version may have more fields.
         names = {field.name for field in dataclasses.fields(Data)}
         return {name: value for name, value in recorded.items() if name in names}
@@ -104,6 +109,10 @@ class NetworkDescription:
         """Source of the data that the network was trained on, if it is recorded."""
         data = self.trained_on
         return (data.source or None) if data else None
+
+    def held_out_of(self, source: str) -> HeldOut:
+        """Returns what the training held out of a source; of another: nothing."""
+        return as_trained(self.trained_on, source)
 
     @property
     def metadata(self) -> Metadata:

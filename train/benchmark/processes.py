@@ -24,7 +24,8 @@ from jax.experimental import multihost_utils
 
 from train.benchmark.timing import Calls, times_in_turn
 from train.config import Config, Data, Model, Optimizer
-from train.data.sets import ImageSet, Split
+from train.data.sets import ImageSet
+from train.data.split import Split
 from train.fit.trainer import Trainer
 from train.machine.parallel import AXIS, Parallel
 from train.machine.platform import choose_cpu_flags

@@ -27,6 +27,7 @@ from train.compress.rank_rules import parse_ranks
 from train.config_file import differing_fields
 from train.data import Split, load_data
 from train.data.augment import Augmentation
+from train.data.held_out import check_as_trained
 from train.data.training_inputs import training_inputs
 from train.errors import UsageError, user_input
 from train.machine.processes import say
@@ -36,13 +37,21 @@ from train.networks import NetworkDescription, TrainedNetwork, read_network
 def load_training_images(args: Compress, network: NetworkDescription) -> Split | None:
     """Returns the training images; None if no data are known.
 
+    None of them was held out when the network was trained.
+
     Raises:
         UsageError: The data cannot be read, or have no training images.
     """
     if args.data is None:
         return None
     size = network.preprocessing.resized_sides
-    data = load_data(args.data, cache_dir=args.cache_dir, image_size=size)
+    data = load_data(
+        args.data,
+        cache_dir=args.cache_dir,
+        image_size=size,
+        held_out=network.held_out_of(args.data),
+    )
+    check_as_trained(data.name, data.held_out, network.info)
     if data.train is None:
         raise UsageError(f"{data.name} has no training images to calibrate on.")
     return data.train
@@ -136,7 +145,9 @@ def save_compressed(
     """
     info = {
         **dense.info,
-        "evaluation": None,  # what is there is the dense network's
+        # What is there is the dense network's.
+        "evaluation": None,
+        "validation": None,
         "compressed": dataclasses.asdict(args),
         "compression_results": results,
     }

@@ -6,9 +6,11 @@ from inertia_jax.atomic import local_path
 from inertia_jax.metadata import both_sides
 from train.config import Data
 from train.data.digits import load_digits
+from train.data.held_out import NOTHING, HeldOut
 from train.data.imagefolder import load_imagefolder
 from train.data.npz import load_npz
-from train.data.sets import ImageSet, Split, warn_of_other_names
+from train.data.sets import ImageSet, warn_of_other_names
+from train.data.split import Split
 from train.data.tfds import load_tfds
 from train.errors import UsageError, shortened, user_input
 from train.machine.processes import say
@@ -24,6 +26,7 @@ def load_data(
     image_size: int | tuple[int, int] | None,
     how_to_resize: str = "set `data.image_size` to have them resized",
     for_training: bool = False,
+    held_out: HeldOut = NOTHING,
 ) -> ImageSet:
     """Loads a set, checked.
 
@@ -37,6 +40,7 @@ def load_data(
             `image_size`.
         for_training: Whether a folder of one class is refused whose folders look like
             the classes.
+        held_out: What is held out of the training images.
 
     Raises:
         UsageError: An unknown source, missing data, or images or labels that break a
@@ -53,11 +57,12 @@ def load_data(
             "cache_dir": cache_dir,
             "sides": None if image_size is None else both_sides(image_size),
             "how_to_resize": how_to_resize,
+            "held_out": held_out,
         }
         if source == "digits":
-            return load_digits()
+            return load_digits(held_out)
         if kind == "npz" and rest:
-            return load_npz(rest)
+            return load_npz(rest, held_out)
         if kind == "imagefolder" and rest:
             return load_imagefolder(rest, for_training=for_training, **options)
         if kind == "tfds" and rest:
@@ -89,6 +94,7 @@ def load_configured(data: Data) -> ImageSet:
         cache_dir=data.cache_dir,
         image_size=data.load_size,
         for_training=True,
+        held_out=HeldOut.of(data),
     )
     if found.train is not None and found.num_classes < 2:
         raise UsageError(

@@ -1,4 +1,7 @@
-"""Folders of images, one a class: PATH/train/CLASS/*.png and PATH/test (or val)."""
+"""Folders of images, one a class: PATH/train/CLASS/*.png and PATH/test (or val).
+
+Test images may also be held out of PATH/train/CLASS/*.png, or of PATH/CLASS/*.png.
+"""
 
 import collections
 import hashlib
@@ -9,6 +12,7 @@ import numpy as np
 
 from inertia_jax.metadata import shortest_sides
 from train.data.cache import Splits, cached_set
+from train.data.held_out import HOW_TO_HOLD_OUT, HeldOut
 from train.data.image_files import (
     LeftOut,
     describe_left_out,
@@ -29,6 +33,7 @@ def load_imagefolder(
     sides: tuple[int, int] | None,
     how_to_resize: str,
     for_training: bool,
+    held_out: HeldOut,
 ) -> ImageSet:
     """Reads an image folder, brought to one size and kept decoded.
 
@@ -41,16 +46,19 @@ def load_imagefolder(
     Raises:
         FileNotFoundError: The folder of a split or class is missing or empty.
         ValueError: Images of several sizes, an unreadable image, test classes that
-            training lacks, or, for training, one class with folders like classes.
+            training lacks, or, for training, one class with folders like classes; or
+            nothing can be held out.
     """
     root = pathlib.Path(path).expanduser()
     folders = _split_folders(root)
+    if held_out.test_share:
+        folders = _training_folder(root, folders, held_out)
     for folder in folders.values():
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {folder}; imagefolder:PATH needs "
                 f"PATH/train/CLASS/*.png and PATH/test/CLASS/*.png (or PATH/val)."
-                f"{_other_root(root)}"
+                f"{_hint(root, folders)}"
             )
     classes = tuple(_class_folders(folders["train"]))
     left_out: LeftOut = collections.Counter()
@@ -87,7 +95,13 @@ def load_imagefolder(
         }
         return splits, classes
 
-    return cached_set(pathlib.Path(cache_dir).expanduser() / name, root_name, decode)
+    return cached_set(
+        pathlib.Path(cache_dir).expanduser() / name,
+        root_name,
+        decode,
+        held_out,
+        [str(file.relative_to(folders["train"])) for file, _ in files["train"]],
+    )
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -99,12 +113,36 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     }
 
 
-def _other_root(root: pathlib.Path) -> str:
-    """Returns a hint at a folder that is a level or two above or below, if one fits."""
+def _training_folder(
+    root: pathlib.Path, folders: dict[str, pathlib.Path], held_out: HeldOut
+) -> dict[str, pathlib.Path]:
+    """Returns where the images lie of which test images are held out.
+
+    Raises:
+        ValueError: There is a folder of test images.
+    """
+    if folders["test"].is_dir():
+        raise ValueError(
+            f"`data.test_share` (={held_out.test_share}) must be 0: {root} has test "
+            f"images of its own, in {folders['test'].name}."
+        )
+    has_classes = not folders["train"].is_dir() and root.is_dir()
+    return {"train": root if has_classes else folders["train"]}
+
+
+def _hint(root: pathlib.Path, folders: dict[str, pathlib.Path]) -> str:
+    """Returns a hint at what makes up for a folder that is missing, if one is plain.
+
+    That is a folder a level or two above or below, or holding test images out.
+    """
     below = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     near = [*sorted(below), *root.absolute().parents[:2]]
     fits = [p for p in near if all(f.is_dir() for f in _split_folders(p).values())]
-    return f" Did you mean imagefolder:{fits[0]}?" if len(fits) == 1 else ""
+    if len(fits) == 1:
+        return f" Did you mean imagefolder:{fits[0]}?"
+    if fits or not below or folders["test"].is_dir():
+        return ""
+    return f" Without these, {HOW_TO_HOLD_OUT}; PATH/CLASS/*.png will do, too."
 
 
 def _class_folders(folder: pathlib.Path) -> list[str]:

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from train.data.held_out import HOW_TO_HOLD_OUT, HeldOut
 from train.data.sets import ImageSet, check_labels, make_set
 from train.errors import shortened
 
@@ -13,16 +14,17 @@ from train.errors import shortened
 _MOST_UNNAMED = 100_000
 
 
-def load_npz(path: str) -> ImageSet:
+def load_npz(path: str, held_out: HeldOut) -> ImageSet:
     """Reads an archive of uint8 NHWC images.
 
-    `x_test` and `y_test` are required, `x_train` and `y_train` only for training;
-    `label_names` names the classes. Without it, their number is the highest label plus
-    one.
+    `x_test` and `y_test` are required, unless test images are held out of `x_train`;
+    `x_train` and `y_train` only for training. `label_names` names the classes. Without
+    it, their number is the highest label plus one.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A missing key, or images or labels that break a rule.
+        ValueError: A missing key, images or labels that break a rule, or nothing can be
+            held out of them.
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
@@ -42,10 +44,15 @@ def load_npz(path: str) -> ImageSet:
     ) as error:
         raise ValueError(f"{file} is no NumPy archive: {error}.") from error
     training = {"x_train", "y_train"} if {"x_train", "y_train"} & set(arrays) else set()
-    for key in sorted({"x_test", "y_test"} | training):
+    testing = {"x_test", "y_test"}
+    if held_out.test_share and not testing & set(arrays):
+        testing, training = set(), {"x_train", "y_train"}
+    for key in sorted(testing | training):
         if key not in arrays:
             held = shortened(sorted(arrays))
-            raise ValueError(f"{file} holds {held}; must hold {key!r}.")
+            has_only_training = not testing & set(arrays) and "x_train" in arrays
+            advice = f" ({HOW_TO_HOLD_OUT})" if has_only_training and testing else ""
+            raise ValueError(f"{file} holds {held}; must hold {key!r}{advice}.")
     splits = {
         split: (arrays[f"x_{split}"], arrays[f"y_{split}"])
         for split in ("train", "test")
@@ -68,7 +75,7 @@ def load_npz(path: str) -> ImageSet:
         split: (images[..., None] if images.ndim == 3 else images, labels)
         for split, (images, labels) in splits.items()
     }
-    return make_set(file.stem, splits, names)
+    return make_set(file.stem, splits, names, held_out)
 
 
 def _as_names(names: np.ndarray) -> tuple[str, ...]:

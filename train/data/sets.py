@@ -1,37 +1,35 @@
 """Image sets: uint8 images and labels, checked, the same from every source."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from train.data.held_out import HOW_TO_HOLD_OUT, HeldOut, hold_out
+from train.data.split import Split
 from train.machine.processes import warn
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Images and their labels.
+class ImageSet:
+    """A set of labelled images; some sources have no training images.
 
     Attributes:
-        images: uint8 [n, h, w, c], c being 1 or 3; may be memory-mapped.
-        labels: int32 [n].
+        name: The name of the set.
+        train: The images to train on; None if the source has none.
+        test: The test images.
+        class_names: The name of each class.
+        validation: Images to choose the best checkpoint by; None: the test images.
+        held_out: A fingerprint of each split that was held out of the training images,
+            by name: `test` and `validation`.
     """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSet:
-    """A set of labelled images; some sources have no training images."""
 
     name: str
     train: Split | None
     test: Split
     class_names: tuple[str, ...]
+    validation: Split | None = None
+    held_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -69,6 +67,7 @@ class ImageSet:
             class_names=tuple(class_names),
             train=None if self.train is None else renumbered(self.train),
             test=renumbered(self.test),
+            validation=None if self.validation is None else renumbered(self.validation),
         )
 
     def describe(self) -> dict[str, object]:
@@ -78,6 +77,7 @@ class ImageSet:
             "num_test": len(self.test),
             "image_shape": list(self.image_shape),
             "class_names": list(self.class_names),
+            **({"held_out": dict(self.held_out)} if self.held_out else {}),
         }
 
     @property
@@ -122,27 +122,87 @@ def check_labels(name: str, labels: np.ndarray) -> None:
         raise ValueError(f"{name}: labels have type {labels.dtype}; must be integer.")
 
 
+def make_splits(
+    name: str, arrays: dict[str, tuple[np.ndarray, np.ndarray]], num_classes: int
+) -> dict[str, Split]:
+    """Checks the images and labels of `train` and `test`, of which one may be missing.
+
+    Raises:
+        ValueError: They break a rule.
+    """
+    splits = {
+        key: _make_split(f"{name} {key}", images, labels, num_classes)
+        for key, (images, labels) in arrays.items()
+    }
+    shapes = {key: split.images.shape[1:] for key, split in splits.items()}
+    if len({*shapes.values()}) > 1:
+        raise ValueError(
+            f"{name}: training images are {shapes['train']}, test images "
+            f"{shapes['test']}; must be of one shape."
+        )
+    return splits
+
+
+def join_splits(
+    name: str,
+    splits: dict[str, Split],
+    class_names: tuple[str, ...],
+    held_out: HeldOut,
+    image_names: Sequence[str] | None = None,
+) -> ImageSet:
+    """Joins splits into a set, after images were held out of `train`.
+
+    Args:
+        name: The name of the set.
+        splits: What `make_splits` returns.
+        class_names: The name of each class.
+        held_out: What is held out of the training images.
+        image_names: The names of the training images, where they have some.
+
+    Raises:
+        ValueError: There are no test images, or some are to be held out though there
+            are, or none would be.
+    """
+    train, test, validation = splits.get("train"), splits.get("test"), None
+    given = f"`data.test_share` (={held_out.test_share})"
+    fingerprints: dict[str, str] = {}
+    num_train = 0 if train is None else len(train)
+
+    def hold(split: Split, share: float, key: str) -> tuple[Split, Split]:
+        rest, out, fingerprints[key] = hold_out(
+            name,
+            split,
+            round(share * num_train),
+            option=f"`data.{key}_share` (={share})",
+            seed=held_out.seed,
+            names=image_names,
+        )
+        return rest, out
+
+    if test is not None and held_out.test_share:
+        raise ValueError(f"{given} must be 0: {name} has test images of its own.")
+    if test is None:
+        if train is None or not held_out.test_share:
+            raise ValueError(f"{name} has no test images; {HOW_TO_HOLD_OUT}.")
+        train, test = hold(train, held_out.test_share, "test")
+    if train is not None and held_out.validation_share:
+        train, validation = hold(train, held_out.validation_share, "validation")
+    return ImageSet(name, train, test, class_names, validation, fingerprints)
+
+
 def make_set(
     name: str,
-    splits: dict[str, tuple[np.ndarray, np.ndarray]],
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]],
     class_names: tuple[str, ...],
+    held_out: HeldOut,
 ) -> ImageSet:
     """Checks the splits `train` (optional) and `test` and joins them into a set.
 
     Raises:
-        ValueError: The images or labels break a rule.
+        ValueError: As `make_splits` and `join_splits`.
     """
-    made = {
-        key: _make_split(f"{name} {key}", images, labels, len(class_names))
-        for key, (images, labels) in splits.items()
-    }
-    train, test = made.get("train"), made["test"]
-    if train is not None and train.images.shape[1:] != test.images.shape[1:]:
-        raise ValueError(
-            f"{name}: training images are {train.images.shape[1:]}, test images "
-            f"{test.images.shape[1:]}; must be of one shape."
-        )
-    return ImageSet(name, train, test, class_names)
+    splits = make_splits(name, arrays, len(class_names))
+    return join_splits(name, splits, class_names, held_out)
 
 
 def warn_of_other_names(data: ImageSet, class_names: Sequence[str]) -> None:

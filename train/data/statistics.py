@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from train.data.sets import ImageSet, Split
+from train.data.sets import ImageSet
+from train.data.split import Split
 from train.machine.processes import warn
 
 # Images that are measured: enough for two digits.

@@ -13,6 +13,7 @@ import numpy as np
 from inertia_jax.metadata import shortest_sides
 from inertia_jax.ops.inertial.settings import near_miss
 from train.data.cache import Splits, cached_set, read_set
+from train.data.held_out import HOW_TO_HOLD_OUT, HeldOut
 from train.data.resize import resize_and_crop
 from train.data.sets import ImageSet
 
@@ -25,6 +26,7 @@ def load_tfds(
     cache_dir: str,
     sides: tuple[int, int] | None,
     how_to_resize: str,
+    held_out: HeldOut,
 ) -> ImageSet:
     """Reads any TFDS image classification set, kept decoded.
 
@@ -35,7 +37,7 @@ def load_tfds(
     Raises:
         ImportError: A package is missing; the message says how to install it.
         ValueError: TFDS knows no such set, it is none of labelled images, or its images
-            differ in size and `sides` is None.
+            differ in size and `sides` is None, or nothing can be held out of them.
         OSError: The download failed; the message says what to do without a network.
     """
     cache = pathlib.Path(cache_dir).expanduser()
@@ -45,12 +47,12 @@ def load_tfds(
     resized = stored.with_name(f"{stored.name}-{suffix}")
     for directory in (stored, resized):
         if directory.is_dir():  # only read: the disk may be read-only
-            return read_set(directory, name)
+            return read_set(directory, name, held_out)
     cache.mkdir(parents=True, exist_ok=True)
     # Processes take turns: TFDS fails if another has prepared the set meanwhile.
     with (cache / ".tfds.lock").open("a") as lock:  # a link's file keeps its content
         fcntl.flock(lock, fcntl.LOCK_EX)
-        builder = _prepared_builder(name, cache / "tfds")
+        builder = _prepared_builder(name, cache / "tfds", held_out)
         directory, resize_to = stored, None
         if None in builder.info.features["image"].shape:
             if sides is None:
@@ -62,14 +64,14 @@ def load_tfds(
         def decode() -> tuple[Splits, tuple[str, ...]]:
             splits = {
                 ours: _decode_split(name, builder, theirs, resize_to)
-                for ours, theirs in _split_names(name, builder).items()
+                for ours, theirs in _split_names(name, builder, held_out).items()
             }
             return splits, tuple(builder.info.features["label"].names)
 
-        return cached_set(directory, name, decode)
+        return cached_set(directory, name, decode, held_out)
 
 
-def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
+def _prepared_builder(name: str, data_dir: pathlib.Path, held_out: HeldOut) -> Any:
     try:
         tfds = importlib.import_module("tensorflow_datasets")
     except ImportError as error:
@@ -85,7 +87,7 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
     }
     if prepared:
         builder = tfds.builder_from_directory(prepared[max(prepared)])
-        _split_names(name, builder)
+        _split_names(name, builder, held_out)
         return builder
     try:
         importlib.import_module("tensorflow")
@@ -96,7 +98,7 @@ def _prepared_builder(name: str, data_dir: pathlib.Path) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         near = near_miss(name, tfds.list_builders())
         raise ValueError(f"TFDS has no data set {name!r}.{near}") from error
-    _split_names(name, builder)
+    _split_names(name, builder, held_out)
     if builder.is_prepared():
         return builder
     print(f"downloading and preparing {name}, once", file=sys.stderr)
@@ -128,7 +130,7 @@ def _reason(error: BaseException) -> str:
     return lines[0].rstrip(".")
 
 
-def _split_names(name: str, builder: Any) -> dict[str, str]:
+def _split_names(name: str, builder: Any, held_out: HeldOut) -> dict[str, str]:
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(
         features["label"], "names"
@@ -140,8 +142,13 @@ def _split_names(name: str, builder: Any) -> dict[str, str]:
     if not splits:  # known only after preparing
         return {}
     test = "test" if "test" in splits else "validation"
+    if "train" in splits and test not in splits and held_out.test_share:
+        return {"train": "train"}
     if not {"train", test} <= splits:
-        raise ValueError(f"{name} has splits {sorted(splits)}; must be train, test.")
+        advice = f" ({HOW_TO_HOLD_OUT})" if "train" in splits else ""
+        raise ValueError(
+            f"{name} has splits {sorted(splits)}; must be train, test{advice}."
+        )
     return {"train": "train", "test": test}
 
 

@@ -7,6 +7,7 @@ from train.config import Data
 from train.data import ImageSet, load_data, warn_of_other_names
 from train.data.augment import Augmentation
 from train.data.feed import make_feed
+from train.data.held_out import check_as_trained
 from train.errors import UsageError, shortened
 from train.evaluate.evaluation import Evaluation, make_evaluator
 from train.evaluate.settings import EvaluationSettings
@@ -82,7 +83,9 @@ def load_fitting(
         cache_dir=settings.cache_dir,
         image_size=size,
         how_to_resize="--resize resizes them",
+        held_out=network.held_out_of(source),
     )
+    check_as_trained(data.name, data.held_out, network.info, splits=("test",))
     if data.image_shape[2] != channels:
         raise UsageError(
             f"{data.name} has {data.image_shape[2]} channels; the network takes "

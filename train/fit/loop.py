@@ -68,7 +68,8 @@ class FitResult:
     Attributes:
         workdir: The run's directory.
         step: The number of steps taken, earlier starts included.
-        evaluation: The evaluation after the last epoch; None if the run was stopped.
+        evaluation: The evaluation of the test images after the last epoch; None if the
+            run was stopped.
         stopped_by: The signal that stopped the run, or None.
     """
 
@@ -313,23 +314,32 @@ class _Run:
         """Logs, evaluates and saves after an epoch's last step."""
         words = meter.log_epoch(epoch, self.clock.seconds)
         with refreshed(bar):
+            validation = self.trainer.validate(self.state)
             evaluation = self.trainer.evaluate(self.state)
         histograms = gate_histograms(evaluation, self.state.result)
         self.directory.show_histograms(self.step, histograms)
-        metrics = {"epoch": epoch + 1, **evaluation.metrics()}
-        self.directory.log(self.step, "test", metrics)
+        for kind, found in (("validation", validation), ("test", evaluation)):
+            if found is not None:
+                metrics = {"epoch": epoch + 1, **found.metrics()}
+                self.directory.log(self.step, kind, metrics)
+                words += (
+                    f"  {kind} loss {found.loss:.4f}  {kind} top-1 {found.top1:.2%}"
+                )
         if jax.process_index() == 0:
-            bar.write(
-                f"epoch {epoch + 1:3d}  {words}  test loss {evaluation.loss:.4f}  "
-                f"test top-1 {evaluation.top1:.2%}",
-                file=sys.stdout,
-            )
-        self._save(evaluation)
+            bar.write(f"epoch {epoch + 1:3d}  {words}", file=sys.stdout)
+        self._save(evaluation, validation)
         return evaluation
 
-    def _save(self, evaluation: Evaluation | None) -> None:
+    def _save(
+        self, evaluation: Evaluation | None, validation: Evaluation | None = None
+    ) -> None:
         trainer, state = self.trainer, self.state
-        metadata = make_metadata(trainer, evaluation, train_seconds=self.clock.seconds)
+        metadata = make_metadata(
+            trainer,
+            evaluation,
+            validation=validation,
+            train_seconds=self.clock.seconds,
+        )
         training = training_to_dict(state)
         self.checkpoints.save(
             self.step, trainer.model, state.result, training, metadata
@@ -347,10 +357,25 @@ def _announce(trainer: Trainer, state: TrainState) -> None:
         tqdm.write(f"{count_cost(trainer.model, shape)}\n")
     if trainer.update.trained is not None:
         tqdm.write(describe_trained(state.params, trainer.update.trained))
+    for line in _describe_held_out(trainer):
+        tqdm.write(line)
     taken = trainer.steps_per_epoch * trainer.config.batch_size
     dropped = len(trainer.data.train or ()) - taken
     if dropped:
         tqdm.write(f"the last {dropped} images of each epoch's shuffle are left out")
+
+
+def _describe_held_out(trainer: Trainer) -> list[str]:
+    """Returns what is held out of the training images, a line a split."""
+    data, lines = trainer.data, []
+    if "test" in data.held_out:
+        lines.append(f"{len(data.test):,} images are held out as test images")
+    if data.validation is not None:
+        lines.append(
+            f"{len(data.validation):,} images are held out for validation, which "
+            f"chooses the best checkpoint"
+        )
+    return lines
 
 
 def _is_save_due(config: Config, before: int, step: int, last_save: float) -> bool:
@@ -414,8 +439,14 @@ def _best(checkpoints: pathlib.Path, last_top1: float) -> str:
     if step is None:
         return ""
     path, tie = checkpoint_path(checkpoints, step), ""
+    info = load_metadata(path).info
+    if validation := info.get("validation"):
+        return (
+            f"best         {path.name}, by validation top-1 {validation['top1']:.2%} "
+            f"(test top-1 {info['evaluation']['top1']:.2%})\n"
+        )
     is_last = step == latest_steps(checkpoints)[-1]
-    top1 = load_metadata(path).info["evaluation"]["top1"]
+    top1 = info["evaluation"]["top1"]
     if not is_last and top1 == last_top1:
         tie = ", the first of those with this accuracy"
     return f"best         {path.name}, test top-1 {top1:.2%}{tie}\n"

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from inertia_jax.metadata import Metadata
 from inertia_jax.models.create import drawn_variables, trace_variables
 from train.config import Config
 from train.config_file import config_to_json
-from train.data import ImageSet
+from train.data import ImageSet, Split
 from train.data.augment import Augmentation
 from train.data.feed import choose_steps_per_call, epoch_order, make_feed
 from train.errors import user_input
@@ -93,7 +93,6 @@ class Trainer:
         )
         share = config.data.memory_share
         self.feed = make_feed(train, self.parallel, memory_share=share)
-        test_feed = make_feed(data.test, self.parallel, memory_share=share)
         self.steps_per_call = choose_steps_per_call(
             self.feed,
             asked=config.steps_per_call,
@@ -107,13 +106,21 @@ class Trainer:
         self._positions = self.parallel.spread(
             rows.reshape(self.parallel.num_devices, -1)
         )
-        self._evaluate = make_evaluator(
+        self._evaluate = self._make_evaluator(data.test)
+        self._validate = None
+        if data.validation is not None:
+            self._validate = self._make_evaluator(data.validation)
+
+    def _make_evaluator(self, split: Split) -> Callable[[Any], Evaluation]:
+        config = self.config
+        share = config.data.memory_share
+        return make_evaluator(
             self.model,
             self.augmentation,
-            test_feed,
+            make_feed(split, self.parallel, memory_share=share),
             self.parallel,
             batch_size=config.eval_batch_size,
-            class_names=data.class_names,
+            class_names=self.data.class_names,
             flip_test=config.flip_test,
         )
 
@@ -274,11 +281,26 @@ class Trainer:
         """Evaluates the test images."""
         return self._evaluate(state.result)
 
+    def validate(self, state: TrainState) -> Evaluation | None:
+        """Evaluates the validation images; None where none are held out."""
+        return None if self._validate is None else self._validate(state.result)
+
 
 def make_metadata(
-    trainer: Trainer, evaluation: Evaluation | None, *, train_seconds: float
+    trainer: Trainer,
+    evaluation: Evaluation | None,
+    *,
+    validation: Evaluation | None = None,
+    train_seconds: float,
 ) -> Metadata:
-    """Returns the metadata of a checkpoint of the run."""
+    """Returns the metadata of a checkpoint of the run.
+
+    Args:
+        trainer: The run on its devices.
+        evaluation: The evaluation of the test images; None inside an epoch.
+        validation: That of the validation images; None also where there are none.
+        train_seconds: The seconds of training so far.
+    """
     teacher = trainer.teacher_sha256
     return Metadata(
         preprocessing=trainer.preprocessing,
@@ -287,6 +309,7 @@ def make_metadata(
             "config": config_to_json(trainer.config),
             "data": trainer.data.describe(),
             "evaluation": evaluation.metrics() if evaluation else None,
+            **({"validation": validation.metrics()} if validation else {}),
             "train_seconds": train_seconds,
             **({"teacher_sha256": teacher} if teacher else {}),
         },

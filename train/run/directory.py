@@ -271,7 +271,7 @@ class RunDirectory:
             )
 
     def log(self, step: int, kind: str, metrics: dict[str, float]) -> None:
-        """Adds a line of metrics, of kind `train`, `epoch` or `test`."""
+        """Adds a line of metrics, of kind `train`, `epoch`, `validation` or `test`."""
         if self._events is None:
             return
         if self._learning_rate is not None:

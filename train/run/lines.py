@@ -14,6 +14,7 @@ from inertia_jax.atomic import appearing
 _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "epoch": ("epoch", "loss", "accuracy", "images_per_s"),
     "test": ("epoch", "loss", "top1", "top5"),
+    "validation": ("epoch", "loss", "top1", "top5"),
 }
 
 

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from train.config import FINETUNE, check_used
+from train.config import FINETUNE, Config, Data, check_used
 from train.config_file import load_config
+from train.data.held_out import HELD_OUT, source_name
 from train.errors import UsageError, shortened
 from train.machine.processes import early_processes, joined, say
 from train.networks import from_checkpoint, read_description
@@ -45,6 +46,7 @@ def _run(argv: Sequence[str]) -> int:
             default = dataclasses.replace(
                 default, name=f"{default.name}_{_checkpoint_name(argv[0])}"
             )
+        default = _without_held_out(default, argv)
     args = parse(argv, default, file=file)
     args.set_flags()
     if path is None:
@@ -67,6 +69,17 @@ def _run(argv: Sequence[str]) -> int:
         )
         say(f"{path} does not say how its images were augmented; this run has {used}")
     return train(args)
+
+
+def _without_held_out(default: Config, argv: Sequence[str]) -> Config:
+    """Returns defaults that hold nothing out where the images are to be others."""
+    given = early_option(argv, "--data") or early_option(argv, "--data.source")
+    if given is None or source_name(given) == source_name(default.data.source):
+        return default
+    nothing = {name: getattr(Data, name) for name in HELD_OUT}
+    return dataclasses.replace(
+        default, data=dataclasses.replace(default.data, **nothing)
+    )
 
 
 def _checkpoint_name(given: str) -> str:
