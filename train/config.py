@@ -219,6 +219,11 @@ class Optimizer:
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises from 0."""
 
+    @property
+    def is_made_for_epochs(self) -> bool:
+        """Whether the learning rates of all epochs depend on their number."""
+        return self.schedule in ("cosine", "one_cycle")
+
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_range("optimizer.learning_rate", self.learning_rate, above=0)
@@ -257,6 +262,9 @@ class Config:
     eval_batch_size: int = 500
     """Images in an evaluation step, over all devices, rounded up to a multiple of
     their number."""
+    early_stopping: int | None = None
+    """Epochs without a higher validation top-1 after which the run ends; None: it does
+    not end early."""
     flip_test: bool = False
     """Evaluate by the mean logits of each test image and its mirror image."""
     data: Data = Data()
@@ -300,8 +308,13 @@ class Config:
         _check_range("seed", self.seed, least=0, below=2**32)
         for name in ("epochs", "batch_size", "eval_batch_size", "log_steps"):
             _check_range(name, getattr(self, name), least=1)
-        for name in ("steps_per_call", "checkpoint_steps"):
+        for name in ("steps_per_call", "checkpoint_steps", "early_stopping"):
             _check_range(name, getattr(self, name), least=1)
+        if self.early_stopping is not None and not self.data.validation_share:
+            raise UsageError(
+                f"`early_stopping` (={self.early_stopping}) needs a validation split "
+                f"(`data.validation_share`): test images must not end a run."
+            )
         minutes = self.checkpoint_minutes
         _check_range("checkpoint_minutes", minutes, above=0, finite=False)
         _check_range("gate_penalty", self.gate_penalty, above=0)

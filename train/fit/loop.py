@@ -36,6 +36,7 @@ from train.data.statistics import warn_of_normalisation
 from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
 from train.fit.announce import describe_run, first_images, gate_histograms
+from train.fit.best import Best
 from train.fit.checks import warn_of_unreached
 from train.fit.clock import TrainingClock
 from train.fit.initial import check_initial, named_as, verify_initial
@@ -56,8 +57,9 @@ from train.step.trainable import describe_trained
 # What a run may change on its way, by an edit of its config.json: its name and length,
 # the places of its files, and how often and in what portions something is done.
 _CHANGEABLE = {
-    *("name", "epochs", "init", "teacher", "parallel", "steps_per_call"),
-    *("eval_batch_size", "log_steps", "checkpoint_steps", "checkpoint_minutes"),
+    *("name", "epochs", "early_stopping", "init", "teacher", "parallel"),
+    *("steps_per_call", "eval_batch_size", "log_steps"),
+    *("checkpoint_steps", "checkpoint_minutes"),
 }
 
 
@@ -71,12 +73,14 @@ class FitResult:
         evaluation: The evaluation of the test images after the last epoch; None if the
             run was stopped.
         stopped_by: The signal that stopped the run, or None.
+        why_early: Why the run ended before its last epoch; None if it did not.
     """
 
     workdir: pathlib.Path
     step: int
     evaluation: Evaluation | None
     stopped_by: int | None
+    why_early: str | None = None
 
 
 def fit(
@@ -124,11 +128,13 @@ def fit(
     directory.lock()
     checkpoints = Checkpoints(directory.checkpoints)
     try:
-        state, step, seconds = _restore(trainer, template, checkpoints, resume=resume)
+        state, step, seconds, best = _restore(
+            trainer, template, checkpoints, resume=resume
+        )
         directory.open(step, learning_rate=trainer.learning_rate, wandb=wandb)
         with StopSignal() as stop, TrainingClock(seconds) as clock:
             return _Run(
-                trainer, state, step, directory, checkpoints, stop, clock
+                trainer, state, step, directory, checkpoints, stop, clock, best
             ).finish()
     except jax.errors.JaxRuntimeError as error:
         if is_lost(error):
@@ -172,8 +178,8 @@ def _with_classes_of_run(data: ImageSet, checkpoints: pathlib.Path) -> ImageSet:
 
 def _restore(
     trainer: Trainer, template: TrainState, checkpoints: Checkpoints, *, resume: bool
-) -> tuple[TrainState, int, float]:
-    step, seconds = 0, 0.0
+) -> tuple[TrainState, int, float, Best]:
+    step, seconds, best = 0, 0.0, Best()
     restored = checkpoints.restore() if resume else None
     if restored is not None:
         path, arrays = restored
@@ -183,7 +189,7 @@ def _restore(
         state = trainer.restore(template, arrays)
         step = int(arrays["training"]["step"])
         # Checkpoints of older versions have no seconds; reports then leave them out.
-        seconds = info.get("train_seconds", 0.0)
+        seconds, best = info.get("train_seconds", 0.0), Best.of(info)
     else:
         state = trainer.init_state()
     if jax.process_count() > 1:
@@ -195,7 +201,7 @@ def _restore(
             )
     if restored is not None and jax.process_index() == 0:
         tqdm.write(f"resuming from {path}, step {step} of {trainer.steps}")
-    return state, step, seconds
+    return state, step, seconds, best
 
 
 def _check_same_sources(
@@ -248,6 +254,7 @@ class _Run:
     checkpoints: Checkpoints
     stop: StopSignal
     clock: TrainingClock
+    best: Best
     last_save: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -262,10 +269,13 @@ class _Run:
         if self.step == 0:
             self.directory.show_images(0, "train/images", first_images(trainer))
         evaluation: Evaluation | None = None
-        if self.step < trainer.steps:
+        why_early = self._why_early()
+        if self.step < trainer.steps and why_early is None:
             say("compiling the first step")
         with progress_bar(trainer.steps, self.step, config.batch_size) as bar:
             for epoch in range(self.step // trainer.steps_per_epoch, config.epochs):
+                if why_early is not None:
+                    break
                 bar.set_description(f"epoch {epoch + 1}/{config.epochs}", refresh=False)
                 meter = Meter(
                     self.directory, bar, config, self.step, has_gates=trainer.has_gates
@@ -273,16 +283,27 @@ class _Run:
                 stopped_by = self._train_epoch(epoch, meter, bar)
                 if self.step == (epoch + 1) * trainer.steps_per_epoch:
                     evaluation = self._end_epoch(epoch, meter, bar)
+                    why_early = self._why_early()
                     # A signal that came during the evaluation is seen here. With
                     # several processes, a later signal is seen after the next call.
                     stopped_by = stopped_by or self.stop.received
-                if stopped_by is not None and self.step < trainer.steps:
+                is_ended = self.step == trainer.steps or why_early is not None
+                if stopped_by is not None and not is_ended:
                     self.checkpoints.wait()
                     return FitResult(self.directory.path, self.step, None, stopped_by)
         self.checkpoints.wait()
         if evaluation is None:  # resumed after its end
             evaluation = trainer.evaluate(self.state)
-        return FitResult(self.directory.path, self.step, evaluation, None)
+        return FitResult(self.directory.path, self.step, evaluation, None, why_early)
+
+    def _why_early(self) -> str | None:
+        """Returns why the run ends before its last epoch, None if it goes on."""
+        config = self.trainer.config
+        epoch, inside = divmod(self.step, self.trainer.steps_per_epoch)
+        is_over = self.best.is_over(epoch, config.early_stopping)
+        if inside or epoch >= config.epochs or not is_over:
+            return None
+        return self.best.why_over(epoch, config.epochs)
 
     def _train_epoch(self, epoch: int, meter: Meter, bar: tqdm) -> int | None:
         """Takes the remaining steps of an epoch; returns the signal that stopped it."""
@@ -316,6 +337,8 @@ class _Run:
         with refreshed(bar):
             validation = self.trainer.validate(self.state)
             evaluation = self.trainer.evaluate(self.state)
+        if validation is not None:
+            self.best = self.best.after(epoch + 1, validation.top1)
         histograms = gate_histograms(evaluation, self.state.result)
         self.directory.show_histograms(self.step, histograms)
         for kind, found in (("validation", validation), ("test", evaluation)):
@@ -338,6 +361,7 @@ class _Run:
             trainer,
             evaluation,
             validation=validation,
+            best=self.best,
             train_seconds=self.clock.seconds,
         )
         training = training_to_dict(state)
@@ -410,8 +434,9 @@ def summary(result: FitResult) -> str:
         raise ValueError("a run that was not stopped has an evaluation.")
     options = ["--flip-test"] if evaluation.flip_test else []
     top5 = f", top-5 {evaluation.top5:.2%}" if evaluation.has_top5 else ""
+    early = "" if result.why_early is None else f"{result.why_early}\n"
     return (
-        f"last epoch   test top-1 {evaluation.top1:.2%}{top5}, loss "
+        f"{early}last epoch   test top-1 {evaluation.top1:.2%}{top5}, loss "
         f"{evaluation.loss:.4f} on {evaluation.num_examples:,} images\n"
         f"checkpoints  {result.workdir}/checkpoints\n"
         f"{_best(result.workdir / 'checkpoints', evaluation.top1)}"

@@ -1,6 +1,7 @@
 """A run on its devices: its compiled calls, their inputs and the first state."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Generator
@@ -20,6 +21,7 @@ from train.data.augment import Augmentation
 from train.data.feed import choose_steps_per_call, epoch_order, make_feed
 from train.errors import user_input
 from train.evaluate.evaluation import Evaluation, make_evaluator
+from train.fit.best import Best
 from train.fit.checks import check_float64, check_gates, check_trainable
 from train.fit.initial import read_initial
 from train.fit.teacher import load_teacher
@@ -291,6 +293,7 @@ def make_metadata(
     evaluation: Evaluation | None,
     *,
     validation: Evaluation | None = None,
+    best: Best | None = None,
     train_seconds: float,
 ) -> Metadata:
     """Returns the metadata of a checkpoint of the run.
@@ -299,6 +302,7 @@ def make_metadata(
         trainer: The run on its devices.
         evaluation: The evaluation of the test images; None inside an epoch.
         validation: That of the validation images; None also where there are none.
+        best: The best epoch so far; None where there are no validation images.
         train_seconds: The seconds of training so far.
     """
     teacher = trainer.teacher_sha256
@@ -310,6 +314,7 @@ def make_metadata(
             "data": trainer.data.describe(),
             "evaluation": evaluation.metrics() if evaluation else None,
             **({"validation": validation.metrics()} if validation else {}),
+            **({"best": dataclasses.asdict(best)} if best and best.epoch else {}),
             "train_seconds": train_seconds,
             **({"teacher_sha256": teacher} if teacher else {}),
         },

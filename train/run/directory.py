@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import jax
@@ -44,6 +44,9 @@ from train.run.wandb_log import WandbLog
 from train.versions import package_versions
 
 _NO_REGULAR_FILE = "no regular file; remove it"
+
+# The fields that say how long a run goes on, and that a resumed run may change.
+_LENGTH = {"epochs", "early_stopping"}
 
 # The files of a run's directory.
 _FILES = {
@@ -120,7 +123,9 @@ class RunDirectory:
         self._is_new = not self.has_checkpoints
         if config_file.is_file() and not self._is_new:
             differing = self._differing_fields(config_file)
-            if differing:
+            if differing and not (
+                resume and self._is_lengthened(config_file, differing)
+            ):
                 listed = "\n  ".join(differing)
                 raise UsageError(
                     f"{path} holds a run with another config; nothing was changed. "
@@ -156,23 +161,44 @@ class RunDirectory:
             pass
         raise UsageError(f"{config_file} holds no configuration. {left}")
 
-    def _longer(self, config_file: pathlib.Path, differing: list[str]) -> str:
-        """Returns the command that trains a run further that has come to its end.
+    def _is_lengthened(
+        self, config_file: pathlib.Path, differing: Sequence[str]
+    ) -> bool:
+        """Returns whether the run is to go on for longer, its past being the same."""
+        names = {line.partition(":")[0] for line in differing}
+        epochs = read_json(config_file).get("epochs")
+        if not (names <= _LENGTH and isinstance(epochs, int)):
+            return False
+        is_made_for_epochs = self._config.optimizer.is_made_for_epochs
+        if self._config.epochs == epochs:
+            return True
+        return self._config.epochs > epochs and not is_made_for_epochs
+
+    def _longer(self, config_file: pathlib.Path, differing: Sequence[str]) -> str:
+        """Returns the way to a longer run.
 
         It is "" unless more epochs were asked for, and nothing else.
         """
-        if [line.partition(":")[0] for line in differing] != ["epochs"]:
+        if {line.partition(":")[0] for line in differing} - _LENGTH:
             return ""
+        if self._is_lengthened(config_file, differing):
+            return f"\n--resume goes on with it until epoch {self._config.epochs}."
         epochs = read_json(config_file).get("epochs")
-        ended = [row.get("epoch") for row in read_metrics(self.path / "metrics.jsonl")]
-        is_ended = isinstance(epochs, int) and epochs in ended
-        if not is_ended or self._config.epochs <= epochs:
+        if not isinstance(epochs, int) or self._config.epochs <= epochs:
             return ""
-        more = str(self._config.epochs - epochs)
+        more = (
+            f"\nIts learning rates were made for {epochs} epochs "
+            f"(`optimizer.schedule` is {self._config.optimizer.schedule}): with "
+            f"{self._config.epochs}, those of its first epochs would have been others, "
+            f"so that it is a new run."
+        )
+        ended = [row.get("epoch") for row in read_metrics(self.path / "metrics.jsonl")]
+        if epochs not in ended:
+            return more
+        rest = str(self._config.epochs - epochs)
         return (
-            f"\nThe run has ended, and its learning rate was made for {epochs} epochs; "
-            f"this trains its best checkpoint further:\n"
-            f"{shell_command('finetune', self.path, '--epochs', more)}"
+            f"{more} This trains its best checkpoint further:\n"
+            f"{shell_command('finetune', self.path, '--epochs', rest)}"
         )
 
     def _is_begun(self) -> bool:

@@ -286,21 +286,39 @@ def test_another_config_is_refused_and_nothing_changed(run, data, capsys):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "more", "others"),
-    [(5, 2, []), (2, None, []), (5, None, ["--batch-size", "8"])],
+    ("epochs", "schedule", "others", "way"),
+    [
+        (5, "cosine", ["--resume"], "finetune"),
+        (2, "cosine", ["--resume"], None),
+        (2, "multistep", ["--resume"], None),
+        (5, "multistep", ["--resume", "--batch-size", "8"], None),
+        (5, "multistep", [], "--resume goes on with it until epoch 5."),
+        (5, "cosine", [], "finetune"),
+    ],
 )
-def test_more_epochs_of_a_finished_run_are_a_finetuning(
-    epochs, more, others, run, data, capsys
+def test_more_epochs_that_change_the_past_are_a_finetuning(
+    epochs, schedule, others, way, run, data, tmp_path, capsys
 ):
-    arguments = [*FIT, "--data.source", data, "--workdir", str(run), "--resume"]
-    assert main([*arguments, "--epochs", str(epochs), *others]) == 2
+    # The run is the same but for its schedule, which nothing read here depends on.
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+    config = json.loads((place / "config.json").read_text())
+    config["optimizer"]["schedule"] = schedule
+    (place / "config.json").write_text(json.dumps(config))
+    arguments = [*FIT, "--data.source", data, "--workdir", str(place)]
+    arguments += ["--epochs", str(epochs), "--optimizer.schedule", schedule]
+    assert main([*arguments, *others]) == 2
     said = capsys.readouterr().err
     assert f"epochs: 3 there, {epochs} here" in said
-    assert ("finetune" in said) == (more is not None)
-    if more is not None:
+    assert ("finetune" in said) == (way == "finetune")
+    assert ("it is a new run" in said) == (way == "finetune")
+    assert ("goes on" in said) == (way is not None and "goes on" in way)
+    if way == "finetune":
         _, *words = shlex.split(said.splitlines()[-1])
         command = ["-m", "train", "finetune", str(run), "--epochs", str(more)]
         assert words == command
+    elif way is not None:
+        assert way in said
 
 
 def test_of_equal_checkpoints_the_first_is_called_the_best(tmp_path):
