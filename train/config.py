@@ -186,8 +186,9 @@ class Model:
 class Optimizer:
     """The optimiser, its learning rate, and averages."""
 
-    name: Literal["sgd", "adadelta"] = "sgd"
-    """sgd, or adadelta (rho 0.9, epsilon 1e-6)."""
+    name: Literal["sgd", "adadelta", "adamw", "lion", "muon"] = "sgd"
+    """sgd, adadelta (rho 0.9, epsilon 1e-6), adamw, lion, or muon, which moves kernels
+    as matrices, with steps of adamw's size, and the rest by adamw."""
     learning_rate: float = 0.1
     """Learning rate of the first epoch; the highest of one_cycle."""
     base_batch_size: int | None = None
@@ -197,8 +198,13 @@ class Optimizer:
     """Momentum of sgd."""
     nesterov: bool = False
     """Nesterov's form of the momentum."""
+    betas: tuple[float, float] | None = None
+    """Decays of both averages of adamw, of lion, and of the adamw in muon; None: 0.9
+    and 0.999, for lion 0.9 and 0.99."""
     weight_decay: float = 5e-4
-    """Share of each parameter that is added to its gradient, before the momentum."""
+    """Share of each parameter that is added to its gradient, before the momentum, by
+    sgd and adadelta; by the others it is added to the step, before the learning
+    rate."""
     decay_norm_and_bias: bool = True
     """Decay BatchNorm's scales and all biases, too."""
     ema_decay: float = 0.0
@@ -229,6 +235,8 @@ class Optimizer:
         _check_range("optimizer.learning_rate", self.learning_rate, above=0)
         _check_range("optimizer.base_batch_size", self.base_batch_size, least=1)
         _check_range("optimizer.momentum", self.momentum, least=0, below=1)
+        for beta in self.betas or ():
+            _check_range("optimizer.betas", beta, least=0, below=1)
         _check_range("optimizer.weight_decay", self.weight_decay, least=0)
         _check_range("optimizer.ema_decay", self.ema_decay, least=0, below=1)
         _check_range("optimizer.label_smoothing", self.label_smoothing, 0, below=1)
@@ -358,6 +366,11 @@ _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.flip_mode", "data.flip", bool),
     ("optimizer.momentum", "optimizer.name", lambda name: name == "sgd"),
     ("optimizer.nesterov", "optimizer.name", lambda name: name == "sgd"),
+    (
+        "optimizer.betas",
+        "optimizer.name",
+        lambda name: name in ("adamw", "lion", "muon"),
+    ),
     ("optimizer.nesterov", "optimizer.momentum", lambda momentum: momentum > 0),
     ("optimizer.milestones", "optimizer.schedule", lambda s: s == "multistep"),
     (

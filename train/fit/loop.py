@@ -37,7 +37,7 @@ from train.errors import UsageError, user_input
 from train.evaluate.evaluation import Evaluation
 from train.fit.announce import describe_run, first_images, gate_histograms
 from train.fit.best import Best
-from train.fit.checks import warn_of_unreached
+from train.fit.checks import warn_of_learning_rate, warn_of_unreached
 from train.fit.clock import TrainingClock
 from train.fit.initial import check_initial, named_as, verify_initial
 from train.fit.meter import Meter, progress_bar
@@ -122,6 +122,7 @@ def fit(
         data = _with_classes_of_run(data, directory.checkpoints)
     trainer = Trainer(config, data, devices)
     warn_of_unreached(config)
+    warn_of_learning_rate(config)
     whose = "the checkpoint" if config.init else "the configuration"
     warn_of_normalisation(data, config.data.mean, config.data.std, whose=whose)
     template = trainer.abstract_state()

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import optax
+import optax.contrib
 from flax import traverse_util
 
 from train.config import Optimizer
@@ -57,12 +58,19 @@ def make_schedule(
 def make_optimizer(
     config: Optimizer, *, steps_per_epoch: int, epochs: int
 ) -> optax.GradientTransformation:
-    """Returns the optimiser; weight decay comes first, as `torch.optim` has it."""
+    """Returns the optimiser.
+
+    Weight decay comes first for sgd and adadelta, as `torch.optim` has it. For the
+    others it is decoupled: `learning_rate * weight_decay` of each parameter.
+
+    References:
+        Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101 (adamw)
+        Chen et al., 2023, https://arxiv.org/abs/2302.06675 (lion)
+        Jordan et al., 2024, https://kellerjordan.github.io/posts/muon (muon)
+        Liu et al., 2025, https://arxiv.org/abs/2502.16982, section 2.2 (the size of
+        muon's steps)
+    """
     schedule = make_schedule(config, steps_per_epoch=steps_per_epoch, epochs=epochs)
-    if config.name == "sgd":
-        update = optax.sgd(schedule, config.momentum or None, config.nesterov)
-    else:
-        update = optax.adadelta(schedule, rho=0.9, eps=1e-6)
     # Thresholds are levels: decaying them towards 0 has no meaning.
     spared = {"threshold"}
     if not config.decay_norm_and_bias:
@@ -72,4 +80,45 @@ def make_optimizer(
         return traverse_util.path_aware_map(lambda p, _: p[-1] not in spared, params)
 
     decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
-    return optax.chain(decay, update)
+    if config.name == "sgd":
+        update = optax.sgd(schedule, config.momentum or None, config.nesterov)
+        return optax.chain(decay, update)
+    if config.name == "adadelta":
+        return optax.chain(decay, optax.adadelta(schedule, rho=0.9, eps=1e-6))
+    return optax.chain(
+        _direction(config), decay, optax.scale_by_learning_rate(schedule)
+    )
+
+
+def _direction(config: Optimizer) -> optax.GradientTransformation:
+    """Returns the part of an optimiser before decoupled decay and learning rate."""
+    if config.name == "lion":
+        b1, b2 = config.betas or (0.9, 0.99)
+        return optax.scale_by_lion(b1, b2)
+    b1, b2 = config.betas or (0.9, 0.999)
+    if config.name == "adamw":
+        return optax.scale_by_adam(b1, b2)
+    # Its own decay would not spare thresholds among the parameters of its adamw, and
+    # -1 undoes the sign of a learning rate, which comes later.
+    return optax.contrib.muon(
+        -1.0,
+        adam_b1=b1,
+        adam_b2=b2,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=0.2,
+    )
+
+
+def _matrices(params: Any) -> Any:
+    """Returns which parameters muon takes as matrices: kernels, inputs by outputs.
+
+    The others, such as biases, BatchNorm's scales and thresholds, are adamw's.
+    """
+
+    def axes(path: Any, leaf: Any) -> Any:
+        if path[-1] != "kernel" or leaf.ndim < 2:
+            return None
+        *inputs, outputs = range(leaf.ndim)
+        return optax.contrib.MuonDimensionNumbers(tuple(inputs), outputs)
+
+    return traverse_util.path_aware_map(axes, params)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import linen as nn
 from flax import serialization, struct
 from jax import Array
@@ -154,7 +155,7 @@ def init_state(
     update: Update,
     variables: dict[str, Any],
 ) -> TrainState:
-    """Returns the first state, in which all but the variables is zero.
+    """Returns the first state.
 
     Args:
         model: The network.
@@ -167,15 +168,27 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params={},
         collections={},
-        # A program of zeros would be compiled for as long as a layer.
-        opt_state=jax.tree.map(
-            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(update.tx.init, moving),
-        ),
+        opt_state=_first_opt_state(update.tx, moving),
         totals=Totals.zeros(),
         averages={} if update.ema_decay > 0 else None,
     )
     return state.with_variables(variables)
+
+
+def _first_opt_state(tx: optax.GradientTransformation, params: Any) -> optax.OptState:
+    """Returns what `tx.init(params)` does, without compiling anything for it.
+
+    A program of zeros would be compiled for as long as a layer. All is zero in the
+    first state of these optimisers but the constants that muon keeps in its state.
+    """
+    state = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(tx.init, params)
+    )
+    if not optax.tree.get_all_with_path(state, "ns_coeffs"):
+        return state
+    with jax.ensure_compile_time_eval():
+        constants = np.asarray(optax.contrib.scale_by_muon().init({}).ns_coeffs)
+    return optax.tree.set(state, ns_coeffs=constants)
 
 
 def training_to_dict(state: TrainState) -> dict[str, Any]:

@@ -32,7 +32,9 @@ from train.__main__ import VERBS, main
 from train.config_file import load_config
 from train.errors import UsageError
 from train.evaluate.evaluation import Evaluation
+from train.fit.checks import warn_of_learning_rate
 from train.fit.loop import FitResult, summary
+from train.machine.processes import warn
 from train.networks import make_model
 from train.options.fit import parse
 from train.run.checkpoints import best_step, latest_steps
@@ -315,7 +317,7 @@ def test_more_epochs_that_change_the_past_are_a_finetuning(
     assert ("goes on" in said) == (way is not None and "goes on" in way)
     if way == "finetune":
         _, *words = shlex.split(said.splitlines()[-1])
-        command = ["-m", "train", "finetune", str(run), "--epochs", str(more)]
+        command = ["-m", "train", "finetune", str(place), "--epochs", str(epochs - 3)]
         assert words == command
     elif way is not None:
         assert way in said
@@ -642,7 +644,7 @@ def test_the_real_resnet20_is_imported_and_scores_what_it_should(tmp_path, capsy
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=str)
-def test_every_config_makes_its_model(file):
+def test_every_config_makes_its_model(file, capsys):
     config = load_config(file)
     assert config.name == file.stem
     if file.stem == "cifar10_resnet18":
@@ -652,6 +654,9 @@ def test_every_config_makes_its_model(file):
         assert (recipe.weight_decay, recipe.milestones) == (5e-4, (150, 225))
         assert config.data.mean == (0.4914, 0.4822, 0.4465)
         assert config.data.std == (0.2023, 0.1994, 0.2010)
+    warn.cache_clear()
+    warn_of_learning_rate(config)
+    assert not capsys.readouterr().err
     classes = 100 if "cifar100" in file.stem else 10
     model = make_model(config.model, num_classes=classes)
     assert model.num_classes == classes

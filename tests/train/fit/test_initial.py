@@ -21,7 +21,7 @@ from train.config_file import config_to_json
 from train.data.sets import ImageSet, Split
 from train.data.statistics import pixel_statistics, warn_of_normalisation
 from train.errors import UsageError
-from train.fit.checks import warn_of_unreached
+from train.fit.checks import warn_of_learning_rate, warn_of_unreached
 from train.fit.initial import check_initial, head_paths, read_initial, verify_initial
 from train.fit.loop import _check_same_sources, _with_classes_of_run
 from train.machine.processes import warn
@@ -391,6 +391,38 @@ def test_a_fall_that_never_comes_is_said_once(epochs, optimizer, message, capsys
     said = capsys.readouterr().err
     assert message in said if message else not said
     assert said.count("\n") == (message is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 16}, None),
+        ({"batch_size": 8}, "0.1 is far .* sgd at a batch of 8, .* to 0.062 .Goyal"),
+        ({"batch_size": 512, "learning_rate": 3.0}, None),
+        ({"batch_size": 16, "learning_rate": 0.3, "momentum": 0.5}, None),
+        ({"learning_rate": 1e-5}, "1e-05 is far .* hardly learn"),
+        ({"learning_rate": 1e-5, "init": "runs/dense"}, None),
+        (
+            {"learning_rate": 1e-3, "base_batch_size": 8, "batch_size": 8192},
+            None,
+        ),
+        ({"name": "adamw"}, "0.1 is far from what is usual for adamw .* to 0.01 .Losh"),
+        ({"name": "adamw", "learning_rate": 1e-3}, None),
+        ({"name": "lion", "learning_rate": 1e-2}, "for lion .*Chen et al., 2023"),
+        ({"name": "muon", "learning_rate": 1e-2}, None),
+        ({"name": "muon"}, "for muon .*Liu et al., 2025"),
+        ({"name": "adadelta", "learning_rate": 1.0}, None),
+    ],
+)
+def test_an_unusual_learning_rate_is_said_with_the_usual_one(options, message, capsys):
+    warn.cache_clear()
+    of_run = {key: options[key] for key in ("batch_size", "init") if key in options}
+    of_step = {key: value for key, value in options.items() if key not in of_run}
+    warn_of_learning_rate(Config(**of_run, optimizer=Optimizer(**of_step)))
+    said = capsys.readouterr().err
+    assert said.count("\n") == (message is not None)
+    if message is not None:
+        assert re.search(message, said), said
 
 
 def test_other_statistics_are_said_once(capsys):
