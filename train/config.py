@@ -102,6 +102,18 @@ class Data:
     resized_crop: Annotated[bool, tyro.conf.arg(aliases=("--resized-crop",))] = False
     """Train on a random part (8% to 100%) of each image, resized, instead of the padded
     crop."""
+    rand_augment: int = 0
+    """Operations of RandAugment on each training image; 0: none."""
+    rand_augment_magnitude: int = 9
+    """Magnitude of these operations, in [0, 30]."""
+    random_erasing: float = 0.0
+    """Share of the training images of which a box is erased."""
+    mixup: float = 0.0
+    """Alpha of mixup: each training image and label is mixed with those before it in
+    the batch, by weights from Beta(alpha, alpha); 0: none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix: a box of each training image is that of the image before it in
+    the batch; with mixup, half of the images; 0: none."""
     eval_resize: int | tuple[int, int] | None = None
     """Evaluate on the centre of images resized to cover this height and width; one
     number: both; None: those of the input."""
@@ -116,6 +128,12 @@ class Data:
             _check_range("data.std", value, above=0)
         _check_range("data.memory_share", self.memory_share, above=0, finite=False)
         _check_range("data.crop_padding", self.crop_padding, least=0)
+        for name in ("rand_augment", "mixup", "cutmix"):
+            _check_range(f"data.{name}", getattr(self, name), least=0)
+        for name, most in (("rand_augment_magnitude", 30), ("random_erasing", 1)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise UsageError(f"`data.{name}` (={value}) must be in [0, {most}].")
         _check_range("data.test_share", self.test_share, least=0, below=1)
         _check_range("data.validation_share", self.validation_share, least=0, below=1)
         _check_range("data.split_seed", self.split_seed, least=0, below=2**32)
@@ -364,6 +382,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("data.crop_mode", "data.resized_crop", lambda resized: not resized),
     ("data.crop_mode", "data.crop_padding", lambda padding: padding > 0),
     ("data.flip_mode", "data.flip", bool),
+    ("data.rand_augment_magnitude", "data.rand_augment", bool),
     ("optimizer.momentum", "optimizer.name", lambda name: name == "sgd"),
     ("optimizer.nesterov", "optimizer.name", lambda name: name == "sgd"),
     (

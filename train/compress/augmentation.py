@@ -79,7 +79,19 @@ def in_words(args: Compress, network: NetworkDescription) -> str:
     elif data.crop_padding:
         crop = f"cropped at random, padded by {data.crop_padding} ({data.crop_mode})"
     is_told = any(getattr(args, name) is not None for name in AUGMENTATION)
+    more = [
+        words
+        for words, is_used in {
+            f"RandAugment ({data.rand_augment} operations)": data.rand_augment,
+            "random erasing": data.random_erasing,
+            "mixup": data.mixup,
+            "CutMix": data.cutmix,
+        }.items()
+        if is_used
+    ]
+    further = f", with {', '.join(more)}" if more else ""
     return (
-        f"training images are {crop}, {'' if data.flip else 'not '}mirrored, as the "
+        f"training images are {crop}, {'' if data.flip else 'not '}mirrored{further}, "
+        f"as the "
         f"{'options say' if is_told else 'checkpoint says'}"
     )

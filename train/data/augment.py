@@ -17,6 +17,15 @@ from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 from inertia_jax.images import normalise, preprocess, resized, scale_and_cut
 from inertia_jax.metadata import Preprocessing
 from train.config import Data
+from train.data.mixing import (
+    cutmix,
+    draw_erased,
+    draw_patches,
+    draw_weights,
+    erase,
+    mixup,
+)
+from train.data.randaugment import rand_augment
 
 
 def example_keys(key: Key[Array, ""], positions: Int[Array, "n"]) -> Key[Array, "n"]:
@@ -135,6 +144,16 @@ def draw_boxes(
     return jax.vmap(one)(keys)
 
 
+def _image_keys(keys: Key[Array, "n"]) -> list[Key[Array, "n"]]:
+    """Returns a key of each image for each purpose, in this order.
+
+    Crops, flips, RandAugment, random erasing, mixing. Append new purposes: the first n
+    keys do not depend on how many are split.
+    """
+    split = jax.vmap(lambda key: jax.random.split(key, 5))(keys)
+    return [*jnp.unstack(split, axis=1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """The processing of images before they enter the network.
@@ -164,10 +183,11 @@ class Augmentation:
     ) -> Float[Array, "n h_out w_out c"]:
         """Resizes, crops, mirrors and normalises; random, each image by its key.
 
-        `mirrored` says which images are mirrored if `flip` is on; None: the keys do.
+        RandAugment comes before the normalisation, random erasing after it. `mirrored`
+        says which images are mirrored if `flip` is on; None: the keys do.
         """
         data = self.data
-        crop_keys, flip_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        crop_keys, flip_keys, operation_keys, erasing_keys, _ = _image_keys(keys)
         output_shape = self.preprocessing.image_shape[:2]
         if data.resized_crop:
             height, width = images.shape[1:3]
@@ -186,8 +206,66 @@ class Augmentation:
             if mirrored is None:
                 mirrored = jax.vmap(jax.random.bernoulli)(flip_keys)
             images = flip(images, mirrored)
+        if data.rand_augment:
+            # Resized images are not whole numbers yet.
+            images = rand_augment(
+                jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8),
+                operation_keys,
+                num_operations=data.rand_augment,
+                magnitude=data.rand_augment_magnitude,
+            )
         mean, std = self.preprocessing.mean, self.preprocessing.std
-        return normalise(images, mean=mean, std=std, dtype=self.dtype)
+        images = normalise(images, mean=mean, std=std, dtype=self.dtype)
+        if data.random_erasing:
+            boxes = draw_erased(
+                erasing_keys,
+                shape=images.shape[1:3],
+                probability=data.random_erasing,
+            )
+            images = erase(images, boxes)
+        return images
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed in training."""
+        return bool(self.data.mixup or self.data.cutmix)
+
+    def mixed(
+        self,
+        images: Float[Array, "n h w c"],
+        partners: Float[Array, "n h w c"],
+        keys: Key[Array, "n"],
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n"]]:
+        """Mixes images with their partners, as `data` says, each by its key.
+
+        Args:
+            images: What `for_training` has returned.
+            partners: As many of the same.
+            keys: The keys that `for_training` was given.
+
+        Returns:
+            The mixed images, and the weight of each image's own label, in [0, 1].
+        """
+        *_, mixing_keys = _image_keys(keys)
+        weight_keys, patch_keys, coin_keys = jnp.unstack(
+            jax.vmap(lambda key: jax.random.split(key, 3))(mixing_keys), axis=1
+        )
+        found = []
+        if alpha := self.data.mixup:
+            weights = draw_weights(weight_keys, alpha=alpha)
+            found.append((mixup(images, partners, weights), weights))
+        if alpha := self.data.cutmix:
+            weights = draw_weights(weight_keys, alpha=alpha)
+            boxes = draw_patches(patch_keys, weights, shape=images.shape[1:3])
+            found.append(cutmix(images, partners, boxes))
+        if len(found) == 1:
+            return found[0]
+        (blended, blended_weights), (pasted, pasted_weights) = found
+        coins = jax.vmap(jax.random.bernoulli)(coin_keys)
+        return (
+            jnp.where(coins[:, None, None, None], blended, pasted),
+            jnp.where(coins, blended_weights, pasted_weights),
+        )
 
     def for_evaluation(
         self, images: UInt8[Array, "n h w c"]

@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int, Key, UInt8
+from jaxtyping import Bool, Float, Int, Key, Shaped, UInt8
 
 from inertia_jax.calls import same_keys
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
@@ -32,6 +32,18 @@ def gate_rates(intermediates: dict[str, Any]) -> dict[str, Float[Array, "n"]]:
         for (*path, name), rates in flat.items()
         if name == GATE_RATE and (*path, FRICTION) in flat
     }
+
+
+def previous_examples(examples: Shaped[Array, "n *rest"]) -> Shaped[Array, "n *rest"]:
+    """Returns the example before each in the global batch; before the first, the last.
+
+    One example goes from each device to the next, so that pairs do not depend on how
+    the batch is split over devices.
+    """
+    devices = lax.axis_size(AXIS)
+    ring = [(device, (device + 1) % devices) for device in range(devices)]
+    first = lax.ppermute(examples[-1:], AXIS, ring)
+    return jnp.concatenate([first, examples[:-1]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +109,9 @@ class TrainStep:
         augment_key, dropout_key = jax.random.split(step_key)
         pixels, keys = images[indices], example_keys(augment_key, positions)
         mirrored = self._mirrored(pixels, state.step)
-        batch = self.augmentation.for_training(pixels, keys, mirrored)
+        batch, weights = self._inputs(self.augmentation, pixels, keys, mirrored)
         targets = labels[indices]
+        partners = targets if weights is None else previous_examples(targets)
         moving, fixed = split_params(state.params, self.update.trained)
         teacher_logits = self._teacher_logits(teacher, batch, pixels, keys, mirrored)
 
@@ -109,6 +122,9 @@ class TrainStep:
             )
             smoothing = self.objective.label_smoothing
             losses = cross_entropy(logits, targets, label_smoothing=smoothing)
+            if weights is not None:
+                theirs = cross_entropy(logits, partners, label_smoothing=smoothing)
+                losses = weights * losses + (1 - weights) * theirs
             loss, gate_rate = losses.mean(), jnp.zeros(())
             if rates:
                 gate_rate = jnp.stack([rate.mean() for rate in rates.values()]).mean()
@@ -125,6 +141,8 @@ class TrainStep:
         # With synchronised BatchNorm they are the same on every device already.
         collections = lax.pmean(collections, AXIS)
         updates, opt_state = self.update.tx.update(grads, state.opt_state, moving)
+        if weights is not None:  # the label that weighs most counts as the right one
+            targets = jnp.where(weights >= 0.5, targets, partners)
         totals = self._totals(state, losses, logits, targets, gate_rate, grads)
         state = state.replace(
             step=state.step + 1,
@@ -134,6 +152,23 @@ class TrainStep:
             totals=totals,
         )
         return state.with_moved_averages(self.update.ema_decay)
+
+    def _inputs(
+        self,
+        augmentation: Augmentation,
+        pixels: UInt8[Array, "n h_stored w_stored c"],
+        keys: Key[Array, "n"],
+        mirrored: Bool[Array, "n"] | None,
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n"] | None]:
+        """Returns the network's input, and the weight of each example's own label.
+
+        The weights are None where no images are mixed; otherwise, the rest is that of
+        the label of `previous_examples`.
+        """
+        batch = augmentation.for_training(pixels, keys, mirrored)
+        if not augmentation.mixes:
+            return batch, None
+        return augmentation.mixed(batch, previous_examples(batch), keys)
 
     def _mirrored(
         self, pixels: UInt8[Array, "n h w c"], step: Int[Array, ""]
@@ -160,7 +195,7 @@ class TrainStep:
         if dtype != self.augmentation.dtype:
             # The teacher's images are normalised in the type of its computation.
             augmentation = dataclasses.replace(self.augmentation, dtype=dtype)
-            batch = augmentation.for_training(pixels, keys, mirrored)
+            batch, _ = self._inputs(augmentation, pixels, keys, mirrored)
         rngs = same_keys(jax.random.key(0))
         logits: Any = distillation.model.apply(variables, batch, train=False, rngs=rngs)
         logits = jnp.asarray(logits)

@@ -257,3 +257,12 @@ def test_random_parts_are_brought_to_the_input_size():
     assert images.shape == (6, 16, 16, 3)
     assert images.dtype == jnp.bfloat16
     assert np.isfinite(np.asarray(images, np.float32)).all()
+
+
+def test_later_purposes_leave_earlier_keys_alone():
+    keys = jax.random.split(jax.random.key(0), 3)
+    crops, flips, *_ = augment._image_keys(keys)
+    for key, crop_key, flip_key in zip(keys, crops, flips, strict=True):
+        expected = jax.random.key_data(jax.random.split(key))
+        found = jax.random.key_data(jnp.stack([crop_key, flip_key]))
+        np.testing.assert_array_equal(found, expected)
