@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # What `make test` installs; EXTRAS=dev is light: tests of the others are skipped.
-EXTRAS ?= dev,int8,tfds,torch
+EXTRAS ?= dev,int8,onnx,tfds,torch
 TESTS ?= tests
 # What Python does with warnings in the quickstart.
 WARNINGS ?= default

@@ -215,6 +215,33 @@ def test_torch_imports_weights_and_is_measured_beside(tmp_path):
     assert "JAX / PyTorch" in out
 
 
+# Exports a network as ONNX, and runs the file.
+TO_ONNX = """
+import sys
+import jax
+import numpy as np
+import onnxruntime
+import inertia_jax as ij
+from inertia_jax.metadata import Metadata, Preprocessing
+from train.__main__ import main
+model = ij.create_model("lenet")
+variables = ij.init_variables(model, jax.random.key(0))
+preprocessing = Preprocessing((28, 28, 1), (0.5,), (0.25,))
+ij.save_checkpoint("lenet", model, variables, metadata=Metadata(preprocessing))
+assert main(["export", "lenet", "--out", "lenet.onnx"]) == 0
+session = onnxruntime.InferenceSession("lenet.onnx")
+print(*session.run(None, {"images": np.zeros((3, 28, 28, 1), np.uint8)})[0].shape)
+"""
+
+
+@pytest.mark.slow
+def test_onnx_exports_what_onnx_runtime_runs(tmp_path):
+    environment = Environment("onnx", tmp_path)
+    # PyTorch warns of its own code.
+    environment.env["PYTHONWARNINGS"] = "default"
+    assert environment.run("-c", TO_ONNX).endswith("\n3 10\n")
+
+
 def test_dev_finds_every_test_and_its_tools(tmp_path):
     environment = Environment("dev", tmp_path)
     out = environment.run("-m", "pytest", "--collect-only", "-q", ROOT / "tests")

@@ -177,13 +177,13 @@ def test_the_training_program_starts_with_the_extra_train():
 @pytest.mark.parametrize("folder", ["inertia_jax", "train"])
 def test_every_import_is_of_a_declared_dependency(folder):
     files = (ROOT / folder).rglob("*.py")
-    distributions = declared("train", "tfds", "torch", "wandb")
+    distributions = declared("train", "tfds", "torch", "onnx", "openvino", "wandb")
     assert undeclared(files, distributions, nested=True) == set()
 
 
 def test_tests_import_what_the_extras_bring():
     helpers = {canonical(file.stem) for file in (ROOT / "tests").rglob("*.py")}
-    distributions = declared("train", "tfds", "torch", "int8", "dev") | helpers
+    distributions = declared("train", "tfds", "torch", "onnx", "int8", "dev") | helpers
     files = (ROOT / "tests").rglob("*.py")
     assert undeclared(files, distributions, nested=True) == set()
 

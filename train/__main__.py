@@ -37,7 +37,7 @@ VERBS = {
     "compress": "make a trained checkpoint smaller: Tucker-2 factors, or inertial",
     "finetune": "train a checkpoint further",
     "import": "make a checkpoint from weights of PyTorch or Flax",
-    "export": "write a checkpoint as one file that needs JAX alone to run",
+    "export": "write a checkpoint for JAX alone, PyTorch, ONNX or StableHLO",
     "pipeline": "compress and fine-tune PyTorch weights, beside a dense control",
     "sweep": "train many configurations, and write a record of each run",
     "report": "write a page about runs and checkpoints, side by side",

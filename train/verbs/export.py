@@ -1,6 +1,7 @@
-"""`python -m train export`: write a network as one file that needs JAX alone."""
+"""`python -m train export`: write a network as a file that other programs run."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -11,18 +12,29 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from inertia_jax import fold_batch_norm, load_exported, save_exported
+from inertia_jax import fold_batch_norm
+from inertia_jax.atomic import appearing
 from inertia_jax.deploy.exported import check_platforms
 from inertia_jax.metadata import Preprocessing, both_sides
 from inertia_jax.plan.plan import without_ladders
 from train.arguments import parse_options
 from train.config import FactoryOption
-from train.errors import UsageError, user_input
+from train.errors import user_input
 from train.evaluate.deployed import images_to_logits, kernels_in_type
+from train.export.comparison import Logits, compare, random_input
+from train.export.formats import (
+    WEIGHTS,
+    Format,
+    Job,
+    choose_format,
+    place_of,
+    write_ijx,
+    write_stablehlo,
+)
 from train.networks import TrainedNetwork, read_network, with_dtype
 from train.run.checkpoints import find_checkpoint
 
-_EXAMPLE = """\
+_IJX = """\
     import inertia_jax
     network = inertia_jax.load_exported({path!r})
     logits = network(images)  # {dtype} {shape}
@@ -31,15 +43,36 @@ _EXAMPLE = """\
     network = zipfile.ZipFile({path!r}).read("network")
     logits = jax.export.deserialize(network).call(images)"""
 
+_STABLEHLO = """\
+    # pip install iree-base-compiler iree-base-runtime
+    iree-compile --iree-input-type=stablehlo --iree-hal-target-device=local \\
+        --iree-hal-local-target-device-backends=llvm-cpu {path} -o network.vmfb
+    iree-run-module --module=network.vmfb --function=main --input=@images.npy"""
+_ONNX = """\
+    import onnxruntime
+    session = onnxruntime.InferenceSession({path!r})
+    (logits,) = session.run(None, {{"images": images}})  # {dtype} {shape}"""
+_EXAMPLES = {"ijx": _IJX, "stablehlo": _STABLEHLO, "onnx": _ONNX}
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Exports a checkpoint as one file that needs JAX alone to run."""
+    """Exports a checkpoint as a file that other programs run, or as a folder.
+
+    ijx: one file that needs JAX alone. stablehlo: bytecode for IREE and other compilers
+    of StableHLO. onnx: a file for ONNX Runtime and others. torch: a folder with a
+    module of PyTorch and its state dict. safetensors: a folder of weights with the
+    names of PyTorch. Each is compared with the checkpoint's logits, and is not kept if
+    they differ.
+    """
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Checkpoint, or run, of which the best checkpoint is taken."""
     out: str
-    """File to write, which must not exist."""
+    """File or folder to write, which must not exist."""
+    format: Format | None = None
+    """Format; None: that of the suffix of `out` (.ijx, .stablehlo, .onnx, .pt, .pth,
+    .safetensors), or ijx."""
     factory: FactoryOption = None
     """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
     says."""
@@ -47,60 +80,123 @@ class Export:
     """Number of images a call; dynamic: any number, which tiled inertial layers do not
     allow."""
     platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")
-    """Platforms that the file is to run on: cpu, cuda, rocm, tpu. This machine need not
-    have them."""
+    """Platforms that a file of `format` ijx is to run on: cpu, cuda, rocm, tpu. This
+    machine need not have them."""
     input: Literal["uint8", "float32"] = "uint8"
     """uint8: raw pixels, which the file resizes and normalises; float32: normalised
     pixels."""
     image_size: int | tuple[int, int] | None = None
     """Height and width of raw pixels; one number: both; None: those of the network's
     input, or those that images are resized to before the centre is cut out."""
-    fold: bool = True
-    """Merge BatchNorm into the kernels before it."""
+    fold: bool | None = None
+    """Merge BatchNorm into the kernels before it; None: in ijx, stablehlo and onnx,
+    which are only run."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the computation and of the kernels in the file; None: the
-    checkpoint's."""
+    """Type of the computation and of the kernels in the file; None: the checkpoint's in
+    ijx and stablehlo, float32 in the others."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Exports as the arguments say, and compares the file with the checkpoint."""
     args = parse_options(Export, argv, verb="export")
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
+    format_ = choose_format(args.format, out)
+    place, weights = place_of(format_, out)
     batch_size = None if args.batch_size == "dynamic" else int(args.batch_size)
     with user_input():
-        if out.exists():
-            raise ValueError(f"`out` (={out}) must not exist; nothing was changed.")
+        if place.exists():
+            raise ValueError(f"`out` (={place}) must not exist; nothing was changed.")
         check_platforms(args.platforms)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
+        _check_format(args, format_)
         network = read_network(path, factory=args.factory)
         shape = _image_shape(args, network.preprocessing)
         tiled = [s for s in network.model.plan.inertial if s.reading == "tiled"]
         if batch_size is None and any(spec.capacities for spec in tiled):
-            raise ValueError(
-                "the capacities of tiled inertial layers depend on the number of "
-                "images a call; say it, e.g. --batch-size 64."
-            )
-        function = _function(args, network)
-        save_exported(
-            out,
-            function,
+            if format_ == "ijx":
+                raise ValueError(
+                    "the capacities of tiled inertial layers depend on the number of "
+                    "images a call; say it, e.g. --batch-size 64."
+                )
+        dtype = args.dtype or (
+            "float32" if format_ in _FLOAT32 else jnp.dtype(network.model.dtype).name
+        )
+        call, variables = _function(args, network, dtype, format_)
+        job = Job(
+            network=network,
+            path=path,
+            call=call,
+            variables=variables,
             image_shape=shape,
             image_dtype=args.input,
             batch_size=batch_size,
             platforms=args.platforms,
-            class_names=network.class_names,
-            info={"checkpoint": str(path), **dataclasses.asdict(network.metadata)},
         )
+        with appearing(place) as partial:
+            logits = _writer(format_, weights)(partial, job)
+            said = _compared(job, logits, dtype)
     print(f"checkpoint  {path}")
-    print(f"exported    {out}, {out.stat().st_size / 1e6:.1f} MB")
-    plain = without_ladders(network.model)
-    before = images_to_logits(
-        plain, network.variables, network.preprocessing, args.input
-    )
-    print(_compared(out, before, args.platforms))
+    files = [f for f in place.rglob("*") if f.is_file()] if place.is_dir() else [place]
+    size = sum(file.stat().st_size for file in files)
+    print(f"exported    {place}, {size / 1e6:.1f} MB")
+    print(said)
     number = "n" if batch_size is None else batch_size
     shown = f"[{', '.join(map(str, (number, *shape)))}]"
-    print(f"\n{_EXAMPLE.format(path=str(out), dtype=args.input, shape=shown)}")
+    if format_ in _EXAMPLES:
+        example = _EXAMPLES[format_]
+        print(f"\n{example.format(path=str(out), dtype=args.input, shape=shown)}")
+    else:
+        print(f"\n{place / 'README.md'} says how it is loaded.")
     return 0
+
+
+# Formats that hold float32 alone.
+_FLOAT32 = ("onnx", *WEIGHTS)
+
+
+def _check_format(args: Export, format_: Format) -> None:
+    """Raises ValueError where an option does nothing in a format."""
+    if args.dtype == "bfloat16" and format_ in _FLOAT32:
+        raise ValueError(
+            f"`dtype` (=bfloat16) must be float32 for `format` ({format_})."
+        )
+    if args.platforms != Export.platforms and format_ != "ijx":
+        raise ValueError(f"`platforms` (={args.platforms}) does nothing in {format_}.")
+    if args.batch_size != "dynamic" and format_ in WEIGHTS:
+        raise ValueError(
+            f"`batch_size` (={args.batch_size}) does nothing in {format_}, which takes "
+            f"any number of images."
+        )
+    if format_ == "safetensors":
+        if args.fold:
+            raise ValueError(
+                "`fold` (=True) must be False for `format` (=safetensors), whose "
+                "weights are those of the network."
+            )
+        if args.input != "uint8" or args.image_size is not None:
+            raise ValueError(
+                "`input` and `image_size` do nothing in safetensors, which holds "
+                "weights."
+            )
+
+
+def _writer(
+    format_: Format, weights: str
+) -> Callable[[pathlib.Path, Job], Logits | None]:
+    if format_ == "torch":
+        from train.export.torch import write_torch
+
+        return functools.partial(write_torch, weights=weights)
+    if format_ == "onnx":
+        from train.export.torch import write_onnx
+
+        return write_onnx
+    if format_ == "safetensors":
+        from train.export.safetensors import write_safetensors
+
+        return functools.partial(write_safetensors, weights=weights)
+    return write_stablehlo if format_ == "stablehlo" else write_ijx
 
 
 def _image_shape(args: Export, preprocessing: Preprocessing) -> tuple[int, int, int]:
@@ -120,46 +216,50 @@ def _image_shape(args: Export, preprocessing: Preprocessing) -> tuple[int, int, 
     return height, width, channels
 
 
-def _function(args: Export, network: TrainedNetwork) -> Callable[[Any], Any]:
-    """Returns the function from images to logits, and prints which layers it folded."""
-    dtype = jnp.dtype(args.dtype or network.model.dtype)
-    if dtype == jnp.float64:
+def _function(
+    args: Export, network: TrainedNetwork, dtype: str, format_: Format
+) -> tuple[Callable[[Any, Any], Any], Any]:
+    """Returns the function of variables and images, and prints what it folded."""
+    if dtype == "float64":
         raise ValueError(
             "the checkpoint computes in float64; `dtype` must be float32 or bfloat16."
         )
-    model: nn.Module = with_dtype(network.model, dtype)
+    model: nn.Module = with_dtype(network.model, jnp.dtype(dtype))
     variables: Any = network.variables
-    if args.fold:
+    if args.fold if args.fold is not None else format_ not in WEIGHTS:
         shape = network.preprocessing.image_shape
         model, variables = folded = fold_batch_norm(model, variables, image_shape=shape)
         print(f"folded      {len(folded[0].folded)} BatchNorm layers")
         for norm, reason in folded[0].kept:
             print(f"  {norm} stays: it {reason}")
-    variables = kernels_in_type(variables, dtype)
-    return images_to_logits(model, variables, network.preprocessing, args.input)
+    variables = kernels_in_type(variables, jnp.dtype(dtype))
+
+    def call(variables: Any, images: Any) -> Any:
+        to_logits = images_to_logits(
+            model, variables, network.preprocessing, args.input
+        )
+        return to_logits(images)
+
+    return call, variables
 
 
-def _compared(
-    path: pathlib.Path, before: Callable[[Any], Any], platforms: Sequence[str]
-) -> str:
-    """Returns a line about the file's and the checkpoint's logits on random images."""
-    backend = jax.default_backend()
-    here = ("cuda", "rocm") if backend == "gpu" else (backend,)
-    if not set(here) & set(platforms):
+def _compared(job: Job, logits: Logits | None, dtype: str) -> str:
+    """Returns a line about the file's and the checkpoint's logits on random images.
+
+    Raises:
+        UsageError: They differ.
+    """
+    if logits is None:
+        backend = jax.default_backend()
         return f"not compared with the checkpoint's logits: JAX runs on {backend} here"
-    network = load_exported(path)
-    shape = tuple(size or 8 for size in network.input_shape)
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=shape).astype(np.float32)
-    if network.input_dtype == np.uint8:
-        images = rng.integers(256, size=shape).astype(np.uint8)
-    expected, found = np.asarray(jax.jit(before)(images)), np.asarray(network(images))
-    difference, largest = np.abs(found - expected).max(), np.abs(expected).max()
-    same = int((found.argmax(-1) == expected.argmax(-1)).sum())
-    if not np.isfinite(found).all():
-        raise UsageError(f"{path} gives logits that are not finite.")
-    return (
-        f"compared    largest difference from the checkpoint's logits "
-        f"{difference:.2g} (of {largest:.2g}), the same class on {same} of {shape[0]} "
-        f"random images"
+    network = job.network
+    model = without_ladders(network.model)
+    if dtype == "float32":
+        model = with_dtype(model, jnp.float32)
+    before = images_to_logits(
+        model, network.variables, network.preprocessing, job.image_dtype
     )
+    images = random_input((job.batch_size, *job.image_shape), job.image_dtype)
+    expected, found = np.asarray(jax.jit(before)(images)), logits(images)
+    has_gates = bool(network.model.plan.inertial)
+    return str(compare(expected, found, dtype=dtype, has_gates=has_gates))

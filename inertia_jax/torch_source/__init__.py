@@ -1,0 +1,1 @@
+"""Networks as modules of PyTorch: source code that runs without this library."""
