@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -12,12 +12,16 @@ from inertia_jax.calls import Network
 from inertia_jax.cost.table import aligned
 from inertia_jax.models.create import input_shape
 from train.benchmark.inertial import thresholds_at, tiled_model
+from train.benchmark.runtimes import RUNTIMES, runtime_call
 from train.benchmark.suite import NetworkSuite
 from train.benchmark.timing import Calls, interleaved, random_images, relative_gap
 from train.benchmark.tucker import RULES, check_budgets, torch_call
 
 _TUCKER = ("budget 0.25 by 8", "ratio 0.2")
 _RATES = (0.1, 0.25)
+
+
+Runtime = Literal["none", "torch", "onnx", "openvino"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Suite(NetworkSuite):
 
     repeats: int = 9
     """Number of timed calls of each function."""
+    against: tuple[Runtime, ...] = ("none",)  # type: ignore[assignment]  # several
+    """Other programs that the same networks are measured in, too, in turn: torch, onnx
+    (ONNX Runtime) and openvino."""
 
     def cases(self) -> Iterable[str]:
         for name in self.models:
@@ -60,9 +67,14 @@ class Suite(NetworkSuite):
                 calls[key] = _call(network, images)
                 folded = fold_batch_norm(*network, image_shape=shape)
                 calls[f"{key}, folded"] = _call(folded, images)
-            if "torch" in self.frameworks:
+            if "torch" in self.against:
                 for key, fold in (("PyTorch", False), ("PyTorch, folded", True)):
                     calls[key] = torch_call(*dense, images, fold=fold)
+            for runtime in RUNTIMES.keys() & {*self.against}:
+                for key in ("dense", *_TUCKER):
+                    folded = fold_batch_norm(*networks[key], image_shape=shape)
+                    call = runtime_call(runtime, folded, images)
+                    calls[f"{RUNTIMES[runtime]}, {key}, folded"] = call
             row["gaps"][str(batch_size)] = _gaps(calls)
             times = interleaved(calls, repeats=self.repeats)
             for spread in times.values():
@@ -85,7 +97,7 @@ class Suite(NetworkSuite):
                 lines.append(line)
         return (
             f"{row['model']}, width {row['width']:g}; the gap is that of folded "
-            f"logits, and of PyTorch's to JAX's\n{aligned(lines, left=2)}"
+            f"logits, and of others' to JAX's\n{aligned(lines, left=2)}"
         )
 
 
@@ -103,6 +115,8 @@ def _gaps(calls: Calls) -> dict[str, float]:
         expected = name.removesuffix(", folded")
         if expected == "PyTorch":
             expected = "dense"
+        for runtime in RUNTIMES.values():
+            expected = expected.removeprefix(f"{runtime}, ")
         if name != expected:
             gaps[name] = relative_gap(call(), calls[expected]())
     return gaps
