@@ -46,6 +46,7 @@ VERBS = {
     "diff": "say in what two checkpoints differ",
     "predict": "say which classes a checkpoint's network sees in images",
     "benchmark": "measure speed and memory, beside PyTorch if asked",
+    "completion": "print what completes verbs and options in bash or zsh",
     "quickstart": "train and evaluate a small network on digits, in minutes",
 }
 

@@ -14,6 +14,7 @@ from helpers import (
     save_bright_digits,
     synthetic_set,
 )
+from tqdm import tqdm
 
 import inertia_jax as ij
 from train.__main__ import main
