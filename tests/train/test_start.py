@@ -202,6 +202,8 @@ def test_a_misspelt_verb_or_suite_is_answered_with_the_near_one(argv, near, caps
     ("argv", "near"),
     [
         (["fit", "--epoch", "3"], "--epochs"),
+        (["fit", "--batchsize", "3"], "--batch-size"),
+        (["predict", "run", "x.png", "--tops", "3"], "--top"),
         (["fit", "--model.nmae", "lenet"], "--model.name"),
         (["evaluate", "runs/x", "--flip-tset"], "--flip-test"),
     ],
@@ -217,6 +219,10 @@ def test_a_misspelt_option_is_answered_with_the_near_one(argv, near, capsys):
     ("argv", "words"),
     [
         (["fit", "--data", "digit"], "Did you mean digits?"),
+        (
+            ["compress", "x", "--out", "y", "--ranks", "evbmf", "--device", "v5"],
+            "Did you mean v5p?",
+        ),
         (["fit", "--data", "image_folder:x"], "Did you mean imagefolder?"),
         (["fit", "--data", "tdfs:cifar10"], "Did you mean tfds?"),
         (["compress", "x", "--ranks", "bugdet:macs=0.5", "--out", "y"], "mean budget?"),

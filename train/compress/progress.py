@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -20,6 +21,13 @@ def shown_progress() -> Iterator[Progress]:
     """Yields a function that shows, on the first process, how many parts are done."""
     bar: tqdm | None = None
     shown_at = time.monotonic()
+    is_over = threading.Event()
+
+    def count_seconds() -> None:
+        # A part may take minutes, and the bar's seconds pass meanwhile.
+        while not is_over.wait(1.0):
+            if (shown := bar) is not None:
+                shown.refresh()
 
     def show(what: str, done: int, total: int) -> None:
         nonlocal bar, shown_at
@@ -39,8 +47,11 @@ def shown_progress() -> Iterator[Progress]:
             bar.close()
             bar = None
 
+    if sys.stderr.isatty():
+        threading.Thread(target=count_seconds, daemon=True).start()
     try:
         yield show
     finally:
+        is_over.set()
         if bar is not None:
             bar.close()

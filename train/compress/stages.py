@@ -31,6 +31,7 @@ from train.data.held_out import check_as_trained
 from train.data.training_inputs import training_inputs
 from train.errors import UsageError, user_input
 from train.machine.processes import say
+from train.machine.waiting import waiting
 from train.networks import NetworkDescription, TrainedNetwork, read_network
 
 
@@ -228,10 +229,10 @@ def _recalibrated(
     has_statistics = running_statistics(variables) and takes_train(model)
     if not args.recalibration_images or not has_statistics:
         return network
-    say("recalibrating BatchNorm")
     # Recalibration must not change thresholds.
     fixed_model = model.clone(plan=model.plan.with_fixed_thresholds())
-    images = draw(args.recalibration_images, augment=True)
-    return model, recalibrate_batch_norm(
-        fixed_model, variables, images, batch_size=batch_size
-    )
+    with waiting("recalibrating BatchNorm"):
+        images = draw(args.recalibration_images, augment=True)
+        return model, recalibrate_batch_norm(
+            fixed_model, variables, images, batch_size=batch_size
+        )

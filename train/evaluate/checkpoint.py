@@ -13,6 +13,7 @@ from train.evaluate.evaluation import Evaluation, make_evaluator
 from train.evaluate.settings import EvaluationSettings
 from train.machine.parallel import Parallel
 from train.machine.processes import first_devices, say, warn
+from train.machine.waiting import waiting
 from train.networks import NetworkDescription, TrainedNetwork
 
 
@@ -63,7 +64,11 @@ def evaluator_on(
         flip_test=settings.flip_test,
     )
 
-    return lambda variables: evaluate(parallel.replicate(variables))
+    def run(variables: Mapping[str, Any]) -> Evaluation:
+        with waiting(f"evaluating on {source}"):
+            return evaluate(parallel.replicate(variables))
+
+    return run
 
 
 def load_fitting(
