@@ -43,8 +43,8 @@ def evaluator_for(
     evaluate = evaluator_on(network, data, settings)
 
     def run(variables: Mapping[str, Any]) -> Evaluation:
-        say(f"evaluating on {source}")
-        return evaluate(variables)
+        with waiting(f"evaluating on {source}"):
+            return evaluate(variables)
 
     return run
 
@@ -64,11 +64,7 @@ def evaluator_on(
         flip_test=settings.flip_test,
     )
 
-    def run(variables: Mapping[str, Any]) -> Evaluation:
-        with waiting(f"evaluating on {source}"):
-            return evaluate(parallel.replicate(variables))
-
-    return run
+    return lambda variables: evaluate(parallel.replicate(variables))
 
 
 def load_fitting(

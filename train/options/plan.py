@@ -20,8 +20,8 @@ class Plan:
     """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
     says."""
     out: str | None = None
-    """File to which the plan is written, as `compress --ranks plan:FILE` and
-    `--model.plan` take it."""
+    """File to which the plan is written, as `Plan.to_json` has it; `compress --ranks
+    plan:FILE` takes one of Tucker-2 factors."""
 
 
 def parse(argv: Sequence[str]) -> Plan:
