@@ -39,6 +39,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_in_temp = True
+nb_execution_timeout = 600  # seconds, for a cell
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 

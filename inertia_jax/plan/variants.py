@@ -58,7 +58,7 @@ def published_variant(
     Example:
         >>> spec = ij.published_variant("mod5", in_channels=64)
         >>> spec.metric, spec.combine, spec.gate_gradient
-        ('l2', 'weighted', 'ste')
+        ('l2', 'weighted_periphery', 'ste')
     """
     check_choice("name", name, Variant)
     if in_channels < 1:

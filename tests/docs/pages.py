@@ -11,7 +11,7 @@ PAGES = [
 
 # A block of Python, a cell of a notebook, or what a page needs but does not show.
 _PYTHON = re.compile(
-    r"^```(?:python|\{code-cell\}.*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$",
+    r"^```(?:python|\{code-cell\}[^\n]*)\n(.*?)^```$|^<!-- python\n(.*?)^-->$",
     re.MULTILINE | re.DOTALL,
 )
 

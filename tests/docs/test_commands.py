@@ -13,6 +13,7 @@ import inertia_jax as ij
 from train.__main__ import main
 from train.verbs import finetune
 
+PROGRAM = r"\bpython -m train (?=[a-z])"
 # What stands for something of the reader's in a command.
 MEANT = {
     "...": "configs/quickstart.py",
@@ -25,11 +26,10 @@ MEANT = {
 def commands_of(page):
     """Yields the words of each command, from the verb on."""
     text = re.sub(r"\\\n\s*", "", page.read_text())
-    for line in re.findall(r"^(?: {4}|\t)?[^`\n]*python -m train .*$", text, re.M):
-        is_block = line.startswith(" ") or line.lstrip().startswith("python -m train ")
-        if is_block:
-            words = shlex.split(line.partition("python -m train ")[2], comments=True)
-            yield [MEANT.get(word, word) for word in words]
+    # Of an indented block, or one with a fence.
+    for line in re.findall(rf"^ {{4}}.*{PROGRAM}.*|^{PROGRAM}.*", text, re.M):
+        words = shlex.split(re.split(PROGRAM, line)[1], comments=True)
+        yield [MEANT.get(word, word) for word in words]
 
 
 COMMANDS = {
