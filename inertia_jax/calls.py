@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -45,6 +46,11 @@ NOTHING_CHANGES = (
     "`init=self.is_initializing()` calls can."
 )
 
+# What `record_calls` has found in a `with` block of `remembered_calls`.
+_FOUND: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "calls that were found", default=None
+)
+
 _TRACES = itertools.count()
 # The names of calls in a program, before their numbers.
 _CALL = "inertia_jax.calls:"
@@ -83,6 +89,28 @@ class Call:
         return bool(kind_of(self.module).parts)
 
 
+@contextlib.contextmanager
+def remembered_calls() -> Iterator[None]:
+    """Lets `record_calls` trace equal models once inside a `with` block.
+
+    To trace a network takes longer than all that is then made of its calls, and who
+    reads, counts and compares networks asks for the calls of each several times.
+    """
+    token = _FOUND.set([])
+    try:
+        yield
+    finally:
+        _FOUND.reset(token)
+
+
+def are_equal(one: nn.Module, other: nn.Module) -> bool:
+    """Returns whether models are known to be equal."""
+    try:
+        return bool(one == other)
+    except Exception:  # fields of the user's network, as arrays, may raise anything
+        return False
+
+
 def record_calls(
     model: nn.Module, shape: Shape, *, apply_fn: ApplyFn | None = None
 ) -> tuple[dict[str, Call], dict[str, Any]]:
@@ -98,6 +126,20 @@ def record_calls(
     Raises:
         ValueError: No layer is recognised, although there are parameters.
     """
+    known = _FOUND.get()
+    key = (shape, apply_fn, jax.config.values["jax_enable_x64"])
+    for its_key, its_model, (calls, variables) in known or ():
+        if its_key == key and are_equal(its_model, model):
+            return dict(calls), variables
+    calls, variables = _traced_calls(model, shape, apply_fn)
+    if known is not None:
+        known.append((key, model, (dict(calls), variables)))
+    return calls, variables
+
+
+def _traced_calls(
+    model: nn.Module, shape: Shape, apply_fn: ApplyFn | None
+) -> tuple[dict[str, Call], dict[str, Any]]:
     # Calls of each layer that were traced, by their number among all.
     traced: dict[str, dict[int, Call]] = {}
     numbers = itertools.count()

@@ -10,7 +10,13 @@ import pytest
 from flax import linen as nn
 
 import inertia_jax as ij
-from inertia_jax.calls import apply_network, one_array, takes_train
+from inertia_jax.calls import (
+    apply_network,
+    one_array,
+    record_calls,
+    remembered_calls,
+    takes_train,
+)
 from inertia_jax.intercept import on_calls
 from inertia_jax.plan.plan import plan_of, without_ladders
 from inertia_jax.variables import plain_variables, subtree
@@ -262,3 +268,31 @@ def test_a_model_that_needs_a_key_in_evaluation_has_one():
         for each in ((model, variables), (small, factors))
     ]
     np.testing.assert_allclose(*outputs, atol=1e-5)
+
+
+class Traced(nn.Module):
+    """A layer that says in a list, which is no field, that it is called."""
+
+    seen = []  # noqa: RUF012
+    features: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        self.seen.append(self.features)
+        return nn.Dense(self.features)(x)
+
+
+def test_equal_models_are_traced_once_where_calls_are_remembered():
+    Traced.seen.clear()
+    with remembered_calls():
+        calls, variables = record_calls(Traced(), (5,))
+        calls.clear()  # what one caller does with its own
+        again, same = record_calls(Traced(), (5,))
+        assert Traced.seen == [3]
+        assert [*again] == ["Dense_0", ""] and same is variables
+        record_calls(Traced(4), (5,))
+        record_calls(Traced(), (6,))
+        assert Traced.seen == [3, 4, 3]
+    for _ in range(2):
+        record_calls(Traced(), (5,))
+    assert Traced.seen == [3, 4, 3, 3, 3]

@@ -40,7 +40,7 @@ def draw_classes(findings: Sequence[Findings]) -> list[Figure]:
             shown = shown[np.sort(lowest)]
             which = f"The {_MOST_CLASSES} classes of the lowest accuracy"
         title = "Accuracy by class"
-        with new_figure(360, 60 + 15 * len(shown)) as (figure, axes):
+        with new_figure(360, 62 + 16 * len(shown)) as (figure, axes):
             # Equal accuracies do not hide each other.
             heights = np.linspace(-0.28, 0.28, len(shares)) if len(shares) > 1 else [0]
             for (i, share), height in zip(shares.items(), heights, strict=True):
@@ -79,7 +79,7 @@ def draw_confusion(evaluation: Evaluation, index: int) -> Figure:
                     *(column, row, str(counts[row, column])),
                     horizontalalignment="center",
                     verticalalignment="center_baseline",
-                    fontsize=min(8.5, 120 / count),
+                    fontsize=min(9, 120 / count),
                     color=INK,
                 )
                 number.set_in_layout(False)  # which would measure every one

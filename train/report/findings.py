@@ -9,9 +9,9 @@ import numpy as np
 from flax import linen as nn
 
 from inertia_jax import CostTable
+from inertia_jax.calls import are_equal
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 from inertia_jax.models.create import known_name
-from train.compress.accuracy import are_equal
 from train.data import ImageSet, Split
 from train.errors import UsageError
 from train.evaluate.checkpoint import (

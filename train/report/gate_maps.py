@@ -14,6 +14,7 @@ from inertia_jax.intercept import first_argument, on_calls
 from inertia_jax.layers.inertial import FRICTION, InertialConv
 from inertia_jax.metadata import Preprocessing
 from inertia_jax.plan.plan import without_ladders
+from inertia_jax.plan.specs import CLOSED, OPEN
 from inertia_jax.variables import subtree
 from train.data import Split
 from train.data.augment import Augmentation
@@ -103,6 +104,8 @@ def map_maker(
             stored = subtree(variables.get("thresholds", {}), path)
             stored = stored or subtree(variables["params"], path)
             thresholds = np.ravel(np.asarray(stored["threshold"], np.float32))
+            # Friction is not below 0, and JSON has neither NaN, which opens, nor inf.
+            thresholds = np.nan_to_num(thresholds, nan=OPEN, neginf=OPEN, posinf=CLOSED)
             for number, friction in enumerate(subtree(sown, path).get(FRICTION, ())):
                 again = f" (call {number + 1})" if number else ""
                 friction = np.asarray(friction, np.float32)

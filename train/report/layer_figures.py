@@ -9,7 +9,7 @@ import numpy as np
 from train.report.findings import Findings
 from train.report.svg import Figure, colour, heat, marker, new_figure, tag, to_svg
 
-_WIDTH, _ROW, _REST = 360, 14, 60
+_WIDTH, _ROW, _REST = 360, 15, 62
 
 
 def draw_kernels(findings: Sequence[Findings]) -> list[Figure]:
@@ -71,7 +71,7 @@ def draw_gate_rates(findings: Sequence[Findings]) -> list[Figure]:
         title = f"Gate rate of {family}, by layer"
         with _layer_figure(layers) as (figure, axes):
             _draw_lines(axes, layers, rates)
-            axes.set(xlabel="open gates [%]")
+            axes.set(xlabel="open gates [%]", xlim=(-2, 102))
             svg = to_svg(figure, f"gates-{number}", title)
         caption = "The share of open gates on the test images."
         figures.append(Figure(f"gates-{number}", title, caption, svg))
@@ -87,7 +87,7 @@ def draw_gate_rates(findings: Sequence[Findings]) -> list[Figure]:
 
 def _draw_means(courses: Mapping[int, Sequence[Mapping[str, Any]]]) -> Figure:
     title = "Mean gate rate over training"
-    with new_figure(_WIDTH, 260) as (figure, axes):
+    with new_figure(_WIDTH, 270) as (figure, axes):
         for i, curve in courses.items():
             epochs = [row["epoch"] for row in curve]
             test = [100 * np.mean([*row["test_gate_rates"].values()]) for row in curve]
@@ -100,7 +100,7 @@ def _draw_means(courses: Mapping[int, Sequence[Mapping[str, Any]]]) -> Figure:
                     marker=marker(i) if len(curve) == 1 else None,
                 )
                 tag(line, i)
-        axes.set(xlabel="epoch", ylabel="open gates [%]")
+        axes.set(xlabel="epoch", ylabel="open gates [%]", ylim=(0, 102))
         axes.xaxis.get_major_locator().set_params(integer=True)
         svg = to_svg(figure, "gates-mean", title)
     caption = "The mean over the layers. Solid: test images. Dashed: training images."
@@ -146,7 +146,7 @@ def _in_order(lists: Any) -> list[str]:
 def _layer_figure(layers: Sequence[str]) -> Iterator[Any]:
     """Yields a figure with a row for each layer, the first one on top."""
     with new_figure(_WIDTH, _REST + _ROW * len(layers)) as (figure, axes):
-        axes.set_yticks(range(len(layers)), layers, fontsize=8)
+        axes.set_yticks(range(len(layers)), layers, fontsize=9)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         yield figure, axes
 

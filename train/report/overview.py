@@ -17,7 +17,7 @@ from train.report.svg import (
     to_svg,
 )
 
-_SIZE = (360, 260)
+_SIZE = (360, 270)
 # Costs that differ by more than this factor are drawn on a logarithmic axis.
 _LOGARITHMIC = 8
 
@@ -163,7 +163,7 @@ def _scatter(
                 textcoords="offset points",
                 xytext=sides[i],
                 horizontalalignment="left" if sides[i][0] > 0 else "right",
-                fontsize=9,
+                fontsize=9.5,
                 color=FAINT,
             )
             tag(text, i)

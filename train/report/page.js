@@ -103,12 +103,11 @@ function drawMaps(maps) {
     }
   }
 
-  const EDGE = "#f08c00";
-  const isDark = matchMedia("(prefers-color-scheme: dark)");
+  /* Neither black nor white, so that it is seen on both. */
+  const [VEIL, EDGE] = ["rgba(98, 112, 138, 0.86)", "#f59f00"];
   function paintGates(canvas, picture, one, number, edge) {
-    const veil = isDark.matches ? "rgba(20, 23, 27, 0.84)" : "rgba(252, 252, 251, 0.84)";
     const isOpen = (level) => level > edge;
-    paint(canvas, picture, one, number, (level) => isOpen(level) ? null : veil, isOpen);
+    paint(canvas, picture, one, number, (level) => isOpen(level) ? null : VEIL, isOpen);
   }
 
   const element = (name, parent, className) => {
@@ -175,7 +174,7 @@ function drawMaps(maps) {
         canvas.setAttribute("aria-label", `${what} on an image of ${picture.label}`);
       }
       const words = element("figcaption", figure);
-      words.textContent = picture.label === picture.answer ? `${picture.label}, which is the answer` : `${picture.label}; the answer is ${picture.answer}`;
+      words.textContent = picture.label === picture.answer ? `${picture.label}, recognised` : `${picture.label}, taken for ${picture.answer}`;
       words.classList.toggle("wrong", picture.label !== picture.answer);
     }
     get("layers").replaceChildren();
@@ -196,6 +195,5 @@ function drawMaps(maps) {
   chosen.addEventListener("change", showStrip);
   slider.addEventListener("input", redraw);
   get("own").addEventListener("click", () => { slider.value = current().one.own; redraw(); });
-  isDark.addEventListener("change", () => { redraw(); showStrip(); });
   showNetwork();
 }

@@ -64,7 +64,7 @@ def new_figure(width: float, height: float, **subplots: Any) -> Iterator[Any]:
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "inertia_jax",
-        "font.size": 10,
+        "font.size": 11,
         "text.color": INK,
         "text.parse_math": False,  # names may have any sign in them
         "axes.edgecolor": LINE,

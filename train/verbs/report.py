@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from inertia_jax.atomic import appearing
+from inertia_jax.calls import remembered_calls
 from inertia_jax.chips.compiler import topology
 from train.arguments import parse_options
 from train.config import FactoryOption, SourceOption
@@ -73,6 +74,11 @@ def run(argv: Sequence[str]) -> int:
     """Reports as the arguments say, and prints where the files are."""
     args = parse_options(Report, argv, verb="report")
     _check(args)
+    with remembered_calls():
+        return _run(args)
+
+
+def _run(args: Report) -> int:
     subjects = read_subjects(
         args.paths, seconds_to=args.seconds_to, factory=args.factory
     )
