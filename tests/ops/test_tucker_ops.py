@@ -385,13 +385,53 @@ def test_bfloat16_is_factorised_in_float32_and_applied_as_it_is():
     assert relative_error(y.astype(jnp.float32), np.asarray(dense)) < 0.02
 
 
-def test_tucker2_conv_lowers_for_tpu():
+def test_factors_are_products_of_matrices_but_on_tpus():
     factors = ops.tucker2(np.ones((3, 3, 4, 6), np.float32), rank_in=2, rank_out=2)
     gradient = jax.grad(lambda x, f: ops.tucker2_conv(x, f).sum(), (0, 1))
-    exported = jax.export.export(jax.jit(gradient), platforms=["tpu"])(
-        jnp.zeros((2, 8, 8, 4)), factors
-    )
-    assert "convolution" in exported.mlir_module()
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+
+    def exported(*platforms):
+        return jax.export.export(jax.jit(gradient), platforms=platforms)(x, factors)
+
+    products = {
+        platform: exported(platform).mlir_module().count("stablehlo.dot_general")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    # Each of two factors has two for its gradients, and the first has one forward.
+    assert products == {"cpu": 5, "cuda": 5, "tpu": 0}
+    for found, expected in zip(
+        jax.tree.leaves(exported("cpu", "tpu").call(x, factors)),
+        jax.tree.leaves(gradient(x, factors)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_factors_have_the_same_derivatives_on_tpus(monkeypatch, x64):
+    rng = np.random.default_rng(0)
+    x, x_dot = rng.normal(size=(2, 3, 5, 4, 6))
+    factors = ops.tucker2(rng.normal(size=(3, 3, 6, 8)), rank_in=3, rank_out=4)
+
+    def results(x, x_dot, factors):
+        f = functools.partial(ops.tucker2_conv, padding=1)
+        y, pullback = jax.vjp(f, x, factors)
+        pushed = jax.jvp(f, (x, factors), (x_dot, jax.tree.map(jnp.sin, factors)))
+        batched = jax.vmap(f, (None, 0))(x, jax.tree.map(lambda a: a[None], factors))
+        return y, pullback(jnp.cos(y)), pushed, batched
+
+    expected = jax.jit(results)(x, x_dot, factors)
+    chosen = []
+
+    def as_on_tpu(*args, default, tpu=None, **_):
+        chosen.append(tpu)
+        return (tpu or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_tpu)
+    # Another function has a trace of its own.
+    found = jax.jit(lambda *args: results(*args))(x, x_dot, factors)
+    assert any(chosen)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

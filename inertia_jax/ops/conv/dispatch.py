@@ -35,6 +35,7 @@ from inertia_jax.ops.conv.conv import (
     stride_pair,
 )
 from inertia_jax.ops.conv.gradients import kernel_gradient, strided_input_gradient
+from inertia_jax.ops.conv.platform import by_platform
 from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.conv.winograd import (
     Planes,
@@ -156,8 +157,8 @@ def _backward(
             padding=padding,
         )
     return (
-        _by_platform(input_on_cpu, input_by_xla, cotangent, kernel),
-        _by_platform(kernel_on_cpu, kernel_by_xla, x, cotangent),
+        by_platform(cotangent, kernel, cpu=input_on_cpu, default=input_by_xla),
+        by_platform(x, cotangent, cpu=kernel_on_cpu, default=kernel_by_xla),
     )
 
 
@@ -172,7 +173,7 @@ def _quickest(
     pays = functools.partial(_winograd_pays, x, kernel, strides, padding)
     if pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES):
         on_cpu = functools.partial(winograd_conv2d, padding=padding)
-    return _by_platform(on_cpu, convolve, x, kernel)
+    return by_platform(x, kernel, cpu=on_cpu, default=convolve)
 
 
 def filters_for_cpu(
@@ -188,16 +189,6 @@ def filters_for_cpu(
     if not pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES_TO_PREPARE):
         return None
     return transform_filters(kernel)
-
-
-def _by_platform(
-    on_cpu: Callable[[Array, Array], Array] | None,
-    default: Callable[[Array, Array], Array],
-    *args: Array,
-) -> Array:
-    if on_cpu is None:
-        return default(*args)
-    return lax.platform_dependent(*args, cpu=on_cpu, default=default)
 
 
 def _winograd_pays(

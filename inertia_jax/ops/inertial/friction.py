@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import Padding, pad_image, stride_pair
-from inertia_jax.ops.conv.replaced import is_replaced
+from inertia_jax.ops.conv.platform import by_platform
 from inertia_jax.ops.inertial.settings import (
     Metric,
     Reference,
@@ -133,10 +133,8 @@ def _channel_mean(x: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:
         ones = jnp.full((x.shape[-1],), 1 / x.shape[-1], x.dtype)
         return jnp.dot(x, ones, precision="highest")
 
-    if is_replaced():
-        # Whoever replaces convolutions may replace products: friction has no weights.
-        return x.mean(-1)
-    return lax.platform_dependent(x, cpu=product, default=lambda x: x.mean(-1))
+    # Whoever replaces convolutions may replace products: friction has no weights.
+    return by_platform(x, cpu=product, default=lambda x: x.mean(-1))
 
 
 def _noise(center: Float[Array, "n h w c"]) -> Float[Array, "n h w"]:

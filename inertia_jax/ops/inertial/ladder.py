@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.dispatch import filters_for_cpu
+from inertia_jax.ops.conv.platform import by_platform
 from inertia_jax.ops.inertial.tiles import Tiling
 
 # On CPU, images are worked on in chunks of about this many bytes: intermediate results
@@ -67,7 +68,7 @@ def with_ladder(
 
     @jax.custom_batching.custom_vmap
     def ladder(images: PerImage, core: Array, threshold: Array) -> Result:
-        return lax.platform_dependent(
+        return by_platform(
             images, core, threshold, cpu=compute_in_chunks, default=compute_at_once
         )
 

@@ -9,8 +9,9 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from inertia_jax.ops.conv.conv import Padding, Pads, conv2d, explicit_padding
+from inertia_jax.ops.conv.platform import by_platform
 from inertia_jax.ops.inertial.settings import Low
-from inertia_jax.ops.inertial.views import by_platform, square_offsets, sum_views, total
+from inertia_jax.ops.inertial.views import square_offsets, sum_views, total
 from inertia_jax.ops.precision import at_least_float32
 
 

@@ -1,16 +1,15 @@
 """Views of an image at shifted places, and their sums."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import Padding, Pads, explicit_padding, pad_image
-from inertia_jax.ops.conv.replaced import is_replaced
+from inertia_jax.ops.conv.platform import by_platform
 from inertia_jax.ops.precision import at_least_float32
 
 
@@ -22,18 +21,6 @@ def square_offsets(side: int) -> list[tuple[int, int]]:
 def total(terms: Iterable[Array]) -> Array:
     """Returns the sum of at least one array."""
     return functools.reduce(jnp.add, terms)
-
-
-def by_platform(
-    x: Array, *, tpu: Callable[..., Any], default: Callable[..., Any]
-) -> Any:
-    """Returns what a function for TPU, or another one elsewhere, makes of an array.
-
-    Where convolutions are replaced, no operation stands in a branch.
-    """
-    if is_replaced():
-        return default(x)
-    return lax.platform_dependent(x, tpu=tpu, default=default)
 
 
 def region_grid(
