@@ -20,6 +20,7 @@ class Pointwise(nn.Module):
 
     Attributes:
         num_axes: The number of an image's axes; 0 for a linear layer.
+        multiply: The function of an image and a kernel that is applied.
     """
 
     features: int
@@ -31,6 +32,7 @@ class Pointwise(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     precision: Any = None
     num_axes: int = 2
+    multiply: Any = pointwise_conv
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c_in"]) -> Float[Array, "*batch c_out"]:
@@ -44,7 +46,7 @@ class Pointwise(nn.Module):
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = pointwise_conv(
+        y = self.multiply(
             jnp.asarray(x), kernel, groups=groups, precision=self.precision
         )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -1,9 +1,10 @@
 """The Tucker-2 factorised convolution as a Linen module."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -15,8 +16,28 @@ from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.pointwise import Pointwise, check_groups
 from inertia_jax.ops.conv.conv import pair, per_axis
 from inertia_jax.ops.conv.dispatch import conv_for_linen
+from inertia_jax.ops.conv.replaced import is_replaced
+from inertia_jax.ops.tucker.joined import core_and_last
 from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
 from inertia_jax.plan.specs import Conv, Inertial
+
+
+class _CoreCall(NamedTuple):
+    """What a core is called with and returns."""
+
+    convolve: Callable[[Array, Array], Array]
+    x: Array
+    kernel: Array
+    y: Array
+
+
+def _after(call: _CoreCall, y: Array, last: Array, **options: Any) -> Array:
+    """Applies the last factor to what a core returned, or both where that is quicker.
+
+    If the core's output is what the call returned, the core may be computed here.
+    """
+    del y
+    return core_and_last(call.convolve, call.x, call.kernel, last, **options)
 
 
 class Tucker2Conv(nn.Module):
@@ -117,6 +138,15 @@ class Tucker2Conv(nn.Module):
                 **core_common,
             )(x, train=train)
         else:
+            calls: list[_CoreCall] = []
+
+            def convolve(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+                def apply(x: Array, kernel: Array) -> Array:
+                    return conv_for_linen(x, kernel, *args, **options, train=train)
+
+                calls.append(_CoreCall(apply, x, kernel, apply(x, kernel)))
+                return calls[0].y
+
             x = nn.Conv(
                 groups * self.rank_out,
                 size,
@@ -124,10 +154,14 @@ class Tucker2Conv(nn.Module):
                 kernel_dilation=self.kernel_dilation,
                 feature_group_count=groups,
                 precision=self.precision,
-                conv_general_dilated=functools.partial(conv_for_linen, train=train),
+                conv_general_dilated=convolve,
                 name="core",
                 **core_common,
             )(x)
+            is_its_own = bool(calls) and calls[0].y is x
+            # In a trace, what nothing uses is not computed.
+            if is_its_own and isinstance(x, jax.core.Tracer) and not is_replaced():
+                outer["multiply"] = functools.partial(_after, calls[0])
         return Pointwise(
             self.features,
             use_bias=self.use_bias,
