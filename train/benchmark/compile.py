@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -156,10 +156,21 @@ class Suite(BaseSuite):
     def record(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Returns the record as it was, with the rows new or in their old places."""
         merged = {Case.of_row(row): row for row in (*_recorded(self.out), *rows)}
-        return super().record(list(merged.values()))
+        every = list(merged.values())
+        shares = [_share_of_dense(row, every) for row in every]
+        return super().record(
+            [
+                {**row, "cycles_of_dense": share} if share else row
+                for row, share in zip(every, shares, strict=True)
+            ]
+        )
 
     def describe(self, row: dict[str, Any]) -> str:
         lines = [str(Case.of_row(row)), _described(row)]
+        share = _share_of_dense(row, _recorded(self.out))
+        if share is not None:
+            verdict = "quicker" if share < 1 else "no quicker"
+            lines.append(f"  {share:.2f} of the dense network's cycles: {verdict}")
         for each in row["collectives"]:
             how = f" by {each['algorithm']}" if each["algorithm"] else ""
             beside = (
@@ -212,6 +223,23 @@ def _collectives(text: str) -> list[dict[str, Any]]:
         }
         for (kind, algorithm, _), each in kinds.items()
     ]
+
+
+def _share_of_dense(
+    row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
+) -> float | None:
+    """Returns the cycles of a program as a share of those with dense convolutions.
+
+    It is None for a dense network, and where the rows have no dense one.
+    """
+    case = Case.of_row(row)
+    if case.network == "dense" or "cycles" not in row:
+        return None
+    dense = case._replace(network="dense")
+    for other in rows:
+        if Case.of_row(other) == dense:
+            return row["cycles"] / other["cycles"]
+    return None
 
 
 def _described(row: dict[str, Any]) -> str:

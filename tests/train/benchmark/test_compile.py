@@ -92,6 +92,20 @@ def test_a_record_grows_and_nothing_is_compiled_twice(compiled, tmp_path, capsys
     assert [row["chips"] for row in json.loads(out.read_text())["rows"]] == [1, 4]
 
 
+def test_a_network_s_cycles_stand_beside_the_dense_one_s(compiled, tmp_path, capsys):
+    out = tmp_path / "record.json"
+    once = ["--programs", "evaluate", "--dtypes", "bfloat16", "--out", str(out)]
+    assert main([*COMMAND, *once, "--networks", "dense"]) == 0
+    record = json.loads(out.read_text())
+    record["rows"][0]["cycles"] = 2_400_000
+    out.write_text(json.dumps(record))
+    assert main([*COMMAND, *once, "--networks", "dense", "tiled"]) == 0
+    dense, tiled = json.loads(out.read_text())["rows"]
+    assert tiled["cycles_of_dense"] == 1.25 and "cycles_of_dense" not in dense
+    said = capsys.readouterr().out
+    assert "1.25 of the dense network's cycles: no quicker" in said
+
+
 def test_records_and_chips_that_cannot_be_are_refused(compiled, tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text('{"rows": [{"model": "lenet"}]}')
