@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.experimental.layout import Format, Layout
 
 from inertia_jax.chips.chip import Chip, find_chip
 
@@ -74,10 +73,7 @@ def topology(chip: Chip | str, num_chips: int = 1) -> topologies.TopologyDescrip
 
 
 def compile_for(
-    function: Callable[..., Any],
-    *shapes: Any,
-    chip: Chip | str,
-    any_layout: bool = False,
+    function: Callable[..., Any], *shapes: Any, chip: Chip | str
 ) -> jax.stages.Compiled:
     """Compiles a function for an accelerator that need not be there.
 
@@ -89,15 +85,11 @@ def compile_for(
         ValueError: An unknown chip, or a program that does not fit into its memory; the
             message says by how much.
     """
-    lowered = lower_for(function, *shapes, chip=chip, any_layout=any_layout)
-    return compile_lowered(lowered, chip=chip)
+    return compile_lowered(lower_for(function, *shapes, chip=chip), chip=chip)
 
 
 def lower_for(
-    function: Callable[..., Any],
-    *shapes: Any,
-    chip: Chip | str,
-    any_layout: bool = False,
+    function: Callable[..., Any], *shapes: Any, chip: Chip | str
 ) -> jax.stages.Lowered:
     """Lowers a function for an accelerator that need not be there.
 
@@ -107,9 +99,6 @@ def lower_for(
             only shapes and types count. A `jax.ShapeDtypeStruct` without a sharding
             lies on one chip; for several, all have one over `topology(...).devices`.
         chip: The kind of chip, or its name.
-        any_layout: Whether the compiler lays arguments and results out in memory as it
-            likes, as it does with what lies between the layers of a network. Then
-            `function` is not one of `jax.jit`.
 
     Raises:
         ImportError: libtpu, which has the compiler, is not installed.
@@ -119,14 +108,9 @@ def lower_for(
 
     def placed(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
-        if any_layout:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or one)
 
-    if any_layout:
-        free = Format(Layout.AUTO, one)
-        function = jax.jit(function, in_shardings=free, out_shardings=free)
-    elif not hasattr(function, "trace"):
+    if not hasattr(function, "trace"):
         function = jax.jit(function)
     return function.trace(*jax.tree.map(placed, shapes)).lower()
 

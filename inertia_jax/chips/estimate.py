@@ -1,7 +1,8 @@
 """The compiler's estimate of what a compiled program costs on its chip."""
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,14 @@ _CALLED = re.compile(
     r"|branch_computations=\{([^}]*)\}"
 )
 _CONTROL = ("while", "conditional", "call")
+_JOINED = re.compile(r"calls=%?([\w.-]+)")
+_PRODUCTS = ("convolution", "dot")
+_MARK = re.compile(r"mark<([^>]*)>")
+
+# The name of an operation and its line; the operations of each computation, and the
+# name of the one where a program begins.
+_Operation = tuple[str, str]
+_Program = tuple[dict[str, list[_Operation]], str]
 
 
 class Estimate(NamedTuple):
@@ -94,30 +103,81 @@ def count_cycles(text: str) -> Count:
     Raises:
         ValueError: No operation has an estimate of its cycles.
     """
-    computations, entry = _computations(text)
     if not _CYCLES.search(text):
         raise ValueError(
             "the compiled program must have cycles that its compiler estimates, as "
             "those for TPUs have; it has none."
         )
+    every = [_cycles(line) for _, line in _run(_computations(text))]
+    costed = [cycles for cycles in every if cycles is not None]
+    return Count(sum(costed), len(every), len(every) - len(costed))
 
-    def parts(name: str) -> Iterator[int | None]:
+
+def mark(name: str) -> contextlib.AbstractContextManager[None]:
+    """Marks all operations that are traced inside a `with` block; see `mark_cycles`."""
+    return jax.named_scope(f"mark<{name}>")
+
+
+def mark_cycles(text: str) -> dict[str, float]:
+    """Returns the sum of the cycles of the operations that have each mark.
+
+    The compiler joins operations. The cycles of what it has joined belong to the marks
+    of the convolutions and products in it, in equal parts, or to all marks in it where
+    it has none of these.
+
+    Args:
+        text: The program, as `Compiled.as_text` writes it.
+    """
+    program = _computations(text)
+    found: dict[str, float] = {}
+    for operation, line in _run(program):
+        inside = list(_inside(program[0], operation, line))
+        marks = _marks(line for name, line in inside if name in _PRODUCTS)
+        marks = marks or _marks(line for _, line in inside)
+        for name in marks:
+            found[name] = found.get(name, 0.0) + (_cycles(line) or 0) / len(marks)
+    return found
+
+
+def _cycles(line: str) -> int | None:
+    """Returns the cycles that the compiler estimates for an operation, if it does."""
+    found = _CYCLES.search(line)
+    return int(found[1]) if found else None
+
+
+def _marks(lines: Iterable[str]) -> set[str]:
+    """Returns the marks of operations: of each, the outermost."""
+    return {found[1] for line in lines if (found := _MARK.search(line))}
+
+
+def _run(program: _Program) -> Iterator[_Operation]:
+    """Yields the operations that a program runs one after another."""
+    computations, entry = program
+
+    def parts(name: str) -> Iterator[_Operation]:
         for operation, line in computations[name]:
             if operation in _CONTROL:
                 for called in _called(line):
                     yield from parts(called)
             elif operation not in _FREE and not operation.endswith("-done"):
-                found = _CYCLES.search(line)
-                yield int(found[1]) if found else None
+                yield operation, line
 
-    every = list(parts(entry))
-    costed = [cycles for cycles in every if cycles is not None]
-    return Count(sum(costed), len(every), len(every) - len(costed))
+    return parts(entry)
 
 
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
+def _inside(
+    computations: dict[str, list[_Operation]], operation: str, line: str
+) -> Iterator[_Operation]:
+    """Yields an operation, and those that the compiler has joined to it."""
+    yield operation, line
+    for name in _JOINED.findall(line):
+        for each in computations.get(name, ()):
+            yield from _inside(computations, *each)
+
+
+def _computations(text: str) -> _Program:
     """Returns the operations of each computation with their lines, and the entry."""
-    computations: dict[str, list[tuple[str, str]]] = {}
+    computations: dict[str, list[_Operation]] = {}
     entry = name = ""
     for line in text.splitlines():
         if header := _HEADER.match(line):

@@ -1,6 +1,5 @@
-"""The time of a convolution in one form or another: measured here, or estimated."""
+"""The time of networks, and of a convolution in several forms, measured here."""
 
-import dataclasses
 import functools
 import math
 import statistics
@@ -13,10 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from inertia_jax.calls import ApplyFn, apply_network
-from inertia_jax.chips.cache import cached_estimate
-from inertia_jax.chips.chip import find_chip
-from inertia_jax.chips.compiler import lower_for
+from inertia_jax.calls import ApplyFn, Network, apply_network
 from inertia_jax.compression.sites import Factorised, Site
 from inertia_jax.inputs import Shape, one_input
 from inertia_jax.ops.conv.dispatch import conv_for_linen
@@ -31,7 +27,6 @@ from inertia_jax.ops.tucker.factors import (
 from inertia_jax.ops.tucker.joined import core_and_last
 from inertia_jax.ops.tucker.low_rank import low_rank_conv
 from inertia_jax.plan.specs import Conv, LowRank
-from inertia_jax.variables import plain_variables
 
 # Rounds of measurement, after one to warm up.
 _REPEATS = 7
@@ -69,7 +64,6 @@ def site_latencies_ms(
     *,
     batch_size: int,
     dtype: Any = jnp.float32,
-    device: str | None = None,
 ) -> list[float]:
     """Returns the time of a convolution in several forms, in milliseconds per call.
 
@@ -77,9 +71,7 @@ def site_latencies_ms(
         site: The convolution, whose shapes are used; weights are random.
         specs: The forms.
         batch_size: Images per call.
-        dtype: The type of images and weights, where time is measured.
-        device: The chip on which the time is what its compiler estimates, in bfloat16.
-            None: it is measured on this machine.
+        dtype: The type of images and weights.
     """
     # Axes before the image are more images.
     count = site.num_axes + 1
@@ -87,24 +79,6 @@ def site_latencies_ms(
         (batch_size * math.prod(shape[:-count]), *shape[-count:])
         for shape, _ in site.calls
     ]
-    if device is not None:
-        return [
-            sum(
-                _estimated_ms(
-                    functools.partial(_forward, site, spec),
-                    jax.ShapeDtypeStruct(shape, jnp.bfloat16),
-                    [
-                        jax.ShapeDtypeStruct(kernel, jnp.bfloat16)
-                        for kernel in site.kernel_shapes(spec)
-                    ],
-                    device=device,
-                    # The layers around one, whatever they are, agree on a layout.
-                    any_layout=True,
-                )
-                for shape in shapes
-            )
-            for spec in specs
-        ]
     key = jax.random.key(0)
     images = [jax.random.normal(key, shape, dtype) for shape in shapes]
     calls = []
@@ -118,15 +92,6 @@ def site_latencies_ms(
     # The time of a layer that is called several times is that of all its calls.
     each = len(images)
     return [sum(times[i : i + each]) for i in range(0, len(times), each)]
-
-
-def _estimated_ms(
-    function: Callable[..., Any], *shapes: Any, device: str, any_layout: bool = False
-) -> float:
-    """Returns the time of a function on a chip, by the estimate of its compiler."""
-    lowered = lower_for(function, *shapes, chip=device, any_layout=any_layout)
-    found = cached_estimate(lowered, chip=device)
-    return 1e3 * found.cycles / find_chip(device).clock_hz
 
 
 def _forward(
@@ -158,36 +123,27 @@ def _forward(
     return core_and_last(convolve, x, core, last, groups=groups)
 
 
-def model_latency_ms(
-    model: nn.Module,
-    variables: Any,
+def network_latencies_ms(
+    networks: Sequence[Network],
     image_shape: Shape,
     *,
     batch_size: int,
     apply_fn: ApplyFn | None = None,
-    device: str | None = None,
-) -> float:
-    """Returns the time of a network's evaluation, in milliseconds per call.
+) -> list[float]:
+    """Returns the time of each network's evaluation, in milliseconds per call.
 
     Args:
-        model: A network.
-        variables: Its variables.
+        networks: Networks of the same inputs. Measured, they take turns, so that their
+            ratios hold where the machine's speed changes.
         image_shape: The shape of one input.
         batch_size: Images per call.
-        apply_fn: How the network is called, as in `compress`.
-        device: The chip on which the time is what its compiler estimates, with the
-            network and its variables in bfloat16. None: it is measured on this machine.
+        apply_fn: How the networks are called, as in `compress`.
     """
     shapes = one_input(image_shape, number=batch_size)
-    if device is not None:
-        if "dtype" in {field.name for field in dataclasses.fields(model)}:
-            model = model.clone(dtype=jnp.bfloat16)
-        return _estimated_ms(
-            lambda v, x: apply_network(model, v, x, apply_fn=apply_fn)[0],
-            jax.tree.map(_in_bfloat16, plain_variables(variables)),
-            jax.tree.map(_in_bfloat16, shapes),
-            device=device,
-        )
+
+    def forward(model: nn.Module, variables: Any, images: Any) -> Any:
+        return apply_network(model, variables, images, apply_fn=apply_fn)[0]
+
     random = np.random.default_rng(0)
 
     def draw(shaped: Any) -> jax.Array:
@@ -197,11 +153,11 @@ def model_latency_ms(
         return jnp.asarray(values, shaped.dtype)
 
     images = jax.tree.map(draw, shapes)
-    forward = jax.jit(lambda v, x: apply_network(model, v, x, apply_fn=apply_fn)[0])
-    return time_interleaved([lambda: forward(variables, images)])[0]
-
-
-def _in_bfloat16(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape of an array, and its type, which is bfloat16 for any float."""
-    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if is_float else leaf.dtype)
+    return time_interleaved(
+        [
+            functools.partial(
+                jax.jit(functools.partial(forward, model)), variables, images
+            )
+            for model, variables in networks
+        ]
+    )

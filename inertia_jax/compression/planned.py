@@ -1,6 +1,7 @@
 """Puts other convolutions into any Linen model, without editing the model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from inertia_jax.layers.kinds import num_axes
 from inertia_jax.layers.low_rank import LowRankConv, LowRankDense
 from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.ops.conv.conv import per_axis
-from inertia_jax.plan.plan import Plan
+from inertia_jax.plan.plan import Plan, as_glob, plan_of
 from inertia_jax.plan.specs import (
     Conv,
     Inertial,
@@ -105,6 +106,31 @@ class Planned(Wrapper):
             return output
 
         return replace
+
+
+def with_rules(
+    model: nn.Module, specs: Mapping[str, Spec], kept: Mapping[str, str] | None = None
+) -> nn.Module:
+    """Returns the model with these specs in place of its plan's for the same layers.
+
+    Args:
+        model: The model.
+        specs: The new specs, by path.
+        kept: The reasons why layers stay as they are, by path; None if they are known.
+    """
+    plan = plan_of(model)
+    if plan is None:
+        if not specs and not kept:
+            return model
+        model, plan = Planned(model), Plan()
+    if kept is not None and isinstance(model, Planned):
+        model = model.clone(kept=tuple(kept.items()))
+    if not specs:
+        return model
+    replaced = {*specs, *map(as_glob, specs)}
+    rest = Plan(tuple((g, spec) for g, spec in plan.rules if g not in replaced))
+    new = [(as_glob(p), spec) for p, spec in specs.items() if rest.spec(p) != spec]
+    return model.clone(plan=Plan((*new, *rest.rules)))
 
 
 def _spec_there(spec: Spec, module: nn.Module) -> Spec:

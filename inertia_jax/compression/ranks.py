@@ -96,13 +96,13 @@ class Budget:
     Attributes:
         macs: The share of the dense network's multiply-accumulates, in (0, 1].
         params: The share of its parameters, in (0, 1].
-        latency: The share of its time, in (0, 1]: on this machine, measured layer by
-            layer, or on `device`.
+        latency: The share of its time, in (0, 1], measured on this machine, or that on
+            `device`. The times of single layers choose between ranks; the time of the
+            whole network decides whether they keep to the share.
         batch_size: Images per call where latency is measured, >= 1.
         device: The chip on which latency counts, such as "v5e" (`CHIPS`), which need
-            not be there: its compiler estimates the time of every layer in every form,
-            and of the network, in bfloat16. It needs libtpu (the extra `tpu`). None:
-            this machine.
+            not be there: its compiler estimates the time of networks and of the layers
+            in them, in bfloat16. It needs libtpu (the extra `tpu`). None: this machine.
 
     Example:
         >>> small, _ = ij.compress(model, variables, ranks=ij.Budget(params=0.99))

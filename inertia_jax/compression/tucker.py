@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.budget import choose_ranks
 from inertia_jax.compression.calibration import input_moments
-from inertia_jax.compression.planned import Planned
+from inertia_jax.compression.planned import with_rules
 from inertia_jax.compression.ranks import Budget, RankRule, rank_by_rule
 from inertia_jax.compression.sites import (
     Site,
@@ -24,8 +24,8 @@ from inertia_jax.compression.weighed_kernel import WeighedKernel
 from inertia_jax.inputs import Shape, batched
 from inertia_jax.models.create import image_shape_of, inputs_of, shape_of_inputs
 from inertia_jax.ops.tucker.tucker import Method
-from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
-from inertia_jax.plan.specs import Conv, Spec, Tucker2
+from inertia_jax.plan.plan import Plan, matches, plan_of
+from inertia_jax.plan.specs import Conv, Tucker2
 from inertia_jax.progress import Progress, counted
 from inertia_jax.variables import plain_variables
 
@@ -181,7 +181,7 @@ def compress(
         path: kernels[path].parameters(spec, leaves_at(variables, path), method=method)
         for path, spec in counted(changed.items(), progress, "factorising layers")
     }
-    return _with_rules(model, changed, kept), with_leaves(variables, leaves)
+    return with_rules(model, changed, kept), with_leaves(variables, leaves)
 
 
 def _check_options(ranks: Any, round_to: int, batch_size: int, linear: Any) -> None:
@@ -277,29 +277,4 @@ def _multiplied_out(
         leaves = leaves_at(variables, path)
         changed[path] = kernel.parameters(Conv(), leaves, method="hosvd")
         specs[path] = site.core
-    return _with_rules(model, specs), with_leaves(variables, changed)
-
-
-def _with_rules(
-    model: nn.Module, specs: Mapping[str, Spec], kept: Mapping[str, str] | None = None
-) -> nn.Module:
-    """Returns the model with these specs in place of its plan's for the same layers.
-
-    Args:
-        model: The model.
-        specs: The new specs, by path.
-        kept: The reasons why layers stay as they are, by path; None if they are known.
-    """
-    plan = plan_of(model)
-    if plan is None:
-        if not specs and not kept:
-            return model
-        model, plan = Planned(model), Plan()
-    if kept is not None and isinstance(model, Planned):
-        model = model.clone(kept=tuple(kept.items()))
-    if not specs:
-        return model
-    replaced = {*specs, *map(as_glob, specs)}
-    rest = Plan(tuple((g, spec) for g, spec in plan.rules if g not in replaced))
-    new = [(as_glob(p), spec) for p, spec in specs.items() if rest.spec(p) != spec]
-    return model.clone(plan=Plan((*new, *rest.rules)))
+    return with_rules(model, specs), with_leaves(variables, changed)

@@ -4,10 +4,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from inertia_jax.chips.cache import cached_estimate
+from inertia_jax.chips.cache import cached_cycles
 from inertia_jax.chips.chip import CHIPS, Chip, find_chip
 from inertia_jax.chips.compiler import compile_for, topology
-from inertia_jax.chips.estimate import Count, Estimate, count_cycles, estimate
+from inertia_jax.chips.estimate import (
+    Count,
+    count_cycles,
+    estimate,
+    mark,
+    mark_cycles,
+)
 
 # What libtpu 0.0.42 made of a loop and a switch for v5e, without what is not read.
 PROGRAM = """\
@@ -57,6 +63,47 @@ def test_cycles_are_those_of_the_entry_of_loops_once_and_of_all_branches():
     # By hand: three fusions and the body's; the copy and the body's sum have none.
     expected = Count(9102 + 6236 + 7302, num_operations=5, num_uncosted=2)
     assert count_cycles(PROGRAM) == expected
+
+
+# Two products that were joined, one alone in a loop, a copy, and what has no mark.
+MARKED = """\
+%two (p: bf16[8,8]) -> bf16[8,8] {
+  %convolution.1 = bf16[8,8]{1,0} convolution(%p), \
+metadata={op_name="jit(f)/mark<a/b>/mark<a/b/c>/conv"}, \
+backend_config={"estimated_cycles":"900"}
+  %relu = bf16[8,8]{1,0} maximum(%convolution.1), \
+metadata={op_name="jit(f)/mark<z>/max"}
+  ROOT %dot.1 = bf16[8,8]{1,0} dot(%relu), \
+metadata={op_name="jit(f)/mark<d>/dot_general"}
+}
+
+%body (arg: (bf16[8,8])) -> (bf16[8,8]) {
+  ROOT %f = bf16[8,8]{1,0} fusion(%arg), calls=%two, \
+backend_config={"estimated_cycles":"30"}
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %while.1 = bf16[8,8]{1,0} while(%x), condition=%condition, body=%body
+  %copy.1 = bf16[8,8]{0,1} copy(%x), metadata={op_name="jit(f)/mark<d>/transpose"}, \
+backend_config={"estimated_cycles":"7"}
+  %negate.1 = bf16[8,8]{1,0} negate(%x), backend_config={"estimated_cycles":"100"}
+  %add.1 = bf16[8,8]{1,0} add(%x, %x), metadata={op_name="jit(f)/mark<e>/add"}
+}
+"""
+
+
+def test_cycles_of_what_is_joined_belong_to_the_products_in_it():
+    assert mark_cycles(MARKED) == {"a/b": 15.0, "d": 15.0 + 7, "e": 0.0}
+    assert count_cycles(MARKED).cycles == 30 + 7 + 100
+
+
+def test_marks_are_in_the_program():
+    def f(x):
+        with mark("a/b c"):
+            return jnp.sin(x)
+
+    text = jax.jit(f).lower(jnp.ones(3)).as_text(debug_info=True)
+    assert "mark<a/b c>" in text
 
 
 def test_programs_of_other_platforms_have_no_cycles():
@@ -118,23 +165,6 @@ def test_a_product_is_compiled_for_every_chip(libtpu):
         assert found.cycles / chip.clock_hz > found.flops / chip.bfloat16_flops
 
 
-@pytest.mark.slow
-def test_layouts_that_are_free_take_less_time(libtpu):
-    x = jax.ShapeDtypeStruct((256, 16, 16, 128), jnp.bfloat16)
-    kernel = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.bfloat16)
-
-    def convolve(x, kernel):
-        axes = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=axes
-        )
-
-    given = estimate(compile_for(convolve, x, kernel, chip="v5e"))
-    free = estimate(compile_for(convolve, x, kernel, chip="v5e", any_layout=True))
-    assert free.flops == given.flops
-    assert 0 < free.cycles < given.cycles
-
-
 def test_what_does_not_fit_is_refused_and_so_are_unknown_machines(libtpu):
     x = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.bfloat16)
     message = r"memory of `device` \(='v5e'\), which it exceeds by 8.25 GiB"
@@ -147,22 +177,25 @@ def test_what_does_not_fit_is_refused_and_so_are_unknown_machines(libtpu):
 
 def test_an_estimate_is_kept_on_disk_by_program_and_chip(monkeypatch, tmp_path):
     compiled = []
-    found = Estimate(1.0, 2.0, 3, 4, 5, 6)
 
     def compile_one(lowered, *, chip):
         compiled.append(chip.name)
         return lowered
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("inertia_jax.chips.cache.compile_lowered", compile_one)
-    monkeypatch.setattr("inertia_jax.chips.cache.estimate", lambda compiled: found)
+    of_cache = "inertia_jax.chips.cache"
+    monkeypatch.setattr(f"{of_cache}.compile_lowered", compile_one)
+    monkeypatch.setattr(f"{of_cache}.count_cycles", lambda text: Count(5, 2, 1))
+    monkeypatch.setattr(f"{of_cache}.mark_cycles", lambda text: {"a": 2.5})
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
     programs = [jax.jit(jnp.sin).lower(jnp.ones(n)) for n in (3, 3, 4)]
     for program in programs:
-        assert cached_estimate(program, chip="v5e") == found
+        assert cached_cycles(program, chip="v5e") == (5, {"a": 2.5})
     assert compiled == ["v5e"] * 2
-    assert cached_estimate(programs[0], chip="v6e") == found
+    cached_cycles(programs[0], chip="v6e")
+    # Marks are no part of the text.
+    cached_cycles(programs[0], chip="v5e", marks=["a"])
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.0")
-    assert cached_estimate(programs[0], chip="v5e") == found
-    assert compiled == ["v5e", "v5e", "v6e", "v5e"]
-    assert len(list((tmp_path / "inertia_jax" / "estimates").iterdir())) == 4
+    cached_cycles(programs[0], chip="v5e")
+    assert compiled == ["v5e", "v5e", "v6e", "v5e", "v5e"]
+    assert len(list((tmp_path / "inertia_jax" / "estimates").iterdir())) == 5

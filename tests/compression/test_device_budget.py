@@ -1,19 +1,22 @@
 """Ranks for a chip that is not there, by what its compiler estimates."""
 
-import math
+import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from own_cnn import OwnCNN
 
 import inertia_jax as ij
-from inertia_jax.compression import latency
-from inertia_jax.compression.sites import Site, find_sites
+from inertia_jax.compression import budget, layer_times
+from inertia_jax.compression import chip_times as chip_times_file
+from inertia_jax.compression.chip_times import ChipTimes, _as_bfloat16, chip_times
+from inertia_jax.compression.sites import find_sites
+from inertia_jax.compression.whole_network import network_in
 
 SHAPE = (8, 8, 3)
-# The share of the network's time that is none of its layers'.
-REST = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -25,63 +28,113 @@ def network():
     return model, jax.tree.map(draw, shapes)
 
 
-def fake_cost(x, kernels):
+def fake_cost(kernels):
     """A chip on which factors of sixteen channels cost more than what they replace."""
-    cost = math.prod(x) * sum(math.prod(kernel) for kernel in kernels)
-    return cost * (100 if len(kernels) > 1 and x[-1] <= 16 else 1)
+    cost = float(sum(map(np.size, kernels)))
+    return cost * (100 if len(kernels) > 1 and kernels[0].shape[-2] <= 16 else 1)
 
 
 @pytest.fixture
 def fake(network, monkeypatch):
-    """The fake compiler: layers, their costs, that of the network, what was asked."""
-    sites = find_sites(*network, SHAPE)
-    asked = []
+    """The fake compiler: its function, and the networks that it has compiled.
 
-    def cost_of(path, spec):
-        site = sites[path]
-        return fake_cost((64, *site.calls[0][0]), site.kernel_shapes(spec))
+    A network takes some time besides its layers, and more if most of them have factors.
+    """
+    compiled = []
 
-    total = sum(cost_of(path, ij.Conv()) for path in sites) / (1 - REST)
+    def times(network, image_shape, *, device, batch_size, apply_fn=None):
+        assert (device, batch_size, image_shape) == ("v5e", 32, SHAPE)
+        params = network[1]["params"]
+        compiled.append(network)
+        layers = {
+            path: fake_cost([k for k in jax.tree.leaves(params[path]) if k.ndim > 1])
+            for path in params
+            if path.startswith("Conv_")
+        }
+        factors = sum("core" in params[path] for path in layers)
+        return ChipTimes(sum(layers.values()) + 5e3 + 1e3 * factors**2, layers)
 
-    def estimated_ms(function, *shapes, device, any_layout=False):
-        assert device == "v5e"
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"bfloat16"}
-        if not any_layout:
-            return total
-        x, kernels = jax.tree.map(lambda leaf: leaf.shape, shapes)
-        asked.append((x, kernels))
-        return fake_cost(x, kernels)
-
-    monkeypatch.setattr(latency, "_estimated_ms", estimated_ms)
-    return sites, cost_of, total, asked
+    monkeypatch.setattr(budget, "chip_times", times)
+    monkeypatch.setattr(layer_times, "chip_times", times)
+    return functools.partial(
+        times, image_shape=SHAPE, device="v5e", batch_size=32
+    ), compiled
 
 
-def test_ranks_for_a_chip_take_its_time(network, fake):
-    sites, cost_of, total, asked = fake
-    budget = ij.Budget(latency=0.6, device="v5e")
+def compress(network, share):
+    ranks = ij.Budget(latency=share, device="v5e", batch_size=32)
+    return ij.compress(*network, ranks=ranks, image_shape=SHAPE)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5])
+def test_the_network_takes_the_share_of_a_chips_time(network, fake, share):
+    times, compiled = fake
     message = "no form of them is faster on v5e, .*: Conv_0, Conv_1, Conv_2."
     with pytest.warns(UserWarning, match=message):
-        small, _ = ij.compress(*network, ranks=budget, image_shape=SHAPE)
-    specs = {path: small.plan.spec(path) for path in sites}
-    taken = sum(cost_of(path, spec) for path, spec in specs.items())
-    assert 0.4 * total < REST * total + taken <= 0.6 * total
-    dense = [path for path, spec in specs.items() if spec == ij.Conv()]
-    assert dense[:3] == ["Conv_0", "Conv_1", "Conv_2"] and len(dense) < 5
-    factors = [spec for spec in specs.values() if spec != ij.Conv()]
+        small = compress(network, share)
+    num_compiled = len(compiled)
+    total = times(network).ms
+    assert 0.9 * share * total <= times(small).ms <= share * total
+    specs = [small[0].plan.spec(f"Conv_{i}") for i in range(5)]
+    assert specs[:3] == [ij.Conv()] * 3
+    factors = [spec for spec in specs if spec != ij.Conv()]
+    assert factors
     assert {rank % 8 for s in factors for rank in (s.rank_in, s.rank_out)} == {0}
-    # Both layers of 64 channels have one geometry, whose forms are compiled once:
-    # 8, 16, 24, 32 and 48 for both ranks, and eight pairs of unlike ones.
-    wide = [kernels for x, kernels in asked if x[-1] == 64]
-    assert len(wide) == 1 + 5 + 8
+    # The dense one; five shares of the ranks, alike on both sides, and two pairs of
+    # unlike ones; the dense one twice; and four that are chosen, each beside it.
+    assert num_compiled <= 1 + 7 + 2 + 2 * 4
 
 
-def test_a_budget_that_a_chip_cannot_meet_says_the_least(network, fake):
-    budget = ij.Budget(latency=0.1, device="v5e")
-    with (
-        pytest.warns(UserWarning, match="no form of them is faster"),
-        pytest.raises(ValueError, match=r"`latency` \(=0.1\) must be at least 0.\d+"),
-    ):
-        ij.compress(*network, ranks=budget, image_shape=SHAPE)
+def test_a_budget_that_a_chip_cannot_meet_says_what_the_network_takes(network, fake):
+    times, _ = fake
+    with pytest.warns(UserWarning, match="no form of them is faster"):
+        with pytest.raises(ValueError, match=r"`latency` \(=0.1\) must be at") as e:
+            compress(network, 0.1)
+        least = float(re.search(r"at least (0.\d+)", str(e.value))[1])
+        small = compress(network, least)
+        with pytest.raises(ValueError, match="each layer in its fastest form"):
+            compress(network, least - 2e-4)
+    assert times(small).ms / times(network).ms == pytest.approx(least, abs=1e-4)
+
+
+def test_all_of_the_time_changes_nothing(network, fake):
+    assert compress(network, 1.0)[0] is network[0]
+    assert len(fake[1]) == 1
+
+
+def test_layers_are_marked_and_all_is_bfloat16(monkeypatch, network):
+    lowered = []
+
+    def lower_here(function, *shapes, chip):
+        assert chip == "v5e"
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"bfloat16"}
+        lowered.append(jax.jit(function).lower(*shapes).as_text(debug_info=True))
+
+    def cycles(program, *, chip, marks):
+        assert {*(f"Conv_{i}" for i in range(5)), "Dense_0"} <= {*marks}
+        return 3_000_000, {"Conv_0": 1_500_000.0}
+
+    monkeypatch.setattr(chip_times_file, "lower_for", lower_here)
+    monkeypatch.setattr(chip_times_file, "cached_cycles", cycles)
+    small = ij.compress(
+        *network, ranks=ij.Plan((("Conv_4", ij.Tucker2(8, 8)),)), image_shape=SHAPE
+    )
+    times = functools.partial(chip_times, device="v5e", batch_size=4)
+    assert times(network, SHAPE) == times(small, SHAPE)
+    # By the clock of the chip, 1.5 GHz.
+    assert times(small, SHAPE) == ChipTimes(2.0, {"Conv_0": 1.0})
+    assert all("mark<Conv_4>" in text for text in lowered)
+    assert "tensor<4x8x8x8xbf16>" in lowered[1]
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_networks_compute_in_bfloat16_where_they_can(wraps):
+    model = ij.create_model("lenet", width=0.1)
+    model = ij.Planned(model) if wraps else model
+    found = _as_bfloat16(model)
+    assert (found.unplanned if wraps else found).dtype == jnp.bfloat16
+    assert type(found) is type(model)
+    assert _as_bfloat16(OwnCNN(2, [4])) == OwnCNN(2, [4])
 
 
 def test_a_device_has_a_name_and_goes_with_latency():
@@ -92,28 +145,25 @@ def test_a_device_has_a_name_and_goes_with_latency():
 
 
 @pytest.mark.slow
-def test_the_compiler_says_what_a_chip_gains(
-    network, monkeypatch, tmp_path, no_shape_checks
-):
+def test_the_compiler_says_what_a_chip_gains(monkeypatch, tmp_path, no_shape_checks):
     pytest.importorskip("libtpu", reason="needs libtpu, which the extra `tpu` brings")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    layer = Site(
-        path="conv",
-        kernel=np.zeros((3, 3, 256, 256)),
-        groups=1,
-        strides=(1, 1),
-        padding="SAME",
-        dilation=(1, 1),
-        calls=(((8, 8, 256), (8, 8, 256)),),
-        spec=ij.Conv(),
-        core=ij.Conv(),
+    times = functools.partial(
+        chip_times, image_shape=SHAPE, device="v5e", batch_size=256
     )
-    specs = [ij.Conv(), ij.Tucker2(32, 32), ij.Tucker2(192, 192)]
-    dense, small, large = latency.site_latencies_ms(
-        layer, specs, batch_size=256, device="v5e"
-    )
-    # Its factors take fewer MACs at either rank.
-    assert layer.macs(specs[2]) < layer.macs(specs[0])
+    model = OwnCNN(10, [256, 256])
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *SHAPE)))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    found = [times((model, variables))]
+    for rank in (32, 192):
+        sites = find_sites(model, variables, SHAPE)
+        specs = {"Conv_1": ij.Tucker2(rank, rank)}
+        # Its factors take fewer MACs at either rank.
+        assert sites["Conv_1"].macs(specs["Conv_1"]) < sites["Conv_1"].macs(ij.Conv())
+        found.append(times(network_in((model, variables), sites, specs)))
+    dense, small, large = (each.layers["Conv_1"] for each in found)
     assert 0 < small < dense < large
-    assert latency.model_latency_ms(*network, SHAPE, batch_size=8, device="v5e") > 0
-    assert len(list(tmp_path.rglob("*.json"))) == 4
+    for each in found:
+        assert {*each.layers} == {"Conv_0", "Conv_1", "Dense_0"}
+        assert 0.9 * each.ms < sum(each.layers.values()) <= each.ms
+    assert len(list(tmp_path.rglob("*.json"))) == 3

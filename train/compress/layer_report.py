@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from inertia_jax.compression.chip_times import chip_times
 from inertia_jax.compression.latency import site_latencies_ms
 from inertia_jax.compression.sites import Site, find_sites
 from inertia_jax.cost.table import aligned
@@ -56,18 +57,28 @@ def report_layers(
         image_shape: The shape [h, w, c] of the networks' input.
         latency_batch: The number of images a call with which each layer is timed, both
             forms in alternation; 0: layers are not timed.
-        device: The chip whose compiler estimates these times. None: they are measured
-            on this machine.
+        device: The chip whose compiler estimates these times, within the networks.
+            None: they are measured on this machine, each layer by itself.
     """
     old_sites = find_sites(*before, image_shape)
     new_sites = find_sites(*after, image_shape)
     dtype = getattr(before[0], "dtype", None) or jnp.float32
     rows = []
+    estimates = []
+    if device is not None:
+        estimates = [
+            chip_times(
+                network, image_shape, device=device, batch_size=latency_batch
+            ).layers
+            for network in (before, after)
+        ]
     times: dict[Any, list[float]] = {}
     for path, new in new_sites.items():
         old = old_sites[path]
         latency_ms = None
-        if latency_batch:
+        if estimates:
+            latency_ms = [layers.get(path, 0.0) for layers in estimates]
+        elif latency_batch:
             key = (old.geometry, old.spec, new.spec)
             if key not in times:
                 times[key] = site_latencies_ms(
@@ -75,7 +86,6 @@ def report_layers(
                     [old.spec, new.spec],
                     batch_size=latency_batch,
                     dtype=dtype,
-                    device=device,
                 )
             latency_ms = times[key]
         rows.append(

@@ -54,8 +54,8 @@ class Compress:
     """Tucker-2: weigh errors by the inputs that each layer has of calibration
     images."""
     latency_batch: int = 0
-    """Tucker-2: number of images a call with which layers are timed; 0: layers are not
-    timed without `--device`, and a budget of latency takes 64."""
+    """Tucker-2: number of images a call with which layers and network are timed; 0: 64
+    with `--device` or a budget of latency, and else they are not."""
     device: str | None = None
     """Tucker-2: chip whose time counts in a budget of latency and is reported, v4, v5e,
     v5p or v6e, as its compiler estimates it in bfloat16; it need not be there, but
@@ -119,7 +119,8 @@ class Compress:
     @property
     def timed_batch(self) -> int:
         """The number of images a call with which layers are timed; 0: they are not."""
-        if self.latency_batch or not self.device:
+        is_timed = self.device or (self.ranks or "").startswith("budget:latency")
+        if self.latency_batch or not is_timed:
             return self.latency_batch
         # Help and completion need the options alone.
         from inertia_jax import Budget

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inertia_jax import count_cost
-from inertia_jax.compression.latency import model_latency_ms
+from inertia_jax.compression.chip_times import chip_times
+from inertia_jax.compression.latency import network_latencies_ms
 from train.command import shell_command
 from train.compress import augmentation
 from train.compress.accuracy import Network, compare_stages, in_words, stage_evaluator
@@ -103,7 +104,7 @@ def _report(
     last = list(tests[0]["stages"].values())[-1] if tests else {}
     cost = count_cost(small[0], shape, gate_rates=last.get("gate_rates"))
     rows = []
-    estimated_ms: list[float] = []
+    times_ms: list[float] = []
     if args.is_inertial:
         print(cost)
         print(_where_counted(args, tests))
@@ -125,18 +126,22 @@ def _report(
             f"{cost.macs:,} MACs, {cost.macs / cost.dense_macs:.3f} of the dense "
             f"network's"
         )
-    if args.device is not None:
-        estimated_ms = [
-            model_latency_ms(
-                *network, shape, batch_size=args.timed_batch, device=args.device
-            )
-            for network in ((dense.model, dense.variables), small)
-        ]
-        before, after = estimated_ms
+    if args.timed_batch and not args.is_inertial:
+        networks = [(dense.model, dense.variables), small]
+        batch_size = args.timed_batch
+        if args.device is None:
+            where, how = "here", "measured in turn"
+            times_ms = network_latencies_ms(networks, shape, batch_size=batch_size)
+        else:
+            where, how = f"on {args.device}", "as its compiler estimates"
+            times_ms = [
+                chip_times(each, shape, device=args.device, batch_size=batch_size).ms
+                for each in networks
+            ]
+        before, after = times_ms
         print(
-            f"network on {args.device}: {before:.3g} -> {after:.3g} ms a call of "
-            f"{args.timed_batch} images, {after / before:.3f} of the time, as its "
-            f"compiler estimates"
+            f"network {where}: {before:.3g} -> {after:.3g} ms a call of "
+            f"{batch_size} images, {after / before:.3f} of the time, {how}"
         )
     for test in tests:
         print(in_words(test))
@@ -153,7 +158,7 @@ def _report(
         "tests": tests,
         "device": args.device,
         "batch_size": args.timed_batch,
-        "estimated_ms": estimated_ms,
+        "latency_ms": times_ms,
         "layers": [dataclasses.asdict(row) for row in rows],
         "plan": plan_to_json(small[0].plan),
     }
