@@ -110,7 +110,6 @@ class Examiner:
         self._settings, self._source = settings, source
         self._num_images = num_images
         self._known: dict[Any, list[tuple[nn.Module, _Instruments]]] = {}
-        self._costs: dict[Any, list[tuple[nn.Module, CostTable]]] = {}
         self._read: dict[pathlib.Path, Mapping[str, Any]] = {}
 
     def examine(self, subject: Subject) -> Findings:
@@ -139,7 +138,7 @@ class Examiner:
             else:
                 findings = self._measured(findings, network, source, tools)
         self._read[network.path.absolute()] = network.variables
-        cost = self._cost(network, findings.gate_rates)
+        cost = network.cost(findings.gate_rates)
         kernels = self._kernels(subject, cost, left_out)
         return dataclasses.replace(findings, cost=cost, kernels=kernels)
 
@@ -205,16 +204,6 @@ class Examiner:
             verify_checkpoint(path)
             self._read[path] = load_arrays(path)["variables"]
         return self._read[path]
-
-    def _cost(self, network: TrainedNetwork, rates: Mapping[str, float]) -> CostTable:
-        """Returns a network's cost, counted once for equal networks."""
-        key = (network.preprocessing.image_shape, tuple(sorted(rates.items())))
-        known = self._costs.setdefault(key, [])
-        for model, cost in known:
-            if are_equal(model, network.model):
-                return cost
-        known.append((network.model, network.cost(rates)))
-        return known[-1][1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

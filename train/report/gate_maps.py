@@ -2,12 +2,14 @@
 
 import base64
 import dataclasses
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from inertia_jax.calls import apply_network
 from inertia_jax.intercept import first_argument, on_calls
@@ -179,3 +181,29 @@ def layer_to_json(layer: LayerMap) -> dict[str, Any]:
         "thresholds": len(layer.thresholds),
         "levels": base64.b64encode(levels(layer, edges).tobytes()).decode(),
     }
+
+
+def maps_to_json(
+    index: int, maps: GateMaps, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Returns what the page's script draws the maps of the subject `index` from."""
+    pictures = [
+        {
+            "image": _data_url(image),
+            "label": class_names[label],
+            "answer": class_names[answer],
+        }
+        for image, label, answer in zip(
+            maps.images, maps.labels, maps.answers, strict=True
+        )
+    ]
+    layers = [layer_to_json(layer) for layer in maps.layers]
+    return {"subject": index, "pictures": pictures, "layers": layers}
+
+
+def _data_url(image: UInt8[np.ndarray, "h w c"]) -> str:
+    """Returns an image as the address of a PNG, which holds it."""
+    stream = io.BytesIO()
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    Image.fromarray(pixels).convert("RGB").save(stream, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,23 +1,18 @@
 """The page and the Markdown of a report, from its findings and its record."""
 
-import base64
-import io
 import pathlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
-from train.report.class_figures import draw_classes, draw_confusion, worst_pairs
+from train.report.class_figures import worst_pairs
 from train.report.findings import Findings, short_source
-from train.report.gate_maps import layer_to_json
-from train.report.layer_figures import draw_gate_rates, draw_kernels
-from train.report.overview import draw_curves, draw_tradeoffs
-from train.report.svg import NUM_COLOURS, Figure
+from train.report.gate_maps import maps_to_json
+from train.report.sections import draw_sections
+from train.report.svg import NUM_COLOURS
 from train.report.tables import layer_table, network_table
 from train.run.report import in_words
 
@@ -39,9 +34,16 @@ def render(
         keep_trailing_newline=True,
     )
     context = _context(findings, record)
-    drawn = _figures(findings, record["device"])
+    maps = [
+        maps_to_json(index, found.maps, found.evaluation.class_names)
+        for index, found in enumerate(findings)
+        if found.maps is not None and found.evaluation is not None
+    ]
     html = environment.get_template("page.html.j2").render(
-        **context, **drawn, maps=_maps(findings), num_colours=NUM_COLOURS
+        **context,
+        sections=draw_sections(findings, record["device"]),
+        maps=maps,
+        num_colours=NUM_COLOURS,
     )
     markdown = environment.get_template("page.md.j2").render(**context, page=page)
     return html, markdown
@@ -101,7 +103,8 @@ def _notes(findings: Sequence[Findings], record: Mapping[str, Any]) -> list[str]
     for found in findings:
         for what, why in found.left_out.items():
             missing = _MISSING[what]
-            notes.append(f"{found.subject.name}: without {missing}: {why}.")
+            reason = why.removesuffix(".")
+            notes.append(f"{found.subject.name}: without {missing}: {reason}.")
     return notes
 
 
@@ -173,89 +176,3 @@ def _machine(start: Mapping[str, Any]) -> str:
     if start.get("python"):
         words.append(f"Python {start['python']}")
     return ", ".join(str(word) for word in words if word)
-
-
-def _figures(findings: Sequence[Findings], device: str | None) -> dict[str, Any]:
-    """Returns the sections of figures, and what the page has, in order."""
-    gates = draw_gate_rates(findings)
-    confusions = [
-        draw_confusion(found.evaluation, index)
-        for index, found in enumerate(findings)
-        if found.evaluation is not None
-    ]
-    sections: list[dict[str, Any]] = []
-
-    def add(id: str, title: str, figures: Sequence[Figure], single: Any = ()) -> None:
-        groups = [
-            {
-                "id": name,
-                "indices": [figure.subject for figure in of_one],
-                "figures": of_one,
-            }
-            for name, of_one in single
-            if of_one
-        ]
-        sections.append(
-            {
-                "id": id,
-                "title": title,
-                "figures": figures,
-                "single": groups,
-                "legend": _subjects_in(
-                    [*figures, *(f for _, of in single for f in of)]
-                ),
-            }
-        )
-
-    add("curves", "Learning curves", draw_curves(findings))
-    add("tradeoffs", "Accuracy against cost", draw_tradeoffs(findings, device=device))
-    add("kernels", "Ranks and kept energy", draw_kernels(findings))
-    add(
-        "gates",
-        "Gate rates",
-        [figure for figure in gates if figure.subject is None],
-        [("course", [figure for figure in gates if figure.subject is not None])],
-    )
-    add("classes", "Classes", draw_classes(findings), [("confusion", confusions)])
-    contents = [("networks", "Networks")]
-    contents += [(s["id"], s["title"]) for s in sections if s["figures"]]
-    if any(found.maps for found in findings):
-        contents.append(("maps", "Friction and gates on images"))
-    if any(found.cost for found in findings):
-        contents.append(("layers", "Layers"))
-    contents.append(("origins", "How they were made"))
-    return {"sections": sections, "contents": contents}
-
-
-def _subjects_in(figures: Sequence[Figure]) -> list[int]:
-    """Returns the subjects that figures have parts of, if there are several."""
-    found = {
-        int(i) for f in figures for i in re.findall(r'data-subject="(\d+)"', f.svg)
-    }
-    return sorted(found) if len(found) > 1 else []
-
-
-def _maps(findings: Sequence[Findings]) -> list[dict[str, Any]]:
-    """Returns what the page's script draws maps from."""
-    maps = []
-    for index, found in enumerate(findings):
-        if found.maps is None or found.evaluation is None:
-            continue
-        names = found.evaluation.class_names
-        pictures = [
-            {"image": _data_url(image), "label": names[label], "answer": names[answer]}
-            for image, label, answer in zip(
-                found.maps.images, found.maps.labels, found.maps.answers, strict=True
-            )
-        ]
-        layers = [layer_to_json(layer) for layer in found.maps.layers]
-        maps.append({"subject": index, "pictures": pictures, "layers": layers})
-    return maps
-
-
-def _data_url(image: np.ndarray) -> str:
-    """Returns an image as the address of a PNG, which holds it."""
-    stream = io.BytesIO()
-    pixels = image[..., 0] if image.shape[-1] == 1 else image
-    Image.fromarray(pixels).convert("RGB").save(stream, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,7 +1,7 @@
 """The record of a report: everything that its page says, as JSON."""
 
 import dataclasses
-import math
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +54,7 @@ def _subject(found: Findings) -> dict[str, Any]:
         "data": found.source,
         "seed": _seed(found),
         "top1": found.top1,
-        "evaluation": _evaluation(found) if evaluation else None,
+        "evaluation": json.loads(evaluation.to_json()) if evaluation else None,
         "cost": cost_to_json(found.cost) if found.cost else None,
         "layers": _layers(found),
         "latency_ms": dict(found.latency) or None,
@@ -93,20 +93,6 @@ def _seed(found: Findings) -> int | None:
                 break
     seed = options.get("seed")
     return seed if isinstance(seed, int) else None
-
-
-def _evaluation(found: Findings) -> dict[str, Any]:
-    evaluation = found.evaluation
-    if evaluation is None:
-        raise ValueError("the network was not evaluated.")
-    return {
-        "num_examples": evaluation.num_examples,
-        "flip_test": evaluation.flip_test,
-        **evaluation.metrics(),
-        "class_names": list(evaluation.class_names),
-        "per_class": [None if math.isnan(s) else s for s in evaluation.per_class],
-        "confusion": evaluation.confusion.tolist(),
-    }
 
 
 def _layers(found: Findings) -> list[dict[str, Any]]:
