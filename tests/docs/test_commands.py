@@ -26,7 +26,7 @@ MEANT = {
 def commands_of(page):
     """Yields the words of each command, from the verb on."""
     text = re.sub(r"\\\n\s*", "", page.read_text())
-    # Of an indented block, or one with a fence.
+    # In an indented block, or one with a fence.
     for line in re.findall(rf"^ {{4}}.*{PROGRAM}.*|^{PROGRAM}.*", text, re.M):
         words = shlex.split(re.split(PROGRAM, line)[1], comments=True)
         yield [MEANT.get(word, word) for word in words]
