@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-all test-floor lint docs release clean
+.PHONY: quickstart test test-some test-all test-floor lint docs release clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
@@ -19,7 +19,11 @@ quickstart: $(VENV)/.train
 test: lint
 	$(PYTEST) -m "not slow" $(TESTS)
 
-# The rest: the slow tests, among them each extra in an environment of its own.
+# One case of each slow test, as .ci/run has it.
+test-some: $(VENV)/.$(EXTRAS)
+	$(PYTEST) -m slow --one-case $(TESTS)
+
+# All of the slow tests, among them each extra in an environment of its own.
 test-all: $(VENV)/.$(EXTRAS)
 	$(PYTEST) -m slow $(TESTS)
 

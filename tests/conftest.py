@@ -49,6 +49,27 @@ jaxtyping.install_import_hook(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-case",
+        action="store_true",
+        help="of each slow test that has several cases, run the first alone",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--one-case"):
+        return
+    kept, others, seen = [], [], set()
+    for item in items:
+        test = item.path, item.cls, item.originalname
+        again = item.get_closest_marker("slow") and test in seen
+        (others if again else kept).append(item)
+        seen.add(test)
+    config.hook.pytest_deselected(items=others)
+    items[:] = kept
+
+
 @pytest.fixture
 def x64():
     """Float64 for the length of a test."""

@@ -93,7 +93,7 @@ def _sequence(module: Any, made: Mapping[Any, Any]) -> TorchLayer | None:
 
 def _make_layer(module: Any, x: Any, variables: Any) -> TorchLayer | None:
     """Returns a layer of PyTorch, or None if it has none that computes the same."""
-    named = {}
+    named: dict[str, Any] = {}
     for collection in ("params", "batch_stats"):
         leaves = variables.get(collection, {})
         for name in module.path:

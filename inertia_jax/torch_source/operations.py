@@ -66,7 +66,9 @@ class Operations:
         tensors = [self._in_order(x, order) for x in inputs]
         if code == "max" and tensors[1].code == "0.0":
             code = f"torch.relu({bare(tensors[0].code)})"
-        words = {k: v for k, v in params.items() if isinstance(v, int | float | bool)}
+        words: dict[str, Any] = {
+            k: v for k, v in params.items() if isinstance(v, int | float | bool)
+        }
         if "new_dtype" in params:
             words["type"] = f"torch.{np.dtype(params['new_dtype']).name}"
         code = _PAIRS.get(code, code).format(*(x.code for x in tensors), **words)

@@ -113,7 +113,8 @@ def _run(
 
     def read(atom: Any) -> Any:
         if isinstance(atom, Literal):
-            return Known(np.asarray(atom.val, atom.aval.dtype), ())
+            aval: Any = atom.aval
+            return Known(np.asarray(atom.val, aval.dtype), ())
         return env[atom]
 
     for eqn in _needed(jaxpr):

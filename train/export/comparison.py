@@ -43,11 +43,11 @@ class Comparison:
 
 def random_input(shape: tuple[int | None, ...], dtype: str) -> np.ndarray:
     """Returns random images, 8 where the shape leaves their number open."""
-    shape = tuple(_IMAGES if size is None else size for size in shape)
+    sizes = tuple(_IMAGES if size is None else size for size in shape)
     rng = np.random.default_rng(0)
     if dtype == "uint8":
-        return rng.integers(256, size=shape).astype(np.uint8)
-    return rng.normal(size=shape).astype(np.float32)
+        return rng.integers(256, size=sizes).astype(np.uint8)
+    return rng.normal(size=sizes).astype(np.float32)
 
 
 def compare(

@@ -7,7 +7,7 @@ import jax
 
 from inertia_jax import fold_batch_norm
 from inertia_jax.chips.chip import find_chip
-from inertia_jax.compression.latency import model_latency_ms
+from inertia_jax.compression.chip_times import chip_times
 from train.benchmark.timing import Calls, interleaved, random_images
 from train.machine.processes import say
 from train.networks import TrainedNetwork
@@ -63,14 +63,13 @@ def estimate_cycles(network: TrainedNetwork, device: str, *, batch_size: int) ->
         ValueError: No chip has this name, or the network does not fit into its memory.
         ImportError: libtpu, which has the compiler, is not installed.
     """
-    ms = model_latency_ms(
-        network.model,
-        network.variables,
+    times = chip_times(
+        (network.model, network.variables),
         network.preprocessing.image_shape,
         batch_size=batch_size,
         device=device,
     )
-    return round(1e-3 * ms * find_chip(device).clock_hz)
+    return round(1e-3 * times.ms * find_chip(device).clock_hz)
 
 
 def _call(network: TrainedNetwork, batch_size: int) -> Any:
