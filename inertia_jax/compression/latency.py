@@ -24,7 +24,6 @@ from inertia_jax.ops.tucker.factors import (
     pointwise,
     stack_groups,
 )
-from inertia_jax.ops.tucker.joined import core_and_last
 from inertia_jax.ops.tucker.low_rank import low_rank_conv
 from inertia_jax.plan.specs import Conv, LowRank
 
@@ -119,8 +118,8 @@ def _forward(
         )
     factors = Tucker2Factors(into, kernels[1], out)
     first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
-    x = pointwise(x, as_matrix(first), groups=groups)
-    return core_and_last(convolve, x, core, last, groups=groups)
+    x = convolve(pointwise(x, as_matrix(first), groups=groups), core)
+    return pointwise(x, as_matrix(last), groups=groups)
 
 
 def network_latencies_ms(

@@ -1,4 +1,4 @@
-"""A core and its last factor: two convolutions, or one where a TPU is quicker so."""
+"""A core and its last factor in training: two convolutions, or one on a TPU."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def core_and_last(
 ) -> Float[Array, "n *out c_out"]:
     """Convolves with a core, and then mixes the channels by the last factor.
 
-    On TPU, both are one convolution with their product where that is quicker.
+    On TPU, both are one convolution with their product, where it is trained quicker.
 
     Args:
         convolve: The convolution, a function of images and a kernel.

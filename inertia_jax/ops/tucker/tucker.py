@@ -21,7 +21,6 @@ from inertia_jax.ops.tucker.factors import (
     factor_kernels,
     pointwise,
 )
-from inertia_jax.ops.tucker.joined import core_and_last
 from inertia_jax.ops.tucker.unfold import (
     as_wide_kernel,
     check_rank,
@@ -245,9 +244,9 @@ def tucker2_conv(
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])
     factors = Tucker2Factors(*map(jnp.asarray, factors))
-    first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
+    first, core, last = factor_kernels(factors, groups=groups)
     x = pointwise(x, as_matrix(first), groups=groups)
-    convolve = functools.partial(
-        conv, strides=strides, padding=padding, dilation=dilation, groups=groups
+    x = conv(
+        x, core, strides=strides, padding=padding, dilation=dilation, groups=groups
     )
-    return core_and_last(convolve, x, core, last, groups=groups)
+    return pointwise(x, as_matrix(last), groups=groups)
