@@ -372,6 +372,23 @@ def test_forms_for_tpu_change_no_result(monkeypatch, x64):
     assert sum(form is not None for form in chosen) >= 4  # Views, means and two maps.
 
 
+@pytest.mark.parametrize("threshold", [-1.0, 1.2, 1e30])
+def test_no_tile_or_all_are_computed_on_tpu(threshold, monkeypatch, x64):
+    def results(capacities):
+        options = dict(region_size=5, threshold=threshold, capacities=capacities)
+        return ops.inertial_conv_tiled(IMAGES[:2], CORE, **options)
+
+    expected = results(None)
+    monkeypatch.setattr(
+        lax,
+        "platform_dependent",
+        lambda *args, default, tpu=None, **_: (tpu or default)(*args),
+    )
+    text = str(jax.make_jaxpr(lambda: results((1 / 4, 1)))())
+    assert text.count("conv_general_dilated[") == 3 and "scatter" not in text
+    close(results((1 / 4, 1)), expected)
+
+
 # Derivatives
 
 
@@ -638,9 +655,10 @@ def test_where_products_are_narrower_open_tiles_are_computed_whole():
         return {n for n in (12, 16) if f"tensor<{n}x18x" in exported.mlir_module()}
 
     assert rows("cpu", *args) == {12}  # The fourth follows from the mean.
-    assert rows("tpu", *args) == rows("cuda", *args) == {16}
+    assert rows("cuda", *args) == {16}
+    assert rows("tpu", *args) == set()  # No tiles are gathered there.
     with jax.enable_x64(True):
-        assert rows("tpu", *(x.astype(np.float64) for x in args)) == {12}
+        assert rows("cuda", *(x.astype(np.float64) for x in args)) == {12}
 
 
 def sizes(jaxpr):

@@ -83,7 +83,9 @@ def inertial_conv_tiled(
             so that results depend on them by rounding alone. (On CPU, one output of an
             open tile comes from the tile's mean: its rounding is relative to the tile's
             largest output, and it is not finite if the mean is not.) None computes
-            every tile and then selects, as derivatives and `vmap` always do.
+            every tile and then selects, as derivatives and `vmap` always do. On TPU,
+            where gathered tiles take longer than all, every tile is computed unless
+            none is open.
         gate_gradient: Gradient through the gate, `none` or `ste`, as `select` takes it.
         slope: Steepness of `ste`, per unit of friction, > 0.
         channel_stride: Step over the channels that friction reads, >= 1.
@@ -193,8 +195,12 @@ def _compute_open(
     measure: Callable[[Array], Array],
     capacities: tuple[float | int, ...],
     is_exact: bool,
+    gathers: bool,
 ) -> Result:
-    """Computes open tiles alone, up to the smallest capacity that holds them."""
+    """Computes open tiles alone, up to the smallest capacity that holds them.
+
+    Unless it `gathers` them, it computes no tile, or all.
+    """
     x, n = images.x, tiling.tile_size
     padded = pad_image(x, tiling.pads)
     friction = measure(padded) if images.friction is None else images.friction
@@ -224,7 +230,8 @@ def _compute_open(
             high, means, spread(friction[..., None], n), threshold.reshape(1, 1, 1, 1)
         )
 
-    sizes = [0, *(math.ceil(share * num_tiles) for share in capacities[:-1])]
+    shares = capacities[:-1] if gathers else ()
+    sizes = [0, *(math.ceil(share * num_tiles) for share in shares)]
     rung = sum((num_open > size).astype(jnp.int32) for size in sizes)
     rung = jnp.where(num_open == num_tiles, len(sizes) + 1, rung)
     steps: list[Callable[[], Array]] = [
