@@ -61,6 +61,9 @@ def make_inertial(
     original network. Labels are not needed. A layer of rate 1 stays an ordinary
     convolution.
 
+    What this saves is for CPUs: on a TPU no form of a tiled layer is as quick as its
+    dense convolution, by the compiler's estimate (docs/accelerators.md).
+
     Filled tiles vary less than computed ones. Under BatchNorm's old statistics this is
     a change of scale, and most of the damage. So thresholds are chosen under the
     statistics of the calibration images, and the statistics are recalibrated at the end
