@@ -66,8 +66,8 @@ def estimate_cycles(network: TrainedNetwork, device: str, *, batch_size: int) ->
     times = chip_times(
         (network.model, network.variables),
         network.preprocessing.image_shape,
-        batch_size=batch_size,
         device=device,
+        batch_size=batch_size,
     )
     return round(1e-3 * times.ms * find_chip(device).clock_hz)
 
