@@ -154,12 +154,14 @@ class _Writer:
         self._layers.setdefault(layer.name, layer)
         self.state |= layer.state
 
-    def _constant(self, known: Known, order: Sequence[int]) -> Tensor:
+    def _constant(
+        self, known: Known, order: Sequence[int], *, is_tensor: bool = False
+    ) -> Tensor:
         """Returns a variable, a number, or a constant of the module."""
         value = known.value
         sizes = (*value.shape,)
         missing = len(order) - value.ndim
-        if value.size == 1 and known.leaf is None:
+        if value.size == 1 and known.leaf is None and not is_tensor:
             return Tensor(_number(value), known.shape, (), (1,) * len(known.shape))
         if missing > 0:  # a number with a name
             sizes = (1,) * missing + sizes

@@ -27,10 +27,11 @@ class Operations:
     """Writes operations, one after the other.
 
     Args:
-        constant: A function that returns the tensor of a known array, in an order.
+        constant: A function of a known array and the order of its axes, which returns a
+            tensor; a number stays one unless `is_tensor` is set.
     """
 
-    def __init__(self, constant: Callable[[Known, Sequence[int]], Tensor]) -> None:
+    def __init__(self, constant: Callable[..., Tensor]) -> None:
         """Takes what names constants."""
         self._constant = constant
 
@@ -64,8 +65,8 @@ class Operations:
         # The order that images have, if one of the inputs is an image.
         order = next((o for o in orders if o != tuple(range(len(shape)))), orders[0])
         tensors = [self._in_order(x, order) for x in inputs]
-        if code == "max" and tensors[1].code == "0.0":
-            code = f"torch.relu({bare(tensors[0].code)})"
+        if code in ("max", "min"):
+            code = _clamped(code, inputs, tensors)
         words: dict[str, Any] = {
             k: v for k, v in params.items() if isinstance(v, int | float | bool)
         }
@@ -86,9 +87,15 @@ class Operations:
 
     def _full(self, x: Known | Tensor, order: Sequence[int] | None = None) -> Tensor:
         """Returns a tensor with nothing left to be repeated."""
-        if order is None:
-            order = range(len(x.shape)) if isinstance(x, Known) else x.order
-        tensor = self._in_order(x, order)
+        if isinstance(x, Known):
+            if not all(isinstance(size, int) for size in x.shape):
+                raise ValueError("what is repeated for every image has no form here.")
+            if x.value.shape != x.shape or x.leaf is None:
+                whole = np.array(np.broadcast_to(x.value, x.shape))
+                x = Known(whole, x.shape, None)
+            order = range(len(x.shape)) if order is None else order
+            return self._constant(x, order, is_tensor=True)
+        tensor = ordered(x, x.order if order is None else order)
         if tensor.sizes == tensor.shape:
             return tensor
         repeated = [
@@ -304,6 +311,21 @@ class Operations:
             code = f"functional.pad({code}, {pads}, value={value})"
         code = f"functional.{name}2d({code}, {sides}, {steps}{more})"
         return Tensor(code, shape, (0, 3, 1, 2), shape)
+
+
+def _clamped(name: str, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> str:
+    """Returns the maximum or minimum of two tensors, or of one and a number."""
+    numbers = [
+        isinstance(x, Known) and not t.order
+        for x, t in zip(inputs, tensors, strict=True)
+    ]
+    if not any(numbers):
+        return name
+    number, x = tensors if numbers[0] else tensors[::-1]
+    if name == "max" and number.code == "0.0":
+        return f"torch.relu({bare(x.code)})"
+    bound = "min" if name == "max" else "max"
+    return f"{x.code}.clamp({bound}={number.code})"
 
 
 _PAIRS = {"max": "torch.maximum({0}, {1})", "min": "torch.minimum({0}, {1})"}
