@@ -46,7 +46,8 @@ _IJX = """\
 _STABLEHLO = """\
     # pip install iree-base-compiler iree-base-runtime
     iree-compile --iree-input-type=stablehlo --iree-hal-target-device=local \\
-        --iree-hal-local-target-device-backends=llvm-cpu {path} -o network.vmfb
+        --iree-hal-local-target-device-backends=llvm-cpu \\
+        --iree-llvmcpu-target-cpu=host {path} -o network.vmfb
     iree-run-module --module=network.vmfb --function=main --input=@images.npy"""
 _ONNX = """\
     import onnxruntime
