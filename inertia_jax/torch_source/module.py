@@ -224,7 +224,7 @@ def _containers(name: str, names: Sequence[str], made: set[str]) -> Iterator[str
             yield f"        {member(owner)} = nn.Module()"
 
 
-def _number(value: np.ndarray) -> str:
+def _number(value: np.ndarray | np.generic) -> str:
     """Returns a number with as many digits as its type has."""
     number = value.reshape(()).item()
     if not np.isfinite(number):
