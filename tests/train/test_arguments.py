@@ -10,9 +10,9 @@ import tyro
 from train.__main__ import VERBS, main
 from train.arguments import parse_options
 from train.compress.options import Compress
+from train.options.export import Export
 from train.options.finetune import Finetune
 from train.options.fit import Fit, RunArguments, parse
-from train.verbs.export import Export
 
 ON = ["--flip", "--flip True", "--flip=true", "--data.flip", "--data.flip True"]
 OFF = ["--no-flip", "--flip False", "--data.no-flip", "--data.flip=False"]

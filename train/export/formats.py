@@ -14,9 +14,9 @@ from inertia_jax import load_exported, save_exported
 from inertia_jax.ops.conv.replaced import in_one_form
 from train.errors import UsageError
 from train.export.comparison import Logits
+from train.export.settings import Format
 from train.networks import TrainedNetwork
 
-Format = Literal["ijx", "stablehlo", "onnx", "torch", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 # Formats of the file's name alone.
 _SUFFIXES: dict[str, Format] = {

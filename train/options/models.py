@@ -17,14 +17,18 @@ class Models:
     NAME, it shows the layers of that network.
     """
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = (
+        None
+    )
     """Network whose layers are shown; None: all networks, a line each."""
     num_classes: int = 10
     """Number of classes."""
     width: float = 1.0
     """Factor of every number of channels."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers of resnet18."""
+    """First layers of resnet18; the other goes with a NAME."""
+    shortcut: Literal["A", "B"] = "A"
+    """Shortcuts of resnet20 to resnet56; the other goes with a NAME."""
 
 
 def parse(argv: Sequence[str]) -> Models:

@@ -7,6 +7,7 @@ from typing import Any
 
 from train.arguments import parse_options
 from train.errors import UsageError, one_of
+from train.result import add_result
 from train.run.outputs import check_output_file, write_json
 
 _PROG = "python -m train benchmark"
@@ -51,6 +52,7 @@ def run(argv: Sequence[str]) -> int:
         rows.append(row)
         # What is measured is kept, whatever becomes of the rest.
         write_json(suite.out, suite.record(rows))
+    add_result(suite.record(rows))
     return 0
 
 

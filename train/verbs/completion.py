@@ -15,6 +15,7 @@ from train.experiments.pipeline_config import Pipeline
 from train.options.completion import Completion, parse
 from train.options.diff import Diff
 from train.options.evaluate import Evaluate
+from train.options.export import Export
 from train.options.finetune import Finetune
 from train.options.fit import Fit
 from train.options.import_torch import Import
@@ -23,11 +24,10 @@ from train.options.pipeline import Run
 from train.options.plan import Plan
 from train.options.predict import Predict
 from train.options.quickstart import Quickstart
+from train.options.report import Report
 from train.options.sweep import SweepArguments
 from train.result import add_result
 from train.verbs.benchmark import SUITES
-from train.verbs.export import Export
-from train.verbs.report import Report
 
 # What `Benchmark` has for the options of a suite, which the suite knows.
 Suite: Any = Literal[tuple(SUITES)]

@@ -1,15 +1,13 @@
 """`python -m train export`: write a network as a file that other programs run."""
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import linen as nn
 
 from inertia_jax import fold_batch_norm
@@ -17,21 +15,21 @@ from inertia_jax.atomic import appearing
 from inertia_jax.deploy.exported import check_platforms
 from inertia_jax.metadata import Preprocessing, both_sides
 from inertia_jax.plan.plan import without_ladders
-from train.arguments import parse_options
-from train.config import FactoryOption
 from train.errors import user_input
 from train.evaluate.deployed import images_to_logits, kernels_in_type
 from train.export.comparison import Logits, compare, random_input
 from train.export.formats import (
     WEIGHTS,
-    Format,
     Job,
     choose_format,
     place_of,
     write_ijx,
     write_stablehlo,
 )
+from train.export.settings import Format
 from train.networks import TrainedNetwork, read_network, with_dtype
+from train.options.export import Export, parse
+from train.result import add_result
 from train.run.checkpoints import find_checkpoint
 
 _IJX = """\
@@ -56,50 +54,9 @@ _ONNX = """\
 _EXAMPLES = {"ijx": _IJX, "stablehlo": _STABLEHLO, "onnx": _ONNX}
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """Exports a checkpoint as a file that other programs run, or as a folder.
-
-    ijx: one file that needs JAX alone. stablehlo: bytecode for IREE and other compilers
-    of StableHLO. onnx: a file for ONNX Runtime and others. torch: a folder with a
-    module of PyTorch and its state dict. safetensors: a folder of weights with the
-    names of PyTorch. Each is compared with the checkpoint's logits, and is not kept if
-    they differ.
-    """
-
-    checkpoint: Annotated[str, tyro.conf.Positional]
-    """Checkpoint, or run, of which the best checkpoint is taken."""
-    out: str
-    """File or folder to write, which must not exist."""
-    format: Format | None = None
-    """Format; None: that of the suffix of `out` (.ijx, .stablehlo, .onnx, .pt, .pth,
-    .safetensors), or ijx."""
-    factory: FactoryOption = None
-    """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
-    says."""
-    batch_size: int | Literal["dynamic"] = "dynamic"
-    """Number of images a call; dynamic: any number, which tiled inertial layers do not
-    allow."""
-    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")
-    """Platforms that a file of `format` ijx is to run on: cpu, cuda, rocm, tpu. This
-    machine need not have them."""
-    input: Literal["uint8", "float32"] = "uint8"
-    """uint8: raw pixels, which the file resizes and normalises; float32: normalised
-    pixels."""
-    image_size: int | tuple[int, int] | None = None
-    """Height and width of raw pixels; one number: both; None: those of the network's
-    input, or those that images are resized to before the centre is cut out."""
-    fold: bool | None = None
-    """Merge BatchNorm into the kernels before it; None: in ijx, stablehlo and onnx,
-    which are only run."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the computation and of the kernels in the file; None: the checkpoint's in
-    ijx and stablehlo, float32 in the others."""
-
-
 def run(argv: Sequence[str]) -> int:
     """Exports as the arguments say, and compares the file with the checkpoint."""
-    args = parse_options(Export, argv, verb="export")
+    args = parse(argv)
     path, out = find_checkpoint(args.checkpoint), pathlib.Path(args.out)
     format_ = choose_format(args.format, out)
     place, weights = place_of(format_, out)
@@ -142,6 +99,9 @@ def run(argv: Sequence[str]) -> int:
     size = sum(file.stat().st_size for file in files)
     print(f"exported    {place}, {size / 1e6:.1f} MB")
     print(said)
+    add_result(
+        {"checkpoint": path, "exported": place, "format": format_, "num_bytes": size}
+    )
     number = "n" if batch_size is None else batch_size
     shown = f"[{', '.join(map(str, (number, *shape)))}]"
     if format_ in _EXAMPLES:

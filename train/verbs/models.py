@@ -18,8 +18,10 @@ def run(argv: Sequence[str]) -> int:
     if args.name is not None:
         with user_input():
             check_model_name("name", args.name)
-    elif args.stem != Models.stem:
-        raise UsageError(f"`stem` (={args.stem}) does nothing without a NAME.")
+    for name in ("stem", "shortcut"):
+        value = getattr(args, name)
+        if args.name is None and value != getattr(Models, name):
+            raise UsageError(f"`{name}` (={value}) does nothing without a NAME.")
     shown, found = [["network", "input", "parameters", "MACs"]], []
     for name in [args.name] if args.name else MODEL_NAMES:
         shape, cost = _count(name, args)
@@ -47,7 +49,11 @@ def _count(name: str, args: Models) -> tuple[tuple[int, int, int], CostTable]:
     """Returns the shape of a network's input, and what the network costs."""
     with user_input():
         model = create_model(
-            name, num_classes=args.num_classes, width=args.width, stem=args.stem
+            name,
+            num_classes=args.num_classes,
+            width=args.width,
+            stem=args.stem,
+            shortcut=args.shortcut,
         )
     shape = input_shape(model)
     return shape, count_cost(model, shape)

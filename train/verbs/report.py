@@ -5,18 +5,14 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from inertia_jax.atomic import appearing
 from inertia_jax.calls import remembered_calls
 from inertia_jax.chips.compiler import topology
-from train.arguments import parse_options
-from train.config import FactoryOption, SourceOption
 from train.errors import UsageError, user_input
-from train.evaluate.checkpoint import EvaluationSettings
 from train.machine.processes import first_devices, say
+from train.options.report import Report, parse
 from train.report.findings import Examiner, Findings
 from train.report.page import render
 from train.report.record import make_report_record
@@ -27,52 +23,14 @@ from train.report.speed import (
     measure_latency,
 )
 from train.report.subjects import read_subjects
+from train.result import add_result
 from train.run.outputs import check_output, write_json
 from train.run.report import draw_curve, format_curve
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Writes a page about runs and checkpoints, side by side, and their record.
-
-    The page is one file, OUT.html, which needs no network. OUT.md has its tables, and
-    OUT.json all numbers. A single run also has its learning curve in OUT.png.
-    """
-
-    paths: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN_OR_CHECKPOINT"),
-    ]
-    """Directories of runs, of which the best checkpoint is taken, and checkpoints."""
-    out: str | None = None
-    """Stem of the files. A directory, or what ends with a slash, has them as report.*;
-    None: RUN/report for a single run, and ./report for anything else."""
-    seconds_to: tuple[float, ...] = ()
-    """Test accuracies in (0, 1], for each of which the seconds of training until then
-    are reported."""
-    data: SourceOption = None
-    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that each network
-    was trained on."""
-    images: int = 6
-    """Number of test images on which friction and gates are shown."""
-    latency: bool = False
-    """Time all networks in turn, on this machine. Times that OUT.json has of the same
-    networks here are not measured again; they are shown with and without this."""
-    device: str | None = None
-    """Chip whose compiler estimates cycles, v4, v5e, v5p or v6e; it need not be there,
-    but libtpu must (the extra `tpu`)."""
-    factory: FactoryOption = None
-    """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
-    says."""
-    settings: Annotated[EvaluationSettings, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=EvaluationSettings
-    )
-
-
 def run(argv: Sequence[str]) -> int:
     """Reports as the arguments say, and prints where the files are."""
-    args = parse_options(Report, argv, verb="report")
+    args = parse(argv)
     _check(args)
     with remembered_calls():
         return _run(args)
@@ -111,6 +69,7 @@ def _run(args: Report) -> int:
             with appearing(files[name]) as partial:
                 partial.write_text(text, encoding="utf-8")
     write_json(files["json"], record)
+    add_result({"files": files, **record})
     if len(subjects) == 1 and subjects[0].record is not None:
         alone = dict(subjects[0].record)
         draw_curve(alone, files["png"])
