@@ -48,7 +48,7 @@ def test_every_public_name_has_an_example():
 @pytest.fixture(scope="module")
 def shared(one_device):
     """What the first page of the reference makes for all examples."""
-    return run_python_of(API / "index.md")
+    return run_python_of(API / "index.md")[0]
 
 
 @pytest.mark.slow
