@@ -15,14 +15,14 @@ from train.machine.processes import differing_process, warn
 from train.step.objective import is_held
 from train.step.optimizer import scale_learning_rate
 
-# The lowest and highest learning rate that are usual, and who says so; that of sgd is
-# at a batch of 128 and momentum 0.9.
+# The usual learning rates, and who says so; those of sgd are at a batch of 128 and
+# momentum 0.9.
 _USUAL_RATES = {
-    "sgd": (1e-4, 1.0, "Goyal et al., 2017, in proportion to the batch"),
-    "adadelta": (1e-3, 10.0, "Zeiler, 2012, and PyTorch: 1"),
-    "adamw": (1e-6, 1e-2, "Loshchilov and Hutter, 2019: 1e-3"),
-    "lion": (1e-7, 3e-3, "Chen et al., 2023: a third to a tenth of adamw's"),
-    "muon": (1e-6, 2e-2, "Liu et al., 2025: those of adamw"),
+    "sgd": (0.01, 0.2, "Goyal et al., 2017, in proportion to the batch"),
+    "adadelta": (0.1, 1.0, "Zeiler, 2012"),
+    "adamw": (1e-4, 2e-3, "Loshchilov and Hutter, 2019"),
+    "lion": (1e-5, 6e-4, "Chen et al., 2023, a third to a tenth of adamw's"),
+    "muon": (1e-4, 4e-3, "Liu et al., 2025, those of adamw"),
 }
 
 
@@ -45,10 +45,9 @@ def warn_of_unreached(config: Config) -> None:
 def warn_of_learning_rate(config: Config) -> None:
     """Warns on standard error of a learning rate far above those that are usual.
 
-    That of sgd is far above where it is more than ten times this program's recipe, 0.1
-    at a batch of 128 and momentum 0.9, scaled with the batch and with what momentum
-    makes of a step: `0.1 (batch_size / 128) (1 - momentum) / 0.1`. A training from
-    random weights is also warned of where it would hardly move.
+    That is five times the highest. In a training from random weights, a hundredth of
+    the lowest is warned of, too. Those of sgd are scaled with the batch, and with what
+    momentum makes of a step: `(batch_size / 128) (1 - momentum) / 0.1`.
     """
     optimizer = scale_learning_rate(config.optimizer, batch_size=config.batch_size)
     rate, name = optimizer.learning_rate, optimizer.name
@@ -56,16 +55,15 @@ def warn_of_learning_rate(config: Config) -> None:
     if name == "sgd":
         scale = config.batch_size / 128 * (1 - optimizer.momentum) / 0.1
         low, high = low * scale, high * scale
-    if rate > high:
+    if rate > 5 * high:
         consequence = "the loss may grow instead of falling"
-    elif rate < low and config.init is None:
+    elif rate < low / 100 and config.init is None:
         consequence = "the network may hardly learn"
     else:
         return
     warn(
-        f"the learning rate {rate:.3g} is far from what is usual for {name} at a "
-        f"batch of {config.batch_size}, {low:.2g} to {high:.2g} ({source}): "
-        f"{consequence}."
+        f"the learning rate {rate:.3g} is far from the usual ones of {name} at a batch "
+        f"of {config.batch_size}, {low:.2g} to {high:.2g} ({source}): {consequence}."
     )
 
 
