@@ -93,7 +93,7 @@ def draw_erased(
         sides = jnp.round(
             jnp.stack([jnp.sqrt(areas * ratios), jnp.sqrt(areas / ratios)], axis=-1)
         )
-        fits = jnp.all(sides < whole[None], axis=-1)
+        fits = jnp.all((sides > 0) & (sides < whole[None]), axis=-1)
         chosen = sides[jnp.argmax(fits)]
         corner = jnp.floor(jax.random.uniform(corner_key, (2,)) * (whole - chosen + 1))
         box = jnp.concatenate([corner, corner + chosen]).astype(jnp.int32)

@@ -75,7 +75,8 @@ def operate(
 
     table = _table(image, is_kind, level)
     image = jax.vmap(jnp.take, in_axes=(0, 2), out_axes=2)(table, image)
-    image = _blend(image, is_kind, 1 + 0.9 * level * sign)
+    factor = jnp.where(sign > 0, 1 + 0.9 * level, 1 - 0.9 * level)
+    image = _blend(image, is_kind, factor)
     return _warp(image, _coefficients(image.shape, is_kind, level, sign))
 
 

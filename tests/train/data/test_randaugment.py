@@ -11,11 +11,12 @@ from PIL import Image, ImageEnhance, ImageOps
 from train.data.randaugment import OPERATIONS, operate, rand_augment
 
 RNG = np.random.default_rng(0)
-NOISE = RNG.integers(256, size=(14, 11, 3), dtype=np.uint8)
+# Of more than 255 pixels, without which Pillow has nothing to equalise.
+NOISE = RNG.integers(256, size=(40, 31, 3), dtype=np.uint8)
 # Smooth and of few values, as photographs are; not square.
 SMOOTH = np.asarray(
     Image.fromarray(RNG.integers(256, size=(4, 4, 3), dtype=np.uint8)).resize(
-        (11, 14), Image.Resampling.BICUBIC
+        (31, 40), Image.Resampling.BICUBIC
     )
 )
 FAINT = SMOOTH // 3 + 40
@@ -80,6 +81,10 @@ def test_operations_are_pillows(magnitude, channels):
                 if name == "autocontrast":
                     # Pillow multiplies by a rounded factor, and cuts: 254.99 is 254.
                     assert differing.max() <= 1, name
+                elif name in ENHANCERS:
+                    # A blend that is a whole number may be rounded to just below it.
+                    assert differing.max() <= 1, name
+                    assert (differing > 0).mean() < 0.002, name
                 elif name == "rotate":
                     # A place on the edge of two pixels may be either's, by rounding.
                     assert (differing > 0).mean() < 0.02, name
@@ -95,33 +100,36 @@ def test_an_image_of_one_colour_has_nothing_to_stretch():
 
 
 def test_operations_are_drawn_evenly_and_by_each_images_key():
-    images = jnp.broadcast_to(jnp.asarray(SMOOTH), (1400, *SMOOTH.shape))
-    keys = jax.random.split(jax.random.key(0), 1400)
+    # Each operation changes it in its own way.
+    image = FAINT[::2, ::2]
+    images = jnp.broadcast_to(jnp.asarray(image), (700, *image.shape))
+    keys = jax.random.split(jax.random.key(0), 700)
     draw = jax.jit(functools.partial(rand_augment, num_operations=1, magnitude=30))
     drawn = np.asarray(draw(images, keys))
     possible = np.asarray(
-        all_operations(jnp.asarray(SMOOTH), np.array([1, -1]), magnitude=30)
+        all_operations(jnp.asarray(image), np.array([1, -1]), magnitude=30)
     )
     is_same = (drawn[:, None, None] == possible[None]).all((-1, -2, -3))
     assert is_same.any((1, 2)).all()
     for place, name in enumerate(OPERATIONS):
-        # 100 expected, or 50 of each sign; 5 standard deviations.
+        # 50 expected, or 25 of each sign; 5 standard deviations.
         signs = is_same[:, :, place].sum(0)
         is_signed = (possible[0, place] != possible[1, place]).any()
-        expected = 50 if is_signed else 100
+        expected = 25 if is_signed else 50
         assert np.abs(signs - expected).max() < 5 * expected**0.5, name
-    np.testing.assert_array_equal(draw(images[:700], keys[700:]), drawn[700:])
+    np.testing.assert_array_equal(draw(images, keys[::-1]), drawn[::-1])
 
 
 def test_operations_follow_each_other():
     keys = jax.random.split(jax.random.key(0), 8)
     images = jnp.broadcast_to(jnp.asarray(SMOOTH), (8, *SMOOTH.shape))
-    twice = rand_augment(images, keys, num_operations=2, magnitude=20)
-    for key, found in zip(keys, twice, strict=True):
+    twice = jax.jit(functools.partial(rand_augment, num_operations=2, magnitude=20))
+    one = jax.jit(functools.partial(operate, magnitude=20))
+    for key, found in zip(keys, twice(images, keys), strict=True):
         image = jnp.asarray(SMOOTH)
         for step_key in jax.random.split(key, 2):
             kind, sign = jax.random.split(step_key)
             operation = jax.random.randint(kind, (), 0, 14)
             sign = 1 - 2 * jax.random.bernoulli(sign).astype(int)
-            image = operate(image, operation, sign, magnitude=20)
+            image = one(image, operation, sign)
         np.testing.assert_array_equal(found, image)
