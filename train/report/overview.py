@@ -16,6 +16,7 @@ from train.report.svg import (
     tag,
     to_svg,
 )
+from train.run.report import is_validated
 
 _SIZE = (360, 270)
 # Costs that differ by more than this factor are drawn on a logarithmic axis.
@@ -32,14 +33,27 @@ def draw_curves(findings: Sequence[Findings]) -> list[Figure]:
     if not curves:
         return []
     figures = []
+    some_validated = any(is_validated(curve) for _, curve in curves)
     for name, of, label, scale in (
-        ("accuracy", ("train_accuracy", "test_top1"), "accuracy [%]", 100),
-        ("loss", ("train_loss", "test_loss"), "loss [nats]", 1),
+        (
+            "accuracy",
+            {"--": "train_accuracy", "-": "test_top1", ":": "validation_top1"},
+            "accuracy [%]",
+            100,
+        ),
+        (
+            "loss",
+            {"--": "train_loss", "-": "test_loss", ":": "validation_loss"},
+            "loss [nats]",
+            1,
+        ),
     ):
         with new_figure(*_SIZE) as (figure, axes):
             for index, curve in curves:
                 epochs = [row["epoch"] for row in curve]
-                for key, style in zip(of, ("--", "-"), strict=True):
+                for style, key in of.items():
+                    if style == ":" and not is_validated(curve):
+                        continue
                     is_test = style == "-"
                     (line,) = axes.plot(
                         epochs,
@@ -55,10 +69,14 @@ def draw_curves(findings: Sequence[Findings]) -> list[Figure]:
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.plot([], [], "-", color=INK, label="test")
             axes.plot([], [], "--", color=INK, linewidth=1.1, label="training")
+            if some_validated:
+                axes.plot([], [], ":", color=INK, linewidth=1.1, label="validation")
             axes.legend(frameon=False)
             title = f"{name.capitalize()} over epochs"
             svg = to_svg(figure, f"curves-{name}", title)
         caption = "Solid: test images. Dashed: training images, as they were augmented."
+        if some_validated:
+            caption += " Dotted: validation images, which choose the best checkpoint."
         figures.append(Figure(f"curves-{name}", title, caption, svg))
     return figures
 

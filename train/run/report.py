@@ -37,6 +37,7 @@ def make_record(
     lines = read_metrics(run / "metrics.jsonl")
     epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
     tests = {line["epoch"]: line for line in lines if line["kind"] == "test"}
+    validations = {x["epoch"]: x for x in lines if x["kind"] == "validation"}
     curve = [
         {
             "epoch": epoch,
@@ -46,6 +47,11 @@ def make_record(
             "test_loss": tests[epoch]["loss"],
             "test_top1": tests[epoch]["top1"],
             "test_top5": tests[epoch]["top5"],
+            **{
+                f"validation_{name}": validations[epoch][name]
+                for name in ("loss", "top1", "top5")
+                if epoch in validations
+            },
             "images_per_s": epochs[epoch]["images_per_s"],
             "train_seconds": _number_or_none(epochs[epoch].get("train_seconds")),
             **_gate_rates(epochs[epoch], tests[epoch]),
@@ -99,7 +105,10 @@ def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
     # A line through one point is not seen.
     marker = "o" if len(epochs) == 1 else None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    for split, name in (("train", "accuracy"), ("test", "top1")):
+    splits = [("train", "accuracy"), ("test", "top1")]
+    if is_validated(curve):
+        splits.append(("validation", "top1"))
+    for split, name in splits:
         shares = [100 * row[f"{split}_{name}"] for row in curve]
         left.plot(epochs, shares, label=split, marker=marker)
         losses = [row[f"{split}_loss"] for row in curve]
@@ -114,8 +123,15 @@ def draw_curve(record: dict[str, Any], path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def is_validated(curve: Sequence[dict[str, Any]]) -> bool:
+    """Whether validation images were held out, which then choose the checkpoint."""
+    return all("validation_top1" in row for row in curve)
+
+
 def format_curve(record: dict[str, Any]) -> str:
-    """Returns the curve as a table."""
+    """Returns the curve as a table, and which epoch's checkpoint is the best."""
+    curve = record["curve"]
+    judge = "validation" if is_validated(curve) else "test"
     columns = {
         "epoch": ("epoch", "d"),
         "train loss": ("train_loss", ".4f"),
@@ -124,14 +140,15 @@ def format_curve(record: dict[str, Any]) -> str:
         "test top-1": ("test_top1", ".2%"),
         "images/s": ("images_per_s", ".0f"),
     }
-    rows = [
-        [format(row[key], form) for key, form in columns.values()]
-        for row in record["curve"]
-    ]
-    highest = max(row["test_top1"] for row in record["curve"])
-    first, *equal = [r for r in record["curve"] if r["test_top1"] == highest]
+    if judge == "validation":
+        columns["validation top-1"] = ("validation_top1", ".2%")
+    rows = [[format(row[key], form) for key, form in columns.values()] for row in curve]
+    highest = max(row[f"{judge}_top1"] for row in curve)
+    first, *equal = [row for row in curve if row[f"{judge}_top1"] == highest]
     tie = f", the first of {1 + len(equal)} with this accuracy" if equal else ""
-    best = f"best: epoch {first['epoch']}, test top-1 {highest:.2%}{tie}"
+    best = f"best: epoch {first['epoch']}, {judge} top-1 {highest:.2%}{tie}"
+    if judge == "validation":
+        best += f"; test top-1 {first['test_top1']:.2%}"
     reached = [
         f"{float(share):.2%} {in_words(epoch)}"
         for share, epoch in record.get("seconds_to", {}).items()

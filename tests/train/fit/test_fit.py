@@ -347,6 +347,11 @@ def test_of_equal_checkpoints_the_first_is_called_the_best(tmp_path):
     best = "best: epoch 2, test top-1 50.00%"
     for count, end in ((3, ", the first of 2 with this accuracy"), (2, "")):
         assert format_curve({"curve": curve[:count]}).endswith(best + end)
+    judged = [
+        {**r, "validation_top1": v} for r, v in zip(curve, (0.2, 0.3, 0.1), strict=True)
+    ]
+    said = "best: epoch 2, validation top-1 30.00%; test top-1 50.00%"
+    assert format_curve({"curve": judged}).endswith(said)
 
 
 def test_a_finished_run_is_evaluated_again(run, data, capsys):

@@ -84,6 +84,17 @@ def test_a_run_of_one_epoch_is_a_point():
         assert [len(use) for _, use in parts(figure)] == [epochs == 1] * 2
 
 
+def test_validation_images_have_a_curve_where_they_choose():
+    runs = [found(i, macs=1, top1=0.5, epochs=2) for i in range(2)]
+    for row in runs[1].subject.record["curve"]:
+        row |= {"validation_top1": 0.4, "validation_loss": 3.0}
+    plain, _ = draw_curves(runs[:1])
+    figure, _ = draw_curves(runs)
+    assert [subject for subject, _ in parts(figure)] == [*"00", *"111"]
+    assert "Dotted: validation" in figure.caption
+    assert "validation" not in plain.caption
+
+
 def test_the_confusion_matrix_has_its_numbers_and_mistakes():
     figure = draw_confusion(EVALUATION, 4)
     assert figure.name == "confusion-4" and figure.subject == 4
