@@ -19,7 +19,7 @@ quickstart: $(VENV)/.train
 test: lint
 	$(PYTEST) -m "not slow" $(TESTS)
 
-# One case of each slow test, as .ci/run has it.
+# One case of each slow test but those that take longest, as .ci/run has it.
 test-some: $(VENV)/.$(EXTRAS)
 	$(PYTEST) -m slow --one-case $(TESTS)
 

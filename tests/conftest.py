@@ -49,22 +49,44 @@ jaxtyping.install_import_hook(
 )
 
 
+# Files whose slow tests start programs and environments, or go through a hundred cases.
+LONG = {
+    "test_browser.py",
+    "test_benchmark.py",
+    "test_compress_verb.py",
+    "test_dispatch.py",
+    "test_extras.py",
+    "test_forms.py",
+    "test_nnx_zoo.py",
+    "test_pages.py",
+    "test_pipeline.py",
+    "test_processes.py",
+    "test_scaling.py",
+    "test_streams.py",
+    "test_winograd.py",
+    "test_zoo.py",
+}
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--one-case",
         action="store_true",
-        help="of each slow test that has several cases, run the first alone",
+        help="of slow tests, the first case alone, and none of the longest",
     )
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--one-case"):
         return
+    if gone := LONG - {file.name for file in (ROOT / "tests").rglob("test_*.py")}:
+        raise pytest.UsageError(f"`LONG` names files that are gone: {gone}")
     kept, others, seen = [], [], set()
     for item in items:
         test = item.path, item.cls, item.originalname
-        again = item.get_closest_marker("slow") and test in seen
-        (others if again else kept).append(item)
+        is_left_out = test in seen or item.path.name in LONG
+        is_slow = item.get_closest_marker("slow") is not None
+        (others if is_slow and is_left_out else kept).append(item)
         seen.add(test)
     config.hook.pytest_deselected(items=others)
     items[:] = kept

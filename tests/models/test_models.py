@@ -132,6 +132,7 @@ def test_logits_equal_pytorchs_in_float32(name):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["resnet18", "vgg16", "simpledla"])
 def test_gradients_equal_pytorchs_in_float64(name, x64):

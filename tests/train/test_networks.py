@@ -237,8 +237,15 @@ def test_augmentation_that_nobody_recorded_is_said(
     told = {"compressed": {"data": "npz:there", **recorded}}
     metadata = Metadata(SEEN, NAMES, told)
     ij.save_checkpoint(tmp_path / "small", model, variables, metadata=metadata)
-    monkeypatch.setattr("train.verbs.finetune.train", lambda run: run.run.data)
-    data = run_finetune([str(tmp_path / "small"), "--data.crop-padding", "3"])
+    seen = []
+
+    def train(run):
+        seen.append(run.run.data)
+        return 0
+
+    monkeypatch.setattr("train.verbs.finetune.train", train)
+    assert not run_finetune([str(tmp_path / "small"), "--data.crop-padding", "3"])
+    (data,) = seen
     said = "`data.crop_padding` (=3)" + ("" if recorded else " and `data.flip` (=True)")
     assert f"how its images were augmented; this run has {said}\n" in (
         capsys.readouterr().err

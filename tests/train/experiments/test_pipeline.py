@@ -79,6 +79,7 @@ def test_stages_are_those_of_the_original_and_a_control(done):
     assert (downsample["rank_in"], downsample["rank_out"]) == (5, 10)
 
 
+@pytest.mark.slow
 def test_only_the_head_is_new_and_only_the_head_is_trained(done, weights):
     workdir, _ = done
     imported, head = params_at(workdir / "imported"), params_at(last(workdir / "head"))

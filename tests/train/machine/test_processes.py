@@ -227,6 +227,7 @@ def test_two_processes_tune_a_checkpoint_as_one(whole, tmp_path, subprocess_env)
     )
 
 
+@pytest.mark.slow
 def test_four_processes_one_hangs_then_two(command, whole, tmp_path, subprocess_env):
     workdir = tmp_path / "run"
     command = [*command, "--parallel", "shard_map", "--workdir", str(workdir)]
