@@ -13,8 +13,9 @@ from train.result import add_result, printed_as_json
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
+# What `completion` refuses, the parser does.
 @pytest.mark.parametrize(
-    "verb", [v for v in VERBS if v not in ("models", "quickstart")]
+    "verb", [v for v in VERBS if v not in ("models", "quickstart", "completion")]
 )
 def test_what_is_refused_is_an_object_too(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
