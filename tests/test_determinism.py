@@ -61,7 +61,7 @@ def test_one_core_and_two_agree(tmp_path, subprocess_env):
             said, _ = process.communicate()
         assert process.returncode == 0, said
     one, two = (
-        ravel_pytree(final_arrays(tmp_path / name)["params"])[0]
+        ravel_pytree(final_arrays(tmp_path / name)["variables"]["params"])[0]
         for name in ("one", "two")
     )
     # Four steps in float32, whose products of matrices are cut up among the cores.

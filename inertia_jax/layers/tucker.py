@@ -136,10 +136,11 @@ class Tucker2Conv(nn.Module):
             )(x, train=train)
         else:
             calls: list[_CoreCall] = []
+            convolve = functools.partial(conv_for_linen, train=train)
 
-            def convolve(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+            def recorded(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
                 def apply(x: Array, kernel: Array) -> Array:
-                    return conv_for_linen(x, kernel, *args, **options, train=train)
+                    return convolve(x, kernel, *args, **options)
 
                 calls.append(_CoreCall(apply, x, kernel, apply(x, kernel)))
                 return calls[0].y
@@ -151,7 +152,7 @@ class Tucker2Conv(nn.Module):
                 kernel_dilation=self.kernel_dilation,
                 feature_group_count=groups,
                 precision=self.precision,
-                conv_general_dilated=convolve,
+                conv_general_dilated=recorded if train else convolve,
                 name="core",
                 **core_common,
             )(x)
@@ -159,7 +160,7 @@ class Tucker2Conv(nn.Module):
             # In a trace, what nothing uses is not computed. Out of training the core
             # stays by itself on TPU, too: evaluating 256 images by ResNet18 takes 1.89
             # million cycles on v5e so, by XLA's estimate, and 2.01 joined.
-            if train and is_its_own and isinstance(x, jax.core.Tracer):
+            if is_its_own and isinstance(x, jax.core.Tracer):
                 outer["multiply"] = functools.partial(_after, calls[0])
         return Pointwise(
             self.features,
