@@ -17,7 +17,7 @@ from inertia_jax.layers.pointwise import Pointwise, check_groups
 from inertia_jax.ops.conv.conv import pair, per_axis
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.conv.replaced import is_replaced
-from inertia_jax.ops.tucker.joined import core_and_last
+from inertia_jax.ops.tucker.joined import core_and_last, joining_pays
 from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
 from inertia_jax.plan.specs import Conv, Inertial
 
@@ -135,6 +135,9 @@ class Tucker2Conv(nn.Module):
                 **core_common,
             )(x, train=train)
         else:
+            # Elsewhere the core would be traced twice, to no avail.
+            shapes = (*size, self.rank_in, self.rank_out), (self.features,)
+            joins = train and groups == 1 and len(size) == 2 and joining_pays(*shapes)
             calls: list[_CoreCall] = []
             convolve = functools.partial(conv_for_linen, train=train)
 
@@ -152,7 +155,7 @@ class Tucker2Conv(nn.Module):
                 kernel_dilation=self.kernel_dilation,
                 feature_group_count=groups,
                 precision=self.precision,
-                conv_general_dilated=recorded if train else convolve,
+                conv_general_dilated=recorded if joins else convolve,
                 name="core",
                 **core_common,
             )(x)
