@@ -513,7 +513,7 @@ def test_the_benchmark_compares_equal_networks(monkeypatch, capsys):
         models=("vgg16",),
         batch_size=2,
         width=0.1,
-        against="none" if torch is None else "torch",
+        against=("none" if torch is None else "torch",),
         repeats=1,
     )
     (row,) = suite.rows()

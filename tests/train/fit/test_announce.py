@@ -143,7 +143,7 @@ def test_a_run_has_time_and_learning_rate_in_every_line_and_tensorboard(
     said = capsys.readouterr()
     assert "compiled in " in said.err and "\r" not in said.err  # no bar here
     assert sum(line.startswith("epoch ") for line in said.out.splitlines()) == 1
-    rows = read_metrics(tmp_path / "run")
+    rows = read_metrics(tmp_path / "run", times=True)
     assert {row["kind"] for row in rows} == {"train", "epoch", "test"}
     times = [row["time"] for row in rows]
     assert times == sorted(times) and times[0] > 1.6e9

@@ -66,13 +66,14 @@ def run(data, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_leaves_everything_it_promises(run, data):
-    lines = read_metrics(run)
+    lines = read_metrics(run, times=True)
     kinds = [line["kind"] for line in lines]
     assert kinds.count("epoch") == kinds.count("test") == 3
     assert kinds.count("train") == 3 * 5  # every second of ten steps an epoch
     test = [line for line in lines if line["kind"] == "test"]
     assert test[-1]["top1"] > test[0]["top1"]
-    assert lines[0].keys() == {"step", "kind", "loss", "accuracy", "images_per_s"}
+    values = {"loss", "accuracy", "learning_rate", "images_per_s"}
+    assert lines[0].keys() == {"step", "kind", "time"} | values
     config = json.loads((run / "config.json").read_text())
     assert config["seed"] == 3 and config["data"]["source"] == data
     made = json.loads((run / "run.jsonl").read_text())
