@@ -68,6 +68,7 @@ def test_one_core_and_two_agree(tmp_path, subprocess_env):
     assert relative(one, two) < 1e-5
 
 
+@pytest.mark.slow
 def test_networks_are_made_smaller_alike_each_time():
     model = ij.create_model("lenet", width=0.25)
     variables = ij.init_variables(model, jax.random.key(0), (28, 28, 1))

@@ -75,6 +75,7 @@ def assert_near(gradients, expected):
         assert 0 < np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_int8_keeps_every_kernel_in_a_byte_and_the_output_near(name):
     model, variables = NETWORKS[name]()
@@ -104,6 +105,7 @@ def test_a_file_keeps_every_kernel_in_a_byte_and_gives_the_same_numbers(tmp_path
     assert before - after > 2.5 * sum(sizes)
 
 
+@pytest.mark.slow
 def test_an_nnx_module_keeps_its_factors_in_a_byte_and_trains_so():
     rngs = nnx.Rngs(0)
     dense = nnx.Sequential(

@@ -336,6 +336,7 @@ def test_weights_that_are_not_finite_are_refused(network):
         ij.compress(model, broken, ranks=budget, calibration=noise(2, *SHAPE))
 
 
+@pytest.mark.slow
 def test_options_leave_layers_and_round_ranks(network):
     model, _ = ij.compress(*network, ranks=ij.Ratio(0.5), keep_stem=True)
     assert "conv1" not in tucker_ranks(model)
@@ -372,6 +373,7 @@ def test_energy_and_evbmf_look_at_the_spectra():
         assert tucker_ranks(new) == {"conv2": (3, 5)}
 
 
+@pytest.mark.slow
 def test_compressing_again_lowers_ranks_and_counts_shares_of_dense(
     network, dense_cost, budgeted
 ):

@@ -20,6 +20,7 @@ class Tokens(nn.Module):
         return nn.Conv(16, (3,), name="two")(x).mean(1)
 
 
+@pytest.mark.slow
 def test_integers_stay_integers():
     tokens = np.random.default_rng(0).integers(0, 50, (8, 12))
     model = Tokens()

@@ -79,6 +79,7 @@ def test_the_budget_is_met_and_used(dense, made):
     assert cost.total_macs < 1.05 * allowed
 
 
+@pytest.mark.slow
 def test_only_layers_of_the_glob_change_and_keep_their_rate(dense, made):
     model, variables, _ = made
     assert all(path.startswith("layer1_") for path, _ in model.plan.rules)

@@ -45,6 +45,7 @@ def called(model, variables, x=X):
     return jax.jit(model.apply)(variables, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [tiled(3, 4), ij.Tucker2(2, 3, core=tiled(3, 5))])
 def test_open_tiles_are_the_ordinary_convolution_at_any_padding(spec):
     dense = branches(*({"padding": padding} for padding in PADDINGS))
@@ -154,6 +155,7 @@ def test_a_field_of_the_network_or_apply_fn_says_so_too():
         assert again["thresholds"]["conv"]["threshold"] == threshold > 0
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_inertial_stay_dense_and_are_listed():
     class Mine(nn.Conv):
         pass
@@ -218,6 +220,7 @@ class Foreign(nn.Module):
         return nn.Dense(self.classes)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_the_convolutions_of_any_model_are_made_inertial():
     variables = drawn(Foreign())
     options = {"macs": 0.8, "calibration": X, "layers": "[!s]*"}
@@ -257,6 +260,7 @@ def test_a_model_that_cannot_be_trained_is_made_inertial():
     )
 
 
+@pytest.mark.slow
 def test_compressed_models_are_made_inertial_where_they_are_dense():
     variables = drawn(Foreign())
     small = ij.compress(

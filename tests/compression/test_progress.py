@@ -36,6 +36,7 @@ def test_items_are_counted(told):
     assert list(counted("ab", None, "letters")) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_compress_and_reconstruct_tell_of_every_layer(told):
     lines, tell = told
     model = TwoConvs()

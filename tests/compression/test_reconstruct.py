@@ -385,6 +385,7 @@ def by_square(x, kernel, *args, **options):
     return jax.lax.conv_general_dilated(x, kernel**2, *args, **options)
 
 
+@pytest.mark.slow
 def test_layers_whose_parameters_are_transformed_or_read_elsewhere_stay():
     x = noise(32, 8, 8, 4)
     dense = Mixed(), Mixed().init(KEY, x)
@@ -421,6 +422,7 @@ class Looped(nn.Module):
         return scan(nn.Conv(4, (3, 3), name="again"), x, None)[0]
 
 
+@pytest.mark.slow
 def test_layers_that_are_computed_again_are_seen_and_those_in_loops_are_not():
     x = noise(8, 8, 8, 4)
     model = Lifted()

@@ -18,6 +18,7 @@ KEPT = {
 QUICK = ("rematerialised", "clinical", "video", "masked", "local")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

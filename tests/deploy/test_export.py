@@ -176,6 +176,7 @@ def imported_by(module):
     return {n if n.startswith("inertia_jax") else n.split(".")[0] for n in names}
 
 
+@pytest.mark.slow
 def test_folding_is_an_option_and_shows_in_the_file(checkpoint, file, tmp_path):
     out, options = tmp_path / "network.ijx", ["--no-fold", "--platforms", "tpu"]
     assert main(["export", str(checkpoint), "--out", str(out), *options]) == 0

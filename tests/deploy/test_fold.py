@@ -150,6 +150,7 @@ def check_block(spec, kept=()):
     return folded, merged
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_what_is_not_exact_keeps_its_batch_norm():
     for combine, reason in (("max", "negative scale"), ("stack", "two channels")):

@@ -288,6 +288,7 @@ def test_a_rate_of_nothing_is_refused():
         ij.Rate(0)
 
 
+@pytest.mark.slow
 def test_it_reads_as_the_ordinary_convolution_does():
     window, tiled = ij.InertialConv(4, (3, 3)), ij.InertialConv(4, 3, reading="tiled")
     assert (window.core_size, window.region_size) == (3, 5)

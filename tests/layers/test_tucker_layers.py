@@ -322,6 +322,7 @@ def test_a_checkpoint_brings_back_plan_and_weights(network, tmp_path):
     assert_equal(loaded, variables)
 
 
+@pytest.mark.slow
 def test_pytorch_keys_are_those_of_a_sequential(network):
     model, variables = network
     state = ij.to_torch(model, variables)

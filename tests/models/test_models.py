@@ -162,6 +162,7 @@ def test_gradients_equal_pytorchs_in_float64(name, x64):
         np.testing.assert_allclose(ours[key], value, rtol=0, atol=1e-7 * largest)
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_the_split():
     model = ij.create_model("lenet", width=0.25)
     variables = ij.init_variables(model, jax.random.key(0))

@@ -39,6 +39,7 @@ class JittedHybrid(Hybrid):
     __call__ = nnx.jit(Hybrid.__call__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", (Hybrid, JittedHybrid))
 def test_layers_of_linen_models_inside_of_modules_are_changed(cls):
     net = cls()
@@ -69,6 +70,7 @@ def test_batch_norm_is_folded_into_kernels_of_linen_models():
     np.testing.assert_allclose(folded(X), net(X), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_network_of_the_library_may_be_part_of_a_module():
     class Both(nnx.Module):
         def __init__(self):

@@ -299,6 +299,7 @@ def test_a_step_is_that_of_the_same_network_in_linen(spec):
     assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(expected))
 
 
+@pytest.mark.slow
 def test_a_module_is_made_inertial_as_in_linen(pair):
     net, (model, variables) = pair
     options = {"macs": 0.9, "calibration": X, "batch_size": 8}

@@ -38,6 +38,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_layer_computes_what_that_of_linen_does(name):
     layer, linen = PAIRS[name]
@@ -87,6 +88,7 @@ def train_step(net, optimizer, images):
     return value
 
 
+@pytest.mark.slow
 def test_layers_are_trained_by_optimizers_and_kept_by_orbax(tmp_path):
     net = Small(nnx.Rngs(0))
     optimizer = nnx.Optimizer(net, optax.sgd(0.01), wrt=nnx.Param)
@@ -132,6 +134,7 @@ def test_bad_layers_are_refused():
         ij.nnx.InertialConv(4, 6, (3, 3), strides=2, rngs=RNGS, reading="tiled")
 
 
+@pytest.mark.slow
 def test_a_plan_is_read_off_a_module_and_applied_to_another():
     net = Small(nnx.Rngs(0))
     plan = ij.Plan.from_json(ij.nnx.plan_of(net).to_json())
@@ -185,6 +188,7 @@ def test_rules_that_stand_nowhere_in_a_module_are_warned_of():
     assert ij.dropped_rules(made, SHAPE) == ()
 
 
+@pytest.mark.slow
 def test_networks_of_the_library_are_modules_too():
     net = ij.nnx.create_model("lenet", width=0.125, rngs=nnx.Rngs(0))
     images = np.ones((2, 28, 28, 1), np.float32)

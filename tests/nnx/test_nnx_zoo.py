@@ -22,6 +22,7 @@ KEPT = {
 QUICK = ("compiled_whole", "ensemble", "tied", "discriminator", "recursive", "hybrid")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

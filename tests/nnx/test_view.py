@@ -161,6 +161,7 @@ def changed():
     return {name: call(Plain(), **how) for name, (call, how) in CHANGES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "name"),
     [
@@ -193,6 +194,7 @@ class Closed(Plain):
         return nnx.relu(self.bn(jax.checkpoint(lambda x: self.conv1(x))(x)))
 
 
+@pytest.mark.slow
 def test_what_a_transformation_does_not_pass_on_is_said():
     half = {"ranks": ij.Ratio(0.5)}
     found = ij.compress(Closed(), image_shape=SHAPE, **half)

@@ -98,6 +98,7 @@ def test_training_goes_under_vmap_and_forward_over_reverse(
     np.testing.assert_allclose(*hessian, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", ["x", "kernel", "both"])
 def test_application_has_forward_mode(moved, all_forms, x64):
     x, kernel, _ = drawn(3, *CASES[0])

@@ -255,6 +255,7 @@ def small_chunks(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capacities", "chunks", "low"),
     [
@@ -308,6 +309,7 @@ TRANSFORMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMED)
 def test_ladder_transforms_as_the_dense_form_does(transform, small_chunks, x64):
     x, threshold = IMAGES[:2], jnp.asarray(1.2)
@@ -392,6 +394,7 @@ def test_no_tile_or_all_are_computed_on_tpu(threshold, monkeypatch, x64):
 # Derivatives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["center", "core_mean"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_friction_has_the_derivatives_of_its_definition(metric, reference, x64):

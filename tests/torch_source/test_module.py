@@ -102,6 +102,7 @@ def test_a_residual_network_has_pytorchs_keys_and_is_read_again():
         assert [type(part) for part in parts] == [torch.nn.Conv2d] * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [
@@ -129,6 +130,7 @@ def test_inertial_layers_are_written_out(spec):
     assert ours and theirs - ours <= {"conv2.weights"} and not ours - theirs
 
 
+@pytest.mark.slow
 def test_gates_make_a_difference():
     """The comparison above is one of networks whose gates are open and closed."""
     shape = (28, 28, 1)

@@ -51,6 +51,7 @@ def own(plan=GATED, factory=FACTORY, **options):
     return make_model(config, num_classes=3, image_shape=SHAPE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_devices_take_the_batch_together():
     """BatchNorm, the mean friction and the quantile are those of the whole batch."""
@@ -164,6 +165,7 @@ def test_a_name_is_given_in_place_of_a_factory_alone(tmp_path):
     assert parsed(tmp_path, "factory='a:make'", *words) == Model("lenet")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_checkpoint_says_what_makes_its_network(tmp_path, capsys):
     source = save_bright_digits(tmp_path / "digits.npz", 64, 20, 8)

@@ -57,6 +57,7 @@ def test_numbers_and_paths_are_those_of_json(capsys):
     }
 
 
+@pytest.mark.slow
 def test_runs_and_evaluations_are_objects(tmp_path, capsys):
     source = save_bright_digits(tmp_path / "set.npz", 64, 16, 8)
     run = tmp_path / "run"

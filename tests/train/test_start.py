@@ -101,6 +101,7 @@ def test_the_optimisers_first_state_is_its_own(name, schedule, decays_all):
     assert_bitwise_equal(state.opt_state, tx.init(variables["params"]))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does(tmp_path, capsys):
     source = save_bright_digits(tmp_path / "set.npz", 32, 8, 8)
     options = ["--data", source, "--data.mean", "0.5", "--data.std", "0.25"]

@@ -163,6 +163,7 @@ def test_help_lists_the_suites_and_imports_none():
     assert [name for name in listed if name in SUITES] == list(SUITES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "digits"), [("infer", 2), ("tucker", 2), ("inertial", 1)]
 )

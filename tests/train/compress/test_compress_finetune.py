@@ -47,6 +47,7 @@ def test_a_compressed_checkpoint_evaluates_by_itself(run, compressed, tmp_path, 
     assert "must not exist; nothing was changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

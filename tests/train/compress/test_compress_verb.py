@@ -96,6 +96,7 @@ def test_evaluation_beside_another_checkpoint(compressed, run, tmp_path, capsys)
     assert f"{100 * found['difference']:+.2f} points" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_layer_rows_add_up(compressed):
     _, record = compressed
     rows = record["layers"]
@@ -233,6 +234,7 @@ def test_rules_are_read_as_they_are_written(tmp_path):
             parse_ranks(text)
 
 
+@pytest.mark.slow
 def test_energy_is_what_the_factors_keep_of_the_kernel(run):
     checkpoint = next((run / "checkpoints").glob("step_*"))
     dense = ij.load_checkpoint(checkpoint)
@@ -315,6 +317,7 @@ def test_layers_that_their_plan_left_dense_are_named(tmp_path, capsys):
     assert "layer2_0/conv1 stays dense: tiles need stride 1, it has 2" in said
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_was_killed_names_the_command_that_goes_on(tmp_path, capsys):
     checkpoint, out = tmp_path / "run", tmp_path / "out"
     (checkpoint / "arrays").mkdir(parents=True)

@@ -104,6 +104,7 @@ def augmentation(**options):
     return Augmentation(preprocessing, data, jnp.dtype("float32"))
 
 
+@pytest.mark.slow
 def test_with_both_half_of_the_images_are_mixed_each_way():
     images, partners = jnp.zeros((400, 8, 6, 3)), jnp.ones((400, 8, 6, 3))
     both = augmentation(mixup=1.0, cutmix=1.0)

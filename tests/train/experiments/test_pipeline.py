@@ -99,6 +99,7 @@ def test_only_the_head_is_new_and_only_the_head_is_trained(done, weights):
     assert (original["conv1"]["kernel"] == imported["conv1"]["kernel"]).all()
 
 
+@pytest.mark.slow
 def test_fine_tuning_moves_the_factors(done):
     workdir, _ = done
     before = params_at(workdir / "compressed_1")["layer1_0"]["conv1"]
@@ -131,6 +132,7 @@ def test_the_same_command_again_trains_nothing(done, capsys):
         assert re.search(rf"{stage['name']} +{100 * stage['top1']:.2f}%", printed)
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_place_are_refused(done, capsys):
     workdir, _ = done
     assert pipeline(workdir, "--ranks", "ratio:0.3") == 2
@@ -149,6 +151,7 @@ def test_other_weights_in_the_same_place_are_refused(done, tmp_path, capsys):
     assert "is not there any more" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_input_claims_no_directory(weights, tmp_path, capsys):
     workdir, given = tmp_path / "run", ["--weights", str(weights)]
     for options, message in (

@@ -194,6 +194,7 @@ def test_a_sweeps_networks_are_timed_beside_each_other(tmp_path, capsys):
     assert "`steps` (=6) must be at most 5, an epoch" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_closed_network_of_the_sweep_is_counted_closed():
     configs = load_sweep(ROOT / "configs/sweeps/cifar10_inertial.py").configs
 

@@ -69,6 +69,7 @@ def assert_close(found, logits):
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
+@pytest.mark.slow
 def test_torch_is_a_folder_that_pytorch_runs(checkpoint, expected, tmp_path, capsys):
     torch = pytest.importorskip("torch")
     folder = tmp_path / "pets"
@@ -88,6 +89,7 @@ def test_torch_is_a_folder_that_pytorch_runs(checkpoint, expected, tmp_path, cap
     assert jax.tree.all(jax.tree.map(np.array_equal, dict(again), variables))
 
 
+@pytest.mark.slow
 def test_safetensors_come_with_a_card_and_are_read_again(
     checkpoint, expected, tmp_path, capsys
 ):
@@ -119,6 +121,7 @@ def test_safetensors_come_with_a_card_and_are_read_again(
     assert_close(names["logits"], expected[1])
 
 
+@pytest.mark.slow
 def test_stablehlo_is_a_portable_artifact(checkpoint, tmp_path, capsys):
     out = tmp_path / "pets.stablehlo"
     assert export(checkpoint, out) == 2
@@ -148,6 +151,7 @@ def altered(images):
     return lambda path, job: lambda given: 1.01 * images(path, job)(given)
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_kept(checkpoint, tmp_path, capsys, monkeypatch):
     from train.verbs import export as verb
 

@@ -134,6 +134,7 @@ def fit_gated(tmp_path, *words):
     return main([*FIT_ONE, "--data", source, *options, *words])
 
 
+@pytest.mark.slow
 def test_a_run_has_time_and_learning_rate_in_every_line_and_tensorboard(
     tmp_path, monkeypatch, capsys
 ):

@@ -82,6 +82,7 @@ def test_a_run_leaves_everything_it_promises(run, data):
     assert b"test/top1" in events and b"train/loss" in events
 
 
+@pytest.mark.slow
 def test_the_best_and_the_latest_two_are_kept(run):
     steps = latest_steps(run / "checkpoints")
     assert steps[-2:] == [20, 30]
@@ -176,6 +177,7 @@ def test_ten_random_kills_change_no_bit(uninterrupted, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0(uninterrupted, tmp_path):
     arguments, env, whole = uninterrupted
     workdir = tmp_path / "run"

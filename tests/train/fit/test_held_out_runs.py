@@ -69,6 +69,7 @@ def run(fit):
     return fit(*SHARES)
 
 
+@pytest.mark.slow
 def test_a_run_tells_validation_and_test_apart(run, tmp_path, capsys):
     rows = {row["kind"]: row for row in read_metrics(run)}
     info = load_metadata(last_checkpoint(run)).info
@@ -114,6 +115,7 @@ def test_images_to_calibrate_on_were_trained_on(run, data):
     assert not network.held_out_of("npz:/elsewhere/other.npz").test_share
 
 
+@pytest.mark.slow
 def test_finetuning_holds_the_same_images_out(run, tmp_path, capsys):
     tuned, arguments = tmp_path / "tuned", ["--epochs", "1", "--batch-size", "16"]
     verb = ["finetune", str(run), *arguments, "--workdir"]
@@ -169,6 +171,7 @@ def epochs_of(run):
     return [row["epoch"] for row in read_metrics(run) if row["kind"] == "epoch"]
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_validation_does_not_rise(fit, capsys):
     place = fit(*IDLE, "--early-stopping", "2")
     assert epochs_of(place) == [1, 2, 3]
@@ -193,6 +196,7 @@ def test_early_stopping_needs_a_validation_split(fit, tmp_path, capsys):
     assert "`early_stopping` (=2) needs a validation split" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_lengthened_run_is_one_that_was_as_long_from_the_start(fit, tmp_path):
     options = [*SHARES, "--optimizer.milestones", "1", "--epochs"]
     long, short = fit(*options, "3"), fit(*options, "2")

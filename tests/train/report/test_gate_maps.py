@@ -44,6 +44,7 @@ def maps(tmp_path_factory):
     return found, images, sown["intermediates"]
 
 
+@pytest.mark.slow
 def test_maps_are_what_the_layers_measure(maps):
     found, images, sown = maps
     np.testing.assert_array_equal(found.images, images)

@@ -34,6 +34,7 @@ def files(tmp_path_factory):
     return report(tmp_path_factory.mktemp("report"), "--images", "2")
 
 
+@pytest.mark.slow
 def test_the_page_has_every_figure_and_asks_for_nothing(files):
     _, text, _, _ = files
     page = Page(text)

@@ -55,6 +55,7 @@ def test_times_of_another_machine_or_network_are_not_kept(subjects):
         assert speed.kept_latency(record, of) is None
 
 
+@pytest.mark.slow
 def test_a_report_measures_once_and_shows_what_it_measured(
     paths, subjects, tmp_path, monkeypatch
 ):

@@ -155,6 +155,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(fit, run, tmp_path, monkeypatch):
     assert_bitwise_equal(final_arrays(tmp_path / "run"), final_arrays(run))
 
 
+@pytest.mark.slow
 def test_averages_are_saved_and_evaluated(run, tmp_path, capsys):
     checkpoint = run / "checkpoints" / "step_00000018"
     _, variables = ij.load_checkpoint(checkpoint)

@@ -342,6 +342,7 @@ def test_finetuning_learns_the_teachers_answers(finetune, finetuned, teacher):
     assert distance[1] < distance[0] / 2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(finetune, finetuned, tmp_path, monkeypatch):
     command = [*finetune[1], "--workdir", str(tmp_path / "run"), "--resume"]
     stop_at(6, monkeypatch)  # in the second epoch of three

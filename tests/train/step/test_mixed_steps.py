@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import (
     IMAGES,
     LABELS,
@@ -38,6 +39,7 @@ def test_the_example_before_is_that_of_the_whole_batch():
         np.testing.assert_array_equal(np.ravel(found), np.roll(batch.ravel(), 1))
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_both_labels_by_their_weights():
     preprocessing = Preprocessing((6, 6, 2), (0.5,) * 2, (0.25,) * 2)
     data = Data(crop_padding=0, flip=False, mixup=0.4, cutmix=1.0)
@@ -77,6 +79,7 @@ def test_the_loss_is_that_of_both_labels_by_their_weights():
     assert int(totals.correct) == right.sum()
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_what_is_drawn(x64):
     strengths = {"rand_augment": 2, "random_erasing": 0.5, "mixup": 0.4, "cutmix": 1.0}
     data = dataclasses.replace(SYNTHETIC, **strengths)

@@ -199,6 +199,7 @@ def test_the_first_state_is_that_of_the_optimiser(name, trained):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_state_goes_on_bitwise(name, tmp_path, one_device):
     optimizer = Optimizer(name=name, learning_rate=1e-3, milestones=(99,))

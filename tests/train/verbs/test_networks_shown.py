@@ -45,6 +45,7 @@ def printed(capsys, *words):
     return json.loads(line)
 
 
+@pytest.mark.slow
 def test_every_network_is_listed_with_its_cost(capsys):
     found = printed(capsys, "models", "--num-classes", "7")
     assert [one["name"] for one in found["models"]] == list(ij.MODEL_NAMES)
@@ -112,6 +113,7 @@ def test_what_two_checkpoints_differ_in_is_said(networks, capsys, tmp_path):
     assert "tucker2" in said and "are in the second alone" in said
 
 
+@pytest.mark.slow
 def test_answers_of_two_checkpoints_are_compared(networks, capsys, tmp_path):
     source = save_bright_digits(tmp_path / "set.npz", 10, 40, 28)
     words = ["diff", networks / "one", networks / "other", "--data", source]
