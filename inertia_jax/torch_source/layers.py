@@ -1,5 +1,6 @@
 """The layers of a network that PyTorch has, each one operation of its trace."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -61,29 +62,33 @@ def trace_network(
         variables: Its variables.
         images: The shape of the images, whose number may be a symbol.
     """
-    made: dict[tuple[str, ...], tuple[TorchLayer, Any]] = {}
+    made: dict[tuple[str, ...], TorchLayer] = {}
+    calls: collections.Counter[tuple[str, ...]] = collections.Counter()
 
     def answer(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        calls[module.path] += 1
+        number = calls[module.path]
         output = call(*args, **kwargs)
-        # A layer that takes this one's place is called inside, under the same path.
-        if module.path in made and made[module.path][1] is output:
+        # What takes this layer's place, such as an inertial layer, is called inside,
+        # under the same path.
+        if calls[module.path] > number:
             return output
         x = first_argument(args, kwargs)
         layer = _sequence(module, made) or _make_layer(module, x, variables)
         if layer is not None:
             output = layer_p.bind(x, layer=layer, like=jax.typeof(output))
-            made[module.path] = layer, output
+            made[module.path] = layer
         return output
 
     with on_calls(answer):
         return jax.make_jaxpr(function)(variables, images)
 
 
-def _sequence(module: Any, made: Mapping[Any, Any]) -> TorchLayer | None:
+def _sequence(module: Any, made: Mapping[Any, TorchLayer]) -> TorchLayer | None:
     """Returns a factorised convolution whose parts are all layers of PyTorch."""
     names = kind_of(module).parts
     parts = [made.get((*module.path, name)) for name in names]
-    layers = [part[0] for part in parts if part is not None]
+    layers = [part for part in parts if part is not None]
     if not names or len(layers) < len(names) or any(layer.pads for layer in layers):
         return None
     state = {key: value for layer in layers for key, value in layer.state.items()}

@@ -109,10 +109,8 @@ class _Writer:
             env[operation.output] = tensor
         result = env[program.output]
         back = tuple(result.order.index(axis) for axis in range(len(result.order)))
-        code = bare(result.code)
-        self._lines.append(
-            f"return {code}" if result.is_plain else f"return {code}.permute{back}"
-        )
+        code = f"{result.code}.permute{back}"
+        self._lines.append(f"return {bare(result.code) if result.is_plain else code}")
         return "\n".join([*_HEAD.format(title=self._title).splitlines(), *self._body()])
 
     def _body(self) -> Iterator[str]:

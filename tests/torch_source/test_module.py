@@ -130,6 +130,19 @@ def test_inertial_layers_are_written_out(spec):
     assert ours and theirs - ours <= {"conv2.weights"} and not ours - theirs
 
 
+def test_inertial_layers_in_the_place_of_others_are_written_out():
+    """The dense layer whose place they take is not in the source."""
+    shape = (9, 7, 2)
+    own = ij.Planned(nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Conv(3, (3, 3))]))
+    model = own.clone(plan=ij.Plan((("layers_2", TILED),)))
+    variables = draw(abstract_variables(model, shape))
+    source, _ = assert_same(model, variables, shape)
+    assert source.code.count("nn.Conv2d(") == 1
+    images = np.random.default_rng(2).normal(size=(3, *shape)).astype(np.float32)
+    dense, gated = (np.asarray(m.apply(variables, images)) for m in (own, model))
+    assert np.abs(dense - gated).max() > 0.01
+
+
 @pytest.mark.slow
 def test_gates_make_a_difference():
     """The comparison above is one of networks whose gates are open and closed."""
