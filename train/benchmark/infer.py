@@ -14,7 +14,13 @@ from inertia_jax.models.create import input_shape
 from train.benchmark.inertial import thresholds_at, tiled_model
 from train.benchmark.runtimes import RUNTIMES, runtime_call
 from train.benchmark.suite import NetworkSuite
-from train.benchmark.timing import Calls, interleaved, random_images, relative_gap
+from train.benchmark.timing import (
+    Calls,
+    interleaved,
+    jax_call,
+    random_images,
+    relative_gap,
+)
 from train.benchmark.tucker import RULES, check_budgets, torch_call
 
 _TUCKER = ("budget 0.25 by 8", "ratio 0.2")
@@ -70,10 +76,12 @@ class Suite(NetworkSuite):
             if "torch" in self.against:
                 for key, fold in (("PyTorch", False), ("PyTorch, folded", True)):
                     calls[key] = torch_call(*dense, images, fold=fold)
-            for runtime in RUNTIMES.keys() & {*self.against}:
+            for runtime in ("onnx", "openvino"):
+                if runtime not in self.against:
+                    continue
                 for key in ("dense", *_TUCKER):
-                    folded = fold_batch_norm(*networks[key], image_shape=shape)
-                    call = runtime_call(runtime, folded, images)
+                    net, merged = fold_batch_norm(*networks[key], image_shape=shape)
+                    call = runtime_call(runtime, net.apply, merged, images)
                     calls[f"{RUNTIMES[runtime]}, {key}, folded"] = call
             row["gaps"][str(batch_size)] = _gaps(calls)
             times = interleaved(calls, repeats=self.repeats)
@@ -103,9 +111,7 @@ class Suite(NetworkSuite):
 
 def _call(network: Network, images: np.ndarray) -> Callable[[], Any]:
     model, variables = network
-    apply = jax.jit(lambda x: model.apply(variables, x))
-    on_device = jax.device_put(images)
-    return lambda: apply(on_device)
+    return jax_call(lambda x: model.apply(variables, x), images)
 
 
 def _gaps(calls: Calls) -> dict[str, float]:

@@ -97,6 +97,12 @@ def relative_gap(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
+def jax_call(function: Callable[[Any], Any], images: np.ndarray) -> Callable[[], Any]:
+    """Returns a compiled function's call on images that lie on the device."""
+    compiled, on_device = jax.jit(function), jax.device_put(images)
+    return lambda: compiled(on_device)
+
+
 @functools.cache
 def peak_gflops(dtype: Literal["float32", "bfloat16"]) -> float:
     """Measures and prints what products of two large matrices reach, in GFLOP/s."""

@@ -191,6 +191,7 @@ def torch_call(
     """
     with needs_torch():
         import torch
+    from train.benchmark.runtimes import module_call
     from train.benchmark.torch_models import TORCH_MODELS, factorised, fold_batch_norm
 
     options = {"stem": model.stem} if hasattr(model, "stem") else {}
@@ -202,15 +203,7 @@ def torch_call(
     module.eval()
     if fold:
         fold_batch_norm(module)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    x = x.contiguous(memory_format=torch.channels_last)
-
-    def call() -> Any:
-        with torch.inference_mode():
-            return module(x)
-
-    return call
+    return module_call(module, images)
 
 
 def tensorly_factors(sites: Mapping[str, Site], plan: Plan) -> dict[str, Any]:

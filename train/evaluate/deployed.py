@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from inertia_jax.calls import same_keys
+from inertia_jax import fold_batch_norm
+from inertia_jax.calls import Network, same_keys
 from inertia_jax.metadata import Preprocessing
 from train.data.augment import Augmentation
+from train.networks import TrainedNetwork, with_dtype
 
 
 def kernels_in_type(variables: Any, dtype: Any) -> Any:
@@ -21,6 +24,24 @@ def kernels_in_type(variables: Any, dtype: Any) -> Any:
         return jnp.asarray(leaf, dtype if is_kernel else jnp.float32)
 
     return jax.tree.map_with_path(convert, variables)
+
+
+def deployed(network: TrainedNetwork, dtype: str, *, fold: bool) -> Network:
+    """Returns a network as `export` writes it: in a type, with BatchNorm folded or not.
+
+    Raises:
+        ValueError: The type is float64, or the network cannot have it.
+    """
+    if dtype == "float64":
+        raise ValueError(
+            "the checkpoint computes in float64; `dtype` must be float32 or bfloat16."
+        )
+    model: nn.Module = with_dtype(network.model, jnp.dtype(dtype))
+    variables: Any = network.variables
+    if fold:
+        shape = network.preprocessing.image_shape
+        model, variables = fold_batch_norm(model, variables, image_shape=shape)
+    return model, kernels_in_type(variables, jnp.dtype(dtype))
 
 
 def images_to_logits(

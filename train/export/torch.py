@@ -40,7 +40,7 @@ def write_torch(folder: pathlib.Path, job: Job, weights: str) -> Logits:
     folder.mkdir()
     code = folder / "network.py"
     code.write_text(source.code)
-    torch.save(_make_network(source.code, source.state).state_dict(), folder / weights)
+    torch.save(make_network(source.code, source.state).state_dict(), folder / weights)
     height, width, channels = job.image_shape
     load = _LOAD.format(
         weights=weights,
@@ -49,7 +49,7 @@ def write_torch(folder: pathlib.Path, job: Job, weights: str) -> Logits:
     )
     (folder / "README.md").write_text(model_card(job, load, library="pytorch"))
     state = torch.load(folder / weights, weights_only=True)
-    network = _make_network(code.read_text(), state).eval()
+    network = make_network(code.read_text(), state).eval()
     return lambda images: _call(network, np.moveaxis(images, -1, 1))
 
 
@@ -85,7 +85,7 @@ def save_onnx(
     """
     import torch
 
-    network = _make_network(source.code, source.state).eval()
+    network = make_network(source.code, source.state).eval()
 
     class ChannelsLast(torch.nn.Module):
         """The network on images as JAX has them."""
@@ -145,7 +145,7 @@ def _import_torch(format_: str, *packages: str) -> Any:
     return torch
 
 
-def _make_network(code: str, state: Any) -> Any:
+def make_network(code: str, state: Any) -> Any:
     """Returns the module that a source defines, with its weights."""
     import torch
 

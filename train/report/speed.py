@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from inertia_jax import fold_batch_norm
 from inertia_jax.chips.chip import find_chip
 from inertia_jax.compression.chip_times import chip_times
-from train.benchmark.timing import Calls, interleaved, random_images
+from train.benchmark.timing import Calls, interleaved, jax_call, random_images
 from train.machine.processes import say
 from train.networks import TrainedNetwork
 from train.report.subjects import Subject
@@ -77,9 +75,8 @@ def _call(network: TrainedNetwork, batch_size: int) -> Any:
     model, variables = fold_batch_norm(
         network.model, network.variables, image_shape=shape
     )
-    forward = jax.jit(lambda images: model.apply(variables, images))
-    images = jax.device_put(random_images(batch_size, shape))
-    return lambda: forward(images)
+    images = random_images(batch_size, shape)
+    return jax_call(lambda images: model.apply(variables, images), images)
 
 
 def _this_machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python -m train benchmark`: measure the speed and memory of training and layers."""
+"""`python -m train benchmark`: measure the speed and memory of networks and layers."""
 
 import argparse
 import importlib
@@ -14,6 +14,7 @@ _PROG = "python -m train benchmark"
 # The suites and their subjects. Each is a module of `train.benchmark`, of the same name
 # but for `_MODULES`, with a class `Suite` of its options.
 SUITES = {
+    "checkpoints": "your own networks, beside each other and in other programs",
     "train": "steps and evaluations of networks (the default)",
     "infer": "networks as they are exported, BatchNorm folded",
     "ops": "convolutions, and what stands in for them",
@@ -32,16 +33,13 @@ _MODULES = {"train": "steps"}
 
 def run(argv: Sequence[str]) -> int:
     """Runs a suite, which prints its tables, and writes the record."""
-    if any(word.partition("=")[0] == "--model.factory" for word in argv):
-        raise UsageError(
-            "`model.factory` does nothing with benchmark, whose networks are this "
-            "library's; --suite loop --config FILE times a run of the network that "
-            "FILE configures, which may be your own."
-        )
     name, options = _choose_suite(argv)
+    if name != "checkpoints":
+        _check_suite(name, options)
     # Only the chosen suite is imported: the imports of a suite take seconds.
     module = importlib.import_module(f"train.benchmark.{_MODULES.get(name, name)}")
-    suite = parse_options(module.Suite, options, verb=f"benchmark --suite {name}")
+    verb = "benchmark" if name == "checkpoints" else f"benchmark --suite {name}"
+    suite = parse_options(module.Suite, options, verb=verb)
     for option in ("repeats", "batch_size", "steps"):
         value = getattr(suite, option, 1)
         if value < 1:
@@ -57,19 +55,40 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _choose_suite(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the suite's name and its options; help without a suite lists them."""
+    """Returns the suite's name and its options; help without a suite lists them.
+
+    Without a name it is `checkpoints` if a word comes before all options.
+    """
+    has_word = bool(argv) and not argv[0].startswith("-")
     listed = "\n".join(f"  {name:<12}{words}" for name, words in SUITES.items())
     parser = argparse.ArgumentParser(
         prog=_PROG,
-        usage=f"{_PROG} [--suite SUITE] [OPTIONS]",
-        description="Measures, in one run and in turn: medians of repeated calls.\n\n"
+        usage=f"{_PROG} CHECKPOINT [CHECKPOINT ...] [OPTIONS]\n"
+        f"       {_PROG} [--suite SUITE] [OPTIONS]",
+        description="Measures, in one run and in turn: medians of repeated calls.\n"
+        "Checkpoints before all options are timed as they are deployed.\n\n"
         f"{listed}\n\n`{_PROG} --suite SUITE --help` lists a suite's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=not any(word.startswith("--suite") for word in argv),
+        add_help=not (has_word or any(word.startswith("--suite") for word in argv)),
         allow_abbrev=False,
     )
+    default = "checkpoints" if has_word else "train"
     parser.add_argument(
-        "--suite", metavar="SUITE", type=one_of(SUITES), default="train"
+        "--suite", metavar="SUITE", type=one_of(SUITES), default=default
     )
     chosen, options = parser.parse_known_args(argv)
     return chosen.suite, options
+
+
+def _check_suite(name: str, options: Sequence[str]) -> None:
+    """Raises UsageError where a suite is given what `checkpoints` takes alone."""
+    if any(word.partition("=")[0] == "--model.factory" for word in options):
+        raise UsageError(
+            f"`model.factory` does nothing with --suite {name}; `{_PROG} CHECKPOINT` "
+            f"times networks of your own, and --suite loop --config FILE times a run."
+        )
+    if options and not options[0].startswith("-"):
+        raise UsageError(
+            f"{options[0]} does nothing with --suite {name}; `{_PROG} CHECKPOINT`, "
+            f"without a suite, times checkpoints."
+        )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
+from train.benchmark import checkpoints
 from train.command import INSTALLED
 from train.compress.options import Compress
 from train.config import FINETUNE, Config
@@ -29,15 +30,14 @@ from train.options.sweep import SweepArguments
 from train.result import add_result
 from train.verbs.benchmark import SUITES
 
-# What `Benchmark` has for the options of a suite, which the suite knows.
 Suite: Any = Literal[tuple(SUITES)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """The suites; the options of each are its own."""
+class Benchmark(checkpoints.Suite):
+    """Checkpoints and their options, and the suites, whose options are their own."""
 
-    suite: Suite = "train"
+    suite: Suite = "checkpoints"
 
 
 # The options of each verb, and their defaults where the class has none.

@@ -8,15 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from inertia_jax import fold_batch_norm
+from inertia_jax import Folded
 from inertia_jax.atomic import appearing
 from inertia_jax.deploy.exported import check_platforms
 from inertia_jax.metadata import Preprocessing, both_sides
 from inertia_jax.plan.plan import without_ladders
 from train.errors import user_input
-from train.evaluate.deployed import images_to_logits, kernels_in_type
+from train.evaluate.deployed import deployed, images_to_logits
 from train.export.comparison import Logits, compare, random_input
 from train.export.formats import (
     WEIGHTS,
@@ -181,19 +180,12 @@ def _function(
     args: Export, network: TrainedNetwork, dtype: str, format_: Format
 ) -> tuple[Callable[[Any, Any], Any], Any]:
     """Returns the function of variables and images, and prints what it folded."""
-    if dtype == "float64":
-        raise ValueError(
-            "the checkpoint computes in float64; `dtype` must be float32 or bfloat16."
-        )
-    model: nn.Module = with_dtype(network.model, jnp.dtype(dtype))
-    variables: Any = network.variables
-    if args.fold if args.fold is not None else format_ not in WEIGHTS:
-        shape = network.preprocessing.image_shape
-        model, variables = folded = fold_batch_norm(model, variables, image_shape=shape)
-        print(f"folded      {len(folded[0].folded)} BatchNorm layers")
-        for norm, reason in folded[0].kept:
+    fold = args.fold if args.fold is not None else format_ not in WEIGHTS
+    model, variables = deployed(network, dtype, fold=fold)
+    if isinstance(model, Folded):
+        print(f"folded      {len(model.folded)} BatchNorm layers")
+        for norm, reason in model.kept:
             print(f"  {norm} stays: it {reason}")
-    variables = kernels_in_type(variables, jnp.dtype(dtype))
 
     def call(variables: Any, images: Any) -> Any:
         to_logits = images_to_logits(

@@ -34,6 +34,10 @@ WHAT = ("train", "eval")
 # Options of each suite beside `--help` and `--out`.
 NETWORKS = {"models", "batch-size", "width", "against"}
 OPTIONS = {
+    "checkpoints": {
+        *("against", "batch-sizes", "train", "no-train", "repeats", "image-size"),
+        *("dtype", "data", "model"),
+    },
     "train": {*NETWORKS, "dtype", "repeats"},
     "infer": {*NETWORKS, "repeats"},
     "ops": {"batch-size", "dtype", "against", "repeats"},
@@ -70,7 +74,7 @@ def test_options_of_other_suites_are_refused(capsys):
     assert "--steps" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["benchmark", "--suite", "speed"])
-    assert "'speed' must be one of train, infer" in capsys.readouterr().err
+    assert "'speed' must be one of checkpoints, train" in capsys.readouterr().err
     assert main(["benchmark", "--suite=startup", "--repeats", "0"]) == 2
     assert "`repeats` (=0) must be >= 1." in capsys.readouterr().err
     assert main(["benchmark", "--suite", "tucker", "--stem", "imagenet"]) == 2

@@ -38,6 +38,7 @@ def test_verbs_options_and_values_are_completed(tmp_path, capsys):
     assert tab("fit", "--optimizer.schedule", "co") == {"cosine"}
     assert tab("compress", "run", "--finetune-ep") == {"--finetune-epochs"}
     assert tab("benchmark", "--suite", "inf") == {"infer"}
+    assert tab("benchmark", "run", "--batch-s") == {"--batch-sizes"}
 
 
 def test_zsh_has_a_script_of_its_own():
