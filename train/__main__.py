@@ -47,7 +47,7 @@ VERBS = {
     "predict": "say which classes a checkpoint's network sees in images",
     "benchmark": "measure speed and memory, beside PyTorch if asked",
     "completion": "print what completes verbs and options in bash or zsh",
-    "quickstart": "train and evaluate a small network on digits, in minutes",
+    "quickstart": "train a small network, compress it and compare, in minutes",
 }
 
 # `import` is a keyword of Python, so that no module can have this name.

@@ -18,6 +18,20 @@ def add_result(values: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def apart() -> Iterator[dict[str, Any]]:
+    """Yields what a verb adds that another verb calls, and keeps it out of the object.
+
+    The object that `--json` prints is then that of the calling verb alone.
+    """
+    global _result
+    before, _result = _result, {}
+    try:
+        yield _result
+    finally:
+        _result = before
+
+
+@contextlib.contextmanager
 def printed_as_json(verb: str) -> Iterator[dict[str, Any]]:
     """Sends what is printed meanwhile to standard error, and then prints one object.
 
