@@ -323,7 +323,7 @@ class RunDirectory:
             self._events.show(
                 step,
                 lambda make: [
-                    make.histogram(tag, np.ravel(array), "auto")
+                    make.histogram(tag, np.ravel(array), _bins(array))
                     for tag, array in values.items()
                 ],
             )
@@ -339,6 +339,19 @@ class RunDirectory:
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+
+def _bins(values: np.ndarray) -> str | list[float]:
+    """Returns the bins of a histogram, as NumPy takes them.
+
+    NumPy refuses to make bins around one number as large as the threshold of a layer
+    whose gates are all closed, 1e30.
+    """
+    low, high = float(values.min()), float(values.max())
+    if low < high:
+        return "auto"
+    half = max(0.5, 1e-6 * abs(low))
+    return [low - half, low + half]
 
 
 def _hyperparameters(make: Any, values: dict[str, Any]) -> list[Any]:

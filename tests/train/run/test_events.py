@@ -2,6 +2,7 @@
 
 import struct
 
+import numpy as np
 import pytest
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -39,6 +40,25 @@ def test_every_scalar_is_written_in_order(tmp_path):
     rows = read(tmp_path / "events")
     assert rows[::2] == [(step, "train/loss", step / 2) for step in range(5)]
     assert rows[1::2] == [(step, "train/accuracy", 0.25) for step in range(5)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1e30] * 3, [-1.0], [0.5, 2.0], [0.0]],
+    ids="closed open two zero".split(),
+)
+def test_histograms_hold_all_values_whatever_they_are(values, tmp_path):
+    run = RunDirectory(tmp_path / "run", Config(), resume=False)
+    run.lock()
+    run.open(0)
+    run.show_histograms(1, {"thresholds/conv": np.float32(values)})
+    run.close()
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    found = [
+        v.histo for e in events_of(file) for v in e.summary.value if v.tag[:1] == "t"
+    ]
+    assert sum(found[0].bucket) == len(values)
+    assert (found[0].min, found[0].max) == pytest.approx((min(values), max(values)))
 
 
 def test_without_scalars_nothing_is_written(tmp_path):
