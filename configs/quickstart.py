@@ -1,4 +1,4 @@
-"""A narrow ResNet18 on scikit-learn's digits at 32 x 32: two minutes on two cores."""
+"""A narrow ResNet18 on scikit-learn's digits at 16 x 16, as the quick start has it."""
 
 from train.config import Config, Data, Model, Optimizer
 
@@ -8,10 +8,10 @@ config = Config(
     batch_size=64,
     data=Data(
         source="digits",
-        image_size=32,
+        image_size=16,
         mean=(0.305,),
         std=(0.376,),
-        crop_padding=2,
+        crop_padding=1,
         flip=False,
     ),
     model=Model(width=0.125),

@@ -113,7 +113,11 @@ def test_a_report_of_other_checkpoints_is_written_again(tmp_path, monkeypatch):
     run.mkdir()
     manifest.write_text("{}")
     digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    record.write_text(json.dumps({"subjects": [{"sha256": digest}]}))
+    record.write_text(
+        json.dumps(
+            {"subjects": [{"sha256": digest, "latency_ms": {"64": {}, "1": {}}}]}
+        )
+    )
     monkeypatch.setattr(quickstart, "find_checkpoint", lambda path: path)
     stage = quickstart.Stage("", ("report",), record)
     assert stage.is_complete([run])
