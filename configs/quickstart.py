@@ -4,7 +4,7 @@ from train.config import Config, Data, Model, Optimizer
 
 config = Config(
     name="quickstart",
-    epochs=8,
+    epochs=12,
     batch_size=64,
     data=Data(
         source="digits",

@@ -28,7 +28,7 @@ _INERTIAL_MACS = "0.7"
 # A part of the images that `compress` takes by default is enough for digits.
 _IMAGES = ("--calibration-images", "128", "--recalibration-images", "1024")
 _TUNING = (
-    *("--epochs", "3", "--batch-size", "64"),
+    *("--epochs", "5", "--batch-size", "64"),
     *("--optimizer.learning-rate", "0.02"),
 )
 # Networks of the table: the name, and the run that has it, in the working directory.
