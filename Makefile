@@ -19,9 +19,9 @@ quickstart: $(VENV)/.train
 test: lint
 	$(PYTEST) -m "not slow" $(TESTS)
 
-# One case of each slow test but those that take longest, as .ci/run has it.
+# One slow test of each file but those that take longest, as .ci/run has it.
 test-some: $(VENV)/.$(EXTRAS)
-	$(PYTEST) -m slow --one-case $(TESTS)
+	$(PYTEST) -m slow --one-a-file $(TESTS)
 
 # All of the slow tests, among them each extra in an environment of its own.
 test-all: $(VENV)/.$(EXTRAS)

@@ -61,6 +61,7 @@ LONG = {
     "test_pages.py",
     "test_pipeline.py",
     "test_processes.py",
+    "test_quickstart.py",
     "test_scaling.py",
     "test_streams.py",
     "test_winograd.py",
@@ -70,24 +71,25 @@ LONG = {
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--one-case",
+        "--one-a-file",
         action="store_true",
-        help="of slow tests, the first case alone, and none of the longest",
+        help="of slow tests, the first of each file, and none of the longest",
     )
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--one-case"):
+    if not config.getoption("--one-a-file"):
         return
     if gone := LONG - {file.name for file in (ROOT / "tests").rglob("test_*.py")}:
         raise pytest.UsageError(f"`LONG` names files that are gone: {gone}")
     kept, others, seen = [], [], set()
     for item in items:
-        test = item.path, item.cls, item.originalname
-        is_left_out = test in seen or item.path.name in LONG
-        is_slow = item.get_closest_marker("slow") is not None
-        (others if is_slow and is_left_out else kept).append(item)
-        seen.add(test)
+        if item.get_closest_marker("slow") is None:
+            kept.append(item)
+            continue
+        is_left_out = item.path in seen or item.path.name in LONG
+        (others if is_left_out else kept).append(item)
+        seen.add(item.path)
     config.hook.pytest_deselected(items=others)
     items[:] = kept
 
