@@ -10,18 +10,14 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-some test-all test-floor lint docs release clean
+.PHONY: quickstart test test-all test-floor lint docs release clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
 
-# Lint, types and the tests that are not marked slow.
+# Lint, types, the tests that are not marked slow, and one slow test of each file.
 test: lint
-	$(PYTEST) -m "not slow" $(TESTS)
-
-# One slow test of each file but those that take longest, as .ci/run has it.
-test-some: $(VENV)/.$(EXTRAS)
-	$(PYTEST) -m slow --one-a-file $(TESTS)
+	$(PYTEST) --one-a-file $(TESTS)
 
 # All of the slow tests, among them each extra in an environment of its own.
 test-all: $(VENV)/.$(EXTRAS)
