@@ -51,10 +51,12 @@ jaxtyping.install_import_hook(
 
 # Files whose slow tests start programs and environments, or go through a hundred cases.
 LONG = {
+    "test_augmentation.py",
     "test_browser.py",
     "test_benchmark.py",
     "test_compress_verb.py",
     "test_dispatch.py",
+    "test_examples.py",
     "test_extras.py",
     "test_forms.py",
     "test_nnx_zoo.py",
@@ -63,7 +65,9 @@ LONG = {
     "test_processes.py",
     "test_quickstart.py",
     "test_scaling.py",
+    "test_sides.py",
     "test_streams.py",
+    "test_sweep.py",
     "test_winograd.py",
     "test_zoo.py",
 }

@@ -89,6 +89,7 @@ def test_int8_keeps_every_kernel_in_a_byte_and_the_output_near(name):
     assert 0 < np.abs(error).max() < 0.05 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_file_keeps_every_kernel_in_a_byte_and_gives_the_same_numbers(tmp_path):
     model = ij.create_model("lenet")
     network = (model, ij.init_variables(model, jax.random.key(0), SHAPE))

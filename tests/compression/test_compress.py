@@ -440,6 +440,7 @@ def test_the_kernel_of_factors_needs_no_factors(shape, groups, spec, is_weighed)
     np.testing.assert_allclose(found, np.reshape(expected, shape), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_inertial_cores_are_left_alone_and_have_no_dense_kernel():
     core = ij.Inertial(3, 4, reading="tiled")
     plan = ij.Plan((("conv2", ij.Tucker2(4, 5, core=core)),))

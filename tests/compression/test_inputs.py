@@ -35,6 +35,7 @@ def test_integers_stay_integers():
     assert np.isfinite(small.apply(fitted, tokens)).all()
 
 
+@pytest.mark.slow
 def test_images_of_integers_are_images(no_shape_checks):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
     model = ij.create_model("lenet", width=0.2)

@@ -63,6 +63,7 @@ def test_open_tiles_are_the_ordinary_convolution_at_any_padding(spec):
         np.testing.assert_allclose(y, want, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_small_cores_and_regions_keep_the_output_grid():
     """With every gate closed the window reading is the core at the region's middle."""
     spec = ij.Inertial(1, 5, threshold=ij.Fixed.CLOSED)
@@ -120,6 +121,7 @@ def trained_inside(model, x):
         return network(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "evaluate", "train"),
     [

@@ -95,6 +95,7 @@ class Layers(nn.Module):
         return nn.Dense(6, name="linear")(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_a_network_is_timed_with_kernels_of_the_shapes_of_its_factors():
     model, shape = Layers(), (6, 6, 4)
     variables = model.init(jax.random.key(0), np.zeros((1, *shape)))

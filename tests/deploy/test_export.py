@@ -252,6 +252,7 @@ def test_what_is_no_batch_norm_of_a_convolution_is_named(tmp_path, capsys):
         ij.load_exported(tmp_path / "out")(pixels())
 
 
+@pytest.mark.slow
 def test_errors_of_the_command(checkpoint, file, tmp_path, capsys):
     there = tmp_path / "there"
     there.write_bytes(b"mine")

@@ -319,6 +319,7 @@ def test_a_call_that_is_not_that_of_a_layer_shows_the_right_one(args, options, m
         ij.InertialConv(*args, **options)
 
 
+@pytest.mark.slow
 def test_a_layer_is_a_field_of_other_modules():
     x = np.ones((1, 6, 6, 2), np.float32)
     for layer in (ij.InertialConv(3, (3, 3)), ij.InertialConv(3, 3, 4)):

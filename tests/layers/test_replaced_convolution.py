@@ -20,6 +20,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_replacement_sees_each_kernel_once_and_numbers_stay(name, monkeypatch):
     layer = LAYERS[name]

@@ -33,6 +33,7 @@ def lenet():
     return ij.create_model("lenet", width=0.1)
 
 
+@pytest.mark.slow
 def test_first_variables_are_those_that_flax_draws():
     for model, shape in ((lenet(), (28, 28, 1)), (Foreign(), (4, 4, 8))):
         images = jnp.zeros((1, *shape))

@@ -159,6 +159,7 @@ def test_an_inertial_network_goes_to_torch_and_back(inertial_net):
     jax.tree.map(np.testing.assert_array_equal, loaded, dict(variables))
 
 
+@pytest.mark.slow
 def test_an_inertial_network_is_the_same_after_a_checkpoint(inertial_net, tmp_path):
     model, variables = inertial_net
     ij.save_checkpoint(tmp_path / "checkpoint", model, variables)

@@ -47,6 +47,7 @@ def assert_same_variables(module, variables, tolerance=1e-6):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_compression_is_that_of_the_same_network_in_linen(pair, halves):
     net, _ = pair
     small, (model, variables) = halves
@@ -69,6 +70,7 @@ def test_costs_are_those_of_the_same_network_in_linen(pair, halves):
         assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_factors_are_multiplied_out_again(halves):
     small, _ = halves
     dense = ij.decompress(small, image_shape=SHAPE)
@@ -86,6 +88,7 @@ def test_batch_norm_is_recalibrated_as_in_linen(halves):
     assert_same_variables(measured, expected)
 
 
+@pytest.mark.slow
 def test_reconstruction_is_that_of_linen(pair, halves):
     net, dense = pair
     small, (model, variables) = halves
@@ -251,6 +254,7 @@ def test_a_module_may_need_a_key_in_evaluation():
 TILED = ij.Inertial(3, 4, reading="tiled", threshold=ij.Learned(0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     (

@@ -331,6 +331,7 @@ def test_ladder_transforms_as_the_dense_form_does(transform, small_chunks, x64):
     close(transformed(LADDERS[0]), transformed(None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)], ids=str)
 def test_images_and_known_friction_batch_together_and_apart(axes, small_chunks, x64):
     friction = np.random.default_rng(9).random((2, 5, 4, 3))
@@ -374,6 +375,7 @@ def test_forms_for_tpu_change_no_result(monkeypatch, x64):
     assert sum(form is not None for form in chosen) >= 4  # Views, means and two maps.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [-1.0, 1.2, 1e30])
 def test_no_tile_or_all_are_computed_on_tpu(threshold, monkeypatch, x64):
     def results(capacities):

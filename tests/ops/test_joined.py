@@ -23,6 +23,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_are_trained_the_same_on_tpus(name, monkeypatch):
     layer = LAYERS[name]

@@ -136,6 +136,7 @@ def partly_dropped():
     return ij.Plan(rules), tuple(ij.DroppedRule(*fields) for fields in expected)
 
 
+@pytest.mark.slow
 def test_rules_that_do_not_stand_are_told_with_layer_and_reason():
     plan, expected = partly_dropped()
     model = ij.create_model("resnet20", width=0.25, plan=plan)

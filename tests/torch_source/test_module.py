@@ -165,6 +165,7 @@ def test_folded_networks_have_no_batch_norm():
     )
 
 
+@pytest.mark.slow
 def test_raw_pixels_are_resized_and_normalised_inside():
     shape = (8, 8, 3)
     model, variables = made("resnet20", shape, width=0.2)

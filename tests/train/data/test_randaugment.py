@@ -120,6 +120,7 @@ def test_operations_are_drawn_evenly_and_by_each_images_key():
     np.testing.assert_array_equal(draw(images, keys[::-1]), drawn[::-1])
 
 
+@pytest.mark.slow
 def test_operations_follow_each_other():
     keys = jax.random.split(jax.random.key(0), 8)
     images = jnp.broadcast_to(jnp.asarray(SMOOTH), (8, *SMOOTH.shape))

@@ -185,6 +185,7 @@ def test_finetuning_starts_from_the_averages(run, tmp_path, one_device):
     assert moved == {"params/fc2/kernel", "params/fc2/bias"}
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on(fit, tmp_path, monkeypatch, one_device):
     plain = fit[: fit.index("--data.crop-mode")]
     plain += ["--model.name", "lenet", "--model.width", "0.1"]

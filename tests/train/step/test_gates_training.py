@@ -47,6 +47,7 @@ def gated(first):
     return Gated(ij.Plan((("gated", spec),)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0.5, 1.4], ids=["open", "closed"])
 def test_a_threshold_moves_to_meet_the_budget(first):
     optimizer = Optimizer(learning_rate=0.05, momentum=0.0, milestones=(1000,))
