@@ -252,7 +252,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
         raise CheckpointDamagedError(f"{path} is damaged: {error}.") from error
     if differing:
         files = sorted({name for name, _ in differing})
-        raise CheckpointDamagedError(f"{path} is damaged: {', '.join(files)}.")
+        raise CheckpointDamagedError(f"{path} is damaged: {', '.join(files):.500}.")
 
 
 def _checkpointer(*processes: int, name: str) -> ocp.Checkpointer:

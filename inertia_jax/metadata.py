@@ -364,7 +364,7 @@ def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{file} describes no checkpoint.")
     if description.get("format") != _FORMAT:
         raise ValueError(
-            f"{path} has format {description.get('format')}; must be {_FORMAT}."
+            f"{path} has format {description.get('format')!r:.100}; must be {_FORMAT}."
         )
     missing = sorted(_FIELDS - set(description))
     if missing:

@@ -12,7 +12,11 @@ from flax import linen as nn
 from flax.core import freeze
 
 import inertia_jax as ij
-from inertia_jax.checkpoint import CheckpointWriteError, load_arrays
+from inertia_jax.checkpoint import (
+    CheckpointWriteError,
+    load_arrays,
+    verify_checkpoint,
+)
 from inertia_jax.metadata import (
     Metadata,
     Preprocessing,
@@ -239,6 +243,18 @@ def test_names_of_other_classes_are_not_saved(tmp_path):
 def test_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         ij.load_checkpoint(tmp_path / "none")
+
+
+def test_errors_name_the_start_of_what_a_file_holds(described, tmp_path):
+    long, description = "x" * 10_000, json.loads(described.read_text())
+    (tmp_path / "metadata.json").write_text(json.dumps(description | {"format": long}))
+    with pytest.raises(ValueError, match="format 'xxx") as unknown:
+        load_metadata(tmp_path)
+    (tmp_path / "arrays").mkdir()
+    (tmp_path / "manifest.json").write_text(json.dumps({long: ""}))
+    with pytest.raises(ij.CheckpointDamagedError, match="is damaged") as damaged:
+        verify_checkpoint(tmp_path)
+    assert max(len(str(error.value)) for error in (unknown, damaged)) < 800
 
 
 def test_a_later_format_is_refused(saved):

@@ -12,7 +12,7 @@ import tyro
 
 from inertia_jax.models.names import check_model_name
 from inertia_jax.ops.inertial.settings import near_miss
-from train.errors import UsageError, user_input
+from train.errors import UsageError, shortened, user_input
 from train.sources import Source
 
 # What makes a network of the user's own, for verbs that open a checkpoint.
@@ -55,14 +55,16 @@ def _check_range(
     if value is None:
         return
     rules = {
-        "finite": math.isfinite(value) or not finite,
+        # No array holds more, and no float much more.
+        "< 2**63": not isinstance(value, int) or value < 2**63,
+        "finite": isinstance(value, int) or math.isfinite(value) or not finite,
         f">= {least}": least is None or value >= least,
         f"> {above}": above is None or value > above,
         f"< {below}": below is None or value < below,
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
-        raise UsageError(f"`{name}` (={value}) must be {broken[0]}.")
+        raise UsageError(f"`{name}` (={shortened(value)}) must be {broken[0]}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +269,8 @@ class Optimizer:
                 f"`optimizer.warmup_epochs` (={self.warmup_epochs}) must be 0 for "
                 f"`schedule` (='one_cycle'), which has its own rise."
             )
+        for epoch in self.milestones:
+            _check_range("optimizer.milestones", epoch, above=0)
         if any(a >= b for a, b in itertools.pairwise((0, *self.milestones))):
             raise UsageError(
                 f"`optimizer.milestones` (={self.milestones}) must be > 0 and increase."

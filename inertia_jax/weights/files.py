@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import mmap
+import os
 import pathlib
 import struct
 import zipfile
@@ -81,9 +82,10 @@ def read_weights_file(path: pathlib.Path) -> Any:
         FileNotFoundError: There is no such file.
         ValueError: The file is of another kind, or damaged.
     """
-    is_folder = path.is_dir()
-    if not is_folder and not path.is_file():
-        raise FileNotFoundError(f"there is no weights file at {path}.")
+    # These functions of `os.path`, unlike pathlib's, take names that are too long.
+    is_folder = os.path.isdir(path)
+    if not is_folder and not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no weights file at {path!s:.1000}.")
     head = b""
     try:
         if is_folder:

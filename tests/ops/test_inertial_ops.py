@@ -619,6 +619,10 @@ REFUSED = [
     *((op, dict(friction=np.ones((1, 9, 9))), "`friction`") for op in OPS),
     *((op, dict(padding="CIRCULAR"), "`padding`") for op in OPS),
     *((op, dict(padding=(1, 1, 1)), "`padding`") for op in OPS),
+    *(
+        (op, dict(x=np.ones((1, 8, 8, 0)), core=np.ones((3, 3, 0, 4))), "c >= 1")
+        for op in OPS
+    ),
     (WINDOW, dict(combine="median"), "`combine`"),
     (TILED, dict(low="median"), "`low`"),
     (WINDOW, dict(x=np.ones((1, 8, 4, 2)), padding="VALID"), "`region_size`"),

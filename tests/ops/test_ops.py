@@ -108,11 +108,20 @@ def test_conv2d_refuses_what_does_not_fit(kernel_shape, padding, message):
         ({"padding": None}, "`padding`"),
         ({"padding": ((1, 2, 3), (1, 1))}, "`padding`"),
         ({"groups": 3}, r"`groups` \(=3\) must divide the 4 output"),
+        ({"padding": 2**62}, "must be one or two integers, at most 2147483647"),
     ],
 )
 def test_conv2d_refuses_bad_geometry(options, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         ops.conv2d(np.zeros((1, 8, 8, 3)), np.zeros((3, 3, 3, 4)), **options)
+
+
+@pytest.mark.parametrize("channels", [(0, 3), (3, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize(("side", "size"), [(1, 4), (3, 2), (3, 4)])
+def test_without_channels_there_are_zeros_or_nothing(channels, side, size):
+    x, kernel = np.ones((2, size, size, channels[0])), np.ones((side, side, *channels))
+    found = jax.jit(ops.conv2d)(x.astype("f4"), kernel.astype("f4"))
+    np.testing.assert_array_equal(found, np.zeros((2, size, size, channels[1])))
 
 
 def test_conv2d_takes_what_lax_takes(no_shape_checks):

@@ -310,6 +310,7 @@ def test_a_kernel_of_zeros_has_finite_factors(method):
         ((3, 3, 4, 6), {"groups": 4}, r"`groups` \(=4\) must divide 6"),
         ((3, 3, 4, 6), {"groups": 0}, r"`groups` \(=0\)"),
         ((6,), {}, r"`kernel` \(shape \(6,\)\) must be"),
+        ((0, 3, 4, 6), {}, "with sides >= 1"),
     ],
 )
 def test_tucker2_refuses_what_does_not_fit(shape, change, message, no_shape_checks):

@@ -175,6 +175,7 @@ def test_weights_without_an_order_are_sorted(tmp_path):
         ({"a": 3}, "x.json cannot be read"),
         ([1], "x.json cannot be read"),
         ({"a": "gone.bin"}, "gone.bin"),
+        ({"a": "x" * 2000}, "there is no weights file"),
     ],
 )
 def test_an_index_names_files_beside_it(places, message, tmp_path):

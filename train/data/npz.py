@@ -1,8 +1,6 @@
 """NumPy archives with Keras's keys: x_train, y_train, x_test, y_test."""
 
 import pathlib
-import zipfile
-import zlib
 
 import numpy as np
 
@@ -23,8 +21,9 @@ def load_npz(path: str, held_out: HeldOut) -> ImageSet:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A missing key, images or labels that break a rule, or nothing can be
-            held out of them.
+        ValueError: The file is damaged, or declares more than memory can hold; a
+            missing key, images or labels that break a rule, or nothing can be held out
+            of them.
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
@@ -36,13 +35,14 @@ def load_npz(path: str, held_out: HeldOut) -> ImageSet:
         # NumPy would leave a damaged file open.
         with file.open("rb") as stream, np.load(stream) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    # TypeError means a single array (.npy); the others, no zip file or a damaged one,
-    # which may seem encrypted, or compressed in a way that Python does not know.
-    except (
-        *(TypeError, ValueError, EOFError, OSError, RuntimeError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        raise ValueError(f"{file} is no NumPy archive: {error}.") from error
+    # The readers of zip files and of NumPy's headers, which are Python, raise whatever
+    # damaged bytes lead them to: zlib.error, TokenError, MemoryError and more.
+    except Exception as error:
+        reason = f"{error!s:.200}" or type(error).__name__
+        raise ValueError(f"{file} is no NumPy archive: {reason}.") from error
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy returns the bytes of other files
+            raise ValueError(f"{file} holds {key!r:.100}, which is no array.")
     training = {"x_train", "y_train"} if {"x_train", "y_train"} & set(arrays) else set()
     testing = {"x_test", "y_test"}
     if held_out.test_share and not testing & set(arrays):

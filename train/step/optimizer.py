@@ -9,6 +9,9 @@ from flax import traverse_util
 
 from train.config import Optimizer
 
+# Optax counts steps in 32 bits.
+_MOST_STEPS = 2**31 - 1
+
 
 def scale_learning_rate(config: Optimizer, *, batch_size: int) -> Optimizer:
     """Returns the optimiser with `learning_rate * batch_size / base_batch_size`.
@@ -26,15 +29,19 @@ def make_schedule(
     config: Optimizer, *, steps_per_epoch: int, epochs: int
 ) -> optax.Schedule:
     """Returns the learning rate of each step, counted from 0."""
-    steps = steps_per_epoch * epochs
+
+    def steps_of(epochs: int) -> int:
+        return min(steps_per_epoch * epochs, _MOST_STEPS)
+
+    steps = steps_of(epochs)
     if config.schedule == "one_cycle":
         peak = max(1, round(config.peak_share * steps))
         rise = optax.linear_schedule(0.0, config.learning_rate, peak)
         fall = optax.linear_schedule(config.learning_rate, 0.0, max(1, steps - peak))
         return optax.join_schedules([rise, fall], [peak])
-    warmup = steps_per_epoch * config.warmup_epochs
+    warmup = steps_of(config.warmup_epochs)
     if config.schedule == "multistep":
-        factors = {steps_per_epoch * e: config.decay for e in config.milestones}
+        factors = {steps_of(e): config.decay for e in config.milestones}
         schedule = optax.piecewise_constant_schedule(config.learning_rate, factors)
     elif config.schedule == "cosine":
         falling = max(1, steps - warmup)
@@ -42,7 +49,7 @@ def make_schedule(
     else:
         schedule = optax.exponential_decay(
             config.learning_rate,
-            steps_per_epoch * config.decay_epochs,
+            steps_of(config.decay_epochs),
             config.decay,
             staircase=True,
         )

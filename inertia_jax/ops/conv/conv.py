@@ -18,6 +18,9 @@ from inertia_jax.ops.conv.replaced import is_replaced
 Padding = str | int | Sequence[int | tuple[int, int]]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
+# What XLA takes for a side of an array.
+_MOST = 2**31 - 1
+
 
 def per_axis(
     value: Any, name: str = "value", *, count: int, least: int | None = None
@@ -33,11 +36,13 @@ def per_axis(
         sizes = []
     if len(sizes) == 1:
         sizes *= count
-    if len(sizes) != count or (least is not None and min(sizes) < least):
+    is_large = any(abs(size) > _MOST for size in sizes)
+    if len(sizes) != count or is_large or (least is not None and min(sizes) < least):
         number = {1: "an integer", 2: "one or two integers"}
         rule = number.get(count, f"one or {count} integers")
         rule += "" if least is None else f" >= {least}"
-        raise ValueError(f"`{name}` (={value!r}) must be {rule}.")
+        rule += f", at most {_MOST}" if is_large else ""
+        raise ValueError(f"`{name}` (={value!r:.200}) must be {rule}.")
     return tuple(sizes)
 
 
@@ -71,13 +76,16 @@ def pads_per_axis(padding: Padding, *, count: int) -> str | tuple[tuple[int, int
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
             raise ValueError(
-                f"`padding` (={padding!r}) must be SAME, SAME_LOWER, VALID or pairs."
+                f"`padding` (={padding!r:.200}) must be SAME, SAME_LOWER, VALID or "
+                f"pairs."
             )
         return padding.upper()
     if isinstance(padding, int | np.integer):
         return (pair(int(padding), "padding"),) * count
     if not isinstance(padding, Sequence | np.ndarray) or len(padding) != count:
-        raise ValueError(f"`padding` (={padding!r}) must have one entry per dimension.")
+        raise ValueError(
+            f"`padding` (={padding!r:.200}) must have one entry per dimension."
+        )
     return tuple(pair(around, "padding") for around in padding)
 
 
@@ -158,11 +166,11 @@ def conv2d(
     spans = [1 + (k - 1) * d for k, d in zip(size, taps, strict=True)]
     is_small = any(n < span for n, span in zip(x.shape[1:3], spans, strict=True))
     pads = explicit_padding(x.shape[1:3], size, window_strides, padding, taps)
-    if any(
+    if not kernel.size or any(
         n + sum(around) < span
         for n, around, span in zip(x.shape[1:3], pads, spans, strict=True)
     ):
-        return direct(x, kernel)  # The map is empty.
+        return direct(x, kernel)  # The map is empty, or sums of nothing.
     # XLA has slow cases on CPU. These forms were not measured elsewhere, so they are
     # not used there.
     on_cpu: Callable[[Array, Array], Array] | None = None

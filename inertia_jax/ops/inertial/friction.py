@@ -90,8 +90,8 @@ def friction(
     check_choice("reference", reference, Reference)
     if channel_stride < 1:
         raise ValueError(f"`channel_stride` (={channel_stride}) must be >= 1.")
-    if jnp.ndim(x) != 4:
-        raise ValueError(f"`x` (shape {jnp.shape(x)}) must be [n, h, w, c].")
+    if jnp.ndim(x) != 4 or not jnp.shape(x)[-1]:
+        raise ValueError(f"`x` (shape {jnp.shape(x)}) must be [n, h, w, c], c >= 1.")
     x, steps = jnp.asarray(x), stride_pair(strides)
     pads, output_size = region_grid(x.shape[1:3], region_size, steps, padding)
     x, dtype = pad_image(x, pads), at_least_float32(x.dtype)

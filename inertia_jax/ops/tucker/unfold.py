@@ -80,12 +80,13 @@ def as_wide_kernel(kernel: Float[ArrayLike, "*sides c_in c_out"], groups: int) -
     """Returns the kernel in float32 at least.
 
     Raises:
-        ValueError: It has no channels, or cannot have as many groups.
+        ValueError: It has no channels or taps, or cannot have as many groups.
     """
     kernel = jnp.asarray(kernel)
-    if kernel.ndim < 2:
+    if kernel.ndim < 2 or 0 in kernel.shape[:-2]:
         raise ValueError(
-            f"`kernel` (shape {kernel.shape}) must be [*sides, c_in, c_out]."
+            f"`kernel` (shape {kernel.shape}) must be [*sides, c_in, c_out], with "
+            f"sides >= 1."
         )
     if groups < 1 or kernel.shape[-1] % groups:
         raise ValueError(

@@ -1,10 +1,12 @@
 """Sources, and what they refuse."""
 
 import os
+import struct
 import subprocess
 import sys
 import time
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -152,6 +154,33 @@ def test_every_error_about_an_archive_names_its_file(save, tmp_path):
         except UsageError as error:
             assert str(error).startswith((str(file), "set ")), error
             assert len(str(error)) < 500
+
+
+def header(text):
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (b"no array", "holds 'y_test', which is no array"),
+        (header("{'descr': ("), "no NumPy archive: "),
+        (
+            header(f"{{'descr': 'u1', 'fortran_order': False, 'shape': ({10**400},)}}"),
+            "no NumPy archive: ",
+        ),
+        (
+            header(f"{{'descr': 'u1', 'fortran_order': False, 'shape': ({2**60},)}}"),
+            "no NumPy archive: Unable to allocate 1.00 EiB",
+        ),
+    ],
+)
+def test_arrays_that_somebody_made_are_refused(member, message, tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("y_test.npy", member)
+    with pytest.raises(UsageError, match=message) as caught:
+        load(f"npz:{tmp_path / 'set.npz'}")
+    assert len(str(caught.value)) < 500
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -415,6 +415,8 @@ TOO_LARGE = ij.Plan((("conv2", ij.Inertial(5, 6)),)).to_json()
         (["--config", "none.py"], "no config file at none.py"),
         (["--optimizer.decay", "-1"], "`optimizer.decay`"),
         (["--optimizer.milestones", "3", "3"], "`optimizer.milestones`"),
+        (["--optimizer.milestones", "1", str(10**400)], r"`optimizer.mile.* < 2\*\*63"),
+        (["--epochs", str(10**400)], r"`epochs` .*000\.\.\. .* must be < 2\*\*63"),
         (["--process-id", "1"], "needs `--coordinator`"),
         (["--optimizer.ema-decay", "1"], "`optimizer.ema_decay` .* must be < 1"),
         (["--optimizer.peak-share", "0"], "`optimizer.peak_share` .* must be > 0"),

@@ -244,6 +244,14 @@ def test_milestones_count_from_the_start_of_the_warmup():
     np.testing.assert_allclose(float(schedule(31)), 0.01, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["multistep", "cosine", "exponential", "one_cycle"])
+def test_epochs_beyond_all_steps_are_never_reached(name):
+    far = {"milestones": (1, 10**9), "decay_epochs": 10**9, "warmup_epochs": 0}
+    config = Optimizer(schedule=name, **far)
+    schedule = make_schedule(config, steps_per_epoch=100, epochs=10**9)
+    assert np.isfinite(float(jax.jit(schedule)(np.int32(2**31 - 2))))
+
+
 def test_one_cycle_rises_and_falls_by_hand():
     config = Optimizer(learning_rate=0.4, schedule="one_cycle", peak_share=0.2)
     schedule = make_schedule(config, steps_per_epoch=4, epochs=5)
