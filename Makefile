@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-all test-floor lint docs release clean
+.PHONY: quickstart test test-all test-floor fuzz lint docs release clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
@@ -36,6 +36,12 @@ lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy inertia_jax train
+
+# Damaged and made-up inputs against all that reads them, under a limit of memory:
+# 100,000 of them, in half an hour of one core.
+INPUTS ?= 100000
+fuzz: $(VENV)/.$(EXTRAS)
+	$(BIN)/python tests/fuzz/fuzzing.py --inputs $(INPUTS)
 
 # The documentation as a site, in docs/_build/html. A warning is an error.
 docs: $(VENV)/.docs
