@@ -125,6 +125,7 @@ def _show_help(name: str, argv: Sequence[str]) -> int:
 
 def _run_verb(name: str, argv: Sequence[str]) -> int:
     # These import JAX, which is not needed before the process may be replaced.
+    from inertia_jax.calls import remembered_calls
     from inertia_jax.chips.compiler import tell_libtpu
     from train.machine.platform import choose_cpu_flags, use_compilation_cache
 
@@ -138,7 +139,8 @@ def _run_verb(name: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(f"train.verbs.{name}")
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    code: int = module.run(argv[1:])
+    with remembered_calls():
+        code: int = module.run(argv[1:])
     return code
 
 

@@ -9,9 +9,14 @@ import numpy as np
 from jaxtyping import Float
 
 from inertia_jax.compression.sites import Factorised, Site
-from inertia_jax.ops.tucker.rank_selection import kept_energy, mode_spectra
+from inertia_jax.ops.tucker.rank_selection import kept_energy
 from inertia_jax.ops.tucker.tucker import tucker2
-from inertia_jax.ops.tucker.unfold import max_ranks, split_groups
+from inertia_jax.ops.tucker.unfold import (
+    left_singular,
+    max_ranks,
+    split_groups,
+    unfold_in,
+)
 from inertia_jax.plan.specs import Conv, LowRank, Tucker2
 
 # The most steps into which a layer's channels are cut.
@@ -93,7 +98,7 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
         ranks = _steps(min(most_in, most_out), round_to)
         energy = np.zeros(most_in)
         for part in split_groups(kernel, site.groups):
-            spectrum = mode_spectra(part)[0]
+            spectrum = np.asarray(left_singular(unfold_in(part))[1])
             energy[: len(spectrum)] += spectrum.astype(np.float64) ** 2
         kept = np.cumsum(energy)
         kept = kept / kept[-1] if kept[-1] > 0 else np.ones_like(kept)
@@ -104,7 +109,7 @@ def make_grid(site: Site, kernel: np.ndarray, *, round_to: int) -> Forms:
             kernel, rank_in=c_in, rank_out=c_out // site.groups, groups=site.groups
         )
         # Groups share their ranks, so the energies of their cores are summed.
-        cores = np.asarray(split_groups(full.core, site.groups), np.float64)
+        cores = split_groups(np.asarray(full.core, np.float64), site.groups)
         kept = kept_energy(np.sqrt(np.sum(cores**2, axis=0)))
         steps = _steps(most_in, round_to), _steps(most_out, round_to)
         pairs = list(itertools.product(*steps))

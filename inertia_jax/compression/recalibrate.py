@@ -85,7 +85,7 @@ def recalibrate_batch_norm(
             f"(={number}) must be >= 2."
         )
     stored = traverse_util.flatten_dict(variables["batch_stats"])
-    old = {path: jnp.asarray(stored[path]) for path in paths}
+    old = {path: np.asarray(stored[path]) for path in paths}
 
     @jax.jit
     def after_a_step(start: _Stats, variables: Any, batch: Any) -> _Stats:
@@ -111,8 +111,8 @@ def recalibrate_batch_norm(
         found = values.mean(0, dtype=np.float64)
         if path[-1] == "var":
             found += stacked[*path[:-1], "mean"].var(0, dtype=np.float64)
-        new[path] = jnp.asarray(found, old[path].dtype)
-    if not all(bool(jnp.isfinite(value).all()) for value in new.values()):
+        new[path] = jnp.asarray(found.astype(old[path].dtype))
+    if not all(np.isfinite(value).all() for value in new.values()):
         raise ValueError("the statistics of `images` must be finite; some are not.")
     return {**variables, "batch_stats": traverse_util.unflatten_dict({**stored, **new})}
 
@@ -137,7 +137,9 @@ def _measured(
 
     def starts(moves: _Stats, start: float) -> _Stats:
         # A layer that does not move its statistics computes with them.
-        return jax.tree.map(lambda m, s: jnp.where(m, start, s), moves, old)
+        return jax.tree.map(
+            lambda m, s: np.where(m, np.asarray(start, s.dtype), s), moves, old
+        )
 
     everything = jax.tree.map(lambda s: np.ones(s.shape, bool), old)
     seen = after_a_step(starts(everything, _FAR), batches[0])

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -171,7 +171,7 @@ def dense_kernel(
     kind = kind_of(module)
     if not kind.parts:
         return leaves["kernel"]
-    kernels = [jnp.asarray(leaves[f"{part}/kernel"]) for part in kind.parts]
+    kernels = [np.asarray(leaves[f"{part}/kernel"]) for part in kind.parts]
     groups = getattr(module, "feature_group_count", 1)
     into, out = stack_groups(kernels[0], groups), as_matrix(kernels[-1]).T
     kernel = kind.to_kernel(kind.factors(into, *kernels[1:-1], out), groups=groups)

@@ -263,6 +263,8 @@ def _jitted(
     shape: Shape | None,
     apply_fn: ApplyFn | None = None,
 ) -> Any:
+    # Ladders change no variables, and to trace them takes as long as all else.
+    model = without_ladders(model)
     init = functools.partial(_first_variables, model, shape=shape, apply_fn=apply_fn)
     return jax.jit(init)
 

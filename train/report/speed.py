@@ -1,12 +1,13 @@
 """The time of networks on this machine, and the cycles on a chip that is not there."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inertia_jax import fold_batch_norm
 from inertia_jax.chips.chip import find_chip
 from inertia_jax.compression.chip_times import chip_times
-from train.benchmark.timing import Calls, interleaved, jax_call, random_images
+from train.benchmark.timing import interleaved, jax_call, random_images
 from train.machine.processes import say
 from train.networks import TrainedNetwork
 from train.report.subjects import Subject
@@ -26,13 +27,14 @@ def measure_latency(subjects: Sequence[Subject]) -> dict[str, Any]:
         `machine`, and `networks`: by the hash of the checkpoint and the number of
         images a call, the median, the least and the greatest time in milliseconds.
     """
-    networks: dict[str, dict[str, Any]] = {s.sha256: {} for s in subjects if s.network}
+    folded = {s.sha256: _folded(s.network) for s in subjects if s.network}
+    networks: dict[str, dict[str, Any]] = {sha256: {} for sha256 in folded}
     for batch_size in BATCH_SIZES:
         say(f"timing {len(networks)} networks in turn, {batch_size} images a call")
-        calls: Calls = {}
-        for subject in subjects:
-            if subject.network is not None and subject.sha256 not in calls:
-                calls[subject.sha256] = _call(subject.network, batch_size)
+        calls = {
+            sha256: jax_call(apply, random_images(batch_size, shape))
+            for sha256, (apply, shape) in folded.items()
+        }
         for sha256, spread in interleaved(calls, repeats=_REPEATS).items():
             networks[sha256][str(batch_size)] = spread
     return {"machine": _this_machine(), "networks": networks}
@@ -70,13 +72,13 @@ def estimate_cycles(network: TrainedNetwork, device: str, *, batch_size: int) ->
     return round(1e-3 * times.ms * find_chip(device).clock_hz)
 
 
-def _call(network: TrainedNetwork, batch_size: int) -> Any:
+def _folded(network: TrainedNetwork) -> tuple[Callable[[Any], Any], tuple[int, ...]]:
+    """Returns the function of images that a network is, and the shape of one."""
     shape = network.preprocessing.image_shape
     model, variables = fold_batch_norm(
         network.model, network.variables, image_shape=shape
     )
-    images = random_images(batch_size, shape)
-    return jax_call(lambda images: model.apply(variables, images), images)
+    return functools.partial(model.apply, variables), shape
 
 
 def _this_machine() -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from inertia_jax.atomic import appearing
-from inertia_jax.calls import remembered_calls
 from inertia_jax.chips.compiler import topology
 from train.errors import UsageError, user_input
 from train.machine.processes import first_devices, say
@@ -32,11 +31,6 @@ def run(argv: Sequence[str]) -> int:
     """Reports as the arguments say, and prints where the files are."""
     args = parse(argv)
     _check(args)
-    with remembered_calls():
-        return _run(args)
-
-
-def _run(args: Report) -> int:
     subjects = read_subjects(
         args.paths, seconds_to=args.seconds_to, factory=args.factory
     )

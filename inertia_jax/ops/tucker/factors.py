@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import mix_channels
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.conv.replaced import is_replaced
+from inertia_jax.ops.tucker.unfold import AnyArray, move_axis
 
 
 class Tucker2Factors(NamedTuple):
@@ -140,7 +140,7 @@ def factor_kernels(
 ) -> tuple[Array | np.ndarray, ...]:
     """Returns the kernels [*sides, c_in / groups, c_out] to apply one after another.
 
-    NumPy factors without groups give NumPy arrays, for which nothing is compiled.
+    NumPy factors give NumPy arrays, for which nothing is compiled.
 
     Args:
         factors: The factors.
@@ -152,22 +152,21 @@ def factor_kernels(
     first = into.reshape(*ones, *into.shape)
     if groups > 1:
         stacked = into.reshape(groups, -1, into.shape[1])
-        first = jnp.moveaxis(stacked, 0, 1).reshape(*ones, stacked.shape[1], -1)
+        first = move_axis(stacked, 0, 1).reshape(*ones, stacked.shape[1], -1)
     return first, *core, out.T.reshape(*ones, *out.T.shape)
 
 
 def as_matrix(
-    kernel: Float[ArrayLike, "*ones c_in c_out"],
-) -> Float[Array, "c_in c_out"]:
+    kernel: Float[AnyArray, "*ones c_in c_out"],
+) -> Float[AnyArray, "c_in c_out"]:
     """Returns a kernel of one tap without the axes of its sides."""
-    kernel = jnp.asarray(kernel)
     return kernel.reshape(kernel.shape[-2:])
 
 
 def stack_groups(
-    kernel: Float[ArrayLike, "*ones c_in_group r_groups"], groups: int
-) -> Float[Array, "c_in r"]:
+    kernel: Float[AnyArray, "*ones c_in_group r_groups"], groups: int
+) -> Float[AnyArray, "c_in r"]:
     """Returns a grouped kernel of one tap as a factor: its rows are group by group."""
     matrix = as_matrix(kernel)
     matrix = matrix.reshape(matrix.shape[0], groups, -1)
-    return jnp.moveaxis(matrix, 1, 0).reshape(groups * matrix.shape[0], -1)
+    return move_axis(matrix, 1, 0).reshape(groups * matrix.shape[0], -1)

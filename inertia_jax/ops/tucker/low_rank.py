@@ -89,7 +89,12 @@ def low_rank_to_kernel(
         True
     """
     check_factors(factors, groups=groups)
-    left, right = map(jnp.asarray, factors)
+    return _low_rank_to_kernel(factors, groups, num_axes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _low_rank_to_kernel(factors: LowRankFactors, groups: int, num_axes: int) -> Array:
+    left, right = factors
     left = left.reshape(groups, -1, left.shape[1])
     right = right.reshape(groups, -1, right.shape[1])
     kernel = precise_einsum("gir,gor->igo", left, right)
@@ -124,6 +129,7 @@ def low_rank_conv(
     check_factors(factors, groups=groups, channels=x.shape[-1])
     strides = 1 if strides is None else strides
     steps = per_axis(strides, "strides", count=x.ndim - 2, least=1)
-    first, last = map(as_matrix, factor_kernels(factors, groups=groups))
+    kernels = map(jnp.asarray, factor_kernels(factors, groups=groups))
+    first, last = map(as_matrix, kernels)
     x = x[:, *(slice(None, None, step) for step in steps)]
     return pointwise(pointwise(x, first, groups=groups), last, groups=groups)

@@ -2,7 +2,6 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -119,7 +118,7 @@ def mode_spectra(
     kernel: Float[ArrayLike, "*sides c_in c_out"],
 ) -> tuple[Float[np.ndarray, "k_in"], Float[np.ndarray, "k_out"]]:
     """Returns the singular values of both channel unfoldings of a kernel."""
-    kernel = jnp.asarray(kernel)
+    kernel = np.asarray(kernel)
     _, s_in = left_singular(unfold_in(kernel))
     _, s_out = left_singular(unfold_out(kernel))
     return np.asarray(s_in), np.asarray(s_out)

@@ -201,7 +201,12 @@ def tucker2_to_kernel(
         True
     """
     check_factors(factors, groups=groups)
-    u_in, core, u_out = map(jnp.asarray, factors)
+    return _tucker2_to_kernel(factors, groups)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _tucker2_to_kernel(factors: Tucker2Factors, groups: int) -> Array:
+    u_in, core, u_out = factors
     core = split_groups(core, groups)
     u_in = u_in.reshape(groups, -1, u_in.shape[1])
     u_out = u_out.reshape(groups, -1, u_out.shape[1])
@@ -244,7 +249,7 @@ def tucker2_conv(
     x = jnp.asarray(x)
     check_factors(factors, groups=groups, channels=x.shape[-1])
     factors = Tucker2Factors(*map(jnp.asarray, factors))
-    first, core, last = factor_kernels(factors, groups=groups)
+    first, core, last = map(jnp.asarray, factor_kernels(factors, groups=groups))
     x = pointwise(x, as_matrix(first), groups=groups)
     x = conv(
         x, core, strides=strides, padding=padding, dilation=dilation, groups=groups

@@ -2,13 +2,26 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.ops.precision import at_least_float32, precise_einsum
+
+# What is NumPy's stays NumPy's: JAX would compile each reshape of each shape by itself.
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
+
+
+def move_axis(array: AnyArray, source: int, destination: int) -> AnyArray:
+    """Returns an array of the same library with an axis at another place."""
+    library: Any = array.__array_namespace__()
+    moved: AnyArray = library.moveaxis(array, source, destination)
+    return moved
 
 
 def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int]:
@@ -21,6 +34,7 @@ def max_ranks(kernel_shape: Sequence[int], *, groups: int = 1) -> tuple[int, int
     return min(c_in, taps * c_out), min(c_out, taps * c_in)
 
 
+@jax.jit
 def left_singular(
     matrix: Float[Array, "m n"],
 ) -> tuple[Float[Array, "m k"], Float[Array, "k"]]:
@@ -52,28 +66,25 @@ def leading_singular(matrix: Float[Array, "m n"], rank: int) -> Float[Array, "m 
 
 
 def unfold_in(
-    kernel: Float[ArrayLike, "*sides c_in c_out"],
-) -> Float[Array, "c_in rest"]:
+    kernel: Float[AnyArray, "*sides c_in c_out"],
+) -> Float[AnyArray, "c_in rest"]:
     """Returns the kernel as a matrix, with one row per input channel."""
-    kernel = jnp.asarray(kernel)
-    return jnp.moveaxis(kernel, -2, 0).reshape(kernel.shape[-2], -1)
+    return move_axis(kernel, -2, 0).reshape(kernel.shape[-2], -1)
 
 
 def unfold_out(
-    kernel: Float[ArrayLike, "*sides c_in c_out"],
-) -> Float[Array, "c_out rest"]:
+    kernel: Float[AnyArray, "*sides c_in c_out"],
+) -> Float[AnyArray, "c_out rest"]:
     """Returns the kernel as a matrix, with one row per output channel."""
-    kernel = jnp.asarray(kernel)
     return kernel.reshape(-1, kernel.shape[-1]).T
 
 
 def split_groups(
-    kernel: Float[ArrayLike, "*sides c_in c_out"], groups: int
-) -> Float[Array, "g *sides c_in c_out_group"]:
+    kernel: Float[AnyArray, "*sides c_in c_out"], groups: int
+) -> Float[AnyArray, "g *sides c_in c_out_group"]:
     """Returns each group's kernel."""
-    kernel = jnp.asarray(kernel)
     shape = (*kernel.shape[:-1], groups, kernel.shape[-1] // groups)
-    return jnp.moveaxis(kernel.reshape(shape), -2, 0)
+    return move_axis(kernel.reshape(shape), -2, 0)
 
 
 def as_wide_kernel(kernel: Float[ArrayLike, "*sides c_in c_out"], groups: int) -> Array:
