@@ -173,16 +173,13 @@ def weighing(
     return vectors * root @ transposed, vectors / root @ transposed
 
 
-def reference_outputs(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    batches: Sequence[Any],
-    apply_fn: ApplyFn | None,
-) -> list[Array]:
-    """Returns the network's outputs on each batch of calibration images.
+def output_function(
+    model: nn.Module, apply_fn: ApplyFn | None
+) -> Callable[[Any, Any], Array]:
+    """Returns a compiled function of variables and a batch: the network's outputs.
 
-    Raises:
-        ValueError: Outputs that are not finite, or not one array.
+    They are those of `apply_as_trained`. ValueError is raised unless they are one
+    array.
     """
 
     @jax.jit
@@ -190,8 +187,21 @@ def reference_outputs(
         found, _ = apply_as_trained(model, variables, batch, apply_fn=apply_fn)
         return one_array(found)
 
+    return outputs
+
+
+def reference_outputs(
+    outputs: Callable[[Any, Any], Array],
+    variables: Mapping[str, Any],
+    batches: Sequence[Any],
+) -> list[Array]:
+    """Returns the result of `output_function` on each batch of calibration images.
+
+    Raises:
+        ValueError: Outputs that are not finite, or not one array.
+    """
     found = [outputs(variables, batch) for batch in batches]
-    if not all(bool(jnp.isfinite(logits).all()) for logits in found):
+    if not all(np.isfinite(logits).all() for logits in found):
         raise ValueError("the outputs on `calibration` must be finite; some are not.")
     return found
 
@@ -224,15 +234,13 @@ def divergence_of(
         ValueError: Outputs that are not finite, or not one array.
     """
     device_batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
-    reference = reference_outputs(model, variables, device_batches, apply_fn)
-
-    @jax.jit
-    def on_batch(changed: Any, batch: Any, expected: Array) -> Array:
-        logits, _ = apply_as_trained(model, changed, batch, apply_fn=apply_fn)
-        return divergence(expected, logits).mean()
+    outputs = output_function(model, apply_fn)
+    reference = reference_outputs(outputs, variables, device_batches)
+    mean = jax.jit(lambda *pair: divergence(*pair).mean())
 
     def measure(changed: Mapping[str, Any]) -> float:
-        pairs = zip(device_batches, reference, strict=True)
-        return float(np.mean([on_batch(changed, *pair) for pair in pairs]))
+        found = (outputs(changed, batch) for batch in device_batches)
+        pairs = zip(reference, found, strict=True)
+        return float(np.mean([mean(*pair) for pair in pairs]))
 
     return measure

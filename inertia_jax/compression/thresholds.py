@@ -15,6 +15,7 @@ from inertia_jax.calls import NOTHING_CHANGES, ApplyFn
 from inertia_jax.compression.calibration import (
     apply_as_trained,
     divergence,
+    output_function,
     reference_outputs,
 )
 from inertia_jax.compression.sites import layer_places
@@ -75,7 +76,8 @@ class ThresholdSearch:
         self._batches = [
             jax.tree.map(jnp.asarray, batch) for batch in batched(images, batch_size)
         ]
-        self._dense = reference_outputs(model, variables, self._batches, apply_fn)
+        outputs = output_function(model, apply_fn)
+        self._dense = reference_outputs(outputs, variables, self._batches)
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
         self._places = layer_places(variables["params"])
