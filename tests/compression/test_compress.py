@@ -402,6 +402,40 @@ def test_explicit_ranks_leave_other_compressed_layers_alone(network, budgeted):
     assert tucker_ranks(again) == expected
 
 
+class ThreeShapes(nn.Module):
+    """Convolutions that are factorised, each of another shape."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features, side in ((6, 3), (10, 3), (7, 1)):
+            x = nn.relu(nn.Conv(features, (side, side))(x))
+        return x.mean((1, 2))
+
+
+def test_a_layer_compiles_a_program_for_its_ranks_and_one_for_its_factors():
+    """NumPy arranges kernels: JAX would compile each reshape of each shape."""
+    names = []
+
+    def note(event, _, *, fun_name="", **__):
+        # Arrays that go to devices are programs of this name, of no time.
+        if event.endswith("/backend_compile_duration") and fun_name != "jit(stage)":
+            names.append(fun_name)
+
+    shape = (9, 9, 5)
+    variables = jax.device_get(ThreeShapes().init(KEY, noise(1, *shape)))
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        small = ij.compress(
+            ThreeShapes(), variables, ranks=ij.Budget(macs=0.5), image_shape=shape
+        )
+        num_to_compress = len(names)
+        ij.decompress(*small, image_shape=shape)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert num_to_compress <= 2 * 3
+    assert len(names) <= 3 * 3
+
+
 def test_decompress_is_the_inverse(network, budgeted):
     dense = ij.decompress(*budgeted)
     assert dense[0] == network[0]
