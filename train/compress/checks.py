@@ -31,11 +31,16 @@ def check_options(args: Compress) -> None:
     rate = args.finetune_learning_rate
     if not 0 < rate < float("inf"):
         raise UsageError(f"`finetune_learning_rate` (={rate}) must be > 0.")
-    if not args.finetune_epochs and rate != Compress.finetune_learning_rate:
+    if args.finetune_batch_size < 1:
         raise UsageError(
-            f"`finetune_learning_rate` (={rate}) does nothing without "
-            f"`finetune_epochs`."
+            f"`finetune_batch_size` (={args.finetune_batch_size}) must be >= 1."
         )
+    for name in ("finetune_learning_rate", "finetune_batch_size"):
+        value = getattr(args, name)
+        if not args.finetune_epochs and value != getattr(Compress, name):
+            raise UsageError(
+                f"`{name}` (={value}) does nothing without `finetune_epochs`."
+            )
     for name in ("finetune_epochs", "latency_batch", "seed", "crop_padding"):
         value = getattr(args, name)
         if value is not None and value < 0:

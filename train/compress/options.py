@@ -9,6 +9,7 @@ from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.specs import Inertial
 from train.config import (
     CacheDirOption,
+    Config,
     CropPaddingOption,
     Data,
     FactoryOption,
@@ -101,6 +102,8 @@ class Compress:
     in OUT_finetuned."""
     finetune_learning_rate: float = 0.02
     """First learning rate of these epochs, which falls to 0 by cosine."""
+    finetune_batch_size: int = Config.batch_size
+    """Training images in a step of these epochs, over all devices."""
     factory: FactoryOption = None
     """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint
     says."""

@@ -75,17 +75,23 @@ def check_trainable(config: Config, data: ImageSet, num_devices: int) -> Split:
     """
     if data.train is None:
         raise UsageError(f"{data.name} has no training images.")
-    if config.batch_size % num_devices:
-        raise UsageError(
-            f"`batch_size` (={config.batch_size}) must be a multiple of the "
-            f"{num_devices} devices."
-        )
-    if config.batch_size > len(data.train):
-        raise UsageError(
-            f"`batch_size` (={config.batch_size}) must be at most {len(data.train)}, "
-            f"the training images of {data.name}."
-        )
+    check_batch_size("batch_size", config.batch_size, len(data.train), num_devices)
     return data.train
+
+
+def check_batch_size(
+    name: str, batch_size: int, num_images: int, num_devices: int
+) -> None:
+    """Raises UsageError where a batch suits the devices or the training images ill."""
+    if batch_size % num_devices:
+        raise UsageError(
+            f"`{name}` (={batch_size}) must be a multiple of the {num_devices} devices."
+        )
+    if batch_size > num_images:
+        raise UsageError(
+            f"`{name}` (={batch_size}) must be at most {num_images}, the number of "
+            f"training images."
+        )
 
 
 def check_float64(config: Config) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from inertia_jax import count_cost
 from inertia_jax.compression.chip_times import chip_times
 from inertia_jax.compression.latency import network_latencies_ms
@@ -25,6 +27,7 @@ from train.compress.stages import (
 )
 from train.config import FINETUNE, Config
 from train.errors import UsageError, user_input
+from train.fit.checks import check_batch_size
 from train.fit.loop import FitResult, exit_code, fit
 from train.networks import (
     TrainedNetwork,
@@ -61,6 +64,11 @@ def run(argv: Sequence[str]) -> int:
         description=network, sources=sources, cache_dir=args.cache_dir
     )
     split = None if is_made else load_training_images(args, network)
+    if args.finetune_epochs and split is not None:
+        batch_size = args.finetune_batch_size
+        check_batch_size(
+            "finetune_batch_size", batch_size, len(split), jax.device_count()
+        )
     before = evaluate({"before": dense})["before"]
     if is_made:
         small, results = read_compressed(args)
@@ -196,6 +204,7 @@ def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> 
         name=out.name,
         seed=args.seed,
         epochs=args.finetune_epochs,
+        batch_size=args.finetune_batch_size,
         data=dataclasses.replace(
             config.data,
             source=args.data or "",
@@ -215,8 +224,8 @@ def _where_counted(args: Compress, tests: Sequence[Mapping[str, Any]]) -> str:
     images = f"{tests[0]['num_examples']:,} test images of {tests[0]['data']}{first}"
     return (
         f"gate rates as on the {images}; "
-        f"--macs {args.macs} holds on the {args.calibration_images:,} training images "
-        f"that chose the thresholds"
+        f"--macs {args.macs} holds on the training images that chose the thresholds, "
+        f"{args.calibration_images:,} at most"
     )
 
 

@@ -203,6 +203,15 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
             ["--macs", "0.9", "--finetune-learning-rate", "0.5"],
             "does nothing without `finetune_epochs`",
         ),
+        (
+            ["--macs", "0.9", "--finetune-batch-size", "16"],
+            "`finetune_batch_size` .* does nothing without `finetune_epochs`",
+        ),
+        (["--macs", "0.9", "--finetune-batch-size", "0"], "must be >= 1"),
+        (
+            ["--macs=0.9", "--finetune-epochs=1", "--finetune-batch-size=2000"],
+            "`finetune_batch_size` .=2000. must be at most 1437",
+        ),
     ],
 )
 def test_what_cannot_be_compressed(run, arguments, message, tmp_path, capsys):

@@ -50,8 +50,8 @@ def test_the_images_of_the_gate_rates_are_said():
     test = {"num_examples": 1017, "data": "x.npz"}
     said = compress._where_counted(args, [test])
     assert said == (
-        "gate rates as on the 1,017 test images of x.npz; --macs 0.8 holds on the 512 "
-        "training images that chose the thresholds"
+        "gate rates as on the 1,017 test images of x.npz; --macs 0.8 holds on the "
+        "training images that chose the thresholds, 512 at most"
     )
     said = compress._where_counted(args, [test, {"num_examples": 5, "data": "y.npz"}])
     assert "test images of x.npz, the first test set; --macs" in said
