@@ -18,6 +18,10 @@ from train.sources import Source
 # What makes a network of the user's own, for verbs that open a checkpoint.
 FactoryOption = Annotated[str | None, tyro.conf.arg(name="model.factory")]
 
+# A verb's checkpoint, which is said without an option.
+CheckpointArgument = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")
+]
 # Options of data, as verbs have them whose options are not nested. Either spelling is
 # taken everywhere.
 SourceOption = Annotated[Source | None, tyro.conf.arg(aliases=("--data.source",))]
@@ -178,7 +182,7 @@ class Data:
 class Model:
     """The network, as `inertia_jax.create_model` takes it."""
 
-    name: str = "resnet18"
+    name: Annotated[str, tyro.conf.arg(aliases=("--model",))] = "resnet18"
     """lenet, resnet18/20/32/44/56, simpledla or vgg16."""
     factory: str | None = None
     """A network of your own, whatever `name` is: MODULE:FUNCTION, called with

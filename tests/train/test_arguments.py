@@ -13,6 +13,7 @@ from train.compress.options import Compress
 from train.options.export import Export
 from train.options.finetune import Finetune
 from train.options.fit import Fit, RunArguments, parse
+from train.options.import_torch import Import
 
 ON = ["--flip", "--flip True", "--flip=true", "--data.flip", "--data.flip True"]
 OFF = ["--no-flip", "--flip False", "--data.no-flip", "--data.flip=False"]
@@ -30,6 +31,35 @@ def test_what_is_on_or_off_has_one_spelling_everywhere(words, value):
     assert (compress.flip, compress.seed) == (value, 3)
     fit = parse([*words.split(), "--seed", "3"])
     assert (fit.run.data.flip, fit.run.seed) == (value, 3)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        *((verb, "CHECKPOINT") for verb in ("evaluate", "compress", "finetune")),
+        ("export", "CHECKPOINT"),
+        ("diff", "CHECKPOINT OTHER"),
+        ("predict", "CHECKPOINT IMAGE [IMAGE ...]"),
+        ("import", "WEIGHTS"),
+        ("sweep", "FILE"),
+        ("models", "[NAME]"),
+    ],
+)
+def test_the_usage_names_what_comes_without_an_option(verb, words, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert usage.endswith(f"train {verb} [-h] [OPTIONS] {words}")
+
+
+@pytest.mark.parametrize("name", ["--model", "--model.name"])
+def test_a_network_has_one_spelling_everywhere(name, capsys):
+    assert parse([name, "lenet"]).run.model.name == "lenet"
+    weights = ["w.pth", "--out", "o", "--mean", "0.5", "--std", "0.5"]
+    assert parse_options(Import, [*weights, name, "lenet"], verb="x").model == "lenet"
+    # The default name, too, is refused beside what makes another network.
+    assert main(["fit", name, "resnet18", "--model.factory", "own:make"]) == 2
+    assert "`model.name` (=resnet18) does nothing" in capsys.readouterr().err
 
 
 def test_other_switches_are_spelt_alike():

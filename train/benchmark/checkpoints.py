@@ -1,6 +1,7 @@
 """Timing of checkpoints' networks as they are deployed, in JAX and other programs."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from inertia_jax.calls import same_keys
 from inertia_jax.cost.table import aligned
 from inertia_jax.differences import differing_from
 from inertia_jax.metadata import both_sides
+from inertia_jax.ops.inertial.settings import near_miss
 from inertia_jax.plan.plan import plan_of, without_ladders
 from train.benchmark.runtimes import (
     RUNTIMES,
@@ -32,6 +34,7 @@ from train.evaluate.settings import EvaluationSettings
 from train.export.comparison import random_input
 from train.fit.trainer import Trainer
 from train.machine.processes import say
+from train.machine.waiting import waiting
 from train.networks import (
     TrainedNetwork,
     cost_in_words,
@@ -56,7 +59,11 @@ class Suite(BaseSuite):
     images that lie on the device. Ratios are to the first network in JAX.
     """
 
-    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    checkpoints: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="CHECKPOINT [CHECKPOINT ...]"),
+    ] = ()
     """Checkpoints, or runs, of which the best checkpoint is taken."""
     against: tuple[str, ...] = ()
     """Programs in which every network is timed, too, as `export` writes it: torch, onnx
@@ -99,17 +106,21 @@ class Suite(BaseSuite):
         """
         for program in self._programs:
             check_installed(program)
-        first, *others = (
-            find_checkpoint(path)
-            for path in (
-                *self.checkpoints,
-                *(word for word in self.against if word not in RUNTIMES),
-            )
-        )
+        first, *others = map(find_checkpoint, self.checkpoints)
+        for word in self.against:
+            if word in RUNTIMES:
+                continue
+            if not pathlib.Path(word).expanduser().exists():
+                raise UsageError(
+                    f"`against` (={word}) must be {', '.join(RUNTIMES)}, or a "
+                    f"checkpoint.{near_miss(word, RUNTIMES)}"
+                )
+            others.append(find_checkpoint(word))
         with user_input():
             networks = [read_network(first, factory=self.factory)]
             networks += [read_network(p, fallback=self.factory) for p in others]
-            subjects = [self._subject(network) for network in networks]
+            with waiting("counting MACs"):
+                subjects = [self._subject(network) for network in networks]
             for subject in subjects:
                 print(subject.in_words(), flush=True)
             for batch_size in dict.fromkeys(self.batch_sizes):
@@ -167,7 +178,7 @@ class Suite(BaseSuite):
         rows: list[dict[str, Any]] = []
         calls: Calls = {}
         for subject in subjects:
-            say(f"compiling {subject.network.path} for {batch_size} images a call")
+            say(f"compiling {subject.network.path}, batch {batch_size}")
             images = subject.images[:batch_size]
             expected = jax_call(subject.unfolded(), images)()
             for program in ("jax", *self._programs):
@@ -186,7 +197,7 @@ class Suite(BaseSuite):
                 calls[str(len(rows))] = subject.train_call(batch_size)
                 row = {**subject.facts, "what": "train", "program": "jax"}
                 rows.append(row | {"batch_size": batch_size})
-        say(f"timing {len(calls)} functions in turn, {batch_size} images a call")
+        say(f"timing {len(calls)} functions in turn, batch {batch_size}")
         for place, spread in interleaved(calls, repeats=self.repeats).items():
             row, median = rows[int(place)], spread["median_ms"]
             row |= {**spread, "images_per_s": 1e3 * batch_size / median}

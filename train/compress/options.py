@@ -1,14 +1,13 @@
 """The options of `python -m train compress`."""
 
 import dataclasses
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.specs import Inertial
 from train.config import (
     CacheDirOption,
+    CheckpointArgument,
     Config,
     CropPaddingOption,
     Data,
@@ -34,7 +33,7 @@ class Compress:
     train finetune OUT` has more options for that.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: CheckpointArgument
     """Checkpoint, or run, of which the best checkpoint is taken."""
     out: str
     """Directory of the new checkpoint, which must not exist."""

@@ -9,6 +9,9 @@ from inertia_jax.compression.ranks import RankRule
 from inertia_jax.ops.inertial.settings import near_miss
 from train.errors import UsageError
 
+# What a budget may be of.
+_COSTS = ("macs", "params", "latency")
+
 
 def parse_ranks(text: str) -> RankRule | Budget:
     """Reads a rule for ranks.
@@ -20,6 +23,7 @@ def parse_ranks(text: str) -> RankRule | Budget:
         UsageError: The text has another form, or its value is outside the range.
     """
     kind, _, value = text.partition(":")
+    near = near_miss(kind, ("ratio", "energy", "evbmf", "budget", "plan"))
     try:
         if kind == "ratio":
             return Ratio(float(value))
@@ -30,16 +34,17 @@ def parse_ranks(text: str) -> RankRule | Budget:
         if kind == "plan":
             return Plan.from_json(pathlib.Path(value).read_text())
         if kind == "budget":
-            names, _, share = value.partition("=")
-            if names in ("macs", "params", "latency"):
-                shares: dict[str, Any] = {names: float(share)}
+            name, _, share = value.partition("=")
+            if name in _COSTS:
+                shares: dict[str, Any] = {name: float(share)}
                 return Budget(**shares)
+            near = near_miss(name, _COSTS)
     except (ValueError, OSError) as error:
         raise UsageError(f"`ranks` (={text}): {error}") from error
     raise UsageError(
         f"`ranks` (={text}) must be ratio:SHARE, energy:SHARE, evbmf, "
         f"budget:macs=SHARE (or params, latency), or plan:FILE."
-        f"{near_miss(kind, ('ratio', 'energy', 'evbmf', 'budget', 'plan'))}"
+        f"{near}"
     )
 
 

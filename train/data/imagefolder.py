@@ -106,11 +106,9 @@ def load_imagefolder(
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns where the training and the test images of a folder lie, or would."""
-    test = root / "test"
-    return {
-        "train": root / "train",
-        "test": test if test.is_dir() else root / "val",
-    }
+    test, val = root / "test", root / "val"
+    is_val = val.is_dir() and not test.is_dir()
+    return {"train": root / "train", "test": val if is_val else test}
 
 
 def _training_folder(

@@ -12,6 +12,7 @@ from jax import export
 
 from inertia_jax import load_exported, save_exported
 from inertia_jax.ops.conv.replaced import in_one_form
+from inertia_jax.ops.inertial.settings import near_miss
 from train.errors import UsageError
 from train.export.comparison import Logits
 from train.export.settings import Format
@@ -60,10 +61,16 @@ def choose_format(format_: Format | None, out: pathlib.Path) -> Format:
     """Returns the format that is given, or that of the file's name, or `ijx`.
 
     Raises:
-        UsageError: The two contradict each other.
+        UsageError: The two contradict each other, or none is given and the name has a
+            suffix that stands for none.
     """
     named = _SUFFIXES.get(out.suffix.lower())
     if format_ is None:
+        if out.suffix and named is None:
+            raise UsageError(
+                f"the suffix of `out` (={out}) must be {', '.join(_SUFFIXES)}, or "
+                f"--format must be given.{near_miss(out.suffix.lower(), _SUFFIXES)}"
+            )
         return named or "ijx"
     if named is not None and named != format_:
         raise UsageError(

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from train.arguments import parse_options
-from train.config import FactoryOption, SourceOption
+from train.config import CheckpointArgument, FactoryOption, SourceOption
 from train.errors import UsageError
 from train.evaluate.settings import EvaluationSettings
 
@@ -19,9 +19,9 @@ class Diff:
     With `--data`, it also says for which test images their answers differ.
     """
 
-    first: Annotated[str, tyro.conf.Positional]
+    first: CheckpointArgument
     """Checkpoint, or run, of which the best checkpoint is taken."""
-    second: Annotated[str, tyro.conf.Positional]
+    second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")]
     """Checkpoint, or run, to compare with it."""
     data: SourceOption = None
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits, on which answers are compared;

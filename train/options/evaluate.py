@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from train.arguments import parse_options
-from train.config import FactoryOption, SourceOption
+from train.config import CheckpointArgument, FactoryOption, SourceOption
 from train.evaluate.settings import EvaluationSettings
 from train.machine.settings import Processes
 
@@ -16,7 +16,7 @@ from train.machine.settings import Processes
 class Evaluate:
     """Evaluates a checkpoint on every test image, each once."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: CheckpointArgument
     """Checkpoint, or run, of which the best checkpoint is taken."""
     data: SourceOption = None
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network

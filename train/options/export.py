@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from train.arguments import parse_options
-from train.config import FactoryOption
+from train.config import CheckpointArgument, FactoryOption
 from train.export.settings import Format
 
 
@@ -22,7 +20,7 @@ class Export:
     they differ.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: CheckpointArgument
     """Checkpoint, or run, of which the best checkpoint is taken."""
     out: str
     """File or folder to write, which must not exist."""

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
 
 import tyro
 
 from train.arguments import parse_options
-from train.config import FINETUNE, Config
+from train.config import FINETUNE, CheckpointArgument, Config
 from train.options.fit import RunArguments
 
 
@@ -18,7 +17,7 @@ class Finetune(RunArguments):
     The checkpoint comes before the options; it fixes network and normalisation.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    checkpoint: CheckpointArgument = tyro.MISSING
     """Checkpoint, or run, of which the best checkpoint is taken."""
 
 

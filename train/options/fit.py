@@ -62,7 +62,8 @@ def given_fields(argv: Sequence[str]) -> set[str]:
     A name would train another network than the one it says, so that even the name that
     is the default must not be given beside a factory.
     """
-    return {"model.name"} if early_option(argv, "--model.name") else set()
+    is_named = any(early_option(argv, name) for name in ("--model.name", "--model"))
+    return {"model.name"} if is_named else set()
 
 
 def parse(argv: Sequence[str]) -> Fit:

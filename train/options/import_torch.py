@@ -14,7 +14,7 @@ from train.config import FactoryOption
 class Import:
     """Makes a checkpoint from weights of PyTorch or Flax."""
 
-    weights: Annotated[str, tyro.conf.Positional]
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
     """File that torch.save, safetensors or flax.serialization wrote, whatever its name,
     the JSON index of several files, or a folder of orbax. What is narrower than float32
     becomes float32."""
@@ -24,7 +24,7 @@ class Import:
     """Mean of each channel with which inputs were normalised, of pixels in [0, 1]."""
     std: tuple[float, ...]
     """Standard deviation of each channel with which inputs were normalised."""
-    model: str | None = None
+    model: Annotated[str | None, tyro.conf.arg(aliases=("--model.name",))] = None
     """lenet, resnet18/20/32/44/56, simpledla or vgg16; None: one of your own."""
     factory: FactoryOption = None
     """What makes a network of your own, as MODULE:FUNCTION, in place of `model`.

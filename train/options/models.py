@@ -17,9 +17,9 @@ class Models:
     NAME, it shows the layers of that network.
     """
 
-    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = (
-        None
-    )
+    name: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")
+    ] = None
     """Network whose layers are shown; None: all networks, a line each."""
     num_classes: int = 10
     """Number of classes."""

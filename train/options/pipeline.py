@@ -23,7 +23,7 @@ class Run:
     The same command resumes a pipeline that was stopped.
     """
 
-    file: Annotated[str, tyro.conf.Positional]
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Python file that defines `pipeline`, such as those in configs/pipelines."""
     pipeline: Annotated[Pipeline, tyro.conf.arg(name="")]
     weights: str | None = None

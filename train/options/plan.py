@@ -2,19 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
-
-import tyro
 
 from train.arguments import parse_options
-from train.config import FactoryOption
+from train.config import CheckpointArgument, FactoryOption
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Shows what stands at each layer of a checkpoint's network, and what it costs."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: CheckpointArgument
     """Checkpoint, or run, of which the best checkpoint is taken."""
     factory: FactoryOption = None
     """What makes a network of your own, as MODULE:FUNCTION; None: as the checkpoint

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from train.arguments import parse_options
-from train.config import FactoryOption
+from train.config import CheckpointArgument, FactoryOption
 from train.errors import UsageError
 
 
@@ -19,9 +19,13 @@ class Predict:
     input, their centre cut out, normalised.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: CheckpointArgument
     """Checkpoint, or run, of which the best checkpoint is taken."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    images: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="IMAGE [IMAGE ...]"),
+    ]
     """Files of images, of any raster format that Pillow decodes by itself."""
     top: int = 5
     """Number of classes that are shown, the most probable ones."""

@@ -22,7 +22,7 @@ class Report:
     paths: Annotated[
         tuple[str, ...],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="RUN_OR_CHECKPOINT"),
+        tyro.conf.arg(metavar="RUN_OR_CHECKPOINT [RUN_OR_CHECKPOINT ...]"),
     ]
     """Directories of runs, of which the best checkpoint is taken, and checkpoints."""
     out: str | None = None

@@ -17,7 +17,7 @@ class SweepArguments:
     Runs that have a record are skipped; a run that was stopped is resumed.
     """
 
-    sweep: Annotated[str, tyro.conf.Positional]
+    sweep: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Python file that defines `sweep`, a Sweep of train.experiments.sweep."""
     out: str
     """File of JSON lines, to which each run appends a record when it ends."""

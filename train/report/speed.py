@@ -30,7 +30,7 @@ def measure_latency(subjects: Sequence[Subject]) -> dict[str, Any]:
     folded = {s.sha256: _folded(s.network) for s in subjects if s.network}
     networks: dict[str, dict[str, Any]] = {sha256: {} for sha256 in folded}
     for batch_size in BATCH_SIZES:
-        say(f"timing {len(networks)} networks in turn, {batch_size} images a call")
+        say(f"timing {len(networks)} networks in turn, batch {batch_size}")
         calls = {
             sha256: jax_call(apply, random_images(batch_size, shape))
             for sha256, (apply, shape) in folded.items()

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.arguments import parse_options
+from train.command import program
 from train.errors import UsageError, one_of
 from train.result import add_result
 from train.run.outputs import check_output_file, write_json
 
-_PROG = "python -m train benchmark"
 # The suites and their subjects. Each is a module of `train.benchmark`, of the same name
 # but for `_MODULES`, with a class `Suite` of its options.
 SUITES = {
@@ -61,13 +61,14 @@ def _choose_suite(argv: Sequence[str]) -> tuple[str, list[str]]:
     """
     has_word = bool(argv) and not argv[0].startswith("-")
     listed = "\n".join(f"  {name:<12}{words}" for name, words in SUITES.items())
+    prog = f"{program()} benchmark"
     parser = argparse.ArgumentParser(
-        prog=_PROG,
-        usage=f"{_PROG} CHECKPOINT [CHECKPOINT ...] [OPTIONS]\n"
-        f"       {_PROG} [--suite SUITE] [OPTIONS]",
+        prog=prog,
+        usage=f"{prog} CHECKPOINT [CHECKPOINT ...] [OPTIONS]\n"
+        f"       {prog} [--suite SUITE] [OPTIONS]",
         description="Measures, in one run and in turn: medians of repeated calls.\n"
         "Checkpoints before all options are timed as they are deployed.\n\n"
-        f"{listed}\n\n`{_PROG} --suite SUITE --help` lists a suite's options.",
+        f"{listed}\n\n`{prog} --suite SUITE --help` lists a suite's options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=not (has_word or any(word.startswith("--suite") for word in argv)),
         allow_abbrev=False,
@@ -84,11 +85,12 @@ def _check_suite(name: str, options: Sequence[str]) -> None:
     """Raises UsageError where a suite is given what `checkpoints` takes alone."""
     if any(word.partition("=")[0] == "--model.factory" for word in options):
         raise UsageError(
-            f"`model.factory` does nothing with --suite {name}; `{_PROG} CHECKPOINT` "
-            f"times networks of your own, and --suite loop --config FILE times a run."
+            f"`model.factory` does nothing with --suite {name}; `{program()} benchmark "
+            f"CHECKPOINT` times networks of your own, and --suite loop --config FILE "
+            f"times a run."
         )
     if options and not options[0].startswith("-"):
         raise UsageError(
-            f"{options[0]} does nothing with --suite {name}; `{_PROG} CHECKPOINT`, "
-            f"without a suite, times checkpoints."
+            f"{options[0]} does nothing with --suite {name}; `{program()} benchmark "
+            f"CHECKPOINT`, without a suite, times checkpoints."
         )

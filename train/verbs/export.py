@@ -26,6 +26,7 @@ from train.export.formats import (
     write_stablehlo,
 )
 from train.export.settings import Format
+from train.machine.waiting import waiting
 from train.networks import TrainedNetwork, read_network, with_dtype
 from train.options.export import Export, parse
 from train.result import add_result
@@ -91,8 +92,10 @@ def run(argv: Sequence[str]) -> int:
             platforms=args.platforms,
         )
         with appearing(place) as partial:
-            logits = _writer(format_, weights)(partial, job)
-            said = _compared(job, logits, dtype)
+            with waiting(f"writing {format_}"):
+                logits = _writer(format_, weights)(partial, job)
+            with waiting("comparing with the checkpoint's logits"):
+                said = _compared(job, logits, dtype)
     print(f"checkpoint  {path}")
     files = [f for f in place.rglob("*") if f.is_file()] if place.is_dir() else [place]
     size = sum(file.stat().st_size for file in files)

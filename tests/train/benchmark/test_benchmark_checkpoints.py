@@ -167,5 +167,8 @@ def test_sizes_and_data_that_do_not_suit_are_refused(networks, capsys, tmp_path)
     assert said in capsys.readouterr().err
     source = ["--data", f"npz:{networks / 'set.npz'}"]
     command[1] = str(networks / "dense")
+    assert main([*command, "--against", "pytorch"]) == 2
+    said = "(=pytorch) must be torch, onnx, openvino, or a checkpoint. Did you mean"
+    assert f"{said} torch?" in capsys.readouterr().err
     assert main([*command, *source, "--batch-sizes", "6"]) == 2
     assert "must be at most 5, the test images" in capsys.readouterr().err

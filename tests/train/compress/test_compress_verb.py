@@ -241,6 +241,9 @@ def test_rules_are_read_as_they_are_written(tmp_path):
     ):
         with pytest.raises(UsageError, match=f"`ranks` .={re.escape(text)}"):
             parse_ranks(text)
+    for text, near in (("buget:macs=1", "budget"), ("budget:mac=1", "macs")):
+        with pytest.raises(UsageError, match=rf"Did you mean {near}\?"):
+            parse_ranks(text)
 
 
 @pytest.mark.slow

@@ -191,6 +191,9 @@ def test_the_suffix_says_the_format():
     assert choose_format("torch", pathlib.Path("a")) == "torch"
     with pytest.raises(UsageError, match="`format` .=onnx. must be ijx for `out`"):
         choose_format("onnx", pathlib.Path("a.ijx"))
+    assert choose_format("ijx", pathlib.Path("a.v2")) == "ijx"
+    with pytest.raises(UsageError, match=r"`out` .=a.onx. .* --format .*mean .onnx\?"):
+        choose_format(None, pathlib.Path("a.onx"))
 
 
 def test_errors_leave_nothing(checkpoint, tmp_path, capsys):
