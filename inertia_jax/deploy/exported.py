@@ -190,10 +190,14 @@ def save_exported(
     images = jax.ShapeDtypeStruct((number, *image_shape), image_dtype)
     try:
         exported = export.export(jax.jit(function), platforms=tuple(platforms))(images)
-    except jax.errors.InconclusiveDimensionOperation as error:
+    except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
+        # A symbolic size is no integer of Python, which `len` must return.
+        if isinstance(error, TypeError) and "_DimExpr" not in str(error):
+            raise
         raise ValueError(
             "`batch_size` (=None) must be a number for this function: some of its "
-            "shapes depend on it, as the capacities of tiled inertial layers do."
+            "shapes depend on it, as the capacities of tiled inertial layers do, or it "
+            "calls `len(images)`, for which `images.shape[0]` would do."
         ) from error
     size = len(exported.mlir_module_serialized)
     if size > _MOST_BYTES:

@@ -417,6 +417,17 @@ def test_any_function_of_images_can_be_saved(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["below", "network"]
 
 
+def test_a_function_that_needs_the_number_of_images_is_told_how_to_say_it(tmp_path):
+    def flat(images):
+        return images.reshape(len(images), -1)
+
+    with pytest.raises(ValueError, match="`batch_size` .* `images.shape.0.` would do"):
+        ij.save_exported(tmp_path / "a.ijx", flat, image_shape=(2, 2, 1))
+    with pytest.raises(TypeError, match="'NoneType'"):
+        ij.save_exported(tmp_path / "a.ijx", lambda x: x + None, image_shape=(2, 2, 1))
+    ij.save_exported(tmp_path / "a.ijx", flat, image_shape=(2, 2, 1), batch_size=3)
+
+
 def test_a_file_of_another_version_says_so(file, tmp_path, monkeypatch):
     def refuse(_):
         raise ValueError("calling convention version 99")

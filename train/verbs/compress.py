@@ -29,6 +29,7 @@ from train.config import FINETUNE, Config
 from train.errors import UsageError, user_input
 from train.fit.checks import check_batch_size
 from train.fit.loop import FitResult, exit_code, fit
+from train.machine.waiting import waiting
 from train.networks import (
     TrainedNetwork,
     cost_to_json,
@@ -117,13 +118,14 @@ def _report(
         print(cost)
         print(_where_counted(args, tests))
     else:
-        rows = report_layers(
-            (dense.model, dense.variables),
-            small,
-            shape,
-            latency_batch=args.timed_batch,
-            device=args.device,
-        )
+        with waiting("measuring the layers"):
+            rows = report_layers(
+                (dense.model, dense.variables),
+                small,
+                shape,
+                latency_batch=args.timed_batch,
+                device=args.device,
+            )
         print(format_layers(rows, args.device))
         for layer in cost.rows:
             if layer.note:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -301,6 +302,12 @@ def test_a_folder_of_another_level_is_answered_with_the_right_one(root, given):
     with pytest.raises(UsageError, match="needs PATH/train/CLASS") as error:
         load(place)
     assert str(error.value).endswith(f"Did you mean imagefolder:{root}?")
+
+
+def test_the_folder_that_is_missing_is_the_one_that_is_asked_for(root):
+    shutil.rmtree(root / "test")
+    with pytest.raises(UsageError, match=f"no folder {re.escape(str(root / 'test'))};"):
+        load(root)
 
 
 def test_two_folders_that_fit_are_not_guessed_between(root):
