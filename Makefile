@@ -37,8 +37,7 @@ lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy inertia_jax train
 
-# Damaged and made-up inputs against all that reads them, under a limit of memory:
-# 100,000 of them, in half an hour of one core.
+# Damaged and made-up inputs for all that reads some, under a limit of memory.
 INPUTS ?= 100000
 fuzz: $(VENV)/.$(EXTRAS)
 	$(BIN)/python tests/fuzz/fuzzing.py --inputs $(INPUTS)
