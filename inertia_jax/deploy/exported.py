@@ -279,23 +279,26 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
         )
     network, metadata = _read(path, content)
     if metadata["format"] != _FORMAT:
-        raise ValueError(f"{path} has format {metadata['format']}; must be {_FORMAT}.")
+        raise ValueError(
+            f"{path} has format {metadata['format']!r:.100}; must be {_FORMAT}."
+        )
     try:
         exported = export.deserialize(bytearray(network))
     except ValueError as error:
         raise ValueError(
-            f"{path} was written by jax {metadata['jax']}, which jax "
-            f"{jax.__version__} cannot read: {error}"
+            f"{path} was written by jax {metadata['jax']:.100}, which jax "
+            f"{jax.__version__} cannot read: {error!s:.500}"
         ) from error
     # The reader of flatbuffers checks nothing: an edited program raises anything.
     except Exception as error:
-        raise ExportDamagedError(f"{path} has a broken program: {error!r}.") from error
+        reason = f"{error!r:.200}"
+        raise ExportDamagedError(f"{path} has a broken program: {reason}.") from error
     shapes = [_numbers(given.shape) for given in exported.in_avals]
     types = [given.dtype.name for given in exported.in_avals]
     if (shapes, types) != ([metadata["input_shape"]], [metadata["input_dtype"]]):
         raise ExportDamagedError(
             f"{path} has a program for {shapes} of {types}, and says that its input is "
-            f"{metadata['input_shape']} of {metadata['input_dtype']}."
+            f"{metadata['input_shape']!r:.200} of {metadata['input_dtype']:.200}."
         )
     return ExportedNetwork(
         input_shape=tuple(metadata["input_shape"]),
@@ -329,7 +332,8 @@ def _read(path: pathlib.Path, content: bytes) -> tuple[bytes, dict[str, Any]]:
             if not is_of_kind(metadata[name]):
                 raise ValueError(f"`{name}` of its metadata is of another kind")
     except _BROKEN as error:
-        raise ExportDamagedError(f"{path} is no exported network: {error}.") from error
+        reason = f"{error!s:.200}"
+        raise ExportDamagedError(f"{path} is no exported network: {reason}.") from error
     return network, metadata
 
 

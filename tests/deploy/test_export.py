@@ -325,6 +325,13 @@ def _has_no_program(archive, members):
     archive.writestr("metadata.json", members["metadata.json"])
 
 
+def _has_another_name(archive, members):
+    _has()(archive, members)
+    archive.fp.seek(26)  # where the first member's header has the length of its name
+    archive.fp.write(b"\xff\xff")
+    archive.fp.seek(archive.start_dir)
+
+
 def _is_deep(archive, members):
     archive.writestr("network", members["network"])
     archive.writestr("metadata.json", "[" * 100_000)
@@ -358,6 +365,8 @@ def _program_is(alter):
         (_has(format="1"), "`format` of its"),
         (_has(input_dtype=5), "`input_dtype` of its"),
         (_has(input_dtype="O"), "of O"),
+        (_has(input_dtype="x" * 10**4), "of xxx"),
+        (_has_another_name, "File name in directory 'network' and header"),
         (_has(input_shape=[None, 9, 8, 3]), "says that its input is .None, 9"),
         (_program_is(lambda whole: whole[:100]), "a broken program"),
         (_program_is(lambda whole: whole[:8] + b"\xff" * 40), "a broken program"),
@@ -372,8 +381,9 @@ def test_a_file_that_somebody_made_is_checked(small_file, tmp_path, write, said)
         archive.comment = b"0" * 64
     content = other.read_bytes()[:-64]
     other.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
-    with pytest.raises(ij.ExportDamagedError, match=said):
+    with pytest.raises(ij.ExportDamagedError, match=said) as caught:
         ij.load_exported(other)
+    assert len(str(caught.value)) < 1000
 
 
 def test_what_is_no_archive_is_said_so(tmp_path):

@@ -1,5 +1,6 @@
 """What reads input from outside: how it is made here, and what may be raised."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -461,6 +462,13 @@ option_words = st.lists(
     max_size=6,
 )
 
+
+def read_options(given, _):
+    with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            parse_fit(given)
+
+
 rank_words = st.one_of(
     st.builds(
         "{}{}".format,
@@ -659,7 +667,7 @@ TARGETS = {
     "ranks": Target(rank_words, lambda text, _: parse_ranks(text), (UsageError,)),
     "options": Target(
         option_words,
-        lambda words, _: parse_fit(words),
+        read_options,
         (UsageError, SystemExit),
         share=0.02,
     ),

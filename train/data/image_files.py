@@ -129,7 +129,7 @@ def read_image(file: pathlib.Path, sides: tuple[int, int] | None = None) -> np.n
     # IndexError, SyntaxError, zlib.error and more.
     except Exception as error:
         raise ValueError(
-            f"cannot read {file}: {type(error).__name__}: {error}."
+            f"cannot read {file}: {type(error).__name__}: {error!s:.300}."
         ) from error
     raise ValueError(f"{file} {wrong}.")
 
