@@ -299,7 +299,7 @@ def test_without_jax_the_program_is_one_sentence_too():
     )
     assert found.returncode == 2
     *_, line = found.stderr.splitlines()
-    assert re.match(r"error: `fit` needs the package (jax|numpy), ", line)
+    assert re.match(r"error: `fit` needs the package (flax|jax|numpy), ", line)
 
 
 # A program: prints which of these packages the help of a verb has imported.
