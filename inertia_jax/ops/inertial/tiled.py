@@ -148,7 +148,7 @@ def inertial_conv_tiled(
         slope=slope,
     )
     compute = dense
-    if capacities is not None and x.size and core.size and not is_replaced():
+    if capacities is not None and not is_replaced() and x.size and core.size:
         sparse = functools.partial(
             _compute_open, tiling=tiling, measure=measure, capacities=tuple(capacities)
         )
