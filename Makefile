@@ -23,7 +23,7 @@ test: lint
 test-all: $(VENV)/.$(EXTRAS)
 	$(PYTEST) -m slow $(TESTS)
 
-# The quick tests with the oldest versions that pyproject.toml allows, on Python 3.11 or
+# `make test` with the oldest versions that pyproject.toml allows, on Python 3.11 or
 # 3.12; those that need TensorFlow, PyTorch or qwix are skipped.
 test-floor:
 	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor

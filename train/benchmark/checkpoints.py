@@ -1,6 +1,7 @@
 """Timing of checkpoints' networks as they are deployed, in JAX and other programs."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from inertia_jax.calls import same_keys
+from inertia_jax.calls import Network, same_keys
 from inertia_jax.cost.table import aligned
 from inertia_jax.differences import differing_from
 from inertia_jax.metadata import both_sides
@@ -260,12 +261,17 @@ class _Subject:
         """
         if program == "jax":
             return jax_call(self._logits(*self._deployed), images)
-        model, variables = deployed(self.network, "float32", fold=True)
+        model, variables = self._in_float32
 
         def function(variables: Any, images: Any) -> Any:
             return self._logits(model, variables)(images)
 
         return runtime_call(program, function, variables, images)
+
+    @functools.cached_property
+    def _in_float32(self) -> Network:
+        """The deployed network as other programs have it."""
+        return deployed(self.network, "float32", fold=True)
 
     def train_call(self, batch_size: int) -> Callable[[], Any]:
         """Returns the call of a step of training, which goes on with its own result."""

@@ -45,8 +45,8 @@ def runtime_call(
     """Returns a network's evaluation of these images by another program.
 
     PyTorch runs the module that `torch_source` writes, channels last, in eager mode.
-    The others run a file of the images' shape, and have as many threads as this process
-    has processors; all else is their own choice.
+    The others run a file of the images' shape in float32, and have as many threads as
+    this process has processors; all else is their own choice.
 
     Args:
         runtime: The program, one of `RUNTIMES`.
@@ -107,6 +107,8 @@ def _openvino_call(source: TorchSource, images: np.ndarray) -> Callable[[], Any]
     core = openvino.Core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
+        # By itself it takes bfloat16 where the processor has it.
+        "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": _num_threads(),
     }
     model = core.read_model(_onnx_file(source, images))
