@@ -41,21 +41,21 @@ def as_glob(path: str) -> str:
 
 def _rests(pattern: str, prefix: str) -> list[str]:
     """Returns the globs of what follows a prefix in the paths that a glob matches."""
-    if not prefix:
-        return [pattern]
-    if pattern.startswith("*"):
-        # It is as long as the prefix or more, or shorter.
-        return list(dict.fromkeys([pattern, *_shorter(pattern[1:], prefix)]))
-    token = re.match(r"\[!?\]?[^]]*\]|.", pattern, re.DOTALL)
-    if token is None or not fnmatch.fnmatchcase(prefix[0], token[0]):
-        return []
-    return _rests(pattern[token.end() :], prefix[1:])
+    rests = [pattern]
+    for letter in prefix:
+        rests = list(dict.fromkeys(r for rest in rests for r in _after(rest, letter)))
+    return rests
 
 
-def _shorter(pattern: str, prefix: str) -> list[str]:
-    """Returns the globs of what follows a prefix of which a `*` has taken a part."""
-    starts = range(len(prefix))
-    return [rest for i in starts for rest in _rests(pattern, prefix[i:])]
+def _after(pattern: str, letter: str) -> list[str]:
+    """Returns the globs of what follows one letter."""
+    tail = pattern.lstrip("*")
+    # A `*` takes the letter, and may take more, or it has ended before.
+    rests = [f"*{tail}"] if tail != pattern else []
+    token = re.match(r"\[!?\]?[^]]*\]|.", tail, re.DOTALL)
+    if token is not None and fnmatch.fnmatchcase(letter, token[0]):
+        rests.append(tail[token.end() :])
+    return rests
 
 
 @dataclasses.dataclass(frozen=True)
