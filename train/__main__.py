@@ -38,6 +38,7 @@ VERBS = {
     "finetune": "train a checkpoint further",
     "import": "make a checkpoint from weights of PyTorch or Flax",
     "export": "write a checkpoint for JAX alone, PyTorch, ONNX or StableHLO",
+    "study": "train a network, make smaller ones of it in several ways, compare",
     "pipeline": "compress and fine-tune PyTorch weights, beside a dense control",
     "sweep": "train many configurations, and write a record of each run",
     "report": "write a page about runs and checkpoints, side by side",
@@ -54,7 +55,7 @@ VERBS = {
 _MODULES = {"import": "import_torch"}
 
 # Whatever these verbs print is also in the files that they leave.
-_TRAINING = ("fit", "compress", "finetune", "pipeline", "sweep", "quickstart")
+_TRAINING = ("fit", "compress", "finetune", "pipeline", "sweep", "study", "quickstart")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -69,7 +69,8 @@ def shipped_names(name: str) -> list[str]:
 
 
 def _shipped_folder(name: str) -> pathlib.Path:
-    return shipped_configs() / ("" if name == "config" else f"{name}s")
+    folders = {"config": "", "study": "studies"}
+    return shipped_configs() / folders.get(name, f"{name}s")
 
 
 def _find_file(path: pathlib.Path, name: str) -> pathlib.Path:

@@ -45,7 +45,7 @@ from train.networks import (
     with_dtype,
 )
 from train.own_network import OwnNetwork
-from train.run.checkpoints import find_checkpoint
+from train.run.checkpoints import find_checkpoint, manifest_sha256
 from train.step.train_step import gate_rates
 
 _PROGRAMS = {"jax": "JAX", **RUNTIMES}
@@ -214,8 +214,9 @@ class _Subject:
     Attributes:
         network: The network.
         images: Its input [n, h, w, c].
-        facts: `checkpoint`, `network`, `image_shape`, `dtype`, `params`, `macs` (at the
-            gate rates of these images) and `num_bytes`, those of the deployed weights.
+        facts: `checkpoint` and `sha256` of its manifest, `network`, `image_shape`,
+            `dtype`, `params`, `macs` (at the gate rates of these images) and
+            `num_bytes`, those of the deployed weights.
     """
 
     def __init__(self, network: TrainedNetwork, pixels: np.ndarray) -> None:
@@ -231,6 +232,7 @@ class _Subject:
         self._cost = network.cost(self._gate_rates())
         self.facts = {
             "checkpoint": str(network.path),
+            "sha256": manifest_sha256(network.path),
             "network": name_in_words(model),
             "image_shape": list(preprocessing.image_shape),
             "dtype": dtype,

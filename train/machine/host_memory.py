@@ -19,8 +19,8 @@ _TUNABLE = "glibc.malloc.hugetlb"
 _RESTARTED = "INERTIA_JAX_RESTARTED"
 # The verbs that take many steps. Others end before huge pages pay.
 _LONG_VERBS = (
-    *("fit", "finetune", "quickstart", "sweep", "pipeline", "compress"),
-    *("evaluate", "benchmark"),
+    *("fit", "finetune", "quickstart", "sweep", "study", "pipeline"),
+    *("compress", "evaluate", "benchmark"),
 )
 _SWITCH = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # After so many seconds of compilation, memory is given back.

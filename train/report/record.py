@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.evaluate.evaluation import paired_difference
 from train.networks import cost_to_json
 from train.report.findings import Findings
 from train.run.directory import describe_machine
@@ -37,11 +38,12 @@ def make_report_record(
         "device": device,
         "cycles_batch": cycles_batch if device else None,
         "latency": latency,
-        "subjects": [_subject(found) for found in findings],
+        "subjects": [_subject(found, findings[0]) for found in findings],
     }
 
 
-def _subject(found: Findings) -> dict[str, Any]:
+def _subject(found: Findings, first: Findings) -> dict[str, Any]:
+    difference, margin = _difference(found, first)
     subject, evaluation = found.subject, found.evaluation
     checkpoint = subject.network.path if subject.network else None
     return {
@@ -54,6 +56,8 @@ def _subject(found: Findings) -> dict[str, Any]:
         "data": found.source,
         "seed": _seed(found),
         "top1": found.top1,
+        "difference": difference,
+        "margin_95": margin,
         "evaluation": json.loads(evaluation.to_json()) if evaluation else None,
         "cost": cost_to_json(found.cost) if found.cost else None,
         "layers": _layers(found),
@@ -70,6 +74,16 @@ def _subject(found: Findings) -> dict[str, Any]:
         ],
         "left_out": dict(found.left_out),
     }
+
+
+def _difference(
+    found: Findings, first: Findings
+) -> tuple[float, float] | tuple[None, None]:
+    """Returns the paired difference to the first, where both are of the same images."""
+    one, other = first.evaluation, found.evaluation
+    if one is None or other is None or first.source != found.source:
+        return None, None
+    return paired_difference(one, other)
 
 
 def form_of(found: Findings) -> str | None:

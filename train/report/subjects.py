@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 import pathlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from inertia_jax.metadata import load_metadata
 from train.compress.options import Compress
 from train.errors import UsageError
 from train.networks import TrainedNetwork, read_network
-from train.run.checkpoints import find_checkpoint
+from train.run.checkpoints import find_checkpoint, manifest_sha256
 from train.run.lines import read_starts
 from train.run.report import make_record
 
@@ -99,8 +98,7 @@ def _read(
     origins: tuple[Origin, ...] = ()
     if is_checkpoint or any((path / "checkpoints").glob("step_*")):
         network = read_network(find_checkpoint(path), fallback=factory)
-        manifest = (network.path / "manifest.json").read_bytes()
-        sha256 = hashlib.sha256(manifest).hexdigest()
+        sha256 = manifest_sha256(network.path)
         origins = tuple(reversed([*_origins(network.path, network.info)]))
     name = record["config"]["name"] if record else _short_name(path)
     return Subject(name, path, record, network, sha256, origins)

@@ -48,6 +48,11 @@ def make_table(columns: Sequence[Column], rows: Sequence[Any]) -> dict[str, Any]
     return {"heads": heads, "rows": [[c.cell(row) for c in used] for row in rows]}
 
 
+def in_points(difference: float, margin: float) -> str:
+    """Returns a difference of shares in points, with half its 95% interval."""
+    return f"{100 * difference:+.2f} \u00b1{100 * margin:.2f}"
+
+
 def network_table(
     subjects: Sequence[Mapping[str, Any]], device: str | None
 ) -> dict[str, Any]:
@@ -65,6 +70,12 @@ def network_table(
         Column("#", lambda row: row["index"] + 1),
         Column("name", of("name")),
         Column("top-1", of("top1"), "{:.2%}"),
+        Column(
+            "points to #1",
+            lambda row: row["difference"] if row["index"] else None,
+            "{:+.2%}",
+            text=lambda row: in_points(row["difference"], row["margin_95"]),
+        ),
         Column("parameters", of("cost", "params"), "{:,}"),
         Column("MACs", of("cost", "total_macs"), "{:,}"),
         Column("of dense", _share_of_dense, "{:.0%}"),

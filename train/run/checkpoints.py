@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import sys
 from typing import Any
@@ -188,3 +189,10 @@ def find_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
         )
     with user_input():
         return find_in_library(path)
+
+
+def manifest_sha256(checkpoint: pathlib.Path) -> str:
+    """Returns the hash of a checkpoint's manifest, which has those of its files."""
+    with user_input():
+        manifest = (checkpoint / "manifest.json").read_bytes()
+    return hashlib.sha256(manifest).hexdigest()

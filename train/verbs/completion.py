@@ -26,6 +26,7 @@ from train.options.plan import Plan
 from train.options.predict import Predict
 from train.options.quickstart import Quickstart
 from train.options.report import Report
+from train.options.study import RunStudy
 from train.options.sweep import SweepArguments
 from train.result import add_result
 from train.verbs.benchmark import SUITES
@@ -48,6 +49,7 @@ KINDS: Mapping[str, tuple[type, Any]] = {
     "finetune": (Finetune, Finetune(FINETUNE)),
     "import": (Import, None),
     "export": (Export, None),
+    "study": (RunStudy, None),
     "pipeline": (Run, Run(tyro.MISSING, Pipeline(run=Config()))),
     "sweep": (SweepArguments, None),
     "report": (Report, None),

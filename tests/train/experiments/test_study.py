@@ -1,0 +1,251 @@
+"""Studies: a dense network and smaller ones, each stage a command, all compared."""
+
+import hashlib
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers import evaluate, read_metrics, save_bright_digits, stop_at
+
+import inertia_jax as ij
+from train.__main__ import main
+from train.arguments import parse_options
+from train.config_file import load_from_file, shipped_configs, shipped_names
+from train.errors import UsageError
+from train.experiments import study as studies
+from train.experiments.study import Stage, format_networks, make_stages, run_study
+from train.experiments.study_config import Smaller, Study
+from train.verbs.completion import KINDS
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+CONFIG = """
+from train.config import Config, Data, Model, Optimizer
+config = Config(
+    epochs=4,
+    batch_size=16,
+    data=Data(source="nowhere", mean=(0.5,), std=(0.25,), crop_padding=1),
+    model=Model(name="lenet", width=0.5),
+    optimizer=Optimizer(learning_rate=0.05, schedule="cosine"),
+)
+"""
+STUDY = """
+from train.experiments.study_config import Smaller, Study
+study = Study(
+    config={config!r},
+    smaller={{
+        "tucker2": Smaller(("--ranks", "budget:macs=0.5")),
+        "both": Smaller(("--macs", "0.97"), start="tucker2"),
+    }},
+    compress=("--calibration-images", "16", "--recalibration-images", "16"),
+    finetune=("--epochs", "2", "--batch-size", "16"),
+    teacher=True,
+    control=True,
+    export=("--batch-size", "64"),
+    against=("onnx",),
+)
+"""
+NAMES = ["dense", "tucker2", "both", "control"]
+
+
+def written(workdir):
+    """Returns when each file was written."""
+    return {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_the_whole_story_is_told_also_after_a_stop(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    source = save_bright_digits(tmp_path / "set.npz", 64, 64, 16)
+    (tmp_path / "small.py").write_text(CONFIG)
+    file, workdir = tmp_path / "story.py", tmp_path / "runs"
+    file.write_text(STUDY.format(config=str(tmp_path / "small.py")))
+    words = ["study", str(file), "--data", source, "--workdir", str(workdir)]
+    words += ["--record", str(tmp_path / "record.json"), "--json"]
+
+    def start():
+        capsys.readouterr()
+        code = main(words)
+        said = capsys.readouterr()
+        return code, json.loads(said.out), said.err
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(20, patch)  # 16 steps are the dense network's, 8 of each fine-tuning
+        code, found, said = start()
+    assert (code, found["networks"], found["stopped_by"]) == (0, None, 15)
+    assert "stopped in 'fine-tuning the network of" in said
+    assert f"python -m train study {file}" in said
+    assert not (workdir / "both").exists() and not (tmp_path / "record.json").exists()
+    before = written(workdir)
+
+    code, found, said = start()
+    assert (code, found["stopped_by"], found["num_examples"]) == (0, None, 64)
+    assert said.count("done before") == 2  # the dense network, and its factors
+    kept = [p for p in before if p.is_relative_to(workdir / "dense")]
+    kept += [p for p in before if p.is_relative_to(workdir / "tucker2")]
+    assert len(kept) > 10 and all(p.stat().st_mtime_ns == before[p] for p in kept)
+    assert "resuming from" in said
+    epochs = [x for x in read_metrics(workdir / "tucker2_finetuned") if "top1" in x]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    teacher = json.loads((workdir / "control" / "config.json").read_text())["teacher"]
+    assert "dense" in teacher
+
+    rows = {row["network"]: row for row in found["networks"]}
+    assert json.loads((tmp_path / "record.json").read_text())["networks"] == [
+        *rows.values()
+    ]
+    assert [*rows] == NAMES
+    plans, right = {}, {}
+    for name, row in rows.items():
+        model, variables = ij.load_checkpoint(row["checkpoint"])
+        plans[name] = model.plan.to_json()
+        metadata = ij.load_metadata(row["checkpoint"])
+        again = evaluate(row["checkpoint"], tmp_path)
+        right[name] = np.trace(again["confusion"])
+        rates = {k[10:]: v for k, v in again.items() if k.startswith("gate_rate/")}
+        shape = metadata.preprocessing.image_shape
+        cost = ij.count_cost(model, shape, gate_rates=rates)
+        assert row["top1"] == again["top1"]
+        assert row["difference"] == pytest.approx((right[name] - right["dense"]) / 64)
+        assert (row["margin_95"] > 0) or row["difference"] in (0, 1, -1)
+        assert row["macs"] == cost.total_macs
+        assert row["params"] == cost.params
+        sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
+        assert row["params"] == sum(sizes)
+        assert row["share_of_dense"] == row["macs"] / cost.dense_macs
+        assert row["file_bytes"] == (workdir / f"{name}.ijx").stat().st_size
+        times = [row["times_ms"][p][n] for p in ("jax", "onnx") for n in ("1", "64")]
+        assert min(times) > 0
+        line = next(x for x in said.splitlines() if re.match(rf"{name} +\d+\.", x))
+        assert f"{row['macs']:,}" in line and f"{row['top1']:.2%}" in line
+    assert rows["tucker2"]["share_of_dense"] <= 0.5
+    assert rows["both"]["share_of_dense"] < rows["tucker2"]["share_of_dense"]
+    assert plans["dense"] == plans["control"] == "[]"
+    assert "rank_in" in plans["tucker2"] and "tiled" not in plans["tucker2"]
+    assert "rank_in" in plans["both"] and "tiled" in plans["both"]
+    page = (workdir / "report.html").read_text()
+    assert found["page"] == str(workdir / "report.html")
+    assert all(name in page for name in rows)
+
+    before = written(workdir)
+    assert start()[:2] == (0, found)
+    assert written(workdir) == before
+    file.write_text(file.read_text().replace("budget:macs=0.5", "budget:macs=0.4"))
+    code, found, said = start()
+    assert code == 2 and "was made by another command" in found["error"]
+    assert "macs=0.5" in found["error"] and "macs=0.4" in found["error"]
+    assert written(workdir) == before
+
+
+def test_files_of_other_checkpoints_are_written_again(tmp_path, monkeypatch):
+    run, record, file = tmp_path / "run", tmp_path / "r.json", tmp_path / "x.ijx"
+    run.mkdir()
+    manifest = run / "manifest.json"
+    manifest.write_text("{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    monkeypatch.setattr(studies, "find_checkpoint", lambda path: path)
+    report = {"subjects": [{"sha256": digest, "latency_ms": {"1": {}, "64": {}}}]}
+    rows = {"rows": [{"sha256": digest}, {"sha256": digest}]}
+    file.write_text("")
+    for verb, known in (("report", report), ("benchmark", rows), ("export", None)):
+        out = file if verb == "export" else record
+        stage = Stage("", (verb,), out, (run,))
+        manifest.write_text("{}")
+        record.write_text(json.dumps(known))
+        file.touch()
+        assert stage.is_complete()
+        manifest.write_text("{ }")
+        assert not stage.is_complete()
+        out.unlink()
+        assert not stage.is_complete()
+
+
+def test_a_report_without_times_is_not_complete(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text("{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    record = tmp_path / "r.json"
+    record.write_text(json.dumps({"subjects": [{"sha256": digest, "latency_ms": {}}]}))
+    monkeypatch.setattr(studies, "find_checkpoint", lambda path: path)
+    assert not Stage("", ("report",), record, (tmp_path,)).is_complete()
+
+
+@pytest.mark.parametrize("name", shipped_names("study"))
+def test_shipped_studies_are_of_commands_that_are_understood(name, tmp_path):
+    study = load_from_file(shipped_configs() / "studies" / f"{name}.py", "study", Study)
+    stages = make_stages(study, tmp_path, data="npz:x.npz")
+    assert stages[0].command[-5:-3] == ("--data.source", "npz:x.npz")
+    for stage in stages:
+        verb, *words = stage.command
+        kind, default = KINDS[verb]
+        parse_options(kind, words, verb=verb, default=default)
+    tuned = [stage.out.name for stage in stages if stage.verb == "finetune"]
+    assert tuned == [*(f"{n}_finetuned" for n in study.smaller), "control"]
+    by_out = {stage.out.name: stage for stage in stages}
+    for small, how in study.smaller.items():
+        start = how.start if how.start == "dense" else f"{how.start}_finetuned"
+        assert by_out[small].command[1] == str(tmp_path / start)
+
+
+HALF = Smaller(("--ranks", "budget:macs=0.5"))
+
+
+@pytest.mark.parametrize(
+    ("smaller", "named"),
+    [
+        ({"dense": HALF}, "'dense'"),
+        ({"control": HALF}, "'control'"),
+        ({"a/b": HALF}, "'a/b'"),
+        ({"a": Smaller((), start="b"), "b": HALF}, "`start` (=b) of a"),
+    ],
+)
+def test_bad_studies_are_refused(smaller, named):
+    with pytest.raises(UsageError) as raised:
+        Study("quickstart", smaller)
+    assert named in str(raised.value)
+
+
+def test_only_some_are_made(tmp_path):
+    study = Study("quickstart", {"a": HALF, "b": Smaller((), start="a"), "c": HALF})
+    made = make_stages(study, tmp_path, only=("b", "a"))
+    assert [stage.out.name for stage in made if stage.verb == "compress"] == ["a", "b"]
+    for only, named in ((("b",), "b without a"), (("cc",), "did you mean")):
+        with pytest.raises(UsageError) as raised:
+            run_study(study, tmp_path / "w", only=only)
+        assert named in str(raised.value).lower()
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_another_command_made_is_kept_and_named(tmp_path, monkeypatch):
+    study = Study("quickstart", {"a": HALF})
+    (tmp_path / "a").mkdir()
+    made = {"a": ["compress", "dense", "--ranks", "budget:macs=0.4", "--out", "a"]}
+    (tmp_path / "commands.json").write_text(json.dumps(made))
+    monkeypatch.setattr(studies, "_run", lambda stage: pytest.fail(stage.what))
+    with pytest.raises(UsageError) as raised:
+        run_study(study, tmp_path)
+    assert "macs=0.4" in str(raised.value) and "macs=0.5" in str(raised.value)
+    # What stands there without a record is the user's own, and is taken.
+    (tmp_path / "commands.json").unlink()
+    stages = make_stages(study, tmp_path)
+    assert stages[1].is_complete() and not stages[0].is_complete()
+
+
+def test_the_table_has_what_is_known():
+    row = {
+        **dict.fromkeys(("file_bytes", "cycles"), None),
+        **{"network": "dense", "top1": 0.9, "difference": 0.0, "margin_95": 0.0},
+        **{"num_examples": 200, "params": 1000, "macs": 2000, "share_of_dense": 1.0},
+        "times_ms": {"jax": {"1": 2.0}},
+    }
+    small = row | {"network": "small", "difference": -0.0125, "margin_95": 0.01}
+    small |= {"times_ms": {"torch": {"1": 1.0}, "jax": {"1": 1.5}}}
+    table = format_networks([row, small])
+    assert "-1.25 +-1.00" in table and "one is 0.50 points" in table
+    assert re.search(r"JAX, 1 +PyTorch, 1", table)
+    assert "cycles" not in table and "file" not in table
+    full = [{**r, "file_bytes": 2_500_000, "cycles": 7000} for r in (row, small)]
+    table = format_networks(full, "v5e")
+    assert "2.50 MB" in table and "7,000" in table and "not measured" in table

@@ -1,0 +1,374 @@
+"""Studies: a network trained dense, smaller ones made from it, and their comparison."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import pathlib
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from inertia_jax.cost.table import aligned
+from train.command import shell_command
+from train.compress.accuracy import in_words
+from train.config_file import load_config
+from train.errors import UsageError, user_input
+from train.experiments.study_config import DENSE, Study
+from train.machine.processes import say
+from train.result import apart
+from train.run.checkpoints import (
+    find_checkpoint,
+    last_checkpoint,
+    manifest_sha256,
+)
+from train.run.directory import describe_machine, read_json, write_whole
+from train.run.outputs import check_output
+from train.run.report import make_record
+
+CONTROL = "control"
+
+_TRAINING = ("fit", "finetune")
+# The records of these verbs have the hashes of the checkpoints that they are about.
+_RECORDS = ("report", "benchmark")
+_PROGRAMS = {"jax": "JAX", "torch": "PyTorch", "onnx": "ONNX", "openvino": "OpenVINO"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A command of this program, and what it leaves.
+
+    Attributes:
+        what: What it does, in words.
+        command: Its words, from the verb on.
+        out: The run, the checkpoint or the file that it leaves.
+        runs: The runs that it is about, if it trains none.
+    """
+
+    what: str
+    command: tuple[str, ...]
+    out: pathlib.Path
+    runs: tuple[pathlib.Path, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        """The verb of the command."""
+        return self.command[0]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the command has left anything."""
+        return self.out.exists()
+
+    def is_complete(self) -> bool:
+        """Returns whether the command has ended; files must be of the runs as now."""
+        if self.verb in _TRAINING:
+            return _is_trained(self.out)
+        if self.verb in _RECORDS:
+            return self.out.is_file() and _is_of(read_json(self.out), self.runs)
+        if self.verb == "export":
+            return self.out.exists() and _is_newer(self.out, self.runs[0])
+        return self.out.exists()  # a checkpoint appears whole or not at all
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a study has come.
+
+    Attributes:
+        stopped_in: The stage in which it was stopped; None: it has ended.
+        exit_code: The exit code of that stage.
+        stopped_by: The signal that stopped it, if that is what did.
+        rows: The networks, if all stages have ended.
+    """
+
+    stopped_in: Stage | None = None
+    exit_code: int = 0
+    stopped_by: int | None = None
+    rows: tuple[Mapping[str, Any], ...] = ()
+
+
+def run_study(study: Study, workdir: pathlib.Path, **choices: Any) -> Progress:
+    """Runs the stages that have not ended yet, each of which prints its command.
+
+    Args:
+        study: The study.
+        workdir: The directory of all runs, checkpoints and files.
+        **choices: What `make_stages` takes besides.
+
+    Raises:
+        UsageError: The input is bad, or that of a stage is.
+    """
+    check_output("workdir", workdir)
+    stages = make_stages(study, workdir, **choices)
+    file = workdir / "commands.json"
+    made: dict[str, list[str]] = read_json(file) if file.is_file() else {}
+    commands = {stage.out.name: _without_place(stage, workdir) for stage in stages}
+    for stage in stages:
+        before, now = made.get(stage.out.name), commands[stage.out.name]
+        if stage.verb not in _RECORDS and before not in (None, now) and stage.begun:
+            raise UsageError(
+                f"{stage.out} was made by another command than this study's; nothing "
+                f"was changed. Give another --workdir. The commands, in {workdir}:\n"
+                f"{shlex.join(before or ())}\n{shlex.join(now)}"
+            )
+    for number, stage in enumerate(stages, start=1):
+        heading = f"[{number}/{len(stages)}] {stage.what}"
+        if stage.is_complete():
+            say(f"{heading}: done before, {stage.out}")
+            continue
+        say(f"\n{heading}\n{shell_command(*stage.command)}")
+        made[stage.out.name] = commands[stage.out.name]
+        with user_input():
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(made, indent=1) + "\n")
+        code, result = _run(stage)
+        if not stage.is_complete():
+            return Progress(stage, code, result.get("stopped_by"))
+    return Progress(rows=tuple(_rows(stages)))
+
+
+def make_stages(
+    study: Study,
+    workdir: pathlib.Path,
+    *,
+    data: str | None = None,
+    only: Collection[str] = (),
+) -> list[Stage]:
+    """Returns the stages, of which each is one command.
+
+    Args:
+        study: The study.
+        workdir: The directory of all runs, checkpoints and files.
+        data: The data; None: those of the configuration.
+        only: Names of the smaller networks to make; empty: all of them.
+
+    Raises:
+        UsageError: A name of `only` is none of the study's, or lacks the one that it
+            is made from.
+    """
+    chosen = study.choose(only)
+    runs = {DENSE: workdir / DENSE}
+    source = () if data is None else ("--data.source", data)
+    fit = ("fit", "--config", study.config, "--name", DENSE, *source)
+    stages = [
+        Stage("training the network, dense", (*fit, *_in(runs[DENSE])), runs[DENSE])
+    ]
+    teacher = ("--teacher", str(runs[DENSE])) if study.teacher else ()
+
+    def finetune(name: str, start: pathlib.Path, run: pathlib.Path) -> Stage:
+        command = ("finetune", str(start), "--name", name, *study.finetune, *teacher)
+        what = f"fine-tuning the network of {start}"
+        return Stage(what, (*command, *_in(run)), run)
+
+    for name, smaller in chosen.items():
+        out, runs[name] = workdir / name, workdir / f"{name}_finetuned"
+        start = runs[smaller.start]
+        command = ("compress", str(start), *smaller.compress, *study.compress)
+        what = f"compressing the network of {start}"
+        stages.append(Stage(what, (*command, "--out", str(out)), out))
+        stages.append(finetune(name, out, runs[name]))
+    if study.control:
+        runs[CONTROL] = workdir / CONTROL
+        stages.append(finetune(CONTROL, runs[DENSE], runs[CONTROL]))
+    for name, run in runs.items() if study.export is not None else ():
+        file = workdir / f"{name}.ijx"
+        command = ("export", str(run), *(study.export or ()), "--out", str(file))
+        stages.append(Stage(f"writing {file}", command, file, (run,)))
+    everything = tuple(runs.values())
+    words = tuple(map(str, everything))
+    if study.against:
+        file = workdir / "benchmark.json"
+        images = data or load_config(study.config).data.source
+        command = ("benchmark", *words, "--against", *study.against)
+        command += ("--data", images, "--out", str(file))
+        stages.append(Stage("timing them in each program", command, file, everything))
+    device = () if study.device is None else ("--device", study.device)
+    command = ("report", *words, "--latency", *device, "--out", str(workdir / "report"))
+    file = workdir / "report.json"
+    what = "timing the networks, writing a page"
+    return [*stages, Stage(what, command, file, everything)]
+
+
+def _in(run: pathlib.Path) -> tuple[str, ...]:
+    return ("--workdir", str(run), "--resume")
+
+
+def _without_place(stage: Stage, workdir: pathlib.Path) -> list[str]:
+    """Returns a stage's words, of which those for paths in `workdir` lack it."""
+    place = f"{workdir}/"
+    return [word.removeprefix(place) for word in stage.command]
+
+
+def _run(stage: Stage) -> tuple[int, Mapping[str, Any]]:
+    """Runs a stage, and returns its exit code and its result.
+
+    Of what is not trained only the accuracy is printed: the page has the rest, too.
+    """
+    verb = importlib.import_module(f"train.verbs.{stage.verb}")
+    shown = (
+        contextlib.nullcontext()
+        if stage.verb in _TRAINING
+        else contextlib.redirect_stdout(io.StringIO())
+    )
+    with apart() as result, shown:
+        code: int = verb.run(stage.command[1:])
+    for test in result.get("tests", ()):
+        print(in_words(test))
+    return code, result
+
+
+def _is_trained(run: pathlib.Path) -> bool:
+    """Returns whether a run's last epoch has ended, and its checkpoint is there."""
+    try:
+        record = make_record(run)
+        last = record["curve"][-1]
+        saved = last_checkpoint(run).name
+    except (UsageError, IndexError):  # it was not begun, or not for an epoch
+        return False
+    is_last = last["epoch"] == record["config"]["epochs"]
+    return is_last and saved == f"step_{last['step']:08d}"
+
+
+def _is_newer(file: pathlib.Path, run: pathlib.Path) -> bool:
+    manifest = find_checkpoint(run) / "manifest.json"
+    return file.stat().st_mtime_ns > manifest.stat().st_mtime_ns
+
+
+def _is_of(record: Mapping[str, Any], runs: Sequence[pathlib.Path]) -> bool:
+    """Returns whether a record has the times of the checkpoints that runs have now."""
+    hashes = [manifest_sha256(find_checkpoint(run)) for run in runs]
+    timed = [s["sha256"] for s in record.get("subjects", ()) if s["latency_ms"]]
+    timed += [row["sha256"] for row in record.get("rows", ())]
+    return hashes == list(dict.fromkeys(timed))
+
+
+def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Returns what the files of the last stages say of each network."""
+    report = read_json(stages[-1].out)
+    files = {s.runs[0].name: s.out for s in stages if s.verb == "export"}
+    timed = [read_json(s.out)["rows"] for s in stages if s.verb == "benchmark"]
+    rows = []
+    for subject, run in zip(report["subjects"], stages[-1].runs, strict=True):
+        cost, evaluation = subject["cost"], subject["evaluation"]
+        times_ms: dict[str, dict[str, float]] = {"jax": {}}
+        for batch_size, spread in subject["latency_ms"].items():
+            times_ms["jax"][batch_size] = spread["median_ms"]
+        for row in timed[0] if timed else ():  # on real images, which open other gates
+            if row["sha256"] == subject["sha256"] and "refused" not in row:
+                times = times_ms.setdefault(row["program"], {})
+                times[str(row["batch_size"])] = row["median_ms"]
+        rows.append(
+            {
+                "network": run.name.removesuffix("_finetuned"),
+                "checkpoint": subject["checkpoint"],
+                "form": subject["form"],
+                "top1": subject["top1"],
+                "difference": subject["difference"],
+                "margin_95": subject["margin_95"],
+                "num_examples": evaluation["num_examples"],
+                "params": cost["params"],
+                "macs": cost["total_macs"],
+                "share_of_dense": cost["total_macs"] / cost["dense_macs"],
+                "times_ms": times_ms,
+                "file_bytes": files[run.name].stat().st_size if files else None,
+                "cycles": subject["cycles"],
+            }
+        )
+    return rows
+
+
+def make_study_record(
+    study: Study, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns the record of a study as a JSON value."""
+    return {
+        "machine": describe_machine(),
+        "study": json.loads(json.dumps(dataclasses.asdict(study))),
+        "networks": list(rows),
+    }
+
+
+def format_networks(
+    rows: Sequence[Mapping[str, Any]], device: str | None = None
+) -> str:
+    """Returns the table of networks, and what it holds."""
+    columns = list(
+        dict.fromkeys(
+            (program, batch_size)
+            for row in rows
+            for program, times in row["times_ms"].items()
+            for batch_size in times
+        )
+    )
+    columns.sort(key=lambda column: [*_PROGRAMS].index(column[0]))
+    heads = ["network", "top-1", "to the first", "MACs", "of dense", "parameters"]
+    heads += [f"{_PROGRAMS[program]}, {size}" for program, size in columns]
+    lines = []
+    for row in rows:
+        difference, margin = 100 * row["difference"], 100 * row["margin_95"]
+        line = [row["network"], f"{row['top1']:.2%}"]
+        line += ["" if row is rows[0] else f"{difference:+.2f} +-{margin:.2f}"]
+        line += [f"{row['macs']:,}", f"{row['share_of_dense']:.0%}"]
+        line += [f"{row['params']:,}"]
+        for program, size in columns:
+            time_ms = row["times_ms"].get(program, {}).get(size)
+            line.append("" if time_ms is None else f"{time_ms:.3g} ms")
+        lines.append(line)
+    is_written, is_estimated = rows[0]["file_bytes"], rows[0]["cycles"]
+    if is_written:
+        heads.append("file")
+        for line, row in zip(lines, rows, strict=True):
+            line.append(f"{row['file_bytes'] / 1e6:.2f} MB")
+    if is_estimated:
+        heads.append(f"cycles, {device}")
+        for line, row in zip(lines, rows, strict=True):
+            line.append(f"{row['cycles']:,}")
+    num_images = rows[0]["num_examples"]
+    return (
+        f"{aligned([heads, *lines])}\n\n"
+        f"top-1: of {num_images:,} test images, of which one is "
+        f"{100 / num_images:.2f} points; they also\nchose the best epoch of each run. "
+        f"to the first: the difference in points on the\nsame images, and half of its "
+        f"95% interval. MACs: an image, friction and gate rates\ncounted. ms: a call "
+        f"of so many images, measured here in turn, BatchNorm folded."
+        + ("\nfile: what `export` writes for JAX alone." if is_written else "")
+        + (
+            f"\ncycles: estimated by the compiler of {device}, not measured, in "
+            f"bfloat16."
+            if is_estimated
+            else ""
+        )
+    )
+
+
+def tell(
+    progress: Progress,
+    workdir: pathlib.Path,
+    again: Sequence[str],
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Prints the table of networks, or what goes on, and returns the verb's result.
+
+    Args:
+        progress: How far the study has come.
+        workdir: Its directory.
+        again: The words of the same command.
+        device: The chip whose cycles were estimated.
+    """
+    if progress.stopped_in is not None:
+        command = shell_command(*again)
+        what = progress.stopped_in.what
+        print(f"stopped in {what!r}; this goes on with it:\n{command}")
+        stopped_by = progress.stopped_by
+        return {"workdir": workdir, "stopped_by": stopped_by, "networks": None}
+    page = workdir / "report.html"
+    print(f"\n{format_networks(progress.rows, device)}\n\npage  {page}")
+    return {
+        "workdir": workdir,
+        "stopped_by": None,
+        "networks": progress.rows,
+        "num_examples": progress.rows[0]["num_examples"],
+        "page": page,
+    }
