@@ -213,7 +213,7 @@ class Optimizer:
     name: Literal["sgd", "adadelta", "adamw", "lion", "muon"] = "sgd"
     """sgd, adadelta (rho 0.9, epsilon 1e-6), adamw, lion, or muon, which moves kernels
     as matrices, with steps of adamw's size, and the rest by adamw."""
-    learning_rate: float = 0.1
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = 0.1
     """Learning rate of the first epoch; the highest of one_cycle."""
     base_batch_size: int | None = None
     """Batch size for which `learning_rate` is given; the rate grows in proportion to

@@ -163,6 +163,9 @@ def test_choices_suggest_the_near_miss():
         ij.Inertial(3, 4, reading="tilde")
     with pytest.raises(ValueError, match=r"`stem` .*Did you mean imagenet\?"):
         ij.create_model("resnet18", stem="imagnet")
+    # As near by their letters are resnet32 and resnet110, which begin otherwise.
+    with pytest.raises(ValueError, match=r"`name` .*Did you mean resnet20\?"):
+        ij.create_model("resnet21")
 
 
 @pytest.mark.parametrize("module", ["", ".ops", ".models", ".plan"])

@@ -38,8 +38,20 @@ def check_choice(name: str, value: object, choices: object) -> None:
 
 def near_miss(value: object, allowed: Iterable[str]) -> str:
     """Returns " Did you mean ...?" where a word is nearly one that is allowed."""
-    found = difflib.get_close_matches(str(value), allowed, n=1)
-    return f" Did you mean {found[0]}?" if found else ""
+    word = str(value)
+    close = difflib.get_close_matches(
+        word, allowed := [*allowed], n=max(1, len(allowed))
+    )
+    if not close:
+        return ""
+
+    def nearness(other: str) -> tuple[float, int]:
+        # Of words that share as many letters, the one that begins alike is meant.
+        ratio = difflib.SequenceMatcher(None, other, word).ratio()
+        alike = itertools.takewhile(bool, map(str.__eq__, other, word))
+        return ratio, len([*alike])
+
+    return f" Did you mean {max(close, key=nearness)}?"
 
 
 def check_sizes(*, core_size: int, region_size: int) -> None:
