@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-all test-floor fuzz lint docs release clean
+.PHONY: quickstart test test-all test-floor coverage fuzz lint docs release clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
@@ -31,6 +31,12 @@ test-floor:
 		pyproject.toml > $(VENV)-floor/floor.txt
 	$(VENV)-floor/bin/python -m pip install -q -c $(VENV)-floor/floor.txt -e '.[dev]'
 	$(MAKE) BIN=$(VENV)-floor/bin -o lint test
+
+# The lines that `make test` reaches, those of the program in processes of its own too.
+coverage: $(VENV)/.$(EXTRAS)
+	$(PYTEST) --one-a-file --cov --cov-report= $(TESTS)
+	$(BIN)/python -m coverage report --include='train/*' --fail-under=90
+	$(BIN)/python -m coverage report --include='inertia_jax/*' --fail-under=95
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .

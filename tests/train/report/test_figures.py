@@ -1,5 +1,6 @@
 """Figures and tables of a report, against values that are worked out by hand."""
 
+import dataclasses
 import pathlib
 import re
 from xml.etree import ElementTree
@@ -12,8 +13,9 @@ from train.evaluate.evaluation import Evaluation
 from train.report.class_figures import draw_confusion, worst_pairs
 from train.report.findings import Findings
 from train.report.overview import draw_curves, draw_tradeoffs, pareto_front
+from train.report.record import make_report_record
 from train.report.subjects import Subject, compress_command, parent_of
-from train.report.tables import Column, layer_table, make_table
+from train.report.tables import Column, layer_table, make_table, network_table
 
 # Rows are classes, columns answers: of four cats, two are taken for dogs.
 CONFUSION = np.array([[2, 2, 0], [0, 3, 1], [0, 0, 5]])
@@ -117,6 +119,30 @@ def test_tables_leave_out_what_nothing_has():
         ["-", "-"],
     ]
     assert [cell["value"] for cell in table["rows"][0]] == ["x", 0]
+
+
+def test_networks_are_compared_with_the_first_on_the_same_images():
+    first = found(0, macs=1, top1=1.0)
+    right = np.arange(13) < 9  # four of 13 are lost
+    evaluation = Evaluation(**{**vars(EVALUATION), "right": right})
+    second = dataclasses.replace(first, evaluation=evaluation)
+    elsewhere = dataclasses.replace(second, source="npz:y")
+    plain = dataclasses.replace(first, evaluation=None, source=None)
+    every = [first, second, elsewhere, plain]
+    record = make_report_record(every, latency=None, device=None, cycles_batch=64)
+    margin = 1.96 * (4 * 9 / 13**2 / 13) ** 0.5
+    assert [s["difference"] for s in record["subjects"]] == [
+        *(0, pytest.approx(-4 / 13), None, None)
+    ]
+    assert record["subjects"][1]["margin_95"] == pytest.approx(margin)
+    rows = [
+        {**row, "index": i, "gate_rate": None, "epochs": None, "seconds": None}
+        for i, row in enumerate(record["subjects"])
+    ]
+    table = network_table(rows, None)
+    place = [head["words"] for head in table["heads"]].index("points to #1")
+    cells = [row[place]["text"] for row in table["rows"]]
+    assert cells == ["-", f"-30.77 \u00b1{100 * margin:.2f}", "-", "-"]
 
 
 def test_layers_without_operations_are_counted_in_one_row():
