@@ -1,7 +1,6 @@
 """The command line: `inertia VERB`, or `python -m train VERB`."""
 
 import argparse
-import contextlib
 import gc
 import importlib
 import importlib.util
@@ -27,6 +26,7 @@ from train.machine.host_memory import (
     give_back_after_compiling,
     restart_with_huge_pages,
 )
+from train.machine.interrupt import interrupt, leave
 from train.machine.streams import is_output_lost, keep_streams
 from train.result import JSON, printed_as_json
 from train.versions import found_versions, versions_in_words
@@ -138,8 +138,8 @@ def _run_verb(name: str, argv: Sequence[str]) -> int:
     # Each verb is imported when it is called: a benchmark may need PyTorch, a report a
     # plotting library.
     module = importlib.import_module(f"train.verbs.{name}")
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, interrupt)
     with remembered_calls():
         code: int = module.run(argv[1:])
     return code
@@ -156,13 +156,6 @@ def _check_local(argv: Sequence[str]) -> None:
                 local_path(found[2])
 
 
-def _leave(number: int, frame: Any) -> None:
-    """Ends the program while it imports: some imports swallow `KeyboardInterrupt`."""
-    with contextlib.suppress(OSError):
-        os.write(2, b"interrupted before the work began.\n")
-    os._exit(130)
-
-
 def run_command() -> int:
     """Is the command `inertia`, which finds modules where `python -m train` does."""
     sys.path.insert(0, os.getcwd())
@@ -177,7 +170,7 @@ def _run() -> int:
     gc.set_threshold(100_000)
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _leave)
+            signal.signal(signal.SIGINT, leave)
         keep_streams()
         leave_to_caller()
         restart_with_huge_pages()

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from train.machine.interrupt import interrupt
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -39,7 +41,7 @@ class StopSignal:
 
     def _note(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         self.received = number
         words = (
             f"\n{signal.Signals(number).name}: stops and saves after the steps in "

@@ -104,9 +104,14 @@ class Checkpoints:
         kept = {*steps[-_LATEST:], best_step(self._directory)}
         for step in steps:
             if step not in kept:
+                path = checkpoint_path(self._directory, step)
+                # It goes at once: a kill leaves no half of it under its name.
+                going = path.with_name(f".{path.name}.partial-deleted")
                 # A checkpoint that cannot be deleted is no reason to stop.
                 with contextlib.suppress(OSError):
-                    remove(checkpoint_path(self._directory, step))
+                    remove(going)
+                    path.rename(going)
+                    remove(going)
 
     def restore(self) -> tuple[pathlib.Path, dict[str, Any]] | None:
         """Returns the latest checkpoint that is whole, and its arrays.

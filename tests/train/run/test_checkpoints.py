@@ -60,6 +60,18 @@ def test_what_was_put_aside_before_makes_way(kind, saved):
     assert (saved / "damaged_step_00000020" / "metadata.json").is_file()
 
 
+def test_a_kill_leaves_no_half_of_what_is_deleted(saved, monkeypatch):
+    checkpoints, model = Checkpoints(saved), ij.create_model("lenet", width=0.2)
+    monkeypatch.setattr("train.run.checkpoints.remove", lambda path: None)
+    checkpoints.save(30, model, {"params": {}}, {"step": np.int32(30)}, Metadata())
+    checkpoints.wait()
+    assert latest_steps(saved) == [20, 30]
+    assert len(list(saved.glob(".step_00000010*"))) == 1
+    monkeypatch.undo()
+    Checkpoints(saved)
+    assert not list(saved.glob(".step_*"))
+
+
 def test_other_names_are_no_checkpoints(saved, capsys):
     for name in (
         "step_30",
