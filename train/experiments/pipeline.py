@@ -24,7 +24,7 @@ from train.evaluate.evaluation import Evaluation, paired_difference
 from train.experiments.claim import check_claim, claim
 from train.experiments.pipeline_config import Pipeline
 from train.fit.checks import check_trainable
-from train.fit.loop import fit
+from train.fit.loop import FitResult, fit
 from train.keys import run_keys
 from train.networks import (
     from_checkpoint,
@@ -47,9 +47,18 @@ class Stage:
     plan: Plan
 
 
+class StoppedError(Exception):
+    """A signal stopped a training; `result` is how it ended."""
+
+    def __init__(self, result: FitResult) -> None:
+        """Holds the end of the training."""
+        super().__init__(f"stopped in {result.workdir}")
+        self.result = result
+
+
 def run_pipeline(
     pipeline: Pipeline, *, weights: str | None, workdir: pathlib.Path
-) -> list[Stage] | None:
+) -> list[Stage]:
     """Runs the stages that have not ended yet, and returns all of them.
 
     Args:
@@ -58,10 +67,8 @@ def run_pipeline(
             the imported network.
         workdir: The directory of all stages, in which the same call goes on.
 
-    Returns:
-        The stages; None if a signal stopped one of them. The same call goes on with it.
-
     Raises:
+        StoppedError: A signal stopped a training; the same call goes on with it.
         UsageError: The input is bad, or `workdir` holds another pipeline.
     """
     check_claim(pipeline, weights, workdir)
@@ -82,8 +89,6 @@ def run_pipeline(
         init=str(imported.absolute()),
     )
     dense = _train(head_config, workdir / "head")
-    if dense is None:
-        return None
     stages = [_evaluated("head trained", dense, config)]
     teacher = str(dense.absolute()) if pipeline.distill else None
     before = dense
@@ -93,18 +98,13 @@ def run_pipeline(
             _compress(pipeline, rule, before, data, out)
         stages.append(_evaluated(f"compressed, {rule}", out, config))
         tuned = _tune(config, out, teacher, workdir / f"tuned_{i}")
-        if tuned is None:
-            return None
         stages.append(_evaluated(f"fine-tuned, {rule}", tuned, config))
         before = tuned
     if pipeline.control:
         before = dense
         # The control's schedule restarts as often as that of the compressed networks.
         for i in range(1, len(pipeline.ranks) + 1):
-            control = _tune(config, before, None, workdir / f"control_{i}")
-            if control is None:
-                return None
-            before = control
+            before = _tune(config, before, None, workdir / f"control_{i}")
         stages.append(_evaluated("dense, fine-tuned as long", before, config))
     return stages
 
@@ -131,17 +131,17 @@ def _read_weights(
         return model, variables, Metadata(preprocessing, data.class_names, info)
 
 
-def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path | None:
-    """Trains or resumes a run, and returns its last checkpoint, or None if stopped."""
+def _train(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Trains or resumes a run, and returns its last checkpoint."""
     result = fit(config, workdir=workdir, resume=True)
     if result.stopped_by is not None:
-        return None
+        raise StoppedError(result)
     return last_checkpoint(workdir)
 
 
 def _tune(
     config: Config, checkpoint: pathlib.Path, teacher: str | None, workdir: pathlib.Path
-) -> pathlib.Path | None:
+) -> pathlib.Path:
     """Trains a checkpoint's network further, as `_train` does."""
     config = dataclasses.replace(config, name="tune", teacher=teacher)
     network = read_description(checkpoint)

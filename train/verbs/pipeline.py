@@ -3,7 +3,13 @@
 import pathlib
 from collections.abc import Sequence
 
-from train.experiments.pipeline import make_pipeline_record, run_pipeline, summarise
+from train.experiments.pipeline import (
+    StoppedError,
+    make_pipeline_record,
+    run_pipeline,
+    summarise,
+)
+from train.fit.loop import exit_code
 from train.options.pipeline import parse
 from train.result import add_result
 from train.run.outputs import check_output_file, write_json
@@ -15,10 +21,11 @@ def run(argv: Sequence[str]) -> int:
     pipeline = args.pipeline
     workdir = pathlib.Path(args.workdir or f"runs/{pipeline.run.name}").expanduser()
     check_output_file("record", args.record)
-    stages = run_pipeline(pipeline, weights=args.weights, workdir=workdir)
-    if stages is None:
+    try:
+        stages = run_pipeline(pipeline, weights=args.weights, workdir=workdir)
+    except StoppedError as stopped:
         print("stopped and saved; the same command goes on.")
-        return 0
+        return exit_code(stopped.result)
     print(summarise(stages))
     record = make_pipeline_record(pipeline, stages)
     add_result(record)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 import inertia_jax as ij
 from train.__main__ import main
+from train.fit.loop import FitResult
 
 pytestmark = pytest.mark.usefixtures("one_device")
 CONFIG = "configs/pipelines/cifar100_tucker.py"
@@ -56,6 +58,23 @@ def params_at(path):
 
 def last(run):
     return max((run / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
+)
+def test_a_stop_is_said_and_has_the_code_of_its_signal(
+    number, code, weights, tmp_path, monkeypatch, capsys
+):
+    def stopped(config, *, workdir, resume):
+        assert resume
+        return FitResult(workdir, 1, None, number)
+
+    monkeypatch.setattr("train.experiments.pipeline.fit", stopped)
+    assert pipeline(tmp_path / "run", "--weights", str(weights)) == code
+    assert capsys.readouterr().out.endswith(
+        "stopped and saved; the same command goes on.\n"
+    )
 
 
 @pytest.mark.slow
