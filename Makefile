@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-all test-floor coverage fuzz lint docs release clean
+.PHONY: quickstart test test-all test-floor coverage fuzz faults lint docs release clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
@@ -47,6 +47,11 @@ lint: $(VENV)/.$(EXTRAS)
 INPUTS ?= 100000
 fuzz: $(VENV)/.$(EXTRAS)
 	$(BIN)/python tests/fuzz/fuzzing.py --inputs $(INPUTS)
+
+# Kills, signals, full disks, damage and more while the program runs.
+FAULTS ?= 200
+faults: $(VENV)/.$(EXTRAS)
+	$(BIN)/python tests/faults/faulting.py --faults $(FAULTS)
 
 # The documentation as a site, in docs/_build/html. A warning is an error.
 docs: $(VENV)/.docs

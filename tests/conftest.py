@@ -58,6 +58,7 @@ LONG = {
     "test_dispatch.py",
     "test_examples.py",
     "test_extras.py",
+    "test_faults.py",
     "test_forms.py",
     "test_nnx_zoo.py",
     "test_pages.py",

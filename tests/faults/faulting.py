@@ -1,0 +1,131 @@
+"""Causes faults while the program runs, and judges what comes of each."""
+
+import argparse
+import collections
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+
+# The part of the cases that each kind has.
+SHARES = {
+    "kill": 0.25,
+    "signal": 0.25,
+    "full disk": 0.15,
+    "damage": 0.25,
+    "two processes": 0.05,
+    "no access": 0.05,
+}
+
+
+def main() -> int:
+    """Causes so many faults, prints a table by kind; returns 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=2400.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", choices=[*SHARES], default=[*SHARES])
+    parser.add_argument("--verbs", nargs="*")
+    parser.add_argument("--case", help="KIND:NUMBER, the one of an earlier call")
+    args = parser.parse_args()
+    root = pathlib.Path(__file__).parents[2]
+    # Every process of a command executes the very same programs.
+    cache = os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(root / ".pytest_cache" / "faults")
+    )
+    pathlib.Path(cache).mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    sys.path.insert(0, str(root))
+    import program
+    from scenarios import SCENARIOS
+
+    # A disk that was made goes with this process.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    names = [name for name in SCENARIOS if name in (args.verbs or SCENARIOS)]
+    program.import_all()
+    with tempfile.TemporaryDirectory(prefix="faults") as folder:
+        place = pathlib.Path(folder)
+        place.chmod(0o755)
+        return _run(args, names, place)
+
+
+def _run(args: argparse.Namespace, names: list[str], place: pathlib.Path) -> int:
+    from faults import SkippedError, all_cases
+    from program import seconds_of_children
+    from session import Case, Session, some_of
+
+    session = Session(place)
+    everything = all_cases(session, names)
+    print(f"{seconds_of_children():.0f} CPU s to run each command once", flush=True)
+    kinds = args.kinds
+    if args.case:
+        kinds = [args.case.partition(":")[0]]
+    whole = sum(SHARES[kind] for kind in kinds)
+    counts = {kind: collections.Counter() for kind in kinds}
+    failed = 0
+    for kind in kinds:
+        start = seconds_of_children()
+        count = max(1, round(args.faults * SHARES[kind] / whole))
+        order = some_of(everything[kind], random.Random(f"{args.seed}:{kind}"))
+        first = int(args.case.partition(":")[2]) if args.case else None
+        for number in range(count if first is None else first + 1):
+            call, name, *what = next(order)
+            if first not in (None, number):
+                continue
+            if seconds_of_children() > args.seconds:
+                counts[kind]["left out"] += 1
+                continue
+            rng = random.Random(f"{args.seed}:{kind}:{number}")
+            case = Case(session, name, rng, place / "case" / "work")
+            shutil.rmtree(place / "case", ignore_errors=True)
+            shutil.copytree(session.given, case.folder, symlinks=True)
+            try:
+                ending = call(case, *what)
+            except SkippedError as error:
+                print(f"skipped: {kind}: {error}")
+                ending = "skipped"
+            except Exception as error:
+                ending, failed = "FAILED", failed + 1
+                what = " ".join([call.__name__, name, *map(str, what)])
+                _print_failure(what, error)
+                verbs = " ".join(names)
+                print(
+                    f"again: {sys.executable} {sys.argv[0]} --seed {args.seed} "
+                    f"--verbs {verbs} --case '{kind}:{number}'",
+                    flush=True,
+                )
+            counts[kind][ending] += 1
+            counts[kind]["caused"] += case.caused
+            counts[kind]["cases"] += 1
+        counts[kind]["CPU s"] += round(seconds_of_children() - start)
+    _print_table(counts)
+    return 1 if failed else 0
+
+
+def _print_failure(what: str, error: Exception) -> None:
+    from session import Failure
+
+    text = str(error)
+    if not isinstance(error, Failure):
+        text = "".join(traceback.format_exception(error))
+    first, _, rest = text.partition("\n")
+    print(f"FAILED: {what}: {first}\n{rest[-2000:]}")
+
+
+def _print_table(counts: dict[str, collections.Counter]) -> None:
+    heads = ["cases", "caused", "same", "refused", "FAILED", "skipped", "left out"]
+    heads.append("CPU s")
+    total = collections.Counter()
+    print(f"{'kind':<14}" + "".join(f" {head:>8}" for head in heads))
+    for kind, found in counts.items():
+        total += found
+        print(f"{kind:<14}" + "".join(f" {found[head]:>8}" for head in heads))
+    print(f"{'all':<14}" + "".join(f" {total[head]:>8}" for head in heads))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
