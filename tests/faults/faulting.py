@@ -56,6 +56,7 @@ def main() -> int:
 def _run(args: argparse.Namespace, names: list[str], place: pathlib.Path) -> int:
     from faults import SkippedError, all_cases
     from program import seconds_of_children
+    from scenarios import new_folder
     from session import Case, Session, some_of
 
     session = Session(place)
@@ -82,7 +83,7 @@ def _run(args: argparse.Namespace, names: list[str], place: pathlib.Path) -> int
             rng = random.Random(f"{args.seed}:{kind}:{number}")
             case = Case(session, name, rng, place / "case" / "work")
             shutil.rmtree(place / "case", ignore_errors=True)
-            shutil.copytree(session.given, case.folder, symlinks=True)
+            new_folder(session.given, case.folder)
             try:
                 ending = call(case, *what)
             except SkippedError as error:

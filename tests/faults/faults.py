@@ -3,13 +3,12 @@
 import contextlib
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 
 from program import in_child, on_change
-from scenarios import SCENARIOS, copy_given, files_made, outcome
+from scenarios import SCENARIOS, files_made, new_folder, outcome
 from session import Case, Failure, Session, arrays_of, differences, judge, killing
 
 # The user and group that have nothing, of most systems.
@@ -105,7 +104,7 @@ def fill(case: Case, path: str) -> str:
     spare = case.rng.choice((0, 4096, 16384))
     with small_disk(case.folder.with_name("disk")) as disk:
         case.folder = disk / "work"
-        copy_given(case.session.given, case.folder)
+        new_folder(case.session.given, case.folder)
         ballast = disk / "ballast"
 
         def act(change: int, path: str) -> None:
@@ -185,18 +184,20 @@ def _odd(file: pathlib.Path, kind: str) -> None:
 
 def damage(case: Case, state: str, path: str, how: str) -> str:
     """A damaged file, or no file in its place, before the command goes on."""
-    shutil.rmtree(case.folder)
-    copy_given(case.session.root / state / case.name, case.folder)
+    new_folder(case.session.root / state / case.name, case.folder)
     DAMAGE[how](case.folder / path, case)
     case.caused += 1
     code, output = case.start().end()
+    # Its own name, or that of a directory which holds it, or of what is made already.
     parts = pathlib.PurePath(path).parts
-    # Its own name, or that of a directory which holds it.
-    ending = judge(code, output, names=parts)
+    ending = judge(code, output, names=(*parts, "must not exist"))
     if ending == "refused":
         return ending
-    found = in_child(outcome, str(case.folder))
-    if differing := differences(arrays_of(case.whole.outcome), arrays_of(found)):
+    found = arrays_of(in_child(outcome, str(case.folder)))
+    expected = arrays_of(case.whole.outcome)
+    if state == "done":
+        expected = {name: expected[name] for name in found}
+    if differing := differences(expected, found):
         raise Failure(
             f"the arrays differ in {differing[:5]}, without a word:\n{output}"
         )
@@ -205,8 +206,7 @@ def damage(case: Case, state: str, path: str, how: str) -> str:
 
 def damage_exported(case: Case, how: str) -> str:
     """A damaged exported file, which is loaded."""
-    shutil.rmtree(case.folder)
-    copy_given(case.session.root / "done" / case.name, case.folder)
+    new_folder(case.session.root / "done" / case.name, case.folder)
     DAMAGE[how](case.folder / "net.ijx", case)
     case.caused += 1
     said = in_child(_load, str(case.folder / "net.ijx"))

@@ -100,6 +100,10 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
             _enter(log.fileno(), pathlib.Path.cwd())
             _end_with(call)
+        handle = os.pidfd_open(pid)
+        if not select.select([handle], [], [], MOST_SECONDS)[0]:
+            os.kill(pid, signal.SIGKILL)
+        os.close(handle)
         if os.waitpid(pid, 0)[1]:
             log.seek(0)
             raise RuntimeError(log.read().decode(errors="replace")[-2000:])

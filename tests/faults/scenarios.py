@@ -164,8 +164,9 @@ def shorten_quickstart() -> None:
     quickstart.STUDY = load_from_file(pathlib.Path("study.py"), "study", Study)
 
 
-def copy_given(given: pathlib.Path, folder: pathlib.Path) -> None:
-    """Makes a folder in which a command can be run."""
+def new_folder(given: pathlib.Path, folder: pathlib.Path) -> None:
+    """Makes a folder in which a command can be run, in the place of another."""
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(given, folder, symlinks=True)
 
 
@@ -235,6 +236,8 @@ def _parts(folder: pathlib.Path) -> Iterator[tuple[str, Any]]:
             yield name, place.stat().st_size > 0
 
 
+# Stands in an outcome for the arrays of a checkpoint that is not as it was written.
+DAMAGED = "damaged"
 _TIMES = {"time", "images_per_s", "train_seconds"}
 # Files of JSON that have paths and times, and no results.
 _DESCRIPTIONS = {
@@ -263,8 +266,12 @@ def _numbers(value: Any) -> Any:
 def _hash_arrays(checkpoint: pathlib.Path) -> str:
     import jax
 
-    from inertia_jax.checkpoint import load_arrays
+    from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 
+    try:
+        verify_checkpoint(checkpoint)
+    except ValueError:
+        return DAMAGED
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(load_arrays(checkpoint)):
         array = np.asarray(leaf)
