@@ -244,7 +244,7 @@ _DESCRIPTIONS = {
     *("config.json", "run.jsonl", "metadata.json", "manifest.json"),
     *("commands.json", "pipeline.json"),
 }
-_OTHERS = {"latency", "latency_ms", "starts", "started", "machine", "config"}
+_OTHERS = {"latency", "latency_ms", "origins", "starts", "started", "machine", "config"}
 _RESULTS = {"step", "epoch", "top1", "top5", "loss", "params", "total_macs", "macs"}
 
 

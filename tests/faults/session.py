@@ -265,13 +265,20 @@ def differences(expected: Any, found: Any, where: str = "") -> list[str]:
     return [what for name, a, b in pairs for what in differences(a, b, name)]
 
 
-def arrays_of(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arrays of an outcome, which no damaged line of a log may change.
+def arrays_of(
+    expected: dict[str, Any], found: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays of two outcomes, which no damaged line of a log may change.
 
     Those of a checkpoint that is still damaged, which nothing has read, are left out.
     """
-    values = {n: v for n, v in found.items() if n.endswith(("arrays", ", last"))}
-    return {n: v for n, v in values.items() if DAMAGED not in v}
+    damaged = {name for name, value in found.items() if DAMAGED in (value or ())}
+    kept = {
+        name
+        for name in {*expected, *found} - damaged
+        if name.endswith(("arrays", ", last"))
+    }
+    return tuple({n: o.get(n) for n in kept} for o in (expected, found))
 
 
 def some_of(values: list[Any], rng: random.Random) -> Iterator[Any]:
