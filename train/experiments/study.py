@@ -32,6 +32,8 @@ CONTROL = "control"
 _TRAINING = ("fit", "finetune")
 # The records of these verbs have the hashes of the checkpoints that they are about.
 _RECORDS = ("report", "benchmark")
+# What a damaged record leads to.
+_OF_ANOTHER_FORM = (AttributeError, KeyError, TypeError, ValueError)
 _PROGRAMS = {"jax": "JAX", "torch": "PyTorch", "onnx": "ONNX", "openvino": "OpenVINO"}
 
 
@@ -66,7 +68,7 @@ class Stage:
         if self.verb in _TRAINING:
             return _is_trained(self.out)
         if self.verb in _RECORDS:
-            return self.out.is_file() and _is_of(read_json(self.out), self.runs)
+            return self.out.is_file() and _is_of(self.out, self.runs)
         if self.verb == "export":
             return self.out.exists() and _is_newer(self.out, self.runs[0])
         return self.out.exists()  # a checkpoint appears whole or not at all
@@ -103,7 +105,7 @@ def run_study(study: Study, workdir: pathlib.Path, **choices: Any) -> Progress:
     check_output("workdir", workdir)
     stages = make_stages(study, workdir, **choices)
     file = workdir / "commands.json"
-    made: dict[str, list[str]] = read_json(file) if file.is_file() else {}
+    made = _read_commands(file)
     commands = {stage.out.name: _without_place(stage, workdir) for stage in stages}
     for stage in stages:
         before, now = made.get(stage.out.name), commands[stage.out.name]
@@ -126,7 +128,29 @@ def run_study(study: Study, workdir: pathlib.Path, **choices: Any) -> Progress:
         code, result = _run(stage)
         if not stage.is_complete():
             return Progress(stage, code, result.get("stopped_by"))
-    return Progress(rows=tuple(_rows(stages)))
+    try:
+        return Progress(rows=tuple(_rows(stages)))
+    except _OF_ANOTHER_FORM as error:
+        files = ", ".join(str(s.out) for s in stages if s.verb in _RECORDS)
+        raise UsageError(
+            f"a record of the study is damaged ({type(error).__name__}: {error}); the "
+            f"same command writes them again once these are removed: {files}."
+        ) from error
+
+
+def _read_commands(file: pathlib.Path) -> dict[str, list[str]]:
+    """Reads the words of the commands that have made what lies in a directory."""
+    made = read_json(file) if file.is_file() else {}
+    is_known = isinstance(made, dict) and all(
+        isinstance(words, list) and all(isinstance(word, str) for word in words)
+        for words in made.values()
+    )
+    if not is_known:
+        raise UsageError(
+            f"{file} holds no commands of a study; nothing was changed. Once it is "
+            f"removed, what lies beside it is taken to be of this study."
+        )
+    return made
 
 
 def make_stages(
@@ -236,12 +260,16 @@ def _is_newer(file: pathlib.Path, run: pathlib.Path) -> bool:
     return file.stat().st_mtime_ns > manifest.stat().st_mtime_ns
 
 
-def _is_of(record: Mapping[str, Any], runs: Sequence[pathlib.Path]) -> bool:
+def _is_of(file: pathlib.Path, runs: Sequence[pathlib.Path]) -> bool:
     """Returns whether a record has the times of the checkpoints that runs have now."""
     hashes = [manifest_sha256(find_checkpoint(run)) for run in runs]
-    timed = [s["sha256"] for s in record.get("subjects", ()) if s["latency_ms"]]
-    timed += [row["sha256"] for row in record.get("rows", ())]
-    return hashes == list(dict.fromkeys(timed))
+    try:
+        record = read_json(file)
+        timed = [s["sha256"] for s in record.get("subjects", ()) if s["latency_ms"]]
+        timed += [row["sha256"] for row in record.get("rows", ())]
+        return hashes == list(dict.fromkeys(timed))
+    except (UsageError, *_OF_ANOTHER_FORM):  # it is damaged, and written again
+        return False
 
 
 def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:

@@ -163,6 +163,34 @@ def test_files_of_other_checkpoints_are_written_again(tmp_path, monkeypatch):
         assert not stage.is_complete()
 
 
+DAMAGED = ["", "{", "[1]", '{"subjects": [1]}', '{"subjects": [{"sha": 1}]}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("verb", ["report", "benchmark"])
+def test_a_damaged_record_is_not_complete(verb, content, tmp_path):
+    file = tmp_path / "record.json"
+    file.write_text(content)
+    assert not Stage("", (verb,), file).is_complete()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"dense": 1}', '{"dense": [1]}'])
+def test_damaged_commands_are_named(content, tmp_path):
+    file = tmp_path / "commands.json"
+    file.write_text(content)
+    with pytest.raises(UsageError, match="commands.json (holds no|is no JSON)"):
+        run_study(Study("quickstart", {}), tmp_path)
+    assert file.read_text() == content
+
+
+@pytest.mark.parametrize("content", ['{"subject": []}', '{"subjects": [{}]}'])
+def test_a_damaged_report_is_named(content, tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text(content)
+    monkeypatch.setattr(Stage, "is_complete", lambda stage: True)
+    with pytest.raises(UsageError, match=r"once these are removed: .*report\.json\.$"):
+        run_study(Study("quickstart", {}), tmp_path)
+
+
 def test_a_report_without_times_is_not_complete(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text("{}")
     digest = hashlib.sha256(b"{}").hexdigest()
