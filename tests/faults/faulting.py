@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import itertools
 import os
 import pathlib
 import random
@@ -10,6 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from typing import Any
 
 # The part of the cases that each kind has.
 SHARES = {
@@ -54,57 +56,69 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace, names: list[str], place: pathlib.Path) -> int:
-    from faults import SkippedError, all_cases
+    from faults import all_cases
     from program import seconds_of_children
-    from scenarios import new_folder
-    from session import Case, Session, some_of
+    from session import Session
 
     session = Session(place)
     everything = all_cases(session, names)
     print(f"{seconds_of_children():.0f} CPU s to run each command once", flush=True)
-    kinds = args.kinds
-    if args.case:
-        kinds = [args.case.partition(":")[0]]
-    whole = sum(SHARES[kind] for kind in kinds)
+    kinds = [args.case.partition(":")[0]] if args.case else args.kinds
     counts = {kind: collections.Counter() for kind in kinds}
-    failed = 0
-    for kind in kinds:
-        start = seconds_of_children()
-        count = max(1, round(args.faults * SHARES[kind] / whole))
-        order = some_of(everything[kind], random.Random(f"{args.seed}:{kind}"))
-        first = int(args.case.partition(":")[2]) if args.case else None
-        for number in range(count if first is None else first + 1):
-            call, name, *what = next(order)
-            if first not in (None, number):
-                continue
-            if seconds_of_children() > args.seconds:
-                counts[kind]["left out"] += 1
-                continue
-            rng = random.Random(f"{args.seed}:{kind}:{number}")
-            case = Case(session, name, rng, place / "case" / "work")
-            shutil.rmtree(place / "case", ignore_errors=True)
-            new_folder(session.given, case.folder)
-            try:
-                ending = call(case, *what)
-            except SkippedError as error:
-                print(f"skipped: {kind}: {error}")
-                ending = "skipped"
-            except Exception as error:
-                ending, failed = "FAILED", failed + 1
-                what = " ".join([call.__name__, name, *map(str, what)])
-                _print_failure(what, error)
-                verbs = " ".join(names)
-                print(
-                    f"again: {sys.executable} {sys.argv[0]} --seed {args.seed} "
-                    f"--verbs {verbs} --case '{kind}:{number}'",
-                    flush=True,
-                )
-            counts[kind][ending] += 1
-            counts[kind]["caused"] += case.caused
-            counts[kind]["cases"] += 1
-        counts[kind]["CPU s"] += round(seconds_of_children() - start)
-    _print_table(counts)
-    return 1 if failed else 0
+    try:
+        for kind in kinds:
+            start = seconds_of_children()
+            _cause(args, session, kind, everything[kind], counts[kind])
+            counts[kind]["CPU s"] += round(seconds_of_children() - start)
+    finally:  # also where Ctrl-C ends it
+        _print_table(counts)
+    return 1 if any(found["FAILED"] for found in counts.values()) else 0
+
+
+def _cause(
+    args: argparse.Namespace,
+    session: Any,
+    kind: str,
+    cases: list[tuple],
+    counts: collections.Counter,
+) -> None:
+    """Causes the faults of a kind, and counts how they end."""
+    from faults import SkippedError
+    from program import seconds_of_children
+    from scenarios import new_folder
+    from session import Case, some_of
+
+    order = some_of(cases, random.Random(f"{args.seed}:{kind}"))
+    share = SHARES[kind] / sum(SHARES[name] for name in args.kinds)
+    only = int(args.case.partition(":")[2]) if args.case else None
+    count = max(1, round(args.faults * share)) if only is None else only + 1
+    for number, (call, name, *what) in enumerate(itertools.islice(order, count)):
+        if only not in (None, number):
+            continue
+        if seconds_of_children() > args.seconds:
+            counts["left out"] += 1
+            continue
+        rng = random.Random(f"{args.seed}:{kind}:{number}")
+        case = Case(session, name, rng, session.root / "case" / "work")
+        shutil.rmtree(session.root / "case", ignore_errors=True)
+        new_folder(session.given, case.folder)
+        try:
+            ending = call(case, *what)
+        except SkippedError as error:
+            print(f"skipped: {kind}: {error}")
+            ending = "skipped"
+        except Exception as error:
+            ending = "FAILED"
+            _print_failure(" ".join([call.__name__, name, *map(str, what)]), error)
+            verbs = "" if args.verbs is None else f"--verbs {' '.join(args.verbs)} "
+            print(
+                f"again: {sys.executable} {sys.argv[0]} --seed {args.seed} {verbs}"
+                f"--case '{kind}:{number}'",
+                flush=True,
+            )
+        counts[ending] += 1
+        counts["caused"] += case.caused
+        counts["cases"] += 1
 
 
 def _print_failure(what: str, error: Exception) -> None:
