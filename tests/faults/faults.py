@@ -265,8 +265,8 @@ def forbid(case: Case, what: str) -> str:
             os.dup2(theirs, 1)
             os.close(ours)
 
-    is_fresh = what != "read-only folder"
-    code, output = case.start(is_fresh=is_fresh, before=before).end()
+    # Another user may not be allowed to start this Python, but a fork of it goes on.
+    code, output = case.start(is_fresh=not nobody, before=before).end()
     case.caused += 1
     ending = judge(code, output)
     if what != "read-only folder":
