@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from inertia_jax.cost.table import aligned
+from inertia_jax.metadata import load_metadata
 from train.command import shell_command
 from train.compress.accuracy import in_words
 from train.config_file import load_config
@@ -278,6 +279,7 @@ def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Returns what the files of the last stages say of each network."""
     report = read_json(stages[-1].out)
     files = {s.runs[0].name: s.out for s in stages if s.verb == "export"}
+    untuned = {s.out.name: _untuned(s.out) for s in stages if s.verb == "compress"}
     timed = [read_json(s.out)["rows"] for s in stages if s.verb == "benchmark"]
     rows = []
     for subject, run in zip(report["subjects"], stages[-1].runs, strict=True):
@@ -289,14 +291,16 @@ def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
             if row["sha256"] == subject["sha256"] and "refused" not in row:
                 times = times_ms.setdefault(row["program"], {})
                 times[str(row["batch_size"])] = row["median_ms"]
+        name = run.name.removesuffix("_finetuned")
         rows.append(
             {
-                "network": run.name.removesuffix("_finetuned"),
+                "network": name,
                 "checkpoint": subject["checkpoint"],
                 "form": subject["form"],
                 "top1": subject["top1"],
                 "difference": subject["difference"],
                 "margin_95": subject["margin_95"],
+                "untuned": untuned.get(name),
                 "num_examples": evaluation["num_examples"],
                 "params": cost["params"],
                 "macs": cost["total_macs"],
@@ -307,6 +311,13 @@ def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _untuned(checkpoint: pathlib.Path) -> dict[str, float] | None:
+    """Returns the accuracy of a compressed network before fine-tuning, by stage."""
+    tests = load_metadata(checkpoint).info.get("compression_results", {}).get("tests")
+    stages = tests[0]["stages"] if tests else {}
+    return {name: result["top1"] for name, result in stages.items()} or None
 
 
 def make_study_record(
@@ -333,12 +344,22 @@ def format_networks(
         )
     )
     columns.sort(key=lambda column: [*_PROGRAMS].index(column[0]))
-    heads = ["network", "top-1", "to the first", "MACs", "of dense", "parameters"]
+    heads = [
+        "network",
+        "untuned",
+        "top-1",
+        "to the first",
+        "MACs",
+        "of dense",
+        "parameters",
+    ]
     heads += [f"{_PROGRAMS[program]}, {size}" for program, size in columns]
     lines = []
     for row in rows:
         difference, margin = 100 * row["difference"], 100 * row["margin_95"]
-        line = [row["network"], f"{row['top1']:.2%}"]
+        *_, untuned = ("", *(row["untuned"] or {}).values())
+        line = [row["network"], f"{untuned:.2%}" if untuned else ""]
+        line += [f"{row['top1']:.2%}"]
         line += ["" if row is rows[0] else f"{difference:+.2f} +-{margin:.2f}"]
         line += [f"{row['macs']:,}", f"{row['share_of_dense']:.0%}"]
         line += [f"{row['params']:,}"]
@@ -360,9 +381,10 @@ def format_networks(
         f"{aligned([heads, *lines])}\n\n"
         f"top-1: of {num_images:,} test images, of which one is "
         f"{100 / num_images:.2f} points; they also\nchose the best epoch of each run. "
-        f"to the first: the difference in points on the\nsame images, and half of its "
-        f"95% interval. MACs: an image, friction and gate rates\ncounted. ms: a call "
-        f"of so many images, measured here in turn, BatchNorm folded."
+        f"untuned: before fine-tuning. to the first: the\ndifference in points on the "
+        f"same images, and half of its 95% interval. MACs: an image,\nfriction and "
+        f"gate rates counted. ms: a call of so many images, measured here in turn,\n"
+        f"BatchNorm folded."
         + ("\nfile: what `export` writes for JAX alone." if is_written else "")
         + (
             f"\ncycles: estimated by the compiler of {device}, not measured, in "

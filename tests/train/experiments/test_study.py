@@ -112,6 +112,13 @@ def test_the_whole_story_is_told_also_after_a_stop(tmp_path, capsys):
         assert row["difference"] == pytest.approx((right[name] - right["dense"]) / 64)
         assert (row["margin_95"] > 0) or row["difference"] in (0, 1, -1)
         assert row["macs"] == cost.total_macs
+        small = workdir / name
+        if name in ("tucker2", "both"):
+            stages = ["raw", "recalibrated"] if name == "tucker2" else ["inertial"]
+            assert [*row["untuned"]][: len(stages)] == stages
+            assert [*row["untuned"].values()][-1] == evaluate(small, tmp_path)["top1"]
+        else:
+            assert row["untuned"] is None
         assert row["params"] == cost.params
         sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
         assert row["params"] == sum(sizes)
@@ -265,13 +272,16 @@ def test_the_table_has_what_is_known():
     row = {
         **dict.fromkeys(("file_bytes", "cycles"), None),
         **{"network": "dense", "top1": 0.9, "difference": 0.0, "margin_95": 0.0},
+        "untuned": None,
         **{"num_examples": 200, "params": 1000, "macs": 2000, "share_of_dense": 1.0},
         "times_ms": {"jax": {"1": 2.0}},
     }
     small = row | {"network": "small", "difference": -0.0125, "margin_95": 0.01}
+    small |= {"untuned": {"raw": 0.1, "recalibrated": 0.8725}}
     small |= {"times_ms": {"torch": {"1": 1.0}, "jax": {"1": 1.5}}}
     table = format_networks([row, small])
-    assert "-1.25 +-1.00" in table and "one is 0.50 points" in table
+    assert "-1.25 +-1.00" in table and "87.25%" in table and "10.00%" not in table
+    assert "one is 0.50 points" in table
     assert re.search(r"JAX, 1 +PyTorch, 1", table)
     assert "cycles" not in table and "file" not in table
     full = [{**r, "file_bytes": 2_500_000, "cycles": 7000} for r in (row, small)]
