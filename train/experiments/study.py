@@ -357,8 +357,9 @@ def format_networks(
     lines = []
     for row in rows:
         difference, margin = 100 * row["difference"], 100 * row["margin_95"]
-        *_, untuned = ("", *(row["untuned"] or {}).values())
-        line = [row["network"], f"{untuned:.2%}" if untuned else ""]
+        by_stage: Mapping[str, float] = row["untuned"] or {}
+        untuned = next(reversed([*by_stage.values()]), None)
+        line = [row["network"], "" if untuned is None else f"{untuned:.2%}"]
         line += [f"{row['top1']:.2%}"]
         line += ["" if row is rows[0] else f"{difference:+.2f} +-{margin:.2f}"]
         line += [f"{row['macs']:,}", f"{row['share_of_dense']:.0%}"]
