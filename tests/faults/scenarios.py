@@ -258,8 +258,7 @@ def _numbers(value: Any) -> Any:
         key: part if key in _RESULTS else _numbers(part)
         for key, part in value.items()
         if key in _RESULTS or isinstance(part, dict | list)
-        if key
-        not in ("latency", "latency_ms", "starts", "started", "machine", "config")
+        if key not in _OTHERS
     }
 
 
