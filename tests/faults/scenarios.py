@@ -233,7 +233,7 @@ def _parts(folder: pathlib.Path) -> Iterator[tuple[str, Any]]:
             logits = np.asarray(load_exported(place)(images))
             yield name, hashlib.sha256(logits.tobytes()).hexdigest()
         elif place.suffix in (".html", ".md", ".png"):
-            yield name, place.stat().st_size > 0
+            yield name, [place.stat().st_size > 0]
 
 
 # Stands in an outcome for the arrays of a checkpoint that is not as it was written.
