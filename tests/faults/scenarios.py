@@ -221,8 +221,7 @@ def _parts(folder: pathlib.Path) -> Iterator[tuple[str, Any]]:
         elif place.name == "arrays" and "checkpoints" not in parts:
             yield name, _hash_arrays(place.parent)
         elif place.name == "metrics.jsonl":
-            rows = map(json.loads, place.read_text().splitlines())
-            yield name, [{k: row[k] for k in row if k not in _TIMES} for row in rows]
+            yield name, _metrics(place.read_text(errors="replace"))
         elif place.suffix in (".json", ".jsonl") and "arrays" not in parts:
             if place.name not in _DESCRIPTIONS:
                 lines = place.read_text().splitlines()
@@ -236,7 +235,7 @@ def _parts(folder: pathlib.Path) -> Iterator[tuple[str, Any]]:
             yield name, [place.stat().st_size > 0]
 
 
-# Stands in an outcome for the arrays of a checkpoint that is not as it was written.
+# Stands in an outcome for what is not as it was written.
 DAMAGED = "damaged"
 _TIMES = {"time", "images_per_s", "train_seconds"}
 # Files of JSON that have paths and times, and no results.
@@ -246,6 +245,14 @@ _DESCRIPTIONS = {
 }
 _OTHERS = {"latency", "latency_ms", "origins", "starts", "started", "machine", "config"}
 _RESULTS = {"step", "epoch", "top1", "top5", "loss", "params", "total_macs", "macs"}
+
+
+def _metrics(text: str) -> Any:
+    try:
+        rows = [json.loads(line) for line in text.splitlines()]
+        return [{k: row[k] for k in row if k not in _TIMES} for row in rows]
+    except (TypeError, ValueError):
+        return DAMAGED
 
 
 def _numbers(value: Any) -> Any:
