@@ -74,8 +74,8 @@ def send(case: Case, which: str) -> str:
     if "Traceback" in output or "Exception ignored" in output:
         raise Failure(f"after {which} there is a traceback:\n{output}")
     said = "stopped" in output or "interrupted" in output
-    is_begun = code == 130 or output.strip()
-    if code in (130, -signal.SIGINT) and is_begun and not said:
+    is_cut = code == -signal.SIGINT and output.strip() and _is_short(case)
+    if (code == 130 or is_cut) and not said:
         raise Failure(f"after {which} nothing is said:\n{output}")
     if code == 0 and (last == signal.SIGINT or not said) and _is_short(case):
         raise Failure(f"after {which} it ends with 0, and has not ended:\n{output}")
