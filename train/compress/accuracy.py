@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from inertia_jax.calls import Network, are_equal
 from train.evaluate.checkpoint import EvaluationSettings, evaluator_for
-from train.evaluate.evaluation import Evaluation, paired_difference
+from train.evaluate.evaluation import Evaluation, in_points, paired_difference
 from train.networks import NetworkDescription
 
 
@@ -80,8 +80,8 @@ def in_words(test: Mapping[str, Any]) -> str:
     """Returns an entry of `compare_stages` as a line."""
     parts = [f"{test['data']}: top-1 {test['top1_before']:.2%} before"]
     parts += [
-        f"{name} {stage['top1']:.2%} ({100 * stage['difference']:+.2f} "
-        f"+-{100 * stage['margin_95']:.2f})"
+        f"{name} {stage['top1']:.2%} "
+        f"({in_points(stage['difference'], stage['margin_95'])})"
         for name, stage in test["stages"].items()
     ]
     return (

@@ -132,6 +132,11 @@ def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, flo
     return float(changes.mean()), float(1.96 * changes.std() / len(changes) ** 0.5)
 
 
+def in_points(difference: float, margin: float) -> str:
+    """Returns what `paired_difference` returns, in points."""
+    return f"{100 * difference:+.2f} +-{100 * margin:.2f}"
+
+
 def make_evaluator(
     model: nn.Module,
     augmentation: Augmentation,

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
 import pathlib
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from inertia_jax.cost.table import aligned
@@ -16,6 +17,7 @@ from train.command import shell_command
 from train.compress.accuracy import in_words
 from train.config_file import load_config
 from train.errors import UsageError, user_input
+from train.evaluate.evaluation import in_points
 from train.experiments.study_config import DENSE, Study
 from train.machine.processes import say
 from train.result import apart
@@ -31,13 +33,14 @@ from train.run.report import make_record
 CONTROL = "control"
 
 _TRAINING = ("fit", "finetune")
-# The records of these verbs have the hashes of the checkpoints that they are about.
+# Whose records have the hashes of the checkpoints that they are about.
 _RECORDS = ("report", "benchmark")
+# Whose files take minutes at most, and are made again where the command is another.
+_QUICK = ("export", *_RECORDS)
 # What a damaged record leads to.
 _OF_ANOTHER_FORM = (AttributeError, KeyError, TypeError, ValueError)
 # Calls of one image take so little time that other threads may double it.
 _REPEATS = "61"
-_PROGRAMS = {"jax": "JAX", "torch": "PyTorch", "onnx": "ONNX", "openvino": "OpenVINO"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +64,6 @@ class Stage:
         """The verb of the command."""
         return self.command[0]
 
-    @property
-    def begun(self) -> bool:
-        """Whether the command has left anything."""
-        return self.out.exists()
-
     def is_complete(self) -> bool:
         """Returns whether the command has ended; files must be of the runs as now."""
         if self.verb in _TRAINING:
@@ -78,7 +76,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class StudyResult:
     """How far a study has come.
 
     Attributes:
@@ -94,45 +92,54 @@ class Progress:
     rows: tuple[Mapping[str, Any], ...] = ()
 
 
-def run_study(study: Study, workdir: pathlib.Path, **choices: Any) -> Progress:
+def run_study(
+    study: Study,
+    workdir: pathlib.Path,
+    *,
+    data: str | None = None,
+    only: Collection[str] = (),
+) -> StudyResult:
     """Runs the stages that have not ended yet, each of which prints its command.
 
     Args:
         study: The study.
         workdir: The directory of all runs, checkpoints and files.
-        **choices: What `make_stages` takes besides.
+        data: The data, as `make_stages` takes them.
+        only: The smaller networks to make, as `make_stages` takes them.
 
     Raises:
         UsageError: The input is bad, or that of a stage is.
     """
     check_output("workdir", workdir)
-    stages = make_stages(study, workdir, **choices)
+    stages = make_stages(study, workdir, data=data, only=only)
     file = workdir / "commands.json"
     made = _read_commands(file)
     commands = {stage.out.name: _without_place(stage, workdir) for stage in stages}
+    # What lies there without a command is the user's own, and is taken as it is.
+    others = {name for name, now in commands.items() if made.get(name, now) != now}
     for stage in stages:
-        before, now = made.get(stage.out.name), commands[stage.out.name]
-        if stage.verb not in _RECORDS and before not in (None, now) and stage.begun:
+        name = stage.out.name
+        if name in others and stage.verb not in _QUICK and stage.out.exists():
             raise UsageError(
                 f"{stage.out} was made by another command than this study's; nothing "
                 f"was changed. Give another --workdir. The commands, in {workdir}:\n"
-                f"{shlex.join(before or ())}\n{shlex.join(now)}"
+                f"{shlex.join(made[name])}\n{shlex.join(commands[name])}"
             )
     for number, stage in enumerate(stages, start=1):
         heading = f"[{number}/{len(stages)}] {stage.what}"
-        if stage.is_complete():
+        if stage.out.name not in others and stage.is_complete():
             say(f"{heading}: done before, {stage.out}")
             continue
         say(f"\n{heading}\n{shell_command(*stage.command)}")
         made[stage.out.name] = commands[stage.out.name]
-        with user_input():
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(made, indent=1) + "\n")
+        if stage.verb not in _QUICK:  # what it has begun is already its own
+            _write_commands(file, made)
         code, result = _run(stage)
         if not stage.is_complete():
-            return Progress(stage, code, result.get("stopped_by"))
+            return StudyResult(stage, code, result.get("stopped_by"))
+        _write_commands(file, made)
     try:
-        return Progress(rows=tuple(_rows(stages)))
+        return StudyResult(rows=tuple(_rows(stages)))
     except _OF_ANOTHER_FORM as error:
         files = ", ".join(str(s.out) for s in stages if s.verb in _RECORDS)
         raise UsageError(
@@ -154,6 +161,12 @@ def _read_commands(file: pathlib.Path) -> dict[str, list[str]]:
             f"removed, what lies beside it is taken to be of this study."
         )
     return made
+
+
+def _write_commands(file: pathlib.Path, made: Mapping[str, Sequence[str]]) -> None:
+    with user_input():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(made, indent=1) + "\n")
 
 
 def make_stages(
@@ -335,69 +348,56 @@ def format_networks(
     rows: Sequence[Mapping[str, Any]], device: str | None = None
 ) -> str:
     """Returns the table of networks, and what it holds."""
-    columns = list(
-        dict.fromkeys(
-            (program, batch_size)
-            for row in rows
-            for program, times in row["times_ms"].items()
-            for batch_size in times
-        )
-    )
-    columns.sort(key=lambda column: [*_PROGRAMS].index(column[0]))
-    heads = [
-        "network",
-        "untuned",
-        "top-1",
-        "to the first",
-        "MACs",
-        "of dense",
-        "parameters",
-    ]
-    heads += [f"{_PROGRAMS[program]}, {size}" for program, size in columns]
-    lines = []
-    for row in rows:
-        difference, margin = 100 * row["difference"], 100 * row["margin_95"]
-        by_stage: Mapping[str, float] = row["untuned"] or {}
-        untuned = next(reversed([*by_stage.values()]), None)
-        line = [row["network"], "" if untuned is None else f"{untuned:.2%}"]
-        line += [f"{row['top1']:.2%}"]
-        line += ["" if row is rows[0] else f"{difference:+.2f} +-{margin:.2f}"]
-        line += [f"{row['macs']:,}", f"{row['share_of_dense']:.0%}"]
-        line += [f"{row['params']:,}"]
-        for program, size in columns:
-            time_ms = row["times_ms"].get(program, {}).get(size)
-            line.append("" if time_ms is None else f"{time_ms:.3g} ms")
-        lines.append(line)
-    is_written, is_estimated = rows[0]["file_bytes"], rows[0]["cycles"]
-    if is_written:
-        heads.append("file")
-        for line, row in zip(lines, rows, strict=True):
-            line.append(f"{row['file_bytes'] / 1e6:.2f} MB")
-    if is_estimated:
-        heads.append(f"cycles, {device}")
-        for line, row in zip(lines, rows, strict=True):
-            line.append(f"{row['cycles']:,}")
-    num_images = rows[0]["num_examples"]
+    first = rows[0]
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "network": lambda row: row["network"],
+        "untuned": lambda row: _last_share(row["untuned"] or {}),
+        "top-1": lambda row: f"{row['top1']:.2%}",
+        "to the first": lambda row: (
+            "" if row is first else in_points(row["difference"], row["margin_95"])
+        ),
+        "MACs": lambda row: f"{row['macs']:,}",
+        "of dense": lambda row: f"{row['share_of_dense']:.0%}",
+        "parameters": lambda row: f"{row['params']:,}",
+    }
+    for program in dict.fromkeys(name for row in rows for name in row["times_ms"]):
+        for size in first["times_ms"]["jax"]:
+            columns[f"{program}, {size}"] = functools.partial(_time, program, size)
+    if first["file_bytes"]:
+        columns["file"] = lambda row: f"{row['file_bytes'] / 1e6:.2f} MB"
+    if first["cycles"]:
+        columns[f"cycles, {device}"] = lambda row: f"{row['cycles']:,}"
+    table = [[*columns], *([of(row) for of in columns.values()] for row in rows)]
+    num_images = first["num_examples"]
     return (
-        f"{aligned([heads, *lines])}\n\n"
+        f"{aligned(table)}\n\n"
         f"top-1: of {num_images:,} test images, of which one is "
         f"{100 / num_images:.2f} points; they also\nchose the best epoch of each run. "
         f"untuned: before fine-tuning. to the first: the\ndifference in points on the "
         f"same images, and half of its 95% interval. MACs: an image,\nfriction and "
-        f"gate rates counted. ms: a call of so many images, measured here in turn,\n"
-        f"BatchNorm folded."
-        + ("\nfile: what `export` writes for JAX alone." if is_written else "")
+        f"gate rates counted. jax, 1: a call of one image in JAX, measured here in\n"
+        f"turn, BatchNorm folded."
+        + ("\nfile: what `export` writes for JAX alone." if first["file_bytes"] else "")
         + (
             f"\ncycles: estimated by the compiler of {device}, not measured, in "
             f"bfloat16."
-            if is_estimated
+            if first["cycles"]
             else ""
         )
     )
 
 
+def _last_share(by_stage: Mapping[str, float]) -> str:
+    return "".join(f"{share:.2%}" for share in [*by_stage.values()][-1:])
+
+
+def _time(program: str, size: str, row: Mapping[str, Any]) -> str:
+    time_ms = row["times_ms"].get(program, {}).get(size)
+    return "" if time_ms is None else f"{time_ms:.3g} ms"
+
+
 def tell(
-    progress: Progress,
+    result: StudyResult,
     workdir: pathlib.Path,
     again: Sequence[str],
     device: str | None = None,
@@ -405,23 +405,23 @@ def tell(
     """Prints the table of networks, or what goes on, and returns the verb's result.
 
     Args:
-        progress: How far the study has come.
+        result: How far the study has come.
         workdir: Its directory.
         again: The words of the same command.
         device: The chip whose cycles were estimated.
     """
-    if progress.stopped_in is not None:
+    if result.stopped_in is not None:
         command = shell_command(*again)
-        what = progress.stopped_in.what
+        what = result.stopped_in.what
         print(f"stopped in {what!r}; this goes on with it:\n{command}")
-        stopped_by = progress.stopped_by
+        stopped_by = result.stopped_by
         return {"workdir": workdir, "stopped_by": stopped_by, "networks": None}
     page = workdir / "report.html"
-    print(f"\n{format_networks(progress.rows, device)}\n\npage  {page}")
+    print(f"\n{format_networks(result.rows, device)}\n\npage  {page}")
     return {
         "workdir": workdir,
         "stopped_by": None,
-        "networks": progress.rows,
-        "num_examples": progress.rows[0]["num_examples"],
+        "networks": result.rows,
+        "num_examples": result.rows[0]["num_examples"],
         "page": page,
     }

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from train.evaluate.evaluation import in_points
 from train.report.speed import BATCH_SIZES
 
 
@@ -46,11 +47,6 @@ def make_table(columns: Sequence[Column], rows: Sequence[Any]) -> dict[str, Any]
     used = [c for c in columns if any(c.value(row) is not None for row in rows)]
     heads = [{"words": c.words, "is_number": c.form is not None} for c in used]
     return {"heads": heads, "rows": [[c.cell(row) for c in used] for row in rows]}
-
-
-def in_points(difference: float, margin: float) -> str:
-    """Returns a difference of shares in points, with half its 95% interval."""
-    return f"{100 * difference:+.2f} \u00b1{100 * margin:.2f}"
 
 
 def network_table(

@@ -28,9 +28,9 @@ def run(argv: Sequence[str]) -> int:
     """Runs the stages that have not ended yet, and prints a row for each network."""
     args = parse(argv)
     workdir = pathlib.Path(args.workdir).expanduser()
-    progress = run_study(STUDY, workdir)
-    add_result(tell(progress, workdir, ("quickstart", *argv)))
-    if progress.rows:
+    result = run_study(STUDY, workdir)
+    add_result(tell(result, workdir, ("quickstart", *argv)))
+    if result.rows:
         print("\nto go on:")
         for words, command in next_commands(workdir):
             print(f"  # {words}\n  {shell_command(*command)}")
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
             "Layers as narrow as these need not be quicker for fewer MACs; "
             "docs/speed.md times wide\nones."
         )
-    return progress.exit_code
+    return result.exit_code
 
 
 def next_commands(

@@ -18,8 +18,8 @@ def run(argv: Sequence[str]) -> int:
     study = load_from_file(file, "study", Study)
     workdir = pathlib.Path(args.workdir or f"runs/{file.stem}").expanduser()
     check_output_file("record", args.record)
-    progress = run_study(study, workdir, data=args.data, only=args.only)
-    add_result(tell(progress, workdir, ("study", *argv), study.device))
-    if progress.rows:
-        write_json(args.record, make_study_record(study, progress.rows))
-    return progress.exit_code
+    result = run_study(study, workdir, data=args.data, only=args.only)
+    add_result(tell(result, workdir, ("study", *argv), study.device))
+    if result.rows:
+        write_json(args.record, make_study_record(study, result.rows))
+    return result.exit_code

@@ -38,10 +38,8 @@ def check_choice(name: str, value: object, choices: object) -> None:
 
 def near_miss(value: object, allowed: Iterable[str]) -> str:
     """Returns " Did you mean ...?" where a word is nearly one that is allowed."""
-    word = str(value)
-    close = difflib.get_close_matches(
-        word, allowed := [*allowed], n=max(1, len(allowed))
-    )
+    word, words = str(value), [*allowed]
+    close = difflib.get_close_matches(word, words, n=max(1, len(words)))
     if not close:
         return ""
 

@@ -268,6 +268,32 @@ def test_what_another_command_made_is_kept_and_named(tmp_path, monkeypatch):
     assert stages[1].is_complete() and not stages[0].is_complete()
 
 
+def test_files_of_another_command_are_made_again(tmp_path, monkeypatch):
+    study = Study("quickstart", {"a": HALF}, export=())
+    ran = []
+
+    def run(stage):
+        ran.append(stage.out.name)
+        return 0, {}
+
+    monkeypatch.setattr(studies, "_run", run)
+    monkeypatch.setattr(Stage, "is_complete", lambda stage: True)
+    monkeypatch.setattr(studies, "_rows", lambda stages: [])
+    run_study(study, tmp_path)
+    assert ran == []
+    report = ["report", "dense", "--out", "report"]
+    file = tmp_path / "commands.json"
+    file.write_text(json.dumps({"report.json": report, "a.ijx": ["export", "b"]}))
+    run_study(study, tmp_path)
+    assert ran == ["a.ijx", "report.json"]
+    made = json.loads(file.read_text())
+    assert made["report.json"] != report and made["a.ijx"][:2] == [
+        *("export", "a_finetuned")
+    ]
+    run_study(study, tmp_path)
+    assert ran == ["a.ijx", "report.json"]
+
+
 def test_the_table_has_what_is_known():
     row = {
         **dict.fromkeys(("file_bytes", "cycles"), None),
@@ -282,7 +308,7 @@ def test_the_table_has_what_is_known():
     table = format_networks([row, small])
     assert "-1.25 +-1.00" in table and "87.25%" in table and "10.00%" not in table
     assert "one is 0.50 points" in table
-    assert re.search(r"JAX, 1 +PyTorch, 1", table)
+    assert re.search(r"jax, 1 +torch, 1", table)
     assert "cycles" not in table and "file" not in table
     full = [{**r, "file_bytes": 2_500_000, "cycles": 7000} for r in (row, small)]
     table = format_networks(full, "v5e")

@@ -142,7 +142,7 @@ def test_networks_are_compared_with_the_first_on_the_same_images():
     table = network_table(rows, None)
     place = [head["words"] for head in table["heads"]].index("points to #1")
     cells = [row[place]["text"] for row in table["rows"]]
-    assert cells == ["-", f"-30.77 \u00b1{100 * margin:.2f}", "-", "-"]
+    assert cells == ["-", f"-30.77 +-{100 * margin:.2f}", "-", "-"]
 
 
 def test_layers_without_operations_are_counted_in_one_row():
