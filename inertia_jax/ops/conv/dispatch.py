@@ -1,11 +1,12 @@
 """Convolution as layers apply it: on CPU, each of its parts in the quickest form.
 
 On CPU, the convolution and, in training, both of its gradients take Winograd's form
-where it is quicker. Where it is not, the kernel's gradient is matrix products, the
-gradient of a strided convolution's images is one convolution of unit stride per phase,
-and the rest is XLA's. On other platforms everything is XLA's. The window reading of
-inertial convolutions and the gradients of the tiled reading take XLA's forms on every
-platform, since both promise forward mode in training as well.
+where it is quicker. Where it is not, columns of few features are joined, the kernel's
+gradient is matrix products, the gradient of a strided convolution's images is one
+convolution of unit stride per phase, and the rest is XLA's. On other platforms
+everything is XLA's. The window reading of inertial convolutions and the gradients of
+the tiled reading take XLA's forms on every platform, since both promise forward mode in
+training as well.
 
 XLA's forms also serve batches of symbolic size, images on explicit meshes, and images
 of another type than the kernel. Winograd's form and the products loop over images, so
@@ -26,6 +27,11 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from inertia_jax.ops.conv.any_axes import conv
+from inertia_jax.ops.conv.columns import (
+    columns_to_join,
+    joined_columns_conv2d,
+    joined_columns_input_gradient,
+)
 from inertia_jax.ops.conv.conv import (
     Pads,
     conv2d,
@@ -149,6 +155,13 @@ def _backward(
     input_on_cpu: Callable[[Array, Array], Array] | None = None
     if pays(channels=_LEAST_CHANNELS):
         input_on_cpu = functools.partial(winograd_input_gradient, padding=padding)
+    elif (
+        strides == (1, 1)
+        and (columns := _columns(cotangent, kernel, x.shape[1:], strides)) > 1
+    ):
+        input_on_cpu = functools.partial(
+            joined_columns_input_gradient, padding=padding, columns=columns
+        )
     elif 1 < math.prod(strides) <= _MOST_PHASES and kernel.shape[:2] != (1, 1):
         input_on_cpu = functools.partial(
             strided_input_gradient,
@@ -173,6 +186,13 @@ def _quickest(
     pays = functools.partial(_winograd_pays, x, kernel, strides, padding)
     if pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES):
         on_cpu = functools.partial(winograd_conv2d, padding=padding)
+    else:
+        shape = *_out_size(x, kernel, strides, padding), kernel.shape[3]
+        columns = _columns(x, kernel, shape, strides)
+        if columns > 1:
+            on_cpu = functools.partial(
+                joined_columns_conv2d, strides=strides, padding=padding, columns=columns
+            )
     return by_platform(x, kernel, cpu=on_cpu, default=convolve)
 
 
@@ -201,16 +221,45 @@ def _winograd_pays(
     tiles: int,
 ) -> bool:
     """Whether Winograd's form is quicker on CPU, given the least channels and tiles."""
-    n, h, w, _ = x.shape
+    n = x.shape[0]
     if not _may_be_cut(x, kernel) or kernel.shape[:2] != (3, 3) or strides != (1, 1):
         return False
     if x.dtype not in (jnp.float32, jnp.float64) or min(kernel.shape[2:]) < channels:
         return False
-    sides = (
-        max(0, size + sum(around) - 2)
-        for size, around in zip((h, w), padding, strict=True)
+    height, width = _out_size(x, kernel, strides, padding)
+    return n * -(-height // 2) * -(-width // 2) >= tiles
+
+
+def _columns(
+    x: Array, kernel: Array, shape: Sequence[int], strides: tuple[int, int]
+) -> int:
+    """Returns how many columns of an output of [height, width, c] to join on CPU."""
+    *size, features = shape
+    # The number of images may be a symbol.
+    if not all(isinstance(side, int) for side in size) or is_spread_explicitly(x):
+        return 1
+    if x.dtype not in (jnp.float32, jnp.float64) or x.dtype != kernel.dtype:
+        return 1
+    return columns_to_join(
+        (x.shape[0] if isinstance(x.shape[0], int) else 1, *size),
+        (x.shape[3], features),
+        bytes_each=x.dtype.itemsize,
+        side=kernel.shape[1],
+        stride=strides[1],
     )
-    return n * math.prod(-(-side // 2) for side in sides) >= tiles
+
+
+def _out_size(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: Pads
+) -> tuple[int, int]:
+    """Returns the height and width of a convolution's output."""
+    height, width = (
+        max(0, (size + sum(around) - side) // step + 1)
+        for size, side, step, around in zip(
+            x.shape[1:3], kernel.shape[:2], strides, padding, strict=True
+        )
+    )
+    return height, width
 
 
 def _may_be_cut(x: Array, kernel: Array) -> bool:

@@ -1,0 +1,126 @@
+"""Convolutions with neighbouring columns joined, against XLA's convolution."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from convolutions import convolve, drawn
+from jax import export
+
+from inertia_jax.ops.conv.columns import (
+    columns_to_join,
+    joined_columns_conv2d,
+    joined_columns_input_gradient,
+)
+from inertia_jax.ops.conv.dispatch import conv2d_to_apply, conv2d_to_train
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+ONES = ((1, 1), (1, 1))
+same = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+@pytest.mark.parametrize(
+    "case",
+    [
+        # n, size, c_in, c_out, kernel_size, strides, padding
+        (3, (5, 8), 3, 4, (3, 3), (1, 1), ONES),
+        (2, (9, 12), 2, 3, (5, 3), (2, 1), ((0, 3), (2, 0))),
+        (2, (9, 17), 2, 3, (3, 3), (2, 2), ((1, 1), (1, 0))),
+        (2, (9, 25), 2, 3, (3, 5), (1, 3), ((0, 0), (-1, 2))),
+        (0, (5, 8), 3, 4, (3, 3), (1, 1), ONES),
+    ],
+)
+def test_it_is_the_convolution(case, columns, x64):
+    *_, strides, padding = case
+    x, kernel, _ = drawn(0, *case)
+    expected = convolve(x, kernel, strides, padding)
+    assert expected.shape[2] % columns == 0
+    found = joined_columns_conv2d(
+        x, kernel, strides=strides, padding=padding, columns=columns
+    )
+    same(found, expected)
+
+
+@pytest.mark.parametrize("padding", [ONES, ((0, 0), (2, 0)), ((3, -1), (1, 4))])
+def test_its_gradient_is_that_of_the_images(padding, x64):
+    x, kernel, cotangent = drawn(
+        1, 3, (6, 8), 4, 3, (3, 5), strides=(1, 1), padding=padding
+    )
+    _, pull = jax.vjp(lambda x: convolve(x, kernel, (1, 1), padding), x)
+    found = joined_columns_input_gradient(cotangent, kernel, padding=padding, columns=4)
+    same(found, pull(cotangent)[0])
+
+
+def num_joined(function, *shapes, platform):
+    """Returns how many of a function's convolutions have columns joined."""
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    exported = export.export(jax.jit(function), platforms=[platform])(*arrays)
+    return exported.mlir_module().count("stride = [1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "columns"),
+    [
+        (((64, 16, 16, 12), (3, 3, 12, 12)), 2),
+        (((1, 16, 16, 12), (3, 3, 12, 24)), 2),
+        (((64, 16, 16, 12), (3, 3, 12, 4)), 4),
+        (((64, 16, 16, 12), (3, 3, 12, 25)), 1),
+        (((64, 16, 16, 8), (3, 3, 8, 64)), 2),
+        (((64, 16, 15, 12), (3, 3, 12, 12)), 1),
+        (((64, 16, 6, 12), (3, 3, 12, 12)), 1),
+        (((3, 8, 8, 12), (3, 3, 12, 12)), 1),
+        (((4, 8, 8, 12), (3, 3, 12, 12)), 2),
+        (((64, 16, 16, 12), (3, 1, 12, 12)), 1),
+        (((64, 16, 16, 12), (5, 5, 12, 24)), 2),
+    ],
+)
+def test_columns_are_joined_where_features_are_few(shapes, columns):
+    (*size, _), (_, side, *channels) = shapes
+    found = columns_to_join(size, channels, bytes_each=4, side=side)
+    assert found == columns
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_layers_join_columns_on_cpu_alone(platform):
+    (n,) = export.symbolic_shape("n")
+    shapes = (64, 16, 16, 12), (3, 3, 12, 12)
+    count = functools.partial(num_joined, platform=platform)
+
+    def apply(x, kernel):
+        return conv2d_to_apply(x, kernel, (1, 1), ONES)
+
+    def input_gradient(x, kernel):
+        train = functools.partial(conv2d_to_train, strides=(1, 1), padding=ONES)
+        return jax.grad(lambda x: jnp.sum(jnp.sin(train(x, kernel))))(x)
+
+    on_cpu = platform == "cpu"
+    assert count(apply, *shapes) == on_cpu
+    assert count(apply, (n, *shapes[0][1:]), shapes[1]) == on_cpu
+    assert count(input_gradient, *shapes) == 2 * on_cpu
+    # The image's gradient has few features, and the output 32; then the other way.
+    assert count(input_gradient, shapes[0], (3, 3, 12, 32)) == on_cpu
+    assert count(input_gradient, (64, 16, 16, 32), (3, 3, 32, 12)) == on_cpu
+
+
+def test_layers_give_what_xla_gives():
+    x, kernel, cotangent = drawn(
+        2, 4, (9, 8), 5, 7, (3, 3), (1, 1), ONES, dtype="float32"
+    )
+
+    def pulled(convolve):
+        y, pull = jax.vjp(lambda *a: convolve(*a, (1, 1), ONES), x, kernel)
+        return y, *pull(cotangent)
+
+    assert num_joined(
+        lambda *a: conv2d_to_train(*a, (1, 1), ONES),
+        x.shape,
+        kernel.shape,
+        platform="cpu",
+    )
+    for ours in (conv2d_to_apply, conv2d_to_train):
+        for found, expected in zip(pulled(ours), pulled(convolve), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
