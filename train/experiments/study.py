@@ -20,6 +20,7 @@ from train.errors import UsageError, user_input
 from train.evaluate.evaluation import in_points
 from train.experiments.study_config import DENSE, Study
 from train.machine.processes import say
+from train.networks import read_description
 from train.result import apart
 from train.run.checkpoints import (
     find_checkpoint,
@@ -181,7 +182,8 @@ def make_stages(
     Args:
         study: The study.
         workdir: The directory of all runs, checkpoints and files.
-        data: The data; None: those of the configuration.
+        data: The data; None: those of the configuration, or that the checkpoint's
+            network was trained on.
         only: Names of the smaller networks to make; empty: all of them.
 
     Raises:
@@ -189,23 +191,34 @@ def make_stages(
             is made from.
     """
     chosen = study.choose(only)
-    runs = {DENSE: workdir / DENSE}
-    source = () if data is None else ("--data.source", data)
-    fit = ("fit", "--config", study.config, "--name", DENSE, *source)
-    stages = [
-        Stage("training the network, dense", (*fit, *_in(runs[DENSE])), runs[DENSE])
-    ]
+    stages = []
+    source: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    if study.config is not None:
+        runs = {DENSE: workdir / DENSE}
+        told = () if data is None else ("--data.source", data)
+        command = ("fit", "--config", study.config, "--name", DENSE, *told)
+        command += _in(runs[DENSE])
+        stages.append(Stage("training the network, dense", command, runs[DENSE]))
+        data = data or load_config(study.config).data.source
+    else:
+        runs = {DENSE: pathlib.Path(str(study.checkpoint))}
+        data = data or _source(runs[DENSE])
+        # The other checkpoints say it of themselves, this one perhaps not.
+        source, images = ("--data.source", data), ("--data", data)
     teacher = ("--teacher", str(runs[DENSE])) if study.teacher else ()
 
     def finetune(name: str, start: pathlib.Path, run: pathlib.Path) -> Stage:
-        command = ("finetune", str(start), "--name", name, *study.finetune, *teacher)
+        command = ("finetune", str(start), "--name", name, *source)
+        command += (*study.finetune, *teacher)
         what = f"fine-tuning the network of {start}"
         return Stage(what, (*command, *_in(run)), run)
 
     for name, smaller in chosen.items():
         out, runs[name] = workdir / name, workdir / f"{name}_finetuned"
         start = runs[smaller.start]
-        command = ("compress", str(start), *smaller.compress, *study.compress)
+        command = ("compress", str(start), *images, *smaller.compress)
+        command += study.compress
         what = f"compressing the network of {start}"
         stages.append(Stage(what, (*command, "--out", str(out)), out))
         stages.append(finetune(name, out, runs[name]))
@@ -220,15 +233,30 @@ def make_stages(
     words = tuple(map(str, everything))
     if study.against:
         file = workdir / "benchmark.json"
-        images = data or load_config(study.config).data.source
         command = ("benchmark", *words, "--against", *study.against)
-        command += ("--data", images, "--repeats", _REPEATS, "--out", str(file))
+        command += ("--data", data, "--repeats", _REPEATS, "--out", str(file))
         stages.append(Stage("timing them in each program", command, file, everything))
     device = () if study.device is None else ("--device", study.device)
-    command = ("report", *words, "--latency", *device, "--out", str(workdir / "report"))
+    command = ("report", *words, "--latency", *device, *images)
+    command += ("--out", str(workdir / "report"))
     file = workdir / "report.json"
     what = "timing the networks, writing a page"
     return [*stages, Stage(what, command, file, everything)]
+
+
+def _source(checkpoint: pathlib.Path) -> str:
+    """Returns the data that a network was trained on.
+
+    Raises:
+        UsageError: There is no checkpoint, or it does not say.
+    """
+    with user_input():
+        source = read_description(find_checkpoint(checkpoint)).source
+    if source is None:
+        raise UsageError(
+            f"{checkpoint} does not say what its network was trained on: give --data."
+        )
+    return source
 
 
 def _in(run: pathlib.Path) -> tuple[str, ...]:
@@ -291,10 +319,10 @@ def _is_of(file: pathlib.Path, runs: Sequence[pathlib.Path]) -> bool:
 def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Returns what the files of the last stages say of each network."""
     report = read_json(stages[-1].out)
-    files = {s.runs[0].name: s.out for s in stages if s.verb == "export"}
+    files = {s.runs[0]: s.out for s in stages if s.verb == "export"}
     untuned = {s.out.name: _untuned(s.out) for s in stages if s.verb == "compress"}
     timed = [read_json(s.out)["rows"] for s in stages if s.verb == "benchmark"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for subject, run in zip(report["subjects"], stages[-1].runs, strict=True):
         cost, evaluation = subject["cost"], subject["evaluation"]
         times_ms: dict[str, dict[str, float]] = {"jax": {}}
@@ -304,7 +332,7 @@ def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
             if row["sha256"] == subject["sha256"] and "refused" not in row:
                 times = times_ms.setdefault(row["program"], {})
                 times[str(row["batch_size"])] = row["median_ms"]
-        name = run.name.removesuffix("_finetuned")
+        name = run.name.removesuffix("_finetuned") if rows else DENSE
         rows.append(
             {
                 "network": name,
@@ -319,7 +347,7 @@ def _rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
                 "macs": cost["total_macs"],
                 "share_of_dense": cost["total_macs"] / cost["dense_macs"],
                 "times_ms": times_ms,
-                "file_bytes": files[run.name].stat().st_size if files else None,
+                "file_bytes": files[run].stat().st_size if files else None,
                 "cycles": subject["cycles"],
             }
         )

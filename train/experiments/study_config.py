@@ -22,16 +22,19 @@ class Smaller:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A network that is trained dense, and smaller ones that are made from it.
+    """A dense network, trained here or before, and smaller ones that are made from it.
 
     Every smaller network is fine-tuned, and all of them are evaluated and timed beside
     each other.
     """
 
-    config: str
-    """Configuration of the dense network: a file, or the name of a shipped one."""
     smaller: Mapping[str, Smaller]
     """The smaller networks, by name, in the order in which they are made."""
+    config: str | None = None
+    """Configuration by which the dense network is trained: a file, or the name of a
+    shipped one."""
+    checkpoint: str | None = None
+    """Checkpoint or run of the dense network, in place of `config`."""
     compress: tuple[str, ...] = ()
     """Options that every `compress` has in common."""
     finetune: tuple[str, ...] = ()
@@ -49,6 +52,11 @@ class Study:
     """Chip whose compiler estimates cycles; that needs the extra `tpu`."""
 
     def __post_init__(self) -> None:
+        if (self.config is None) == (self.checkpoint is None):
+            raise UsageError(
+                f"`study` must have either `config` (={self.config}), by which the "
+                f"dense network is trained, or its `checkpoint` (={self.checkpoint})."
+            )
         known = [DENSE]
         for name, smaller in self.smaller.items():
             if name in (DENSE, "control") or not name.isidentifier():

@@ -186,7 +186,7 @@ def test_damaged_commands_are_named(content, tmp_path):
     file = tmp_path / "commands.json"
     file.write_text(content)
     with pytest.raises(UsageError, match="commands.json (holds no|is no JSON)"):
-        run_study(Study("quickstart", {}), tmp_path)
+        run_study(Study({}, "quickstart"), tmp_path)
     assert file.read_text() == content
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_report_is_named(content, tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text(content)
     monkeypatch.setattr(Stage, "is_complete", lambda stage: True)
     with pytest.raises(UsageError, match=r"once these are removed: .*report\.json\.$"):
-        run_study(Study("quickstart", {}), tmp_path)
+        run_study(Study({}, "quickstart"), tmp_path)
 
 
 def test_a_report_without_times_is_not_complete(tmp_path, monkeypatch):
@@ -211,7 +211,10 @@ def test_a_report_without_times_is_not_complete(tmp_path, monkeypatch):
 def test_shipped_studies_are_of_commands_that_are_understood(name, tmp_path):
     study = load_from_file(shipped_configs() / "studies" / f"{name}.py", "study", Study)
     stages = make_stages(study, tmp_path, data="npz:x.npz")
-    assert stages[0].command[-5:-3] == ("--data.source", "npz:x.npz")
+    # Where a checkpoint is given, it need not say what its network was trained on.
+    told = "--data.source" if study.checkpoint is None else "--data"
+    words = stages[0].command
+    assert words[words.index(told) + 1] == "npz:x.npz"
     for stage in stages:
         verb, *words = stage.command
         kind, default = KINDS[verb]
@@ -220,8 +223,10 @@ def test_shipped_studies_are_of_commands_that_are_understood(name, tmp_path):
     assert tuned == [*(f"{n}_finetuned" for n in study.smaller), "control"]
     by_out = {stage.out.name: stage for stage in stages}
     for small, how in study.smaller.items():
-        start = how.start if how.start == "dense" else f"{how.start}_finetuned"
-        assert by_out[small].command[1] == str(tmp_path / start)
+        start = tmp_path / f"{how.start}_finetuned"
+        if how.start == "dense":
+            start = study.checkpoint or tmp_path / "dense"
+        assert by_out[small].command[1] == str(start)
 
 
 HALF = Smaller(("--ranks", "budget:macs=0.5"))
@@ -238,12 +243,49 @@ HALF = Smaller(("--ranks", "budget:macs=0.5"))
 )
 def test_bad_studies_are_refused(smaller, named):
     with pytest.raises(UsageError) as raised:
-        Study("quickstart", smaller)
+        Study(smaller, "quickstart")
     assert named in str(raised.value)
 
 
+@pytest.mark.parametrize("dense", [{}, {"config": "quickstart", "checkpoint": "a"}])
+def test_a_study_has_one_dense_network(dense):
+    with pytest.raises(UsageError, match=r"either `config` .*`checkpoint`"):
+        Study({"a": HALF}, **dense)
+
+
+def test_a_study_of_a_checkpoint_says_what_data_it_takes(tmp_path):
+    small = ij.create_model("lenet", width=0.1)
+    variables = ij.init_variables(small, jax.random.key(0), (12, 12, 1))
+    preprocessing = ij.Preprocessing((12, 12, 1), (0.5,), (0.25,))
+    trained, workdir = tmp_path / "trained", tmp_path / "w"
+    info = {"config": {"data": {"source": "npz:own.npz"}}}
+    for path, about in ((trained, info), (tmp_path / "imported", {})):
+        metadata = ij.Metadata(preprocessing=preprocessing, info=about)
+        ij.save_checkpoint(path, small, variables, metadata=metadata)
+    study = Study({"a": HALF}, checkpoint=str(trained), control=True, against=("onnx",))
+    for data in (None, "npz:given.npz"):
+        stages = make_stages(study, workdir, data=data)
+        assert [s.verb for s in stages] == [
+            *("compress", "finetune", "finetune", "benchmark", "report")
+        ]
+        assert [s.command[1] for s in stages[:3]] == [
+            *(str(trained), str(workdir / "a"), str(trained))
+        ]
+        for stage in stages:
+            option = "--data.source" if stage.verb == "finetune" else "--data"
+            where = stage.command.index(option)
+            assert stage.command[where + 1] == (data or "npz:own.npz")
+    imported = Study({"a": HALF}, checkpoint=str(tmp_path / "imported"))
+    with pytest.raises(UsageError, match="imported does not say .*--data"):
+        run_study(imported, workdir)
+    with pytest.raises(UsageError, match="nowhere"):
+        run_study(Study({"a": HALF}, checkpoint=str(tmp_path / "nowhere")), workdir)
+    assert not workdir.exists()
+
+
 def test_only_some_are_made(tmp_path):
-    study = Study("quickstart", {"a": HALF, "b": Smaller((), start="a"), "c": HALF})
+    smaller = {"a": HALF, "b": Smaller((), start="a"), "c": HALF}
+    study = Study(smaller, "quickstart")
     made = make_stages(study, tmp_path, only=("b", "a"))
     assert [stage.out.name for stage in made if stage.verb == "compress"] == ["a", "b"]
     for only, named in ((("b",), "b without a"), (("cc",), "did you mean")):
@@ -254,7 +296,7 @@ def test_only_some_are_made(tmp_path):
 
 
 def test_what_another_command_made_is_kept_and_named(tmp_path, monkeypatch):
-    study = Study("quickstart", {"a": HALF})
+    study = Study({"a": HALF}, "quickstart")
     (tmp_path / "a").mkdir()
     made = {"a": ["compress", "dense", "--ranks", "budget:macs=0.4", "--out", "a"]}
     (tmp_path / "commands.json").write_text(json.dumps(made))
@@ -269,7 +311,7 @@ def test_what_another_command_made_is_kept_and_named(tmp_path, monkeypatch):
 
 
 def test_files_of_another_command_are_made_again(tmp_path, monkeypatch):
-    study = Study("quickstart", {"a": HALF}, export=())
+    study = Study({"a": HALF}, "quickstart", export=())
     ran = []
 
     def run(stage):
