@@ -149,7 +149,8 @@ def choose_ranks(
         _check(budget, lowest / total)
     elif lowest / (fixed + taken) * present / total > budget.share:
         # The layers say that the budget cannot be met; the network decides.
-        _check(budget, share_of(cheapest))
+        stays = all(cheapest[path] == sites[path].spec for path in cheapest)
+        _check(budget, present / total if stays else share_of(cheapest))
     diverges = None
     if batches:
         divergence = divergence_of(*dense, batches, apply_fn)
@@ -183,10 +184,10 @@ def _check(budget: Budget, least: float) -> None:
         what = "each layer in its fastest form"
         if budget.of != "latency":
             what = "every rank the least possible"
-        raise ValueError(
-            f"`{budget.of}` (={budget.share}) must be at least {share:.4f}, the share "
-            f"with {what}."
-        )
+        rule = f"must be at least {share:.4f}, the share with {what}"
+        if share >= 1:
+            rule = f"is met by no ranks: with {what}, the share is {share:.4f}"
+        raise ValueError(f"`{budget.of}` (={budget.share}) {rule}.")
 
 
 def _whole_costs(
