@@ -19,6 +19,7 @@ from inertia_jax.layers.batch_norm import BatchNormToTrain
 from inertia_jax.layers.in_place import own_arithmetic
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.kinds import KINDS, num_axes, output_kernel
+from inertia_jax.layers.tucker import Tucker2Conv
 from inertia_jax.models.create import image_shape_of
 from inertia_jax.variables import plain_variables
 
@@ -69,15 +70,22 @@ class Folded(Wrapper):
         layers = {layer for layer, _ in self.folded}
         norms = {norm for _, norm in self.folded}
 
+        def is_merged(module: Any) -> bool:
+            is_folded: bool = getattr(module, "is_folded", True)
+            return module.use_bias and is_folded
+
         def replace(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
             if type(module) in (nn.BatchNorm, BatchNormToTrain) and path in norms:
                 if not _uses_running_average(module, args, kwargs):
                     raise ValueError(_no_training(self.unfolded))
                 return _as_normalised(module, args[0] if args else kwargs["x"])
-            if type(module) in KINDS and path in layers and not module.use_bias:
+            if type(module) in KINDS and path in layers and not is_merged(module):
                 # A layer with a bias takes this one's place, so that the model's code,
                 # which knows of no bias, need not change.
-                layer = module.clone(parent=module.scope.rewound(), use_bias=True)
+                merged = {"use_bias": True}
+                if type(module) is Tucker2Conv:
+                    merged["is_folded"] = True
+                layer = module.clone(parent=module.scope.rewound(), **merged)
                 return layer(*args, **kwargs)
             return call(*args, **kwargs)
 

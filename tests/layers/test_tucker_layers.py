@@ -375,3 +375,32 @@ def test_a_sequential_of_pytorch_gives_the_same():
         y = torch.nn.functional.max_pool2d(twin["conv2"](y).relu(), 2)
         theirs = twin["fc2"](twin["fc1"](y.flatten(1)).relu()).numpy()
     np.testing.assert_allclose(model.apply(variables, x), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "num_products"),
+    [
+        ("evaluated", "tpu", 2),
+        ("folded", "tpu", 0),
+        ("trained", "tpu", 0),
+        ("folded", "cpu", 2),
+    ],
+)
+def test_factors_are_products_on_tpus_in_evaluation_alone(kind, platform, num_products):
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            # A core of this size is not joined with its last factor.
+            x = ij.Tucker2Conv(32, 3, 20, 20, name="conv")(x, train=train)
+            return nn.BatchNorm(use_running_average=not train)(x)
+
+    model, x = Network(), jnp.ones((2, 8, 8, 32))
+    variables = model.init(KEY, x)
+    expected = model.apply(variables, x)
+    if kind == "folded":
+        model, variables = ij.fold_batch_norm(model, variables, image_shape=(8, 8, 32))
+        np.testing.assert_allclose(model.apply(variables, x), expected, atol=1e-6)
+    options = {"train": True, "mutable": ["batch_stats"]} if kind == "trained" else {}
+    function = jax.jit(lambda variables, x: model.apply(variables, x, **options))
+    exported = jax.export.export(function, platforms=[platform])(variables, x)
+    assert exported.mlir_module().count("stablehlo.dot_general") == num_products

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from inertia_jax.ops.conv.replaced import is_replaced
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 Pads = tuple[tuple[int, int], tuple[int, int]]
+MixingForm = Literal["convolution", "product"]
 
 # What XLA takes for a side of an array.
 _MOST = 2**31 - 1
@@ -258,12 +259,17 @@ def mix_channels(
     matrix: Float[Array, "c_in c_out"],
     *,
     precision: Any = None,
+    on_tpu: MixingForm = "convolution",
 ) -> Float[Array, "*batch c_out"]:
-    """Multiplies the channels at every place with a matrix."""
+    """Multiplies the channels at every place with a matrix.
+
+    `on_tpu` says what the multiplication of images is there; elsewhere it is a product
+    of matrices.
+    """
     if is_spread_explicitly(x):
         return jnp.einsum("...i,io->...o", x, matrix, precision=precision)
     multiply = functools.partial(_product, precision=precision)
-    if x.ndim != 4:
+    if x.ndim != 4 or on_tpu == "product":
         return multiply(x, matrix)
 
     def convolve(x: Array, matrix: Array) -> Array:

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
-from inertia_jax.ops.conv.conv import mix_channels
+from inertia_jax.ops.conv.conv import MixingForm, mix_channels
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.tucker.unfold import AnyArray, move_axis
@@ -89,13 +89,15 @@ def pointwise(
     *,
     groups: int = 1,
     precision: Any = None,
+    on_tpu: MixingForm = "convolution",
 ) -> Float[Array, "*batch c_out"]:
     """Applies a convolution of one tap as a product of matrices.
 
-    The kernel comes without the axes of its sides, [c_in / groups, c_out].
+    The kernel comes without the axes of its sides, [c_in / groups, c_out]. `on_tpu` is
+    as in `mix_channels`.
     """
     if groups == 1:
-        return mix_channels(x, kernel, precision=precision)
+        return mix_channels(x, kernel, precision=precision, on_tpu=on_tpu)
     x = x.reshape(*x.shape[:-1], groups, -1)
     kernel = kernel.reshape(kernel.shape[0], groups, -1)
     y = jnp.einsum("...gi,igo->...go", x, kernel, precision=precision)
@@ -108,15 +110,16 @@ def pointwise_conv(
     *,
     groups: int = 1,
     precision: Any = None,
+    on_tpu: MixingForm = "convolution",
 ) -> Float[Array, "*batch c_out"]:
     """Applies a 1x1 convolution, as layers do: as a product, unless JAX's is replaced.
 
     The kernel comes with its spatial axes, [1, 1, c_in / groups, c_out]; that of a
-    linear layer has none.
+    linear layer has none. `on_tpu` is as in `mix_channels`.
     """
     if not is_replaced():
         matrix = kernel.reshape(kernel.shape[-2:])
-        return pointwise(x, matrix, groups=groups, precision=precision)
+        return pointwise(x, matrix, groups=groups, precision=precision, on_tpu=on_tpu)
     spatial = kernel.ndim - 2
     if not spatial:
         over = (((x.ndim - 1,), (0,)), ((), ()))
