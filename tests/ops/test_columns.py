@@ -87,6 +87,7 @@ def test_columns_are_joined_where_features_are_few(shapes, columns):
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_layers_join_columns_on_cpu_alone(platform):
     (n,) = export.symbolic_shape("n")
+    (height,) = export.symbolic_shape("height", constraints=["height >= 8"])
     shapes = (64, 16, 16, 12), (3, 3, 12, 12)
     count = functools.partial(num_joined, platform=platform)
 
@@ -100,6 +101,8 @@ def test_layers_join_columns_on_cpu_alone(platform):
     on_cpu = platform == "cpu"
     assert count(apply, *shapes) == on_cpu
     assert count(apply, (n, *shapes[0][1:]), shapes[1]) == on_cpu
+    # Whether the sides of an image fit is not known of a symbol.
+    assert count(apply, (64, height, 16, 12), shapes[1]) == 0
     assert count(input_gradient, *shapes) == 2 * on_cpu
     # The image's gradient has few features, and the output 32; then the other way.
     assert count(input_gradient, shapes[0], (3, 3, 12, 32)) == on_cpu
@@ -124,3 +127,19 @@ def test_layers_give_what_xla_gives():
     for ours in (conv2d_to_apply, conv2d_to_train):
         for found, expected in zip(pulled(ours), pulled(convolve), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_joined_columns_go_under_vmap_and_forward_over_reverse():
+    x, kernel, _ = drawn(3, 4, (8, 8), 5, 7, (3, 3), (1, 1), ONES, dtype="float32")
+    kernels = jnp.stack([kernel, 2 * kernel])
+
+    def second(convolve):
+        def loss(kernel):
+            return jnp.sum(jnp.sin(convolve(x, kernel, (1, 1), ONES)))
+
+        along = lambda kernel: jax.jvp(jax.grad(loss), (kernel,), (kernel,))  # noqa: E731
+        return jax.vmap(along)(kernels)
+
+    for ours in (conv2d_to_apply, conv2d_to_train):
+        for found, expected in zip(second(ours), second(convolve), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)

@@ -186,7 +186,7 @@ def _quickest(
     pays = functools.partial(_winograd_pays, x, kernel, strides, padding)
     if pays(channels=_LEAST_CHANNELS, tiles=_LEAST_TILES):
         on_cpu = functools.partial(winograd_conv2d, padding=padding)
-    else:
+    elif all(isinstance(side, int) for side in x.shape[1:3]):
         shape = *_out_size(x, kernel, strides, padding), kernel.shape[3]
         columns = _columns(x, kernel, shape, strides)
         if columns > 1:
@@ -235,12 +235,11 @@ def _columns(
 ) -> int:
     """Returns how many columns of an output of [height, width, c] to join on CPU."""
     *size, features = shape
-    # The number of images may be a symbol.
-    if not all(isinstance(side, int) for side in size) or is_spread_explicitly(x):
-        return 1
-    if x.dtype not in (jnp.float32, jnp.float64) or x.dtype != kernel.dtype:
+    is_wide = x.dtype in (jnp.float32, jnp.float64) and x.dtype == kernel.dtype
+    if not is_wide or is_spread_explicitly(x):
         return 1
     return columns_to_join(
+        # The number of images may be a symbol.
         (x.shape[0] if isinstance(x.shape[0], int) else 1, *size),
         (x.shape[3], features),
         bytes_each=x.dtype.itemsize,
