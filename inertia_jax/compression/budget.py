@@ -185,7 +185,7 @@ def _check(budget: Budget, least: float) -> None:
         if budget.of != "latency":
             what = "every rank the least possible"
         rule = f"must be at least {share:.4f}, the share with {what}"
-        if share >= 1:
+        if least >= 1:
             rule = f"is met by no ranks: with {what}, the share is {share:.4f}"
         raise ValueError(f"`{budget.of}` (={budget.share}) {rule}.")
 

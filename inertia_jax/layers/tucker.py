@@ -65,8 +65,8 @@ class Tucker2Conv(nn.Module):
         core: A `Conv`, or, for images of two axes, an `Inertial` whose `core_size` is
             `kernel_size`; in the window reading, `padding` is then that of its region.
         axis_name: Mesh axis of an inertial core, as `InertialConv` has it.
-        is_folded: Whether BatchNorm is merged into it, which says in what form a TPU is
-            quicker; `fold_batch_norm` sets it.
+        is_folded: Whether BatchNorm is merged into it, as `fold_batch_norm` sets it. On
+            a TPU, its factors are then convolutions in evaluation, too, not products.
 
     Raises:
         ValueError: A rank outside its range, a core of another side than `kernel_size`,

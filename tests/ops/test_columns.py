@@ -63,25 +63,59 @@ def num_joined(function, *shapes, platform):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "columns"),
+    ("size", "channels", "kernel", "columns"),
     [
-        (((64, 16, 16, 12), (3, 3, 12, 12)), 2),
-        (((1, 16, 16, 12), (3, 3, 12, 24)), 2),
-        (((64, 16, 16, 12), (3, 3, 12, 4)), 4),
-        (((64, 16, 16, 12), (3, 3, 12, 25)), 1),
-        (((64, 16, 16, 8), (3, 3, 8, 64)), 2),
-        (((64, 16, 15, 12), (3, 3, 12, 12)), 1),
-        (((64, 16, 6, 12), (3, 3, 12, 12)), 1),
-        (((3, 8, 8, 12), (3, 3, 12, 12)), 1),
-        (((4, 8, 8, 12), (3, 3, 12, 12)), 2),
-        (((64, 16, 16, 12), (3, 1, 12, 12)), 1),
-        (((64, 16, 16, 12), (5, 5, 12, 24)), 2),
+        ((64, 16, 16), (12, 12), {"side": 3}, 2),
+        ((64, 16, 16), (12, 13), {"side": 3}, 1),
+        ((64, 16, 16), (10, 13), {"side": 3}, 1),
+        ((64, 16, 16), (11, 13), {"side": 5}, 2),
+        ((64, 16, 16), (16, 8), {"side": 3}, 2),
+        ((64, 16, 16), (12, 4), {"side": 3}, 4),
+        ((64, 16, 16), (3, 8), {"side": 3}, 1),
+        ((64, 16, 16), (12, 0), {"side": 3}, 1),
+        ((64, 16, 15), (12, 12), {"side": 3}, 1),
+        ((64, 16, 6), (12, 12), {"side": 3}, 1),
+        ((64, 16, 14), (12, 4), {"side": 3}, 1),
+        ((3, 8, 8), (12, 12), {"side": 3}, 1),
+        ((4, 8, 8), (12, 12), {"side": 3}, 2),
+        ((64, 16, 16), (12, 12), {"side": 2}, 1),
+        ((64, 16, 16), (12, 8), {"side": 3, "stride": 2}, 2),
+        ((64, 16, 16), (12, 10), {"side": 3, "stride": 2}, 1),
+        ((64, 16, 16), (12, 4), {"side": 3, "stride": 4}, 1),
     ],
 )
-def test_columns_are_joined_where_features_are_few(shapes, columns):
-    (*size, _), (_, side, *channels) = shapes
-    found = columns_to_join(size, channels, bytes_each=4, side=side)
-    assert found == columns
+def test_columns_are_joined_where_features_are_few(size, channels, kernel, columns):
+    assert columns_to_join(size, channels, **kernel) == columns
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "strides", "is_joined"),
+    [
+        (("float32", "float32"), (1, 1), True),
+        (("float32", "float32"), (2, 1), True),
+        (("float32", "float32"), (1, 2), False),
+        (("float64", "float64"), (1, 1), False),
+        (("bfloat16", "bfloat16"), (1, 1), False),
+        (("float32", "bfloat16"), (1, 1), False),
+    ],
+)
+def test_layers_join_columns_of_float32(dtypes, strides, is_joined, x64):
+    shapes = (64, 16, 16, 12), (3, 3, 12, 12)
+    arrays = map(jax.ShapeDtypeStruct, shapes, map(jnp.dtype, dtypes))
+    apply = jax.jit(lambda *args: conv2d_to_apply(*args, strides, ONES))
+    text = export.export(apply, platforms=["cpu"])(*arrays).mlir_module()
+    assert ("3x4x12x24" in text) == is_joined
+
+
+def test_pixels_that_are_not_finite_show():
+    x, kernel, _ = drawn(4, 4, (8, 8), 6, 8, (3, 3), (1, 1), ONES, dtype="float32")
+    x = x.at[0, 4, 4].set(jnp.inf)
+    found = conv2d_to_apply(x, kernel, (1, 1), ONES)
+    expected = convolve(x, kernel, (1, 1), ONES)
+    assert not np.isfinite(found[~np.isfinite(expected)]).any()
+    # Columns 2 to 5 are joined to those that the pixel belongs to.
+    far = np.s_[:, :, [0, 1, 6, 7]]
+    np.testing.assert_allclose(found[far], expected[far], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
@@ -101,9 +135,9 @@ def test_layers_join_columns_on_cpu_alone(platform):
     assert count(apply, *shapes) == on_cpu
     assert count(apply, (n, *shapes[0][1:]), shapes[1]) == on_cpu
     assert count(input_gradient, *shapes) == 2 * on_cpu
-    # The image's gradient has few features, and the output 32; then the other way.
-    assert count(input_gradient, shapes[0], (3, 3, 12, 32)) == on_cpu
-    assert count(input_gradient, (64, 16, 16, 32), (3, 3, 32, 12)) == on_cpu
+    # The image's gradient has few features, and the output more; then the other way.
+    assert count(input_gradient, (64, 16, 16, 8), (3, 3, 8, 14)) == on_cpu
+    assert count(input_gradient, (64, 16, 16, 14), (3, 3, 14, 8)) == on_cpu
 
 
 def test_sides_may_be_symbols(no_shape_checks):

@@ -1,4 +1,4 @@
-"""Studies: a network trained dense, smaller ones made from it, and their comparison."""
+"""Studies: a dense network, smaller ones made from it, and their comparison."""
 
 import contextlib
 import dataclasses
@@ -182,13 +182,15 @@ def make_stages(
     Args:
         study: The study.
         workdir: The directory of all runs, checkpoints and files.
-        data: The data; None: those of the configuration, or that the checkpoint's
-            network was trained on.
+        data: The data; None: those of the configuration, or those that the checkpoint
+            was trained on.
         only: Names of the smaller networks to make; empty: all of them.
 
     Raises:
         UsageError: A name of `only` is none of the study's, or lacks the one that it
-            is made from.
+            is made from; there is no checkpoint, it does not say what it was trained
+            on and nothing else does, or a stage would write to its place; or two stages
+            would write to one place.
     """
     chosen = study.choose(only)
     stages = []
@@ -202,8 +204,9 @@ def make_stages(
         stages.append(Stage("training the network, dense", command, runs[DENSE]))
         data = data or load_config(study.config).data.source
     else:
-        runs = {DENSE: pathlib.Path(str(study.checkpoint))}
-        data = data or _source(runs[DENSE])
+        # A run may have a better checkpoint later.
+        runs = {DENSE: find_checkpoint(str(study.checkpoint))}
+        data = _told_source(runs[DENSE], data, study)
         # The other checkpoints say it of themselves, this one perhaps not.
         source, images = ("--data.source", data), ("--data", data)
     teacher = ("--teacher", str(runs[DENSE])) if study.teacher else ()
@@ -241,22 +244,47 @@ def make_stages(
     command += ("--out", str(workdir / "report"))
     file = workdir / "report.json"
     what = "timing the networks, writing a page"
-    return [*stages, Stage(what, command, file, everything)]
+    stages.append(Stage(what, command, file, everything))
+    _check_places(study.checkpoint, stages)
+    return stages
 
 
-def _source(checkpoint: pathlib.Path) -> str:
-    """Returns the data that a network was trained on.
+def _told_source(checkpoint: pathlib.Path, data: str | None, study: Study) -> str:
+    """Returns the data of a study of a checkpoint.
 
     Raises:
-        UsageError: There is no checkpoint, or it does not say.
+        UsageError: Neither the checkpoint nor the study says what its network was
+            trained on, or how these images were augmented, for the control.
     """
     with user_input():
-        source = read_description(find_checkpoint(checkpoint)).source
+        network = read_description(checkpoint)
+    source = data or network.source
     if source is None:
         raise UsageError(
             f"{checkpoint} does not say what its network was trained on: give --data."
         )
+    options = [f"--data.{n.replace('_', '-')}" for n in network.unknown_augmentation]
+    if study.control and not {*options} <= {*study.finetune}:
+        raise UsageError(
+            f"{checkpoint} does not say how images were augmented, which the control "
+            f"needs to know: give {' and '.join(options)} in `finetune`."
+        )
     return source
+
+
+def _check_places(checkpoint: str | None, stages: Sequence[Stage]) -> None:
+    """Raises UsageError where a stage would write to another's place."""
+    places = [stage.out for stage in stages]
+    if checkpoint is not None:
+        places.append(pathlib.Path(checkpoint).expanduser())
+    seen = set()
+    for place in map(pathlib.Path.absolute, places):
+        if place in seen:
+            raise UsageError(
+                f"{place} would be written twice; rename one of `smaller`, or give "
+                f"another --workdir."
+            )
+        seen.add(place)
 
 
 def _in(run: pathlib.Path) -> tuple[str, ...]:

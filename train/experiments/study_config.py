@@ -20,7 +20,7 @@ class Smaller:
     one, or a smaller one that stands before."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """A dense network, trained here or before, and smaller ones that are made from it.
 
@@ -28,13 +28,13 @@ class Study:
     each other.
     """
 
-    smaller: Mapping[str, Smaller]
-    """The smaller networks, by name, in the order in which they are made."""
     config: str | None = None
     """Configuration by which the dense network is trained: a file, or the name of a
     shipped one."""
     checkpoint: str | None = None
     """Checkpoint or run of the dense network, in place of `config`."""
+    smaller: Mapping[str, Smaller]
+    """The smaller networks, by name, in the order in which they are made."""
     compress: tuple[str, ...] = ()
     """Options that every `compress` has in common."""
     finetune: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Study:
     """Chip whose compiler estimates cycles; that needs the extra `tpu`."""
 
     def __post_init__(self) -> None:
-        if (self.config is None) == (self.checkpoint is None):
+        if bool(self.config) == bool(self.checkpoint):
             raise UsageError(
                 f"`study` must have either `config` (={self.config}), by which the "
                 f"dense network is trained, or its `checkpoint` (={self.checkpoint})."

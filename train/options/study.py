@@ -12,7 +12,7 @@ from train.config import SourceOption
 
 @dataclasses.dataclass(frozen=True)
 class RunStudy:
-    """Trains a network, makes smaller ones of it, fine-tunes and compares them.
+    """Makes smaller networks of a dense one, fine-tunes and compares them.
 
     Each stage is a command of this program, which is printed. The same command resumes
     what was stopped. A table and a page show accuracy, cost and time of all networks.
@@ -21,7 +21,8 @@ class RunStudy:
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Python file that defines `study`, such as those in configs/studies."""
     data: SourceOption = None
-    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the configuration's."""
+    """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: what the configuration
+    says, or the checkpoint of the dense network."""
     only: tuple[str, ...] = ()
     """Names of the smaller networks to make; none: all of them."""
     workdir: str | None = None

@@ -9,8 +9,8 @@ wider kernel, which holds the taps once for each of them, shifted, and zeros els
 
 for c columns at unit stride, over c - 1 more taps. Copies become fewer, products more;
 outputs lie in memory as before, and each is the same sum, of which further terms are 0.
-A pixel that is not finite makes those columns NaN that are joined to one which it
-belongs to.
+Where a pixel is not finite, an output that does not depend on it may be NaN, if it is
+joined to one that does.
 """
 
 import math
@@ -22,18 +22,20 @@ from jaxtyping import Float
 
 from inertia_jax.ops.conv.conv import Pads
 
-# Bytes of an output's features, times the growth of the kernel, up to which two columns
-# are joined. Joined, as a share of XLA's time, on two cores with jax 0.10.2, 64 images
-# of 32 x 32 to 8 x 8 pixels and 3x3 kernels take 0.4-0.7 for 8 features, 0.6-0.75 for
-# 12, 0.8-0.87 for 16, 0.78-0.95 for 24, but 1.3-1.4 for 32; with stride 2 0.75 for 8,
-# 0.9 for 12 and 1.1-1.25 for 24; 5x5 kernels 0.6-0.8 for 6 to 16 features.
-_MOST_BYTES = 128
-# Where images have so few channels, XLA copies number by number: 0.63-0.87 for 1 to 8
-# channels and 32 or 64 features.
-_FEW_CHANNELS = 8
-_MOST_BYTES_OF_FEW_CHANNELS = 352
-# Up to so many bytes, four are: 0.22-0.3 for 4 features, where two take 0.3-0.5.
-_MOST_BYTES_OF_FOUR = 16
+# Features of an output, times the growth of the kernel, up to which columns are joined:
+# the numbers of float32 in a vector. For 64 images of 32 x 32 and 16 x 16 and 3x3
+# kernels, on two cores, joined columns take this share of XLA's time: 0.2-0.4 from 8
+# channels to 4 features, 0.4-0.6 from 5 to 7 and 6 to 8, 0.5-0.65 from 16 to 8, 0.6-0.9
+# from 10 and 12 to 12, and at stride 2 0.7-0.8 from 8 to 8. That is with jax 0.12.0,
+# and with 0.10.2 whether YNNPACK convolves there or not. More features gain in some of
+# the three and lose in others: 0.8, 1.3 and 0.9-1.8 from 16 to 16.
+_MOST_FEATURES = 16
+# Channels and features together: from 24 to 8 it is 0.65, 1.1 and 1.1.
+_MOST_CHANNELS = 24
+# From 3 channels to 12 features YNNPACK takes four times as long for joined columns.
+_LEAST_CHANNELS = 4
+# So few features are those of four columns; others of two.
+_FEATURES_OF_FOUR = 4
 # Kernels of fewer columns would be mostly zeros.
 _LEAST_SIDE = 3
 # Narrower maps, and fewer outputs, gain nothing.
@@ -42,30 +44,24 @@ _LEAST_OUTPUTS = 256
 
 
 def columns_to_join(
-    size: Sequence[int],
-    channels: Sequence[int],
-    *,
-    bytes_each: int,
-    side: int,
-    stride: int = 1,
+    size: Sequence[int], channels: Sequence[int], *, side: int, stride: int = 1
 ) -> int:
     """Returns how many columns to join on CPU; 1: the convolution is quicker as it is.
 
     Args:
-        size: Images, height and width of the output.
+        size: Images, height and width of the output, in float32.
         channels: Channels of the images, and features of the output.
-        bytes_each: Bytes of a number.
         side: Columns of the kernel.
         stride: Distance between columns of the output, in pixels.
     """
     width, (c_in, features) = size[2], channels
     is_large = width >= _LEAST_WIDTH and math.prod(size) >= _LEAST_OUTPUTS
-    columns = 4 if features * bytes_each <= _MOST_BYTES_OF_FOUR else 2
-    if not is_large or side < max(_LEAST_SIDE, stride) or width % columns:
+    is_narrow = c_in >= _LEAST_CHANNELS and c_in + features <= _MOST_CHANNELS
+    columns = 4 if features <= _FEATURES_OF_FOUR else 2
+    if not is_large or not is_narrow or side < _LEAST_SIDE or width % columns:
         return 1
-    growth = 1 + stride / side  # of a kernel for two columns
-    most = _MOST_BYTES if c_in > _FEW_CHANNELS else _MOST_BYTES_OF_FEW_CHANNELS
-    return columns if features * bytes_each * growth <= most else 1
+    growth = 1 + (columns - 1) * stride / side
+    return columns if 0 < features * growth <= _MOST_FEATURES else 1
 
 
 def joined_columns_conv2d(
@@ -86,7 +82,7 @@ def joined_columns_conv2d(
     wide = jnp.stack([jnp.pad(kernel, pads) for pads in around], axis=3)
     y = lax.conv_general_dilated(
         x,
-        wide.reshape(*wide.shape[:3], -1),
+        wide.reshape(*wide.shape[:3], columns * kernel.shape[3]),
         (vertical, columns * horizontal),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),

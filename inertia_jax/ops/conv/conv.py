@@ -263,8 +263,8 @@ def mix_channels(
 ) -> Float[Array, "*batch c_out"]:
     """Multiplies the channels at every place with a matrix.
 
-    `on_tpu` says what the multiplication of images is there; elsewhere it is a product
-    of matrices.
+    It is a product of matrices; on a TPU, that of images [n, h, w, c] is what `on_tpu`
+    says.
     """
     if is_spread_explicitly(x):
         return jnp.einsum("...i,io->...o", x, matrix, precision=precision)

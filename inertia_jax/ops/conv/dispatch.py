@@ -8,8 +8,9 @@ everything is XLA's. The window reading of inertial convolutions and the gradien
 the tiled reading take XLA's forms on every platform, since both promise forward mode in
 training as well.
 
-XLA's forms also serve batches of symbolic size, images on explicit meshes, and images
-of another type than the kernel. Winograd's form and the products loop over images, so
+XLA's forms also serve images of symbolic sides and, but for joined columns, batches of
+symbolic size, images on explicit meshes, and images of another type than the kernel.
+Winograd's form and the products loop over images, so
 they gather a batch that one program spreads over several CPU devices by itself
 (`jax.jit` over sharded arrays); inside `jax.pmap` and `jax.shard_map` every device
 works on its own images.
@@ -235,16 +236,15 @@ def _columns(
 ) -> int:
     """Returns how many columns of an output of [height, width, c] to join on CPU."""
     *size, features = shape
-    is_wide = x.dtype in (jnp.float32, jnp.float64) and x.dtype == kernel.dtype
-    if not is_wide or is_spread_explicitly(x):
+    # Maps of nothing have no outputs, or have gradients that none depends on.
+    if x.dtype != jnp.float32 or kernel.dtype != jnp.float32 or 0 in x.shape:
+        return 1
+    # The number of images may be a symbol.
+    n = x.shape[0] if isinstance(x.shape[0], int) else 1
+    if is_spread_explicitly(x):
         return 1
     return columns_to_join(
-        # The number of images may be a symbol.
-        (x.shape[0] if isinstance(x.shape[0], int) else 1, *size),
-        (x.shape[3], features),
-        bytes_each=x.dtype.itemsize,
-        side=kernel.shape[1],
-        stride=strides[1],
+        (n, *size), (x.shape[3], features), side=kernel.shape[1], stride=strides[1]
     )
 
 

@@ -91,10 +91,9 @@ def pointwise(
     precision: Any = None,
     on_tpu: MixingForm = "convolution",
 ) -> Float[Array, "*batch c_out"]:
-    """Applies a convolution of one tap as a product of matrices.
+    """Applies a convolution of one tap, as `mix_channels` multiplies.
 
-    The kernel comes without the axes of its sides, [c_in / groups, c_out]. `on_tpu` is
-    as in `mix_channels`.
+    The kernel comes without the axes of its sides, [c_in / groups, c_out].
     """
     if groups == 1:
         return mix_channels(x, kernel, precision=precision, on_tpu=on_tpu)

@@ -1,5 +1,6 @@
 """Studies: a dense network and smaller ones, each stage a command, all compared."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -186,7 +187,7 @@ def test_damaged_commands_are_named(content, tmp_path):
     file = tmp_path / "commands.json"
     file.write_text(content)
     with pytest.raises(UsageError, match="commands.json (holds no|is no JSON)"):
-        run_study(Study({}, "quickstart"), tmp_path)
+        run_study(Study(smaller={}, config="quickstart"), tmp_path)
     assert file.read_text() == content
 
 
@@ -195,7 +196,7 @@ def test_a_damaged_report_is_named(content, tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text(content)
     monkeypatch.setattr(Stage, "is_complete", lambda stage: True)
     with pytest.raises(UsageError, match=r"once these are removed: .*report\.json\.$"):
-        run_study(Study({}, "quickstart"), tmp_path)
+        run_study(Study(smaller={}, config="quickstart"), tmp_path)
 
 
 def test_a_report_without_times_is_not_complete(tmp_path, monkeypatch):
@@ -210,6 +211,9 @@ def test_a_report_without_times_is_not_complete(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", shipped_names("study"))
 def test_shipped_studies_are_of_commands_that_are_understood(name, tmp_path):
     study = load_from_file(shipped_configs() / "studies" / f"{name}.py", "study", Study)
+    if study.checkpoint is not None:
+        imported = save_small(tmp_path / "imported")
+        study = dataclasses.replace(study, checkpoint=imported)
     stages = make_stages(study, tmp_path, data="npz:x.npz")
     # Where a checkpoint is given, it need not say what its network was trained on.
     told = "--data.source" if study.checkpoint is None else "--data"
@@ -243,49 +247,125 @@ HALF = Smaller(("--ranks", "budget:macs=0.5"))
 )
 def test_bad_studies_are_refused(smaller, named):
     with pytest.raises(UsageError) as raised:
-        Study(smaller, "quickstart")
+        Study(smaller=smaller, config="quickstart")
     assert named in str(raised.value)
 
 
-@pytest.mark.parametrize("dense", [{}, {"config": "quickstart", "checkpoint": "a"}])
+@pytest.mark.parametrize(
+    "dense", [{}, {"config": "quickstart", "checkpoint": "a"}, {"checkpoint": ""}]
+)
 def test_a_study_has_one_dense_network(dense):
     with pytest.raises(UsageError, match=r"either `config` .*`checkpoint`"):
-        Study({"a": HALF}, **dense)
+        Study(smaller={"a": HALF}, **dense)
+
+
+def save_small(path, **info):
+    """Saves a checkpoint of a small network with this information."""
+    model = ij.create_model("lenet", width=0.1)
+    variables = ij.init_variables(model, jax.random.key(0), (12, 12, 1))
+    preprocessing = ij.Preprocessing((12, 12, 1), (0.5,), (0.25,))
+    metadata = ij.Metadata(preprocessing=preprocessing, info=info)
+    ij.save_checkpoint(path, model, variables, metadata=metadata)
+    return str(path)
+
+
+RECORDED = {"source": "npz:own.npz", "crop_padding": 1, "flip": False}
 
 
 def test_a_study_of_a_checkpoint_says_what_data_it_takes(tmp_path):
-    small = ij.create_model("lenet", width=0.1)
-    variables = ij.init_variables(small, jax.random.key(0), (12, 12, 1))
-    preprocessing = ij.Preprocessing((12, 12, 1), (0.5,), (0.25,))
-    trained, workdir = tmp_path / "trained", tmp_path / "w"
-    info = {"config": {"data": {"source": "npz:own.npz"}}}
-    for path, about in ((trained, info), (tmp_path / "imported", {})):
-        metadata = ij.Metadata(preprocessing=preprocessing, info=about)
-        ij.save_checkpoint(path, small, variables, metadata=metadata)
-    study = Study({"a": HALF}, checkpoint=str(trained), control=True, against=("onnx",))
+    trained = save_small(tmp_path / "trained", config={"data": RECORDED})
+    workdir = tmp_path / "w"
+    study = Study(
+        checkpoint=trained, smaller={"a": HALF}, control=True, against=("onnx",)
+    )
     for data in (None, "npz:given.npz"):
         stages = make_stages(study, workdir, data=data)
         assert [s.verb for s in stages] == [
             *("compress", "finetune", "finetune", "benchmark", "report")
         ]
         assert [s.command[1] for s in stages[:3]] == [
-            *(str(trained), str(workdir / "a"), str(trained))
+            *(trained, str(workdir / "a"), trained)
         ]
         for stage in stages:
             option = "--data.source" if stage.verb == "finetune" else "--data"
             where = stage.command.index(option)
             assert stage.command[where + 1] == (data or "npz:own.npz")
-    imported = Study({"a": HALF}, checkpoint=str(tmp_path / "imported"))
-    with pytest.raises(UsageError, match="imported does not say .*--data"):
-        run_study(imported, workdir)
-    with pytest.raises(UsageError, match="nowhere"):
-        run_study(Study({"a": HALF}, checkpoint=str(tmp_path / "nowhere")), workdir)
-    assert not workdir.exists()
+
+
+def test_a_study_of_a_run_keeps_to_its_best_checkpoint(tmp_path):
+    saved = tmp_path / "run" / "checkpoints" / "step_00000001"
+    saved.parent.mkdir(parents=True)
+    save_small(saved, config={"data": RECORDED})
+    study = Study(checkpoint=str(tmp_path / "run"), smaller={"a": HALF}, teacher=True)
+    for stage in make_stages(study, tmp_path / "w"):
+        assert str(saved) in stage.command
+
+
+@pytest.mark.parametrize("data", [None, "npz:given.npz"])
+def test_a_checkpoint_that_says_too_little_is_refused(data, tmp_path):
+    imported, workdir = save_small(tmp_path / "imported"), tmp_path / "w"
+
+    def refused(checkpoint, **options):
+        study = Study(checkpoint=str(checkpoint), smaller={"a": HALF}, **options)
+        with pytest.raises(UsageError) as raised:
+            run_study(study, workdir, data=data)
+        assert not workdir.exists()
+        return str(raised.value)
+
+    assert "nowhere" in refused(tmp_path / "nowhere")
+    if data is None:
+        assert "imported does not say" in (said := refused(imported))
+        assert "--data" in said
+        return
+    said = refused(imported, control=True, finetune=("--data.flip", "True"))
+    assert "--data.crop-padding" in said and "control" in said
+    told = ("--data.flip", "True", "--data.crop-padding", "4")
+    study = Study(checkpoint=imported, smaller={"a": HALF}, control=True, finetune=told)
+    assert make_stages(study, workdir, data=data)
+
+
+@pytest.mark.parametrize("name", ["a", "a_finetuned", "control", "report.json"])
+def test_nothing_is_written_over_the_dense_network(name, tmp_path):
+    checkpoint = save_small(tmp_path / name, config={"data": RECORDED})
+    study = Study(checkpoint=checkpoint, smaller={"a": HALF}, control=True)
+    with pytest.raises(UsageError, match=f"{name} would be written twice"):
+        run_study(study, tmp_path)
+    assert make_stages(study, tmp_path / "w")
+
+
+def test_two_networks_have_two_places(tmp_path):
+    smaller = {"a": HALF, "a_finetuned": HALF}
+    with pytest.raises(UsageError, match="a_finetuned would be written twice"):
+        make_stages(Study(config="quickstart", smaller=smaller), tmp_path)
+
+
+def test_rows_of_a_checkpoint_s_study_have_its_names(tmp_path):
+    """The dense network's place may have any name."""
+    stages, subjects = [], []
+    runs = (tmp_path / "half_finetuned", tmp_path / "w" / "half_finetuned")
+    for name, run in zip(("dense", "half"), runs, strict=True):
+        file = tmp_path / f"{name}.ijx"
+        file.write_bytes(b"x" * (1 + len(stages)))
+        stages.append(Stage("", ("export",), file, (run,)))
+        subject = dict.fromkeys(
+            ("checkpoint", "form", "top1", "difference", "margin_95", "cycles"), None
+        )
+        subject |= {"sha256": name, "latency_ms": {"1": {"median_ms": 1.0}}}
+        subject |= {"evaluation": {"num_examples": 10}}
+        subjects.append(
+            subject | {"cost": {"params": 1, "total_macs": 2, "dense_macs": 4}}
+        )
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"subjects": subjects}))
+    stages.append(Stage("", ("report",), report, runs))
+    rows = studies._rows(stages)
+    assert [row["network"] for row in rows] == ["dense", "half"]
+    assert [row["file_bytes"] for row in rows] == [1, 2]
 
 
 def test_only_some_are_made(tmp_path):
     smaller = {"a": HALF, "b": Smaller((), start="a"), "c": HALF}
-    study = Study(smaller, "quickstart")
+    study = Study(smaller=smaller, config="quickstart")
     made = make_stages(study, tmp_path, only=("b", "a"))
     assert [stage.out.name for stage in made if stage.verb == "compress"] == ["a", "b"]
     for only, named in ((("b",), "b without a"), (("cc",), "did you mean")):
@@ -296,7 +376,7 @@ def test_only_some_are_made(tmp_path):
 
 
 def test_what_another_command_made_is_kept_and_named(tmp_path, monkeypatch):
-    study = Study({"a": HALF}, "quickstart")
+    study = Study(smaller={"a": HALF}, config="quickstart")
     (tmp_path / "a").mkdir()
     made = {"a": ["compress", "dense", "--ranks", "budget:macs=0.4", "--out", "a"]}
     (tmp_path / "commands.json").write_text(json.dumps(made))
@@ -311,7 +391,7 @@ def test_what_another_command_made_is_kept_and_named(tmp_path, monkeypatch):
 
 
 def test_files_of_another_command_are_made_again(tmp_path, monkeypatch):
-    study = Study({"a": HALF}, "quickstart", export=())
+    study = Study(smaller={"a": HALF}, config="quickstart", export=())
     ran = []
 
     def run(stage):
