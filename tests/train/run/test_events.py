@@ -119,8 +119,9 @@ def test_a_defect_is_raised(tmp_path, no_shape_checks):
 def test_a_run_goes_on_without_events(tmp_path, capsys):
     directory = RunDirectory(tmp_path / "run", Config(), resume=False)
     directory.lock()
-    directory.open(0)
+    # Before events are begun, which another thread does.
     (tmp_path / "run" / "tensorboard").write_text("mine")
+    directory.open(0)
     for step in (1, 2):
         directory.log(step, "train", {"loss": 1.0})
     directory.close()
