@@ -10,10 +10,9 @@ training as well.
 
 XLA's forms also serve images of symbolic sides and, but for joined columns, batches of
 symbolic size, images on explicit meshes, and images of another type than the kernel.
-Winograd's form and the products loop over images, so
-they gather a batch that one program spreads over several CPU devices by itself
-(`jax.jit` over sharded arrays); inside `jax.pmap` and `jax.shard_map` every device
-works on its own images.
+Winograd's form and the products loop over images, so they gather a batch that one
+program spreads over several CPU devices by itself (`jax.jit` over sharded arrays);
+inside `jax.pmap` and `jax.shard_map` every device works on its own images.
 """
 
 import functools
