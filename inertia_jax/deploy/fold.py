@@ -70,23 +70,19 @@ class Folded(Wrapper):
         layers = {layer for layer, _ in self.folded}
         norms = {norm for _, norm in self.folded}
 
-        def is_merged(module: Any) -> bool:
-            is_folded: bool = getattr(module, "is_folded", True)
-            return module.use_bias and is_folded
-
         def replace(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
             if type(module) in (nn.BatchNorm, BatchNormToTrain) and path in norms:
                 if not _uses_running_average(module, args, kwargs):
                     raise ValueError(_no_training(self.unfolded))
                 return _as_normalised(module, args[0] if args else kwargs["x"])
-            if type(module) in KINDS and path in layers and not is_merged(module):
+            if type(module) in KINDS and path in layers:
                 # A layer with a bias takes this one's place, so that the model's code,
                 # which knows of no bias, need not change.
-                merged = {"use_bias": True}
-                if type(module) is Tucker2Conv:
-                    merged["is_folded"] = True
-                layer = module.clone(parent=module.scope.rewound(), **merged)
-                return layer(*args, **kwargs)
+                merged = ["use_bias"] + ["is_folded"] * (type(module) is Tucker2Conv)
+                if not all(getattr(module, name) for name in merged):
+                    options = dict.fromkeys(merged, True)
+                    layer = module.clone(parent=module.scope.rewound(), **options)
+                    return layer(*args, **kwargs)
             return call(*args, **kwargs)
 
         return replace

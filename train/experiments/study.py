@@ -196,7 +196,7 @@ def make_stages(
     stages = []
     source: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
-    if study.config is not None:
+    if study.config:
         runs = {DENSE: workdir / DENSE}
         told = () if data is None else ("--data.source", data)
         command = ("fit", "--config", study.config, "--name", DENSE, *told)

@@ -155,14 +155,13 @@ def _backward(
     input_on_cpu: Callable[[Array, Array], Array] | None = None
     if pays(channels=_LEAST_CHANNELS):
         input_on_cpu = functools.partial(winograd_input_gradient, padding=padding)
-    elif (
-        strides == (1, 1)
-        and (columns := _columns(cotangent, kernel, x.shape[1:], strides)) > 1
-    ):
-        input_on_cpu = functools.partial(
-            joined_columns_input_gradient, padding=padding, columns=columns
-        )
-    elif 1 < math.prod(strides) <= _MOST_PHASES and kernel.shape[:2] != (1, 1):
+    elif strides == (1, 1):
+        columns = _columns(cotangent, kernel, x.shape[1:], strides)
+        if columns > 1:
+            input_on_cpu = functools.partial(
+                joined_columns_input_gradient, padding=padding, columns=columns
+            )
+    elif math.prod(strides) <= _MOST_PHASES and kernel.shape[:2] != (1, 1):
         input_on_cpu = functools.partial(
             strided_input_gradient,
             input_size=(x.shape[1], x.shape[2]),
@@ -235,13 +234,12 @@ def _columns(
 ) -> int:
     """Returns how many columns of an output of [height, width, c] to join on CPU."""
     *size, features = shape
-    # Maps of nothing have no outputs, or have gradients that none depends on.
-    if x.dtype != jnp.float32 or kernel.dtype != jnp.float32 or 0 in x.shape:
+    is_float32 = x.dtype == kernel.dtype == jnp.float32
+    # Of an empty map, the shape does not follow from that of the gradient.
+    if not is_float32 or is_spread_explicitly(x) or 0 in x.shape:
         return 1
     # The number of images may be a symbol.
     n = x.shape[0] if isinstance(x.shape[0], int) else 1
-    if is_spread_explicitly(x):
-        return 1
     return columns_to_join(
         (n, *size), (x.shape[3], features), side=kernel.shape[1], stride=strides[1]
     )
