@@ -1,30 +1,41 @@
 """Post-training inertia: makes a trained network inertial without further training."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
 from inertia_jax.calls import ApplyFn, takes_train
+from inertia_jax.compression.latency import network_latencies_ms
 from inertia_jax.compression.planned import Planned
 from inertia_jax.compression.recalibrate import (
     recalibrate_batch_norm,
     running_statistics,
 )
 from inertia_jax.compression.sites import (
+    Site,
     layer_places,
     leaves_at,
     reasons,
     split_convolutions,
 )
-from inertia_jax.compression.thresholds import ThresholdSearch
+from inertia_jax.compression.thresholds import (
+    Candidates,
+    SearchState,
+    ThresholdSearch,
+    choose_tiles,
+)
+from inertia_jax.compression.tile_costs import macs_of_tiles, times_of_tiles
 from inertia_jax.dropped import dropped_rules
-from inertia_jax.inputs import Shape
+from inertia_jax.inputs import Inputs, Shape, batched, num_inputs
 from inertia_jax.models.create import inputs_of, shape_of_inputs
 from inertia_jax.ops.inertial.settings import Low, Metric, Reference
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
@@ -32,23 +43,29 @@ from inertia_jax.plan.specs import CLOSED, OPEN, Conv, Fixed, Inertial, Rate, as
 from inertia_jax.progress import Progress
 from inertia_jax.variables import plain_variables
 
+# A network that is slower than its layers promised is made faster by this share at
+# least, so that few networks are compiled.
+_LEAST_STEP = 0.99
+
 
 def make_inertial(
     model: nn.Module,
     variables: Mapping[str, Any],
     *,
-    macs: float,
+    macs: float | None = None,
+    latency: float | None = None,
     calibration: Shaped[ArrayLike, "n *image"] | Mapping[str, Any],
     recalibration: Shaped[ArrayLike, "n_recalibration *image"]
     | Mapping[str, Any]
     | None = None,
     layers: str = "*",
-    tile_size: int = 2,
+    tile_size: int | Sequence[int] = 2,
     metric: Metric = "l1",
     reference: Reference = "center",
     low: Low = "mean",
     channel_stride: int = 1,
     batch_size: int = 256,
+    latency_batch: int = 64,
     apply_fn: ApplyFn | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -56,12 +73,14 @@ def make_inertial(
 
     With every tile open the network computes what it did before. From there the
     thresholds are chosen greedily: every step lowers the rate of open tiles in the
-    layer where that moves the outputs least for the MACs it saves. The distance that
-    outputs move is the mean Kullback-Leibler divergence from the softmax of the
-    original network. Labels are not needed. A layer of rate 1 stays an ordinary
-    convolution.
+    layer where that moves the outputs least for the MACs, or the time, it saves. The
+    distance that outputs move is the mean Kullback-Leibler divergence from the softmax
+    of the original network. Labels are not needed. A layer of rate 1 stays an ordinary
+    convolution, and so does one that takes no less with every tile closed.
 
-    What this saves is for CPUs: on a TPU no form of a tiled layer is as quick as its
+    Fewer MACs are less time only in some layers (docs/inertia_map.md). `latency` counts
+    the time here instead: of each layer by itself, and in the end of the whole network.
+    What is saved is for CPUs: on a TPU no form of a tiled layer is as quick as its
     dense convolution, by the compiler's estimate (docs/accelerators.md).
 
     Filled tiles vary less than computed ones. Under BatchNorm's old statistics this is
@@ -86,7 +105,9 @@ def make_inertial(
         macs: The share of the network's MACs to take on the calibration images, in
             (0, 1]. They are `CostTable.total_macs`, which counts two operations of
             friction and box means as one MAC. A compiled ladder rounds the number of
-            open tiles up, see `ladder_macs`.
+            open tiles up, see `ladder_macs`. None: `latency` is given.
+        latency: The share of the network's time to take, in (0, 1], measured here on
+            the calibration images, with BatchNorm in its place. None: `macs` is given.
         calibration: Some hundred of the network's inputs, normalised as for evaluation:
             an array, or a dictionary of arrays, as in `compress`. The thresholds are
             chosen on them.
@@ -94,15 +115,18 @@ def make_inertial(
             the training. Recalibration on plain images alone costs a CIFAR-10 ResNet20
             four points, even a dense one. None: the images of `calibration`.
         layers: A glob over the paths of the convolutions that may become inertial.
-        tile_size: Side n of a tile, >= 2.
+        tile_size: Side n of a tile, >= 2; or several, of which each layer takes the one
+            that moves the outputs least for what it saves with every tile closed.
         metric: The measure of friction, as in `Inertial`.
         reference: The value that friction is measured against, as in `Inertial`.
         low: The filling of a closed tile, as in `Inertial`.
         channel_stride: The step between channels that friction reads, as in `Inertial`.
         batch_size: Images per call; images that fill no whole batch are left out.
+        latency_batch: Images per call where latency is measured, >= 1; all of
+            `calibration` if these are fewer.
         apply_fn: How the network is called, as in `compress`.
         progress: A function that is told how much of the search is done, as in
-            `compress`: layers that were tried, then percent of the MACs to save.
+            `compress`: layers that were timed or tried, then percent of what to save.
 
     Returns:
         (model, variables) of the inertial network.
@@ -119,54 +143,100 @@ def make_inertial(
         >>> sorted(thresholds)
         ['params', 'thresholds']
     """
-    macs = as_python(macs)
-    _check_options(macs, tile_size, batch_size)
+    sizes = [int(size) for size in np.atleast_1d(tile_size)]
+    _check_options(macs, latency, sizes, batch_size, latency_batch)
+    share = as_python(latency if macs is None else macs)
     original, model = model, _with_plan(model)
     variables = plain_variables(variables)
     images = inputs_of(model, calibration)
-    options: dict[str, Any] = {
+    shape = shape_of_inputs(model, images)
+    settings = {
         "reading": "tiled",
         "metric": metric,
         "reference": reference,
         "low": low,
         "channel_stride": channel_stride,
     }
-    shape = shape_of_inputs(model, images)
-    specs, kept = _tileable(
-        model, variables, shape, layers, tile_size, options, apply_fn
+    sites, kept = split_convolutions(model, variables, shape, apply_fn)
+    timed = batched(images, latency_batch)[0]
+    measure_ms = functools.partial(
+        network_latencies_ms,
+        image_shape=shape,
+        batch_size=latency_batch,
+        apply_fn=apply_fn,
+        images=jax.tree.map(jnp.asarray, timed),
     )
-    search = ThresholdSearch(
-        model, variables, specs, images, shape, batch_size, apply_fn
-    )
-    state = search.run(macs, progress)
 
-    rules: list[tuple[str, Inertial]] = []
-    thresholds: dict[tuple[str, ...], Any] = {}
+    def search_of(candidates: Candidates) -> ThresholdSearch:
+        return ThresholdSearch(
+            model, variables, *candidates, images, batch_size, apply_fn
+        )
+
+    dense_ms = 0.0 if latency is None else measure_ms([(model, variables)])[0]
+    found = []
+    for size in sizes:
+        specs = _tileable(model, sites, kept, shape, layers, size, settings, apply_fn)
+        if latency is None:
+            costs = macs_of_tiles(share, model, specs, shape, apply_fn)
+        else:
+            costs = times_of_tiles(
+                share,
+                dense_ms,
+                {path: sites[path] for path in specs},
+                specs,
+                batch_size=num_inputs(timed),
+                dtype=getattr(model, "dtype", None) or jnp.float32,
+                progress=progress,
+            )
+        found.append(Candidates(specs, costs))
+    chosen = choose_tiles(found, search_of, progress)
+    for path in found[0].specs.keys() - chosen.specs.keys():
+        kept[path] = f"takes no less {chosen.costs.name} with every tile closed"
+    kept = {path: reason for path, reason in kept.items() if matches(path, layers)}
     places = layer_places(variables["params"])
-    for path, spec in specs.items():
-        rate = state.rates[path]
-        if rate == 1:
-            continue
-        target = Rate(rate) if rate else Fixed(CLOSED)
-        rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
-        dtype = leaves_at(variables, path)["kernel"].dtype
-        threshold = jnp.asarray(state.thresholds[path], dtype)
-        thresholds[*places[path], "threshold"] = threshold
-    if not rules:
-        return original, variables
-    inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
-    if isinstance(inertial, Planned):
-        inertial = inertial.clone(kept=tuple({**dict(inertial.kept), **kept}.items()))
-    nested = traverse_util.unflatten_dict(thresholds)
-    changed = {**variables, "thresholds": nested}
-    if not running_statistics(variables) or not takes_train(model, apply_fn):
-        return inertial, changed
-    # Recalibration uses the measured thresholds, not the quantiles of each batch.
-    still = inertial.clone(plan=inertial.plan.with_fixed_thresholds())
-    more = images if recalibration is None else recalibration
-    return inertial, recalibrate_batch_norm(
-        still, changed, more, batch_size=batch_size, apply_fn=apply_fn
+
+    def network_at(
+        state: SearchState, more: Inputs
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        rules: list[tuple[str, Inertial]] = []
+        thresholds: dict[tuple[str, ...], Any] = {}
+        for path, spec in chosen.specs.items():
+            rate = state.rates[path]
+            if rate == 1:
+                continue
+            target = Rate(rate) if rate else Fixed(CLOSED)
+            rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
+            dtype = leaves_at(variables, path)["kernel"].dtype
+            threshold = jnp.asarray(state.thresholds[path], dtype)
+            thresholds[*places[path], "threshold"] = threshold
+        if not rules:
+            return original, variables
+        inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
+        if isinstance(inertial, Planned):
+            every = {**dict(inertial.kept), **kept}
+            inertial = inertial.clone(kept=tuple(every.items()))
+        nested = traverse_util.unflatten_dict(thresholds)
+        changed = {**variables, "thresholds": nested}
+        if not running_statistics(variables) or not takes_train(model, apply_fn):
+            return inertial, changed
+        # Recalibration uses the measured thresholds, not the quantiles of each batch.
+        still = inertial.clone(plan=inertial.plan.with_fixed_thresholds())
+        return inertial, recalibrate_batch_norm(
+            still, changed, more, batch_size=batch_size, apply_fn=apply_fn
+        )
+
+    def tighten(state: SearchState, budget: float) -> float:
+        before, after = measure_ms([(model, variables), network_at(state, images)])
+        if after <= share * before:
+            return budget
+        return min(share * before / after * budget, _LEAST_STEP * state.cost)
+
+    state = search_of(chosen).run(
+        share * chosen.costs.dense,
+        progress,
+        tighten=None if latency is None else tighten,
     )
+    return network_at(state, images if recalibration is None else recalibration)
 
 
 def _with_plan(model: nn.Module) -> Any:
@@ -184,31 +254,41 @@ def _with_plan(model: nn.Module) -> Any:
     return model
 
 
-def _check_options(macs: Any, tile_size: int, batch_size: int) -> None:
-    if not isinstance(macs, (int, float)) or not 0 < macs <= 1:
-        raise ValueError(f"`macs` (={macs!r}) must be in (0, 1].")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` (={batch_size}) must be >= 1.")
-    if tile_size < 2:
-        raise ValueError(f"`tile_size` (={tile_size}) must be >= 2.")
+def _check_options(
+    macs: Any, latency: Any, sizes: list[int], batch_size: int, latency_batch: int
+) -> None:
+    given = {"macs": macs, "latency": latency}
+    shares = {name: as_python(v) for name, v in given.items() if v is not None}
+    if len(shares) != 1:
+        raise ValueError(
+            f"one of `macs` (={macs}) and `latency` (={latency}) must be given."
+        )
+    for name, share in shares.items():
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"`{name}` (={share!r}) must be in (0, 1].")
+    for name, size in (("batch_size", batch_size), ("latency_batch", latency_batch)):
+        if size < 1:
+            raise ValueError(f"`{name}` (={size}) must be >= 1.")
+    if min(sizes, default=0) < 2:
+        raise ValueError(f"`tile_size` (={sizes}) must be >= 2, or several such sizes.")
 
 
 def _tileable(
     model: nn.Module,
-    variables: Mapping[str, Any],
+    sites: Mapping[str, Site],
+    kept: dict[str, str],
     image_shape: Shape,
     layers: str,
     tile_size: int,
-    options: dict[str, Any],
+    settings: Mapping[str, Any],
     apply_fn: ApplyFn | None,
-) -> tuple[dict[str, Inertial], dict[str, str]]:
+) -> dict[str, Inertial]:
     """Returns specs for the matched convolutions that can be tiled, by path.
 
-    The second dictionary has why others cannot, by path.
+    Why others cannot is put into `kept`, by path.
     """
-    convolutions, kept = split_convolutions(model, variables, image_shape, apply_fn)
     specs: dict[str, Inertial] = {}
-    for path, site in convolutions.items():
+    for path, site in sites.items():
         if site.spec != Conv() or not matches(path, layers):
             continue
         if site.num_axes != 2:
@@ -222,16 +302,15 @@ def _tileable(
             kept[path] = "has filters that are not square"
             continue
         region = side + tile_size - 1
-        specs[path] = Inertial(side, region, threshold=Fixed(OPEN), **options)
+        specs[path] = Inertial(side, region, threshold=Fixed(OPEN), **settings)
     rules = tuple((as_glob(path), spec) for path, spec in specs.items())
     trial = model.clone(plan=Plan((*rules, *model.plan.rules)))
     for rule in dropped_rules(trial, image_shape, apply_fn=apply_fn):
         if specs.pop(rule.path, None):
             kept[rule.path] = rule.reason
-    kept = {path: reason for path, reason in kept.items() if matches(path, layers)}
     if not specs:
         raise ValueError(
             f"`layers` (={layers!r}) matches no convolution of stride 1 with filters "
             f"larger than 1 x 1{reasons(kept, layers)}."
         )
-    return specs, kept
+    return specs

@@ -72,20 +72,14 @@ def site_latencies_ms(
         batch_size: Images per call.
         dtype: The type of images and weights.
     """
-    # Axes before the image are more images.
-    count = site.num_axes + 1
-    shapes = [
-        (batch_size * math.prod(shape[:-count]), *shape[-count:])
-        for shape, _ in site.calls
-    ]
     key = jax.random.key(0)
-    images = [jax.random.normal(key, shape, dtype) for shape in shapes]
+    images = random_inputs(site, batch_size, dtype)
     calls = []
     for spec in specs:
         kernels = [
             jax.random.normal(key, shape, dtype) for shape in site.kernel_shapes(spec)
         ]
-        forward = jax.jit(functools.partial(_forward, site, spec))
+        forward = jax.jit(functools.partial(layer_forward, site, spec))
         calls += [functools.partial(forward, x, kernels) for x in images]
     times = time_interleaved(calls)
     # The time of a layer that is called several times is that of all its calls.
@@ -93,17 +87,36 @@ def site_latencies_ms(
     return [sum(times[i : i + each]) for i in range(0, len(times), each)]
 
 
-def _forward(
+def random_inputs(site: Site, batch_size: int, dtype: Any) -> list[jax.Array]:
+    """Returns random inputs of each call of a convolution."""
+    # Axes before the image are more images.
+    count = site.num_axes + 1
+    shapes = [
+        (batch_size * math.prod(shape[:-count]), *shape[-count:])
+        for shape, _ in site.calls
+    ]
+    return [jax.random.normal(jax.random.key(0), shape, dtype) for shape in shapes]
+
+
+def padding_of(site: Site) -> Any:
+    """Returns a padding by zeros that takes as long as the layer's own.
+
+    The time depends on the width of the padding, not on its values or its side.
+    """
+    is_same = site.padding in ("CIRCULAR", "REFLECT", "CAUSAL")
+    return "SAME" if is_same else site.padding
+
+
+def layer_forward(
     site: Site, spec: Conv | Factorised, x: jax.Array, kernels: list[jax.Array]
 ) -> jax.Array:
+    """Returns the outputs of a convolution in a form, with that form's kernels."""
     groups = site.groups
-    # The time depends on the width of the padding, not on its values or its side.
-    is_same = site.padding in ("CIRCULAR", "REFLECT", "CAUSAL")
     # Layers compute with this function, which differs from `conv2d` on CPU.
     convolve = functools.partial(
         conv_for_linen,
         window_strides=site.strides,
-        padding="SAME" if is_same else site.padding,
+        padding=padding_of(site),
         rhs_dilation=site.dilation,
         feature_group_count=groups,
     )
@@ -129,6 +142,7 @@ def network_latencies_ms(
     *,
     batch_size: int,
     apply_fn: ApplyFn | None = None,
+    images: Any = None,
 ) -> list[float]:
     """Returns the time of each network's evaluation, in milliseconds per call.
 
@@ -138,8 +152,8 @@ def network_latencies_ms(
         image_shape: The shape of one input.
         batch_size: Images per call.
         apply_fn: How the networks are called, as in `compress`.
+        images: The inputs of a call, on which gates depend; None: random ones.
     """
-    shapes = one_input(image_shape, number=batch_size)
 
     def forward(model: nn.Module, variables: Any, images: Any) -> Any:
         return apply_network(model, variables, images, apply_fn=apply_fn)[0]
@@ -152,7 +166,8 @@ def network_latencies_ms(
         values = random.standard_normal(shaped.shape) * is_float
         return jnp.asarray(values, shaped.dtype)
 
-    images = jax.tree.map(draw, shapes)
+    if images is None:
+        images = jax.tree.map(draw, one_input(image_shape, number=batch_size))
     return time_interleaved(
         [
             functools.partial(

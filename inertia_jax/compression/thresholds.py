@@ -2,8 +2,8 @@
 
 import dataclasses
 import heapq
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,24 @@ from inertia_jax.compression.calibration import (
     reference_outputs,
 )
 from inertia_jax.compression.sites import layer_places
-from inertia_jax.cost.count import count_one
-from inertia_jax.inputs import Inputs, Shape, batched
+from inertia_jax.compression.tile_costs import CostCurve, TileCosts
+from inertia_jax.inputs import Inputs, batched
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
 from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
-from inertia_jax.progress import Progress
+from inertia_jax.progress import Progress, counted
 from inertia_jax.variables import subtree
 
 # The shares of open tiles that are tried for a layer, in this order.
 _RATES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
 _BISECTIONS = 6
+
+
+class Candidates(NamedTuple):
+    """Layers that may have tiles: what they would be, by path, and their costs."""
+
+    specs: dict[str, Inertial]
+    costs: TileCosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,7 @@ class SearchState:
         rates: Measured shares of open tiles, by path.
         divergence: Mean Kullback-Leibler divergence from the dense network, in nats.
         frictions: The frictions of each layer's tiles, sorted, by path.
-        cost: MACs of the whole network, for one image.
+        cost: Cost of the whole network, in the units of `TileCosts`.
     """
 
     thresholds: dict[str, float]
@@ -59,12 +66,12 @@ class ThresholdSearch:
         model: nn.Module,
         variables: Mapping[str, Any],
         specs: dict[str, Inertial],
+        costs: TileCosts,
         images: Inputs,
-        shape: Shape,
         batch_size: int,
         apply_fn: ApplyFn | None,
     ) -> None:
-        """Runs the dense network once, and counts the MACs of each layer at its rates.
+        """Runs the dense network once.
 
         Raises:
             ValueError: Outputs that are not finite, or not one array.
@@ -81,17 +88,7 @@ class ThresholdSearch:
         self._apply = jax.jit(self._forward)
         self._paths = list(specs)
         self._places = layer_places(variables["params"])
-        closed = dict.fromkeys(specs, 0.0)
-        self._dense_cost = count_one(model, shape, apply_fn=apply_fn)
-        # Each layer's MACs dense, with every tile closed, and with every tile open.
-        self._costs: dict[str, list[float]] = {path: [] for path in specs}
-        for row in (
-            *self._dense_cost.rows,
-            *count_one(self._model, shape, gate_rates=closed, apply_fn=apply_fn).rows,
-            *count_one(self._model, shape, apply_fn=apply_fn).rows,
-        ):
-            if row.path in specs:
-                self._costs[row.path].append(row.macs + row.other_ops / 2)
+        self._costs = costs
 
     def _forward(
         self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
@@ -142,17 +139,8 @@ class ThresholdSearch:
             rates=rates,
             divergence=float(divergences.mean()),
             frictions={p: np.sort(f, axis=None) for p, f in frictions.items()},
-            cost=self.cost(rates),
+            cost=self._costs.of(rates),
         )
-
-    def cost(self, rates: dict[str, float]) -> float:
-        """Returns the MACs of the whole network at these rates."""
-        total = float(self._dense_cost.macs)
-        for path, rate in rates.items():
-            dense, closed, opened = self._costs[path]
-            if rate < 1:
-                total += closed + rate * (opened - closed) - dense
-        return total
 
     def with_rate(self, state: SearchState, path: str, rate: float) -> SearchState:
         """Returns the state with one layer's threshold set for a rate."""
@@ -163,31 +151,37 @@ class ThresholdSearch:
             threshold = float(np.quantile(state.frictions[path], 1 - rate))
         return self.measure({**state.thresholds, path: threshold})
 
-    def run(self, macs: float, progress: Progress | None = None) -> SearchState:
-        """Lowers rates until the network takes at most the share `macs` of its MACs.
+    def closed(self, path: str) -> SearchState:
+        """Returns the state in which one layer has every tile closed, others none."""
+        return self.with_rate(self._all_open(), path, 0.0)
 
-        `progress` is told how much of the search is done, as in `make_inertial`.
+    def run(
+        self,
+        budget: float,
+        progress: Progress | None = None,
+        *,
+        tighten: Callable[[SearchState, float], float] | None = None,
+    ) -> SearchState:
+        """Lowers rates until the network costs at most the budget.
+
+        Args:
+            budget: The cost of the whole network, in the units of `TileCosts`.
+            progress: A function that is told how much of the search is done, as in
+                `make_inertial`.
+            tighten: A function of a state that keeps to the budget, and of the budget.
+                It returns the budget that the state should have kept to.
 
         Raises:
-            ValueError: A share that no rates can meet.
+            ValueError: A budget that no rates can meet.
         """
-        budget = macs * self._dense_cost.macs
-        state = self.measure(dict.fromkeys(self._paths, OPEN))
-        if state.cost <= budget:
-            return state
-        least = self.cost(dict.fromkeys(self._paths, 0.0))
-        if least > budget:
-            share = least / self._dense_cost.macs
-            raise ValueError(
-                f"`macs` (={macs}) must be at least {share:.4f}, the share with every "
-                f"tile closed."
-            )
+        state = self._all_open()
         levels = dict.fromkeys(self._paths, 0)
         # Scores grow stale as other layers change. So the best one is measured again
         # before it is taken, and is put back if another one has become better.
         queue = [(-np.inf, path) for path in self._paths]
         first = state.cost
-        while True:
+        while state.cost > budget:
+            self._costs.check(budget)
             if progress is not None:
                 untried = sum(score == -np.inf for score, _ in queue)
                 if untried:
@@ -207,18 +201,63 @@ class ThresholdSearch:
                 heapq.heappush(queue, (score, path))
                 continue
             if trial.cost <= budget:
-                break
+                # The last move is made only as far as the budget asks.
+                state = self._just_within(budget, state, trial, path, levels[path])
+                heapq.heappush(queue, (score, path))
+                if tighten is not None:
+                    budget = tighten(state, budget)
+                continue
             state = trial
             levels[path] += 1
             if levels[path] + 1 < len(_RATES):
                 heapq.heappush(queue, (score, path))
-        # The last move is made only as far as the budget asks.
-        high, low = _RATES[levels[path] : levels[path] + 2]
+        return state
+
+    def _all_open(self) -> SearchState:
+        return self.measure(dict.fromkeys(self._paths, OPEN))
+
+    def _just_within(
+        self, budget: float, state: SearchState, found: SearchState, path: str, at: int
+    ) -> SearchState:
+        """Returns a state between two, with the highest rate that keeps to a budget."""
+        high, low = _RATES[at : at + 2]
         for _ in range(_BISECTIONS):
             middle = (high + low) / 2
             between = self.with_rate(state, path, middle)
             if between.cost <= budget:
-                low, trial = middle, between
+                low, found = middle, between
             else:
                 high = middle
-        return trial
+        return found
+
+
+def choose_tiles(
+    every: Sequence[Candidates],
+    search_of: Callable[[Candidates], ThresholdSearch],
+    progress: Progress | None,
+) -> Candidates:
+    """Returns the layers that cost less with every tile closed, each with one size.
+
+    Args:
+        every: The layers with each size of tiles.
+        search_of: A function that returns the search for such layers.
+        progress: A function that is told how many sizes were tried.
+    """
+    paying = [
+        {path: spec for path, spec in specs.items() if costs.curves[path].saves}
+        for specs, costs in every
+    ]
+    if len(every) == 1:
+        return every[0]._replace(specs=paying[0])
+    found: dict[str, tuple[float, Inertial, CostCurve]] = {}
+    pairs = list(zip(every, paying, strict=True))
+    for (_, costs), specs in counted(pairs, progress, "trying sizes of tiles"):
+        search = search_of(Candidates(specs, costs))
+        for path, spec in specs.items():
+            curve = costs.curves[path]
+            score = search.closed(path).divergence / (curve.dense - curve.least)
+            if path not in found or score < found[path][0]:
+                found[path] = (score, spec, curve)
+    specs = {path: spec for path, (_, spec, _) in found.items()}
+    curves = {path: curve for path, (_, _, curve) in found.items()}
+    return Candidates(specs, every[0].costs._replace(curves=curves))

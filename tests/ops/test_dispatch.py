@@ -237,20 +237,23 @@ def test_batches_spread_explicitly_are_xlas(kernel_size, strides, all_forms, x64
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("images", "size"), [(24, (8, 8)), (37, (7, 8))])
-@pytest.mark.parametrize("low", ["mean", "sample"])
-def test_tiles_agree_with_the_dense_form(images, size, low, monkeypatch):
+@pytest.mark.parametrize(
+    ("tile_size", "low"), [(2, "mean"), (2, "sample"), (3, "mean"), (4, "sample")]
+)
+def test_tiles_agree_with_the_dense_form(images, size, tile_size, low, monkeypatch):
     """There are 48 channels and several chunks, the last of them smaller or not."""
     monkeypatch.setattr(ladder, "CHUNK_BYTES", 12 * 8 * 8 * 48 * 4)
     monkeypatch.setattr(conv_layers, "_LEAST_TILES_TO_PREPARE", 64)
     x, core, _ = drawn(6, images, size, 48, 48, (3, 3), (1, 1), ONES, "float32")
-    friction = np.random.default_rng(7).random((images, 4, 4), np.float32)
+    tiles = [-(-side // tile_size) for side in size]
+    friction = np.random.default_rng(7).random((images, *tiles), np.float32)
 
     @functools.partial(jax.jit, static_argnames="capacities")
     def call(threshold, capacities):
         return ij.ops.inertial_conv_tiled(
             x,
             core,
-            region_size=4,
+            region_size=2 + tile_size,
             padding=1,
             threshold=threshold,
             friction=friction,

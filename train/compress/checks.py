@@ -7,8 +7,10 @@ from train.compress.rank_rules import parse_ranks
 from train.errors import UsageError, user_input
 from train.run.outputs import check_output, check_output_file
 
+# The options of which one is given: what is to become smaller, and how far.
+_METHODS = ("ranks", "macs", "latency")
 # The options of Tucker-2 alone, those that need data, and those of inertial layers.
-_OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "latency_batch", "device")
+_OF_TUCKER2 = ("keep_stem", "round_to", "weigh", "device")
 _OF_DATA = (
     "also_test",
     "recalibration_images",
@@ -24,8 +26,8 @@ def check_options(args: Compress) -> None:
     for name in _OF_TUCKER2 if args.is_inertial else _OF_INERTIAL:
         value = getattr(args, name)
         if value != getattr(Compress, name):
-            given = "--macs" if args.is_inertial else "--ranks"
-            raise UsageError(f"`{name}` (={value}) does nothing with {given}.")
+            given = next(n for n in _METHODS if getattr(args, n) is not None)
+            raise UsageError(f"`{name}` (={value}) does nothing with --{given}.")
     check_output("out", args.out)
     check_output_file("record", args.record)
     rate = args.finetune_learning_rate
@@ -59,8 +61,10 @@ def check_options(args: Compress) -> None:
     if args.device is not None:
         with user_input():
             topology(args.device)
-    if args.macs is not None and not 0 < args.macs <= 1:
-        raise UsageError(f"`macs` (={args.macs}) must be in (0, 1].")
+    for name in ("macs", "latency"):
+        share = getattr(args, name)
+        if share is not None and not 0 < share <= 1:
+            raise UsageError(f"`{name}` (={share}) must be in (0, 1].")
 
 
 def check_options_without_data(args: Compress) -> None:
@@ -74,17 +78,20 @@ def check_options_without_data(args: Compress) -> None:
 
 
 def _check_method(args: Compress) -> None:
-    if args.ranks is None and args.macs is None:
+    given = {name: getattr(args, name) for name in _METHODS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
         raise UsageError(
-            "--ranks (for Tucker-2 factors) or --macs (for inertial layers) must be "
-            "given."
+            "--ranks (for Tucker-2 factors), or --macs or --latency (for inertial "
+            "layers) must be given."
         )
-    if args.ranks is not None and args.macs is not None:
-        raise UsageError(
-            f"`ranks` (={args.ranks}) and `macs` (={args.macs}) must not both be given."
-        )
+    if len(given) > 1:
+        words = " and ".join(f"`{name}` (={value})" for name, value in given.items())
+        raise UsageError(f"{words} must not both be given.")
     if args.method is not None and args.is_inertial != (args.method == "inertial"):
         rule = (
-            "inertial with --macs" if args.is_inertial else "hosvd or hooi with --ranks"
+            "inertial with --macs and --latency"
+            if args.is_inertial
+            else "hosvd or hooi with --ranks"
         )
         raise UsageError(f"`method` (={args.method}) must be {rule}.")

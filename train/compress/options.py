@@ -26,11 +26,11 @@ AUGMENTATION = ("crop_padding", "flip", "resized_crop")
 class Compress:
     """Makes a trained network smaller, and evaluates it before and after.
 
-    With `--ranks`, convolutions become Tucker-2 factors. With `--macs`, they become
-    inertial, in tiles. BatchNorm is then recalibrated on training images. With
-    `--reconstruction-images`, kernels are fitted to the outputs of the dense layers
-    before that. Nothing is trained unless `--finetune-epochs` asks for it; `python -m
-    train finetune OUT` has more options for that.
+    With `--ranks`, convolutions become Tucker-2 factors. With `--macs` or `--latency`,
+    they become inertial, in tiles. BatchNorm is then recalibrated on training images.
+    With `--reconstruction-images`, kernels are fitted to the outputs of the dense
+    layers before that. Nothing is trained unless `--finetune-epochs` asks for it;
+    `python -m train finetune OUT` has more options for that.
     """
 
     checkpoint: CheckpointArgument
@@ -42,8 +42,12 @@ class Compress:
     plan:FILE."""
     macs: float | None = None
     """Inertial: share of the network's MACs to keep, in (0, 1]; friction counts."""
+    latency: float | None = None
+    """Inertial, in place of `--macs`: share of the network's time to keep, in (0, 1],
+    measured here; layers that tiles do not make faster stay dense."""
     method: Literal["hosvd", "hooi", "inertial"] | None = None
-    """Method that finds the factors; None: hosvd. `inertial` goes with `--macs`."""
+    """Method that finds the factors; None: hosvd. `inertial` goes with `--macs` and
+    `--latency`."""
     layers: str = "*"
     """Glob over the paths of the convolutions that may change."""
     keep_stem: bool = False
@@ -54,14 +58,15 @@ class Compress:
     """Tucker-2: weigh errors by the inputs that each layer has of calibration
     images."""
     latency_batch: int = 0
-    """Tucker-2: number of images a call with which layers and network are timed; 0: 64
-    with `--device` or a budget of latency, and else they are not."""
+    """Number of images a call with which networks and layers are timed; 0: 64 with
+    `--device`, `--latency` or a budget of latency, and else they are not."""
     device: str | None = None
     """Tucker-2: chip whose time counts in a budget of latency and is reported, v4, v5e,
     v5p or v6e, as its compiler estimates it in bfloat16; it need not be there, but
     libtpu must (the extra `tpu`). None: this machine."""
-    tile_size: int = 2
-    """Inertial: side of a tile of outputs."""
+    tile_size: tuple[int, ...] = (2,)
+    """Inertial: side of a tile of outputs; of several, each layer takes the one that
+    costs least accuracy for what it saves."""
     metric: Metric = Inertial.metric
     """Inertial: measure of friction; `random` is a control with noise in place of
     friction."""
@@ -116,13 +121,13 @@ class Compress:
     @property
     def is_inertial(self) -> bool:
         """Whether convolutions become inertial, not Tucker-2."""
-        return self.macs is not None
+        return self.macs is not None or self.latency is not None
 
     @property
     def timed_batch(self) -> int:
         """The number of images a call with which layers are timed; 0: they are not."""
-        is_timed = self.device or (self.ranks or "").startswith("budget:latency")
-        if self.latency_batch or not is_timed:
+        is_timed = self.latency or (self.ranks or "").startswith("budget:latency")
+        if self.latency_batch or not (is_timed or self.device):
             return self.latency_batch
         # Help and completion need the options alone.
         from inertia_jax import Budget

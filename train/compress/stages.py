@@ -88,13 +88,14 @@ def compressed_stages(
     stages: dict[str, Network] = {}
     what = "thresholds" if args.is_inertial else "ranks and factors"
     say(f"choosing {what}, which may take minutes")
-    if args.macs is not None:
+    if args.is_inertial:
         recalibration = None
         if running_statistics(network.variables):
             recalibration = draw(args.recalibration_images, augment=True)
         inertial = make_inertial(
             *dense,
             macs=args.macs,
+            latency=args.latency,
             calibration=draw(args.calibration_images, augment=False),
             recalibration=recalibration,
             layers=args.layers,
@@ -103,6 +104,7 @@ def compressed_stages(
             reference=args.reference,
             low=args.low,
             channel_stride=args.channel_stride,
+            latency_batch=args.timed_batch or 1,
             progress=progress,
         )
         stages["inertial"] = inertial
@@ -124,6 +126,11 @@ def compressed_stages(
         )
         stages["reconstructed"] = recalibrate((model, variables))
     return stages
+
+
+def images_to_time(args: Compress, network: NetworkDescription, split: Split) -> Any:
+    """Returns training images on which an inertial network is timed, not augmented."""
+    return _drawer(args, split, network)(args.timed_batch, augment=False)
 
 
 def save_compressed(

@@ -24,6 +24,7 @@ SUITES = {
     "startup": "seconds to the first step",
     "loop": "what a run adds to its steps",
     "inertial": "tiled convolutions beside dense ones",
+    "tiles": "where tiles pay: one layer over sides, channels, tiles",
     "tucker": "compressed networks beside dense ones",
     "sweep": "a sweep's networks beside each other",
     "compile": "a TPU's compiler's estimates, without a TPU",

@@ -21,6 +21,7 @@ from train.compress.progress import shown_progress
 from train.compress.rank_rules import plan_to_json
 from train.compress.stages import (
     compressed_stages,
+    images_to_time,
     load_training_images,
     read_compressed,
     save_compressed,
@@ -64,8 +65,11 @@ def run(argv: Sequence[str]) -> int:
     evaluate = stage_evaluator(
         description=network, sources=sources, cache_dir=args.cache_dir
     )
-    split = None if is_made else load_training_images(args, network)
-    if args.finetune_epochs and split is not None:
+    is_timed_on_images = args.is_inertial and args.timed_batch > 0
+    split = None
+    if is_timed_on_images or not is_made:
+        split = load_training_images(args, network)
+    if args.finetune_epochs and split is not None and not is_made:
         batch_size = args.finetune_batch_size
         check_batch_size(
             "finetune_batch_size", batch_size, len(split), jax.device_count()
@@ -96,7 +100,11 @@ def run(argv: Sequence[str]) -> int:
             tests, compare_stages(sources, before, after), strict=True
         ):
             test["stages"] |= new["stages"]
-    _report(args, network, small, tests=tests, seconds=results["seconds"])
+    images = None  # gates depend on them
+    if is_timed_on_images and split is not None:
+        images = images_to_time(args, network, split)
+    seconds = results["seconds"]
+    _report(args, network, small, tests=tests, seconds=seconds, images=images)
     return 0
 
 
@@ -107,6 +115,7 @@ def _report(
     *,
     tests: Sequence[Mapping[str, Any]],
     seconds: float,
+    images: Any,
 ) -> None:
     """Prints cost and accuracy of the new network, and writes the record."""
     shape = dense.preprocessing.image_shape
@@ -136,12 +145,14 @@ def _report(
             f"{cost.macs:,} MACs, {cost.macs / cost.dense_macs:.3f} of the dense "
             f"network's"
         )
-    if args.timed_batch and not args.is_inertial:
+    if args.timed_batch:
         networks = [(dense.model, dense.variables), small]
         batch_size = args.timed_batch
         if args.device is None:
             where, how = "here", "measured in turn"
-            times_ms = network_latencies_ms(networks, shape, batch_size=batch_size)
+            times_ms = network_latencies_ms(
+                networks, shape, batch_size=batch_size, images=images
+            )
         else:
             where, how = f"on {args.device}", "as its compiler estimates"
             times_ms = [
@@ -223,10 +234,13 @@ def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> 
 def _where_counted(args: Compress, tests: Sequence[Mapping[str, Any]]) -> str:
     """Returns on which images the gate rates of an inertial network's cost are."""
     first = ", the first test set" if len(tests) > 1 else ""
+    share = (
+        f"--macs {args.macs}" if args.latency is None else f"--latency {args.latency}"
+    )
     images = f"{tests[0]['num_examples']:,} test images of {tests[0]['data']}{first}"
     return (
         f"gate rates as on the {images}; "
-        f"--macs {args.macs} holds on the training images that chose the thresholds, "
+        f"{share} holds on the training images that chose the thresholds, "
         f"{args.calibration_images:,} at most"
     )
 

@@ -34,7 +34,11 @@ from inertia_jax.ops.inertial.tiles import (
     tile_means,
 )
 from inertia_jax.ops.inertial.window import InertialOutput, as_friction, check_core
-from inertia_jax.ops.inertial.winograd_tiles import fill_by_winograd, fits
+from inertia_jax.ops.inertial.winograd_tiles import (
+    fill_by_winograd,
+    fits,
+    open_by_winograd,
+)
 from inertia_jax.ops.precision import at_least_float32
 
 
@@ -214,6 +218,10 @@ def _compute_open(
         if filters is not None and fits(tiling):
             return fill_by_winograd(padded, filters, gate, tiling, capacity=capacity)
         low = fill_low(padded, core, tiling)
+        if filters is not None:
+            return open_by_winograd(
+                padded, filters, low, gate, tiling, capacity=capacity
+            )
         return fill_open(
             padded, core, low, gate, tiling, capacity=capacity, is_exact=is_exact
         )

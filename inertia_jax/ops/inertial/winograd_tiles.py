@@ -1,10 +1,11 @@
-"""Tiles of 2x2 outputs of a 3x3 core: closed and open ones from the same products.
+"""Tiles of outputs of a 3x3 core, computed as Winograd does.
 
-Nine of a tile's sixteen products in Winograd's form (`ops.winograd`) give its mean,
-exactly: columns of A^T sum to 1, 2, 0 and -1, so that no product with the third row or
-column of the tile counts. Every tile takes those nine; an open one takes the other
-seven, too. Per pair of channels and tile, these are 9 + 7 rho multiplications at gate
-rate rho; the dense convolution takes 16, and the direct sum 36.
+Nine of the sixteen products of a tile of 2x2 outputs (`ops.conv.winograd`) give its
+mean, exactly: columns of A^T sum to 1, 2, 0 and -1, so that no product with the third
+row or column of the tile counts. Every tile takes those nine; an open one takes the
+other seven, too. Per pair of channels and tile, these are 9 + 7 rho multiplications at
+gate rate rho; the dense convolution takes 16, and the direct sum 36. For larger tiles,
+the regions of open ones are gathered, and convolved as small images.
 """
 
 from jax import Array, lax
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from inertia_jax.ops.conv.winograd import (
     OUTPUT,
     Planes,
+    convolve_transformed,
     transform_output,
     transform_tiles,
 )
@@ -67,3 +69,24 @@ def fill_by_winograd(
     high = transform_output([[product(a, b) for b in range(4)] for a in range(4)])
     low = means.reshape(*gate.shape, c_out)
     return put_open(low, high.reshape(capacity, 4, c_out), found, tiling)
+
+
+def open_by_winograd(
+    padded: Float[Array, "n hp wp c_in"],
+    filters: Planes,
+    low: Float[Array, "n rows columns c_out"],
+    gate: Bool[Array, "n rows columns"],
+    tiling: Tiling,
+    *,
+    capacity: int,
+) -> Float[Array, "n h w c_out"]:
+    """Returns the map: open tiles in detail, the others filled by `low`.
+
+    It is `fill_open` for a 3x3 core, with Winograd's filters in its place. A region is
+    36 pixels for a tile of 4x4 outputs, where direct sums gather 135.
+    """
+    found = find_open(gate, tiling, capacity=capacity)
+    regions = take_regions(padded, found, tiling)
+    high = convolve_transformed(regions, filters, padding=((0, 0), (0, 0)))
+    high = high.reshape(capacity, tiling.tile_size**2, low.shape[-1])
+    return put_open(low, high, found, tiling)

@@ -50,6 +50,7 @@ OPTIONS = {
     "startup": {"verbs", "repeats", "against", "small-pages", "no-small-pages"},
     "loop": {"config", "data", "width", "steps", "repeats"},
     "inertial": {"batch-size", "width", "repeats"},
+    "tiles": {"sides", "channels", "tile-sizes", "figure"},
     "tucker": {*NETWORKS, "stem", "repeats"},
     "sweep": {"sweep", "data", "batch-size", "steps", "repeats"},
     "compile": {
@@ -188,6 +189,25 @@ def test_a_suite_prints_and_records_what_it_found(
         for name, times in itertools.chain(*(table.items() for table in tables)):
             ms = f"{times['median_ms']:.{2 if 'part' in name else digits}f} ms"
             assert any(name in line and ms in line for line in said.splitlines())
+
+
+@pytest.mark.slow
+def test_tiles_are_timed_and_drawn(tmp_path, capsys):
+    out, figure = tmp_path / "record.json", tmp_path / "map.png"
+    words = ["--sides", "8", "12", "--channels", "4", "--tile-sizes", "2", "4"]
+    words += ["--out", str(out), "--figure", str(figure)]
+    assert main(["benchmark", "--suite", "tiles", *words]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    cases = [(row["tile_size"], row["shape"][1]) for row in rows]
+    assert cases == [(2, 8), (2, 12), (4, 8), (4, 12)]
+    said = capsys.readouterr().out
+    for row in rows:
+        assert row["shape"][0] == 2**22 // (row["shape"][1] ** 2 * 4)
+        assert min(row["dense_ms"], *row["ms"]) > 0
+        for rate, ms in zip(row["open"], row["ms"], strict=True):
+            line = rf"{rate:.0%} open +{ms:.2f} ms +{row['dense_ms'] / ms:.2f}x"
+            assert re.search(line, said)
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

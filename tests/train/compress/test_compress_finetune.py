@@ -1,5 +1,6 @@
 """Compressing a checkpoint, training it further, and the gate rates on the way."""
 
+import json
 import re
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 from helpers import DIGITS, evaluate, fit_digits, last_checkpoint, read_metrics
 
 import inertia_jax as ij
+from inertia_jax.compression import inertial, tile_costs
+from inertia_jax.compression.tile_costs import CostCurve
 from train.__main__ import main
+from train.verbs import compress as verb
 
 LENET = ["--model.name", "lenet", "--model.width", "0.2"]
 
@@ -87,6 +91,40 @@ def test_finetuning_holds_the_rate_and_logs_it(compressed, tmp_path, capsys):
     assert len(tested) == 2 and found["gate_rate/conv2"] in tested
     # The running threshold still comes from the network as it was.
     assert abs(tested[-1] - target) < 0.2
+
+
+@pytest.mark.slow
+def test_a_share_of_the_time_is_kept_and_measured_on_images(
+    run, tmp_path, monkeypatch, capsys
+):
+    curve = CostCurve(8.0, (0.0, 1.0), (2.0, 9.0))
+    monkeypatch.setattr(tile_costs, "layer_times", lambda *_, **__: curve)
+    timed = []
+
+    def network_times(networks, image_shape, *, batch_size, images, **_):
+        timed.append((batch_size, images.shape))
+        return [10.0, 7.5][: len(networks)]
+
+    monkeypatch.setattr(inertial, "network_latencies_ms", network_times)
+    monkeypatch.setattr(verb, "network_latencies_ms", network_times)
+    out, record = tmp_path / "out", tmp_path / "record.json"
+    options = ["--latency", "0.8", "--tile-size", "2", "3", "--latency-batch", "16"]
+    options += ["--layers", "conv2", "--record", str(record)]
+    sizes = ["--calibration-images", "64", "--recalibration-images", "64"]
+    words = ["compress", str(run), "--out", str(out), *options, *sizes]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "10 -> 7.5 ms a call of 16 images, 0.750 of the time" in said
+    assert "--latency 0.8 holds on the training images" in said
+    assert json.loads(record.read_text())["latency_ms"] == [10.0, 7.5]
+    assert set(timed) == {(16, (16, 8, 8, 1))}
+    model, _ = ij.load_checkpoint(out)
+    # 0.8 of 10 ms leave 6 ms to the layer.
+    np.testing.assert_allclose(model.plan.spec("conv2").threshold.target, 4 / 7, 0.05)
+    assert main([*words, "--resume"]) == 0
+    assert "0.750 of the time" in capsys.readouterr().out
+    assert main([*words, "--macs", "0.8"]) == 2
+    assert "`macs` (=0.8) and `latency` (=0.8)" in capsys.readouterr().err
 
 
 def test_init_of_another_network_is_refused(run, tmp_path, capsys):
