@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from inertia_jax.inputs import Shape
 from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
 from inertia_jax.ops.inertial.window import InertialOutput
 from inertia_jax.plan.plan import Plan, as_glob
-from inertia_jax.plan.specs import CLOSED, Conv, Inertial
+from inertia_jax.plan.specs import CLOSED, Conv, Fixed, Inertial
 from inertia_jax.progress import Progress, counted
 
 # The shares of open tiles at which layers are timed. Between them, times are taken to
@@ -116,19 +117,26 @@ def macs_of_tiles(
         apply_fn: How the network is called, as in `compress`.
     """
     count = functools.partial(count_one, apply_fn=apply_fn)
-    rules = tuple((as_glob(path), spec) for path, spec in specs.items())
-    tiled = model.clone(plan=Plan((*rules, *model.plan.rules)).without_ladders())
-    dense = count(model, shape)
+
+    def tiled(specs: Mapping[str, Inertial]) -> nn.Module:
+        rules = tuple((as_glob(path), spec) for path, spec in specs.items())
+        return model.clone(plan=Plan((*rules, *model.plan.rules)).without_ladders())
+
+    dense, gated = count(model, shape), tiled(specs)
+    # Friction is computed wherever a tile may open.
+    closed = tiled({p: replace(s, threshold=Fixed.CLOSED) for p, s in specs.items()})
     tables = [
         dense,
-        count(tiled, shape, gate_rates=dict.fromkeys(specs, 0.0)),
-        count(tiled, shape),
+        count(closed, shape),
+        count(gated, shape, gate_rates=dict.fromkeys(specs, 0.0)),
+        count(gated, shape),
     ]
+    least = float(np.finfo(np.float64).tiny)
     curves = {}
     for rows in zip(*(table.rows for table in tables), strict=True):
         if rows[0].path in specs:
-            every, closed, opened = (row.macs + row.other_ops / 2 for row in rows)
-            curves[rows[0].path] = CostCurve(every, (0.0, 1.0), (closed, opened))
+            every, *costs = (row.macs + row.other_ops / 2 for row in rows)
+            curves[rows[0].path] = CostCurve(every, (0.0, least, 1.0), tuple(costs))
     return TileCosts("macs", share, float(dense.macs), curves)
 
 

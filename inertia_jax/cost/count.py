@@ -241,8 +241,7 @@ def _inside(path: str) -> str:
 def _expected_rate(threshold: Threshold) -> float:
     if isinstance(threshold, Rate):
         return threshold.target
-    is_closed = isinstance(threshold, Fixed) and threshold.value >= Fixed.CLOSED.value
-    return 0.0 if is_closed else 1.0
+    return 0.0 if isinstance(threshold, Fixed) and threshold.is_closing else 1.0
 
 
 def _outputs(call: Call) -> int:

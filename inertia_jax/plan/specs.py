@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_origin
 
 from inertia_jax.ops.inertial.settings import (
     CLOSED,
+    LEAST_CLOSING,
     OPEN,
     Combine,
     GateGradient,
@@ -68,7 +69,8 @@ class Fixed:
     Attributes:
         value: Friction above it opens the gate; in the units of the friction.
         OPEN: The threshold below all friction, which opens every gate.
-        CLOSED: The threshold above all friction, which closes every gate.
+        CLOSED: The threshold above all friction, which closes every gate, also where
+            friction is NaN. Tiled layers then do not compute friction.
 
     Example:
         >>> ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed(0.5)).threshold
@@ -84,6 +86,11 @@ class Fixed:
 
     def __post_init__(self) -> None:
         _set_number(self, "value", float("-inf"), float("inf"))
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it closes every gate, as `ops.inertial.gates.is_closing` says."""
+        return self.value >= LEAST_CLOSING
 
 
 Fixed.OPEN, Fixed.CLOSED = Fixed(OPEN), Fixed(CLOSED)

@@ -137,6 +137,11 @@ def test_options_of_tiles_are_counted():
     assert count({**TILED, "low": "sample"}).other_ops == FRICTION
     halved = count({**TILED, "channel_stride": 2, "metric": "max"}).other_ops
     assert halved == FRICTION * 2 // 3 + BOX
+    # Where no tile can open, no friction is computed; the window reading computes it.
+    closed = {"threshold": ij.Fixed.CLOSED}
+    assert count({**TILED, **closed}).other_ops == BOX
+    row = count({**WINDOW, **closed})
+    assert (row.gate_rate, row.other_ops) == (0, 64 * (REGION + 4 * 9))
     # 7 x 7 outputs still take 16 tiles, all of them computed where all are open.
     row = count(TILED, size=7)
     assert (row.output_shape, row.dense_macs) == ((7, 7, 4), 49 * 108)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 from inertia_jax import ops
+from inertia_jax.ops.inertial.settings import CLOSED
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -578,6 +579,29 @@ def test_nan_opens_the_gates_that_compare_it_and_shows(op, reference, metric, x6
     # Elsewhere this is the clean image under the same gates.
     same = f(clean, threshold=threshold, friction=output.friction)
     close(np.asarray(output.y)[~seen], np.asarray(same.y)[~seen])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "op",
+    [
+        ops.inertial_conv,
+        partial(ops.inertial_conv_tiled, capacities=None),
+        partial(ops.inertial_conv_tiled, capacities=(1 / 2, 1)),
+    ],
+)
+def test_a_closing_threshold_opens_no_gate_and_friction_is_told(op, dtype):
+    x = np.random.default_rng(8).normal(size=(2, 8, 8, 2)).astype(np.float32)
+    x[0, 3, 4, 1], x[1, 2, 2, 0] = np.nan, np.inf
+    f = jax.jit(partial(op, core=CORE.astype(np.float32), region_size=4))
+    threshold = jnp.asarray(CLOSED, dtype)
+    closed, opened = (f(x, threshold=t) for t in (threshold, jnp.float32(1.1)))
+    assert not closed.gate.any() and opened.gate.any()
+    np.testing.assert_array_equal(closed.friction, opened.friction)
+    y, opened_y = np.asarray(closed.y), np.asarray(opened.y)
+    same = np.asarray(~opened.gate).repeat(8 // closed.gate.shape[1], 1)
+    same = same.repeat(8 // closed.gate.shape[2], 2)
+    np.testing.assert_allclose(y[same], opened_y[same], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [3, 16])

@@ -9,7 +9,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from inertia_jax.ops.inertial.settings import OPEN, GateGradient, check_slope
+from inertia_jax.ops.inertial.settings import (
+    LEAST_CLOSING,
+    OPEN,
+    GateGradient,
+    check_slope,
+)
 
 
 def is_open(
@@ -18,13 +23,22 @@ def is_open(
     """Returns where friction is not at or below the threshold, so also where it is NaN.
 
     NaN opens the gate: detail reads the whole region, so that the NaN shows in the
-    output instead of being passed over.
+    output instead of being passed over. A threshold that `is_closing` opens no gate.
 
     Example:
         >>> ij.ops.is_open(jnp.array([0.1, 0.2, jnp.nan]), 0.1).tolist()
         [False, True, True]
     """
-    return ~(jnp.asarray(friction) <= jnp.asarray(threshold))
+    friction, threshold = jnp.asarray(friction), jnp.asarray(threshold)
+    return ~((friction <= threshold) | is_closing(threshold))
+
+
+def is_closing(threshold: Float[ArrayLike, "..."]) -> Bool[Array, "..."]:
+    """Returns where a threshold closes every gate, whatever friction is, NaN included.
+
+    `Fixed.CLOSED` is such a threshold.
+    """
+    return jnp.asarray(threshold) >= LEAST_CLOSING
 
 
 def hard_gate(

@@ -22,6 +22,8 @@ GateGradient = Literal["none", "ste"]
 
 # Thresholds below and above all friction, which is >= 0.
 OPEN, CLOSED = -1.0, 1e30
+# The least threshold that closes every gate, NaN included: bfloat16 rounds `CLOSED`.
+LEAST_CLOSING = CLOSED / 2
 
 # The most capacities that the tiled reading is compiled for.
 _MOST_CAPACITIES = 64

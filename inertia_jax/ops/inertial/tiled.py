@@ -14,7 +14,7 @@ from inertia_jax.ops.conv.dispatch import conv2d_to_apply
 from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.conv.winograd import Planes, convolve_transformed
 from inertia_jax.ops.inertial.friction import friction as region_friction
-from inertia_jax.ops.inertial.gates import is_open, select
+from inertia_jax.ops.inertial.gates import is_closing, is_open, select
 from inertia_jax.ops.inertial.ladder import PerImage, Result, with_ladder
 from inertia_jax.ops.inertial.settings import (
     GateGradient,
@@ -207,7 +207,15 @@ def _compute_open(
     """
     x, n = images.x, tiling.tile_size
     padded = pad_image(x, tiling.pads)
-    friction = measure(padded) if images.friction is None else images.friction
+    if images.friction is not None:
+        friction = reported = images.friction
+    else:
+        # Nobody asks for the friction of a layer that stays closed, unless it is to be
+        # reported; where it is not, the compiler leaves the second one out.
+        closes, dtype = is_closing(threshold), at_least_float32(x.dtype)
+        none = lambda padded: jnp.zeros((x.shape[0], *tiling.tiles), dtype)  # noqa: E731
+        friction = lax.cond(closes, none, measure, padded)
+        reported = lax.cond(closes, measure, lambda padded: friction, padded)
     gate = is_open(friction, threshold)
     num_open, num_tiles = gate.sum(), gate.size
 
@@ -248,4 +256,4 @@ def _compute_open(
         selected,
         opened,
     ]
-    return lax.switch(rung, steps), friction
+    return lax.switch(rung, steps), reported
