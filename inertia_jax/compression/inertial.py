@@ -204,11 +204,11 @@ def make_inertial(
             rate = state.rates[path]
             if rate == 1:
                 continue
-            target = Rate(rate) if rate else Fixed(CLOSED)
+            target = Rate(rate) if rate else Fixed.CLOSED
             rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
             dtype = leaves_at(variables, path)["kernel"].dtype
-            threshold = jnp.asarray(state.thresholds[path], dtype)
-            thresholds[*places[path], "threshold"] = threshold
+            threshold = state.thresholds[path] if rate else CLOSED
+            thresholds[*places[path], "threshold"] = jnp.asarray(threshold, dtype)
         if not rules:
             return original, variables
         inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))

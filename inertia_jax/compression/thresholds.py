@@ -19,7 +19,7 @@ from inertia_jax.compression.calibration import (
     reference_outputs,
 )
 from inertia_jax.compression.sites import layer_places
-from inertia_jax.compression.tile_costs import CostCurve, TileCosts
+from inertia_jax.compression.tile_costs import ROUNDING, CostCurve, TileCosts
 from inertia_jax.inputs import Inputs, batched
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
 from inertia_jax.plan.plan import Plan, as_glob
@@ -180,7 +180,7 @@ class ThresholdSearch:
         # before it is taken, and is put back if another one has become better.
         queue = [(-np.inf, path) for path in self._paths]
         first = state.cost
-        while state.cost > budget:
+        while state.cost > budget * (1 + ROUNDING):
             self._costs.check(budget)
             if progress is not None:
                 untried = sum(score == -np.inf for score, _ in queue)

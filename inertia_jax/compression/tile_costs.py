@@ -27,6 +27,8 @@ from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, Conv, Fixed, Inertial
 from inertia_jax.progress import Progress, counted
 
+# Sums of costs are equal up to this share.
+ROUNDING = 1e-12
 # The shares of open tiles at which layers are timed. Between them, times are taken to
 # be linear.
 _TIMED_RATES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.9)
@@ -90,7 +92,7 @@ class TileCosts(NamedTuple):
         """
         saved = sum(curve.dense - curve.least for curve in self.curves.values())
         least = (self.dense - saved) / budget * self.share
-        if least <= self.share * (1 + 1e-12):
+        if least <= self.share * (1 + ROUNDING):
             return
         # The share is rounded up, because the share that is named must be reachable.
         least = math.ceil(1e4 * least) / 1e4
