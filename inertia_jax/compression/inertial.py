@@ -5,9 +5,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax.typing import ArrayLike
@@ -107,7 +105,7 @@ def make_inertial(
             friction and box means as one MAC. A compiled ladder rounds the number of
             open tiles up, see `ladder_macs`. None: `latency` is given.
         latency: The share of the network's time to take, in (0, 1], measured here on
-            the calibration images, with BatchNorm in its place. None: `macs` is given.
+            the calibration images, with BatchNorm not folded. None: `macs` is given.
         calibration: Some hundred of the network's inputs, normalised as for evaluation:
             an array, or a dictionary of arrays, as in `compress`. The thresholds are
             chosen on them.
@@ -143,7 +141,8 @@ def make_inertial(
         >>> sorted(thresholds)
         ['params', 'thresholds']
     """
-    sizes = [int(size) for size in np.atleast_1d(tile_size)]
+    given = as_python(tile_size)
+    sizes = tuple(given) if isinstance(given, Sequence) else (given,)
     _check_options(macs, latency, sizes, batch_size, latency_batch)
     share = as_python(latency if macs is None else macs)
     original, model = model, _with_plan(model)
@@ -164,7 +163,7 @@ def make_inertial(
         image_shape=shape,
         batch_size=latency_batch,
         apply_fn=apply_fn,
-        images=jax.tree.map(jnp.asarray, timed),
+        images=timed,
     )
 
     def search_of(candidates: Candidates) -> ThresholdSearch:
@@ -172,10 +171,14 @@ def make_inertial(
             model, variables, *candidates, images, batch_size, apply_fn
         )
 
+    tileable = [
+        _tileable(model, sites, kept, shape, layers, size, settings, apply_fn)
+        for size in sizes
+    ]
     dense_ms = 0.0 if latency is None else measure_ms([(model, variables)])[0]
+    dtype = getattr(original, "dtype", None)
     found = []
-    for size in sizes:
-        specs = _tileable(model, sites, kept, shape, layers, size, settings, apply_fn)
+    for specs in tileable:
         if latency is None:
             costs = macs_of_tiles(share, model, specs, shape, apply_fn)
         else:
@@ -185,13 +188,15 @@ def make_inertial(
                 {path: sites[path] for path in specs},
                 specs,
                 batch_size=num_inputs(timed),
-                dtype=getattr(model, "dtype", None) or jnp.float32,
+                dtype=dtype or sites[next(iter(specs))].kernel.dtype,
                 progress=progress,
             )
         found.append(Candidates(specs, costs))
     chosen = choose_tiles(found, search_of, progress)
-    for path in found[0].specs.keys() - chosen.specs.keys():
-        kept[path] = f"takes no less {chosen.costs.name} with every tile closed"
+    what = "no fewer MACs" if latency is None else "no less time"
+    for path in found[0].specs:
+        if path not in chosen.specs:
+            kept[path] = f"takes {what} with every tile closed"
     kept = {path: reason for path, reason in kept.items() if matches(path, layers)}
     places = layer_places(variables["params"])
 
@@ -255,13 +260,13 @@ def _with_plan(model: nn.Module) -> Any:
 
 
 def _check_options(
-    macs: Any, latency: Any, sizes: list[int], batch_size: int, latency_batch: int
+    macs: Any, latency: Any, sizes: Any, batch_size: int, latency_batch: int
 ) -> None:
     given = {"macs": macs, "latency": latency}
     shares = {name: as_python(v) for name, v in given.items() if v is not None}
     if len(shares) != 1:
         raise ValueError(
-            f"one of `macs` (={macs}) and `latency` (={latency}) must be given."
+            f"exactly one of `macs` (={macs}) and `latency` (={latency}) must be given."
         )
     for name, share in shares.items():
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
@@ -269,8 +274,11 @@ def _check_options(
     for name, size in (("batch_size", batch_size), ("latency_batch", latency_batch)):
         if size < 1:
             raise ValueError(f"`{name}` (={size}) must be >= 1.")
-    if min(sizes, default=0) < 2:
-        raise ValueError(f"`tile_size` (={sizes}) must be >= 2, or several such sizes.")
+    if not sizes or any(not isinstance(n, int) or n < 2 for n in sizes):
+        words = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"`tile_size` (={words}) must be whole, >= 2, or several such."
+        )
 
 
 def _tileable(

@@ -152,7 +152,8 @@ def network_latencies_ms(
         image_shape: The shape of one input.
         batch_size: Images per call.
         apply_fn: How the networks are called, as in `compress`.
-        images: The inputs of a call, on which gates depend; None: random ones.
+        images: The inputs of a call, on which gates depend; None: random ones, of
+            this shape and number.
     """
 
     def forward(model: nn.Module, variables: Any, images: Any) -> Any:
@@ -168,6 +169,7 @@ def network_latencies_ms(
 
     if images is None:
         images = jax.tree.map(draw, one_input(image_shape, number=batch_size))
+    images = jax.tree.map(jnp.asarray, images)
     return time_interleaved(
         [
             functools.partial(

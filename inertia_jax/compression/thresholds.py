@@ -133,7 +133,11 @@ class ThresholdSearch:
         divergences, gate_rates, frictions = jax.tree.map(
             lambda *leaves: np.concatenate(leaves), *parts
         )
-        rates = {path: float(gate_rates[path].mean()) for path in self._paths}
+        # The mean over several calls of a layer is rounded.
+        rates = {
+            path: 1.0 if thresholds[path] == OPEN else float(gate_rates[path].mean())
+            for path in self._paths
+        }
         return SearchState(
             thresholds=thresholds,
             rates=rates,
@@ -153,7 +157,7 @@ class ThresholdSearch:
 
     def closed(self, path: str) -> SearchState:
         """Returns the state in which one layer has every tile closed, others none."""
-        return self.with_rate(self._all_open(), path, 0.0)
+        return self.measure(dict.fromkeys(self._paths, OPEN) | {path: CLOSED})
 
     def run(
         self,

@@ -27,11 +27,13 @@ from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, Conv, Fixed, Inertial
 from inertia_jax.progress import Progress, counted
 
+# A share of open tiles that opens none: friction is computed, as it is for no share.
+GATED = float(np.finfo(np.float32).tiny)
 # Sums of costs are equal up to this share.
 ROUNDING = 1e-12
 # The shares of open tiles at which layers are timed. Between them, times are taken to
 # be linear.
-_TIMED_RATES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.9)
+TIMED_RATES = (0.0, GATED, 0.05, 0.1, 0.25, 0.5, 0.9)
 
 
 class CostCurve(NamedTuple):
@@ -98,7 +100,7 @@ class TileCosts(NamedTuple):
         least = math.ceil(1e4 * least) / 1e4
         rule = f"must be at least {least:.4f}, the share with every tile closed"
         if least >= 1:
-            rule = "is met by no tiles: closed ones take no less"
+            rule = f"is met by no tiles: with all of them closed, it is {least:.4f}"
         raise ValueError(f"`{self.name}` (={self.share}) {rule}.")
 
 
@@ -120,26 +122,35 @@ def macs_of_tiles(
     """
     count = functools.partial(count_one, apply_fn=apply_fn)
 
-    def tiled(specs: Mapping[str, Inertial]) -> nn.Module:
-        rules = tuple((as_glob(path), spec) for path, spec in specs.items())
-        return model.clone(plan=Plan((*rules, *model.plan.rules)).without_ladders())
+    def tiled(threshold: Fixed) -> nn.Module:
+        rules = tuple(
+            (as_glob(path), replace(spec, threshold=threshold))
+            for path, spec in specs.items()
+        )
+        return model.clone(plan=Plan((*rules, *model.plan.rules)))
 
-    dense, gated = count(model, shape), tiled(specs)
-    # Friction is computed wherever a tile may open.
-    closed = tiled({p: replace(s, threshold=Fixed.CLOSED) for p, s in specs.items()})
+    dense, gated = count(model, shape), tiled(Fixed.OPEN)
+    # From this share on, types that spare no output compute all of them.
+    bends = {path: 1 - 1 / _tile_size(spec) ** 2 for path, spec in specs.items()}
     tables = [
         dense,
-        count(closed, shape),
+        count(tiled(Fixed.CLOSED), shape),
         count(gated, shape, gate_rates=dict.fromkeys(specs, 0.0)),
+        count(gated, shape, gate_rates=bends),
         count(gated, shape),
     ]
-    least = float(np.finfo(np.float64).tiny)
     curves = {}
     for rows in zip(*(table.rows for table in tables), strict=True):
-        if rows[0].path in specs:
+        path = rows[0].path
+        if path in specs:
             every, *costs = (row.macs + row.other_ops / 2 for row in rows)
-            curves[rows[0].path] = CostCurve(every, (0.0, least, 1.0), tuple(costs))
+            rates = (0.0, GATED, bends[path], 1.0)
+            curves[path] = CostCurve(every, rates, tuple(costs))
     return TileCosts("macs", share, float(dense.macs), curves)
+
+
+def _tile_size(spec: Inertial) -> int:
+    return spec.region_size - spec.core_size + 1
 
 
 def times_of_tiles(
@@ -192,18 +203,19 @@ def layer_times(
     """
     kernel = jax.random.normal(jax.random.key(0), site.kernel.shape, dtype)
     dense = jax.jit(functools.partial(layer_forward, site, Conv()))
-    tiled = jax.jit(functools.partial(_tiled, site, spec))
+    tiled = jax.jit(lambda *arrays: _tiled(site, spec, *arrays).y)
+    measure = jax.jit(lambda *arrays: _tiled(site, spec, *arrays).friction)
     times = []
     for x in random_inputs(site, batch_size, dtype):
-        friction = np.asarray(tiled(x, kernel, CLOSED).friction)
+        friction = np.asarray(measure(x, kernel, jnp.float32(CLOSED)), np.float32)
         calls = [functools.partial(dense, x, [kernel])]
-        for rate in _TIMED_RATES:
+        for rate in TIMED_RATES:
             threshold = np.quantile(friction, 1 - rate) if rate else CLOSED
             calls.append(functools.partial(tiled, x, kernel, jnp.float32(threshold)))
         times.append(time_interleaved(calls))
     # The time of a layer that is called several times is that of all its calls.
     dense_ms, *tiled_ms = map(sum, zip(*times, strict=True))
-    return CostCurve(dense_ms, _TIMED_RATES, tuple(tiled_ms))
+    return CostCurve(dense_ms, TIMED_RATES, tuple(tiled_ms))
 
 
 def _tiled(

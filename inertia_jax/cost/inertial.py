@@ -23,8 +23,8 @@ def count_inertial(
     tile, and n^2 - 1 more for each open one, or n^2 more in bfloat16. (GPUs and TPUs,
     whose products are narrower, compute n^2 in float32 as well; this is not counted.) A
     compiled ladder takes a whole capacity. The one that holds the mean rate is counted,
-    though a batch, or on CPU a chunk of one, may need the next. Where the threshold
-    closes every gate, no friction is computed. Inputs have the shape
+    though a batch, or on CPU a chunk of one, may need the next. A ladder
+    whose threshold closes every gate computes no friction. Inputs have the shape
     [n, h, w, c_in], the output of one image has [h_out, w_out, c_out].
     """
     spec, c_in = layer.spec, input_shape[-1]
@@ -43,7 +43,8 @@ def count_inertial(
         held = min(step for step in steps if step >= gate_rate)
         # The last capacity computes every tile once, and low as the mean of those.
         ladder = every if held == 1 else core + math.ceil(held * opening)
-    is_closed = isinstance(spec.threshold, Fixed) and spec.threshold.is_closing
+    closing = isinstance(spec.threshold, Fixed) and spec.threshold.is_closing
+    is_spared = closing and spec.capacities is not None and not spec.relative
     box = 0
     if spec.low == "mean":
         spans = [count * n + spec.core_size - n for count in tiling.tiles]
@@ -53,7 +54,7 @@ def count_inertial(
         "core_macs": core,
         "macs": min(every, core + round(gate_rate * opening)),
         "ladder_macs": ladder,
-        "other_ops": box + (0 if is_closed else _friction_ops(spec, num_tiles, c_in)),
+        "other_ops": box + (0 if is_spared else _friction_ops(spec, num_tiles, c_in)),
     }
 
 

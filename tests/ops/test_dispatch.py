@@ -399,3 +399,7 @@ def test_chunks_of_tiles_go_inside_shard_map_with_spread_filters(monkeypatch):
     specs = {"in_specs": (PartitionSpec(), filters), "out_specs": filters}
     spread = jax.jit(jax.shard_map(tiles, mesh=mesh, **specs))
     np.testing.assert_allclose(spread(x, kernel), tiles(x, kernel), atol=1e-5)
+    images = PartitionSpec("a")
+    specs = {"in_specs": (images, PartitionSpec()), "out_specs": images}
+    spread = jax.jit(jax.shard_map(tiles, mesh=mesh, **specs))
+    np.testing.assert_allclose(spread(x[:2], kernel), tiles(x[:2], kernel), atol=1e-5)

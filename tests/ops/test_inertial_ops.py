@@ -604,6 +604,33 @@ def test_a_closing_threshold_opens_no_gate_and_friction_is_told(op, dtype):
     np.testing.assert_allclose(y[same], opened_y[same], rtol=1e-5, atol=1e-5)
 
 
+def test_layers_that_stay_closed_compute_no_friction(monkeypatch):
+    module = sys.modules["inertia_jax.ops.inertial.tiled"]
+    calls = []
+
+    def count(friction):
+        calls.append(1)
+        return friction
+
+    def counted(x, **settings):
+        friction = ops.friction(x, **settings)
+        # A callback without effects is left out where nothing needs its result.
+        shape = jax.ShapeDtypeStruct(friction.shape, friction.dtype)
+        return jax.pure_callback(count, shape, friction)
+
+    monkeypatch.setattr(module, "region_friction", counted)
+    x = np.random.default_rng(8).normal(size=(2, 8, 8, 2)).astype(np.float32)
+    core = CORE.astype(np.float32)
+    f = jax.jit(lambda t: ops.inertial_conv_tiled(x, core, region_size=4, threshold=t))
+    for threshold, needs_friction in ((CLOSED, False), (1.1, True)):
+        calls.clear()
+        jax.block_until_ready(jax.jit(lambda t: f(t).y)(jnp.float32(threshold)))
+        assert bool(calls) == needs_friction
+    calls.clear()
+    jax.block_until_ready(f(jnp.float32(CLOSED)).friction)
+    assert calls
+
+
 @pytest.mark.parametrize("channels", [3, 16])
 def test_random_friction_is_uniform_and_of_each_image_alone(channels):
     x = np.random.default_rng(8).normal(size=(64, 8, 8, channels)).astype(np.float32)

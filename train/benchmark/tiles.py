@@ -2,22 +2,25 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from inertia_jax import Conv, Inertial
+from inertia_jax.atomic import appearing
 from inertia_jax.compression.sites import Site
 from inertia_jax.compression.tile_costs import layer_times
 from inertia_jax.cost.table import aligned
 from train.benchmark.suite import BaseSuite
+from train.errors import UsageError, user_input
 from train.run.outputs import check_output_file
 
 # A call has about this many numbers in its images, but one image at least.
 _NUMBERS = 2**22
-# The shares of open tiles that the figure and the printed rows have.
+# The shares of open tiles, of `TIMED_RATES`, that the figure has.
 _SHOWN = (0.0, 0.1)
 
 
@@ -36,6 +39,12 @@ class Suite(BaseSuite):
 
     def cases(self) -> Iterable[Any]:
         check_output_file("figure", self.figure)
+        if self.figure is not None and _suffix(self.figure) not in ("png", "svg"):
+            raise UsageError(f"`figure` (={self.figure}) must end in .png or .svg.")
+        for name, least in (("sides", 1), ("channels", 1), ("tile_sizes", 2)):
+            values = getattr(self, name)
+            if not values or min(values) < least:
+                raise UsageError(f"`{name}` (={values}) must be >= {least}, each.")
         return itertools.product(self.tile_sizes, self.sides, self.channels)
 
     def measure(self, case: tuple[int, int, int]) -> dict[str, Any]:
@@ -58,18 +67,21 @@ class Suite(BaseSuite):
 
     def describe(self, row: dict[str, Any]) -> str:
         cells = [
-            [f"  {rate:.0%} open", f"{ms:.2f} ms", f"{row['dense_ms'] / ms:.2f}x"]
+            [f"  {_words(rate)}", f"{ms:.2f} ms", f"{row['dense_ms'] / ms:.2f}x"]
             for rate, ms in zip(row["open"], row["ms"], strict=True)
         ]
         n, title = row["tile_size"], "x".join(map(str, row["shape"]))
         return f"{title}, {n}x{n}: dense {row['dense_ms']:.2f} ms\n{aligned(cells)}"
 
-    def record(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def rows(self) -> Iterator[dict[str, Any]]:
+        found = []
+        for row in super().rows():
+            found.append(row)
+            yield row
         if self.figure is not None:
-            self._draw(rows, self.figure)
-        return super().record(rows)
+            self._draw(found, pathlib.Path(self.figure))
 
-    def _draw(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
+    def _draw(self, rows: Sequence[Mapping[str, Any]], file: pathlib.Path) -> None:
         """Draws how many times as fast as dense tiles are, by side and channels."""
         import matplotlib
 
@@ -106,12 +118,20 @@ class Suite(BaseSuite):
             axes.set_title(f"{tile} x {tile} tiles", fontsize=10)
             axes.set_xlabel("channels")
         panels[0][0].set_ylabel("side of the image")
-        shares = " and ".join(f"{rate:.0%}" for rate in _SHOWN)
-        figure.suptitle(
-            f"times as fast as dense with {shares} of the tiles open", fontsize=10
-        )
-        figure.savefig(file, dpi=120)
+        shares = ", and ".join(map(_words, _SHOWN))
+        figure.suptitle(f"times as fast as dense: tiles {shares}", fontsize=10)
+        with user_input(), appearing(file) as partial:
+            figure.savefig(partial, dpi=120, format=_suffix(str(file)))
         pyplot.close(figure)
+
+
+def _words(rate: float) -> str:
+    """Returns a share of open tiles in words; without any, friction may be computed."""
+    return f"{rate:.0%} open" if rate else "closed"
+
+
+def _suffix(file: str) -> str:
+    return pathlib.PurePath(file).suffix[1:].lower()
 
 
 def _convolution(shape: tuple[int, int, int]) -> Site:

@@ -87,7 +87,7 @@ def _check_method(args: Compress) -> None:
         )
     if len(given) > 1:
         words = " and ".join(f"`{name}` (={value})" for name, value in given.items())
-        raise UsageError(f"{words} must not both be given.")
+        raise UsageError(f"only one of {words} may be given.")
     if args.method is not None and args.is_inertial != (args.method == "inertial"):
         rule = (
             "inertial with --macs and --latency"

@@ -130,7 +130,9 @@ def compressed_stages(
 
 def images_to_time(args: Compress, network: NetworkDescription, split: Split) -> Any:
     """Returns training images on which an inertial network is timed, not augmented."""
-    return _drawer(args, split, network)(args.timed_batch, augment=False)
+    least = 2  # that `training_inputs` draws
+    drawn = _drawer(args, split, network)(max(least, args.timed_batch), augment=False)
+    return drawn[: args.timed_batch]
 
 
 def save_compressed(

@@ -147,7 +147,7 @@ def _report(
         )
     if args.timed_batch:
         networks = [(dense.model, dense.variables), small]
-        batch_size = args.timed_batch
+        batch_size = args.timed_batch if images is None else len(images)
         if args.device is None:
             where, how = "here", "measured in turn"
             times_ms = network_latencies_ms(

@@ -28,7 +28,7 @@ def map_chunks(
         chunk = function(lax.dynamic_slice_in_dim(x, start, count))
         return lax.dynamic_update_slice_in_dim(y, chunk, start, axis=0)
 
-    out = _varying_as(jnp.zeros(y.shape, y.dtype), x)
+    out = varying_as(jnp.zeros(y.shape, y.dtype), x)
     out = lax.fori_loop(0, n // size, lambda i, out: put(i * size, size, out), out)
     rest = n % size
     return put(n - rest, rest, out) if rest else out
@@ -49,13 +49,13 @@ def sum_chunks(
         chunks = [lax.dynamic_slice_in_dim(a, start, count) for a in arrays]
         return jax.tree.map(jnp.add, sums, function(*chunks))
 
-    sums = jax.tree.map(lambda a: _varying_as(a, *arrays), zero)
+    sums = jax.tree.map(lambda a: varying_as(a, *arrays), zero)
     sums = lax.fori_loop(0, n // size, lambda i, sums: add(i * size, size, sums), sums)
     rest = n % size
     return add(n - rest, rest, sums) if rest else sums
 
 
-def _varying_as(start: Array, *arrays: Array) -> Array:
+def varying_as(start: Array, *arrays: Array) -> Array:
     """Returns `start`, marked as varying over the devices that `arrays` vary over.
 
     `jax.shard_map` with `check_vma` wants a loop's carry to start with the type that it

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from inertia_jax.ops.conv.chunks import varying_as
 from inertia_jax.ops.conv.conv import Padding, conv2d, in_one_type, pad_image
 from inertia_jax.ops.conv.dispatch import conv2d_to_apply
 from inertia_jax.ops.conv.replaced import is_replaced
@@ -67,7 +68,8 @@ def inertial_conv_tiled(
                                  outputs, which is the core on the box mean of the
                                  region (`low="mean"`), or the output at
                                  ((n - 1) // 2, (n - 1) // 2) (`low="sample"`)
-        elsewhere                the tile has its n^2 outputs, also for NaN
+        elsewhere                the tile has its n^2 outputs, also for NaN, unless the
+                                 threshold closes every gate (`Fixed.CLOSED`)
 
     With every gate open this is the ordinary convolution. Where n does not divide the
     map, zeros fill the image on the right and below, and the mean is over all n^2
@@ -84,9 +86,10 @@ def inertial_conv_tiled(
         padding: Padding of the m x m convolution.
         capacities: Shares of tiles, rising to 1, that detail is compiled for. The
             smallest that holds the open tiles of the batch (on CPU, of a chunk) is run,
-            so that results depend on them by rounding alone. (On CPU, one output of an
-            open tile comes from the tile's mean: its rounding is relative to the tile's
-            largest output, and it is not finite if the mean is not.) None computes
+            so that results depend on them by rounding alone. (On CPU, where Winograd's
+            form does not pay, one output of an open tile comes from the tile's mean:
+            its rounding is relative to the tile's largest output, and it is not finite
+            if the mean is not.) None computes
             every tile and then selects, as derivatives and `vmap` always do. On TPU,
             where gathered tiles take longer than all, every tile is computed unless
             none is open.
@@ -208,15 +211,18 @@ def _compute_open(
     x, n = images.x, tiling.tile_size
     padded = pad_image(x, tiling.pads)
     if images.friction is not None:
-        friction = reported = images.friction
+        friction = compared = images.friction
     else:
-        # Nobody asks for the friction of a layer that stays closed, unless it is to be
-        # reported; where it is not, the compiler leaves the second one out.
-        closes, dtype = is_closing(threshold), at_least_float32(x.dtype)
-        none = lambda padded: jnp.zeros((x.shape[0], *tiling.tiles), dtype)  # noqa: E731
-        friction = lax.cond(closes, none, measure, padded)
-        reported = lax.cond(closes, measure, lambda padded: friction, padded)
-    gate = is_open(friction, threshold)
+        closes, shape = is_closing(threshold), (x.shape[0], *tiling.tiles)
+
+        def zeros(padded: Array) -> Array:
+            return varying_as(jnp.zeros(shape, at_least_float32(x.dtype)), padded)
+
+        # A layer that stays closed has no use for friction. Unless the caller has, the
+        # compiler leaves the second of these out.
+        compared = lax.cond(closes, zeros, measure, padded)
+        friction = lax.cond(closes, measure, lambda padded: compared, padded)
+    gate = is_open(compared, threshold)
     num_open, num_tiles = gate.sum(), gate.size
 
     def closed() -> Array:
@@ -243,7 +249,7 @@ def _compute_open(
         high = opened()
         means = spread(tile_means(high, tiling), n)
         return select(
-            high, means, spread(friction[..., None], n), threshold.reshape(1, 1, 1, 1)
+            high, means, spread(compared[..., None], n), threshold.reshape(1, 1, 1, 1)
         )
 
     shares = capacities[:-1] if gathers else ()
@@ -256,4 +262,4 @@ def _compute_open(
         selected,
         opened,
     ]
-    return lax.switch(rung, steps), reported
+    return lax.switch(rung, steps), friction

@@ -205,9 +205,16 @@ def test_tiles_are_timed_and_drawn(tmp_path, capsys):
         assert row["shape"][0] == 2**22 // (row["shape"][1] ** 2 * 4)
         assert min(row["dense_ms"], *row["ms"]) > 0
         for rate, ms in zip(row["open"], row["ms"], strict=True):
-            line = rf"{rate:.0%} open +{ms:.2f} ms +{row['dense_ms'] / ms:.2f}x"
+            words = f"{rate:.0%} open" if rate else "closed"
+            line = rf"{words} +{ms:.2f} ms +{row['dense_ms'] / ms:.2f}x"
             assert re.search(line, said)
     assert figure.read_bytes().startswith(b"\x89PNG")
+    for option, message in (
+        (["--figure", "map.xyz"], "`figure` .* must end in .png or .svg"),
+        (["--tile-sizes", "1"], "`tile_sizes` .* must be >= 2"),
+    ):
+        assert main(["benchmark", "--suite", "tiles", *option]) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.slow
