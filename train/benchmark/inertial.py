@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,18 +14,21 @@ from inertia_jax import Inertial, Plan, Rate, create_model, init_variables, ops
 from inertia_jax.cost.table import aligned
 from inertia_jax.layers.inertial import FRICTION
 from inertia_jax.models.create import abstract_variables, input_shape
+from inertia_jax.models.names import check_model_name
 from inertia_jax.ops.conv.conv import pad_image
 from inertia_jax.ops.conv.dispatch import conv2d_to_apply, filters_for_cpu
 from inertia_jax.ops.inertial.ladder import CHUNK_BYTES
 from inertia_jax.ops.inertial.tiles import fill_low, fill_open, make_tiling
 from inertia_jax.ops.inertial.winograd_tiles import fill_by_winograd
 from inertia_jax.plan.plan import without_ladders
+from inertia_jax.plan.specs import CLOSED, OPEN
 from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import Calls, interleaved, random_images
+from train.errors import user_input
 
 # Each entry: the number of images, their side, and their channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
-_RATES = (0.1, 0.25, 0.5, 1.0)
+_RATES = (0.0, 0.1, 0.25, 0.5, 1.0)
 # Capacities a little above the tested shares: a chunk may have more open tiles than
 # the mean.
 TILED = Inertial(3, 4, reading="tiled", capacities=(1 / 8, 0.28, 0.55, 1))
@@ -39,11 +42,25 @@ class Suite(BaseSuite):
     """Number of images a call of the networks."""
     width: float = 1.0
     """Width of the networks."""
+    models: tuple[str, ...] = ("resnet20", "resnet18")
+    """Networks to measure."""
+    image_size: int | None = None
+    """Side of the networks' images, in pixels; None: as they were published for."""
+    layers: tuple[str, ...] = ("*",)
+    """Globs over the paths of the networks' 3x3 convolutions that are inertial."""
+    tile_size: int = 2
+    """Side of their tiles of outputs."""
+    ops: bool = True
+    """Time single convolutions in 2x2 tiles, too."""
     repeats: int = 9
     """Number of timed calls of each function."""
 
     def cases(self) -> Iterable[Any]:
-        return (*OP_SHAPES, "resnet20", "resnet18")
+        with user_input():
+            for name in self.models:
+                check_model_name("models", name)
+            Inertial(3, 2 + self.tile_size)
+        return (*(OP_SHAPES if self.ops else ()), *self.models)
 
     def measure(self, case: Any) -> dict[str, Any]:
         if isinstance(case, str):
@@ -72,18 +89,30 @@ class Suite(BaseSuite):
         its tiles.
         """
         model = create_model(name, width=self.width)
-        variables = init_variables(model, jax.random.key(0))
-        x = jnp.asarray(random_images(self.batch_size, input_shape(model)))
+        shape = input_shape(model)
+        if self.image_size is not None:
+            shape = (self.image_size, self.image_size, shape[-1])
+        variables = init_variables(model, jax.random.key(0), shape)
+        x = jnp.asarray(random_images(self.batch_size, shape))
         calls: Calls = {"dense": functools.partial(jax.jit(model.apply), variables, x)}
         # One compiled network serves every rate: thresholds are variables.
-        inertial = tiled_model(name, self.width, 0.5)
+        inertial = tiled_model(
+            name, self.width, 0.5, layers=self.layers, tile_size=self.tile_size
+        )
         tiled = jax.jit(inertial.apply)
         for rate in _RATES:
             thresholds = thresholds_at(inertial, variables, x, rate)
             changed = {**variables, "thresholds": thresholds}
             calls[f"tiled {rate:g}"] = functools.partial(tiled, changed, x)
-        row = {"model": name, "batch_size": self.batch_size, "width": self.width}
-        return {**row, "times": interleaved(calls, repeats=self.repeats)}
+        return {
+            "model": name,
+            "batch_size": self.batch_size,
+            "width": self.width,
+            "image_shape": shape,
+            "layers": self.layers,
+            "tile_size": self.tile_size,
+            "times": interleaved(calls, repeats=self.repeats),
+        }
 
 
 def bench_op(images: int, side: int, channels: int, *, repeats: int) -> dict[str, Any]:
@@ -158,19 +187,29 @@ def bench_op(images: int, side: int, channels: int, *, repeats: int) -> dict[str
 
 
 def _threshold_for(levels: np.ndarray, rate: float) -> Any:
-    return jnp.float32(-1 if rate == 1 else np.quantile(levels, 1 - rate))
+    if rate in (0, 1):
+        return jnp.float32(OPEN if rate else CLOSED)
+    return jnp.float32(np.quantile(levels, 1 - rate))
 
 
-def tiled_model(name: str, width: float, rate: float) -> nn.Module:
-    """Returns a network whose tileable 3x3 convolutions are inertial, in 2x2 tiles."""
-    tiled = dataclasses.replace(TILED, threshold=Rate(rate))
-    return create_model(name, width=width, plan=Plan((("*", tiled),)))
+def tiled_model(
+    name: str,
+    width: float,
+    rate: float,
+    *,
+    layers: Sequence[str] = ("*",),
+    tile_size: int = 2,
+) -> nn.Module:
+    """Returns a network whose tileable 3x3 convolutions are inertial."""
+    tiled = dataclasses.replace(TILED, region_size=2 + tile_size, threshold=Rate(rate))
+    plan = Plan(tuple((glob, tiled) for glob in layers))
+    return create_model(name, width=width, plan=plan)
 
 
 def thresholds_at(model: nn.Module, variables: Any, x: Any, rate: float) -> Any:
     """Returns each layer's threshold for a rate, under the gates of those before it."""
     model = without_ladders(model)
-    shapes = abstract_variables(model)["thresholds"]
+    shapes = abstract_variables(model, x.shape[1:])["thresholds"]
     thresholds = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     # Training mode would change BatchNorm. The thresholds are therefore computed from
     # the friction that evaluation sows, repeatedly, until later layers have settled.
@@ -185,6 +224,8 @@ def thresholds_at(model: nn.Module, variables: Any, x: Any, rate: float) -> Any:
             return {"threshold": _threshold_for(np.asarray(sown[FRICTION][0]), rate)}
         return {name: level(inner) for name, inner in sown.items()}
 
+    if rate == 0:
+        return jax.tree.map(lambda t: jnp.full_like(t, CLOSED), thresholds)
     for _ in range(1 if rate == 1 else 4):
         thresholds = level(apply(thresholds, x))
     return thresholds

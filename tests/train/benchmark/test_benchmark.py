@@ -49,7 +49,10 @@ OPTIONS = {
     "memory": NETWORKS,
     "startup": {"verbs", "repeats", "against", "small-pages", "no-small-pages"},
     "loop": {"config", "data", "width", "steps", "repeats"},
-    "inertial": {"batch-size", "width", "repeats"},
+    "inertial": {
+        *("batch-size", "width", "models", "image-size", "layers", "tile-size"),
+        *("ops", "no-ops", "repeats"),
+    },
     "tiles": {"sides", "channels", "tile-sizes", "figure"},
     "tucker": {*NETWORKS, "stem", "repeats"},
     "sweep": {"sweep", "data", "batch-size", "steps", "repeats"},
