@@ -115,13 +115,15 @@ def test_gates_close_as_the_threshold_rises(reading, data):
     core = np.linspace(-1, 1, 3 * 3 * 2 * 2, dtype=np.float32).reshape(3, 3, 2, 2)
     apply = jitted(operation, region_size=4, **options)
     levels = sorted(data.draw(st.lists(st.floats(0, 1e3, width=32), max_size=3)))
-    outputs = [apply(x, core, threshold=t) for t in (-1.0, *levels, 1e30)]
+    outputs = [apply(x, core, threshold=t) for t in (-1.0, *levels, 1e29, 1e30)]
     for wider, narrower in itertools.pairwise(outputs):
         assert not np.any(narrower.gate & ~wider.gate)
-    # Below all friction every gate is open; above it those of NaN and infinity are.
+    # Below all friction every gate is open; above it those of NaN and infinity are,
+    # unless the threshold closes every gate.
     assert np.all(outputs[0].gate)
-    is_huge = ~(np.asarray(outputs[0].friction) <= 1e30)
-    np.testing.assert_array_equal(outputs[-1].gate, is_huge)
+    is_huge = ~(np.asarray(outputs[0].friction) <= 1e29)
+    np.testing.assert_array_equal(outputs[-2].gate, is_huge)
+    assert not np.any(outputs[-1].gate)
     if operation == "inertial_conv_tiled" and np.isfinite(x).all():
         dense = jitted("conv2d")(x, core)
         # 18 products of numbers below 1e3, of which rounding loses 1e-7 each.

@@ -229,11 +229,11 @@ def test_a_misspelt_option_is_answered_with_the_near_one(argv, near, capsys):
         (["compress", "x", "--ranks", "bugdet:macs=0.5", "--out", "y"], "mean budget?"),
         (
             ["compress", "x", "--out", "y"],
-            "or --macs (for inertial layers) must be given.",
+            "or --macs or --latency (for inertial layers) must be given.",
         ),
         (
             ["compress", "x", "--out", "y", "--ranks", "ratio:0.2", "--macs", "0.5"],
-            "`ranks` (=ratio:0.2) and `macs` (=0.5) must not both be given.",
+            "only one of `ranks` (=ratio:0.2) and `macs` (=0.5) may be given.",
         ),
         (["pipeline"], "`file` must be given"),
     ],
