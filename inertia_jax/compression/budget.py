@@ -25,7 +25,7 @@ from inertia_jax.compression.layer_times import (
     measured_times,
 )
 from inertia_jax.compression.probes import measured_errors, with_forms
-from inertia_jax.compression.ranks import Budget
+from inertia_jax.compression.ranks import Budget, check_reachable
 from inertia_jax.compression.sites import Factorised, Site
 from inertia_jax.compression.weighed_kernel import WeighedKernel
 from inertia_jax.compression.whole_network import (
@@ -178,16 +178,10 @@ def choose_ranks(
 
 def _check(budget: Budget, least: float) -> None:
     """Raises ValueError where a budget is below the least share of the cost."""
-    if least > budget.share * (1 + 1e-12):
-        # The share is rounded up, because the share that is named must be reachable.
-        share = math.ceil(1e4 * least) / 1e4
-        what = "each layer in its fastest form"
-        if budget.of != "latency":
-            what = "every rank the least possible"
-        rule = f"must be at least {share:.4f}, the share with {what}"
-        if least >= 1:
-            rule = f"is met by no ranks: with {what}, the share is {share:.4f}"
-        raise ValueError(f"`{budget.of}` (={budget.share}) {rule}.")
+    state = "each layer in its fastest form"
+    if budget.of != "latency":
+        state = "every rank the least possible"
+    check_reachable(budget.of, budget.share, least, state=state, forms="ranks")
 
 
 def _whole_costs(

@@ -14,6 +14,9 @@ from inertia_jax.ops.tucker.unfold import max_ranks, split_groups, unfold_in, un
 from inertia_jax.plan.plan import Plan
 from inertia_jax.plan.specs import Conv, LowRank, Tucker2, as_python
 
+# Sums of costs are equal up to this share.
+ROUNDING = 1e-12
+
 
 def _set_share(rule: object, name: str) -> None:
     value = as_python(getattr(rule, name))
@@ -21,6 +24,28 @@ def _set_share(rule: object, name: str) -> None:
     if not is_number or not 0 < value <= 1:
         raise ValueError(f"`{name}` (={value!r}) must be in (0, 1].")
     object.__setattr__(rule, name, value)
+
+
+def check_reachable(
+    name: str, share: float, least: float, *, state: str, forms: str
+) -> None:
+    """Raises ValueError where a share of the cost is below the least possible one.
+
+    Args:
+        name: The name of the cost.
+        share: The share that is asked for.
+        least: The least share.
+        state: What the network is in that takes it, e.g. "every tile closed".
+        forms: What layers may have, e.g. "tiles".
+    """
+    if least <= share * (1 + ROUNDING):
+        return
+    # The share is rounded up, because the share that is named must be reachable.
+    least = math.ceil(1e4 * least) / 1e4
+    rule = f"must be at least {least:.4f}, the share with {state}"
+    if least >= 1:
+        rule = f"is met by no {forms}: with {state}, the share is {least:.4f}"
+    raise ValueError(f"`{name}` (={share}) {rule}.")
 
 
 @dataclasses.dataclass(frozen=True)

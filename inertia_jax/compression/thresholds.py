@@ -18,8 +18,9 @@ from inertia_jax.compression.calibration import (
     output_function,
     reference_outputs,
 )
+from inertia_jax.compression.ranks import ROUNDING
 from inertia_jax.compression.sites import layer_places
-from inertia_jax.compression.tile_costs import ROUNDING, CostCurve, TileCosts
+from inertia_jax.compression.tile_costs import CostCurve, TileCosts
 from inertia_jax.inputs import Inputs, batched
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
 from inertia_jax.plan.plan import Plan, as_glob

@@ -1,7 +1,6 @@
 """The cost of a network by its shares of open tiles: MACs, or time measured here."""
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from inertia_jax.compression.latency import (
     random_inputs,
     time_interleaved,
 )
+from inertia_jax.compression.ranks import check_reachable
 from inertia_jax.compression.sites import Site
 from inertia_jax.cost.count import count_one
 from inertia_jax.inputs import Shape
@@ -27,10 +27,8 @@ from inertia_jax.plan.plan import Plan, as_glob
 from inertia_jax.plan.specs import CLOSED, Conv, Fixed, Inertial
 from inertia_jax.progress import Progress, counted
 
-# A share of open tiles that opens none: friction is computed, as it is for no share.
+# A share so small that it opens no tile; but friction is computed, unlike for 0.
 GATED = float(np.finfo(np.float32).tiny)
-# Sums of costs are equal up to this share.
-ROUNDING = 1e-12
 # The shares of open tiles at which layers are timed. Between them, times are taken to
 # be linear.
 TIMED_RATES = (0.0, GATED, 0.05, 0.1, 0.25, 0.5, 0.9)
@@ -94,14 +92,8 @@ class TileCosts(NamedTuple):
         """
         saved = sum(curve.dense - curve.least for curve in self.curves.values())
         least = (self.dense - saved) / budget * self.share
-        if least <= self.share * (1 + ROUNDING):
-            return
-        # The share is rounded up, because the share that is named must be reachable.
-        least = math.ceil(1e4 * least) / 1e4
-        rule = f"must be at least {least:.4f}, the share with every tile closed"
-        if least >= 1:
-            rule = f"is met by no tiles: with all of them closed, it is {least:.4f}"
-        raise ValueError(f"`{self.name}` (={self.share}) {rule}.")
+        state = "every tile closed"
+        check_reachable(self.name, self.share, least, state=state, forms="tiles")
 
 
 def macs_of_tiles(

@@ -23,8 +23,9 @@ def count_inertial(
     tile, and n^2 - 1 more for each open one, or n^2 more in bfloat16. (GPUs and TPUs,
     whose products are narrower, compute n^2 in float32 as well; this is not counted.) A
     compiled ladder takes a whole capacity. The one that holds the mean rate is counted,
-    though a batch, or on CPU a chunk of one, may need the next. A ladder
-    whose threshold closes every gate computes no friction. Inputs have the shape
+    though a batch, or on CPU a chunk of one, may need the next. On CPU, a
+    ladder whose threshold closes every gate computes no friction; none is counted.
+    Inputs have the shape
     [n, h, w, c_in], the output of one image has [h_out, w_out, c_out].
     """
     spec, c_in = layer.spec, input_shape[-1]

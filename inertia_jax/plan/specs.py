@@ -70,8 +70,8 @@ class Fixed:
         value: Friction above it opens the gate; in the units of the friction.
         OPEN: The threshold below all friction, which opens every gate.
         CLOSED: The threshold above all friction, which closes every gate, also where
-            friction is NaN. Tiled layers with a ladder then compute no friction in
-            evaluation.
+            friction is NaN. On CPU, tiled layers with a ladder then compute no
+            friction in evaluation.
 
     Example:
         >>> ij.Inertial(3, 4, reading="tiled", threshold=ij.Fixed(0.5)).threshold

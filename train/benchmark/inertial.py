@@ -24,7 +24,7 @@ from inertia_jax.plan.plan import without_ladders
 from inertia_jax.plan.specs import CLOSED, OPEN
 from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import Calls, interleaved, random_images
-from train.errors import user_input
+from train.errors import UsageError, user_input
 
 # Each entry: the number of images, their side, and their channels.
 OP_SHAPES = ((64, 32, 64), (64, 16, 128))
@@ -59,7 +59,10 @@ class Suite(BaseSuite):
         with user_input():
             for name in self.models:
                 check_model_name("models", name)
-            Inertial(3, 2 + self.tile_size)
+        for name, least in (("tile_size", 2), ("image_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"`{name}` (={value}) must be >= {least}.")
         return (*(OP_SHAPES if self.ops else ()), *self.models)
 
     def measure(self, case: Any) -> dict[str, Any]:
@@ -224,8 +227,6 @@ def thresholds_at(model: nn.Module, variables: Any, x: Any, rate: float) -> Any:
             return {"threshold": _threshold_for(np.asarray(sown[FRICTION][0]), rate)}
         return {name: level(inner) for name, inner in sown.items()}
 
-    if rate == 0:
-        return jax.tree.map(lambda t: jnp.full_like(t, CLOSED), thresholds)
-    for _ in range(1 if rate == 1 else 4):
+    for _ in range(1 if rate in (0, 1) else 4):
         thresholds = level(apply(thresholds, x))
     return thresholds

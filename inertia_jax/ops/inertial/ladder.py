@@ -37,14 +37,14 @@ def with_ladder(
     """Returns a function: `dense` under derivatives and vmap, and `sparse` elsewhere.
 
     `dense` computes every tile, `sparse` the open ones. Both take `PerImage`, the core
-    and the threshold; `sparse` also takes Winograd's filters or None, whether products
-    are exact (`spared_output`), and whether open tiles may be gathered.
+    and the threshold; `sparse` also takes Winograd's filters or None, whether it runs
+    on CPU, and whether open tiles may be gathered.
     """
 
     def compute_at_once(
         images: PerImage, core: Array, threshold: Array, *, gathers: bool = True
     ) -> Result:
-        return sparse(images, core, threshold, None, is_exact=False, gathers=gathers)
+        return sparse(images, core, threshold, None, on_cpu=False, gathers=gathers)
 
     # Gathered tiles lie in memory pixel by pixel there. For [256,32,32,64] in bfloat16,
     # XLA estimates 4.57 million cycles on v5e with an eighth of the tiles, without the
@@ -57,7 +57,7 @@ def with_ladder(
         filters = filters_for_cpu(x, core, tiling.pads)
 
         def compute_chunk(chunk: PerImage) -> Result:
-            return sparse(chunk, core, threshold, filters, is_exact=True, gathers=True)
+            return sparse(chunk, core, threshold, filters, on_cpu=True, gathers=True)
 
         # Not `map_chunks`: outputs may vary over other devices than the images do.
         n = x.shape[0]

@@ -201,7 +201,7 @@ def _compute_open(
     tiling: Tiling,
     measure: Callable[[Array], Array],
     capacities: tuple[float | int, ...],
-    is_exact: bool,
+    on_cpu: bool,
     gathers: bool,
 ) -> Result:
     """Computes open tiles alone, up to the smallest capacity that holds them.
@@ -211,7 +211,9 @@ def _compute_open(
     x, n = images.x, tiling.tile_size
     padded = pad_image(x, tiling.pads)
     if images.friction is not None:
-        friction = compared = images.friction
+        compared = friction = images.friction
+    elif not on_cpu:
+        compared = friction = measure(padded)
     else:
         closes, shape = is_closing(threshold), (x.shape[0], *tiling.tiles)
 
@@ -237,7 +239,7 @@ def _compute_open(
                 padded, filters, low, gate, tiling, capacity=capacity
             )
         return fill_open(
-            padded, core, low, gate, tiling, capacity=capacity, is_exact=is_exact
+            padded, core, low, gate, tiling, capacity=capacity, is_exact=on_cpu
         )
 
     def opened() -> Array:
