@@ -7,7 +7,10 @@ from train.experiments.study_config import Smaller, Study
 
 study = Study(
     checkpoint="checkpoints/resnet20",
-    smaller={"half": Smaller(("--ranks", "budget:macs=0.5", "--method", "hooi"))},
+    smaller={
+        name: Smaller(("--ranks", f"budget:macs={share}", "--method", "hooi"))
+        for name, share in {"half": 0.5, "third": 0.35, "quarter": 0.28}.items()
+    },
     compress=("--crop-padding", "4", "--flip", "True"),
     finetune=(
         *("--epochs", "10", "--optimizer.learning-rate", "0.05"),
