@@ -92,6 +92,13 @@ def test_operations_are_pillows(magnitude, channels):
                     np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
+def test_equalize_leaves_the_pixels_of_the_highest_value_out_as_pillow_does():
+    image = np.minimum(SMOOTH, 120)  # which is the value of a third of them
+    found = all_operations(jnp.asarray(image), np.array([1]), magnitude=9)[0]
+    ours = found[OPERATIONS.index("equalize")]
+    np.testing.assert_array_equal(ours, pillows(image, "equalize", 1, 9))
+
+
 def test_an_image_of_one_colour_has_nothing_to_stretch():
     image = np.full((4, 5, 3), 77, np.uint8)
     found = all_operations(jnp.asarray(image), np.array([1]), magnitude=9)[0]

@@ -30,6 +30,7 @@ def restarts(monkeypatch, tmp_path):
     monkeypatch.delenv(host_memory._RESTARTED, raising=False)
     (tmp_path / "enabled").write_text(MADVISE)
     monkeypatch.setattr(host_memory, "_restarted_with", None)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)  # also while lines are counted
     give_command(monkeypatch, "fit", "--epochs", "1")
     return found
 
@@ -177,6 +178,7 @@ def test_the_program_starts_itself_again_and_says_what_it_would(tmp_path):
     )
     hidden = ("GLIBC_TUNABLES", host_memory._RESTARTED)
     env = {k: v for k, v in os.environ.items() if k not in hidden}
+    env.pop("COVERAGE_PROCESS_CONFIG", None)  # a traced process is not replaced
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
     for tunables, settings in (
         (None, ["None", "glibc.malloc.hugetlb=1"]),
