@@ -166,11 +166,6 @@ def make_inertial(
         images=timed,
     )
 
-    def search_of(candidates: Candidates) -> ThresholdSearch:
-        return ThresholdSearch(
-            model, variables, *candidates, images, batch_size, apply_fn
-        )
-
     tileable = [
         _tileable(model, sites, kept, shape, layers, size, settings, apply_fn)
         for size in sizes
@@ -192,36 +187,27 @@ def make_inertial(
                 progress=progress,
             )
         found.append(Candidates(specs, costs))
-    chosen = choose_tiles(found, search_of, progress)
+    search_of = functools.partial(
+        ThresholdSearch,
+        model,
+        variables,
+        images=images,
+        batch_size=batch_size,
+        apply_fn=apply_fn,
+    )
+    chosen = choose_tiles(found, lambda some: search_of(*some), progress)
     what = "no fewer MACs" if latency is None else "no less time"
     for path in found[0].specs:
         if path not in chosen.specs:
             kept[path] = f"takes {what} with every tile closed"
     kept = {path: reason for path, reason in kept.items() if matches(path, layers)}
-    places = layer_places(variables["params"])
 
     def network_at(
         state: SearchState, more: Inputs
     ) -> tuple[nn.Module, dict[str, Any]]:
-        rules: list[tuple[str, Inertial]] = []
-        thresholds: dict[tuple[str, ...], Any] = {}
-        for path, spec in chosen.specs.items():
-            rate = state.rates[path]
-            if rate == 1:
-                continue
-            target = Rate(rate) if rate else Fixed.CLOSED
-            rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
-            dtype = leaves_at(variables, path)["kernel"].dtype
-            threshold = state.thresholds[path] if rate else CLOSED
-            thresholds[*places[path], "threshold"] = jnp.asarray(threshold, dtype)
-        if not rules:
+        if all(rate == 1 for rate in state.rates.values()):
             return original, variables
-        inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
-        if isinstance(inertial, Planned):
-            every = {**dict(inertial.kept), **kept}
-            inertial = inertial.clone(kept=tuple(every.items()))
-        nested = traverse_util.unflatten_dict(thresholds)
-        changed = {**variables, "thresholds": nested}
+        inertial, changed = _gated(model, variables, chosen.specs, state, kept)
         if not running_statistics(variables) or not takes_train(model, apply_fn):
             return inertial, changed
         # Recalibration uses the measured thresholds, not the quantiles of each batch.
@@ -236,12 +222,45 @@ def make_inertial(
             return budget
         return min(share * before / after * budget, _LEAST_STEP * state.cost)
 
-    state = search_of(chosen).run(
+    state = search_of(*chosen).run(
         share * chosen.costs.dense,
         progress,
         tighten=None if latency is None else tighten,
     )
     return network_at(state, images if recalibration is None else recalibration)
+
+
+def _gated(
+    model: Any,
+    variables: Mapping[str, Any],
+    specs: Mapping[str, Inertial],
+    state: SearchState,
+    kept: Mapping[str, str],
+) -> tuple[Any, dict[str, Any]]:
+    """Returns a network and variables with the rates and thresholds of a state.
+
+    Layers of rate 1 stay as they are.
+    """
+    places = layer_places(variables["params"])
+    rules: list[tuple[str, Inertial]] = []
+    thresholds: dict[tuple[str, ...], Any] = {}
+    for path, spec in specs.items():
+        rate = state.rates[path]
+        if rate == 1:
+            continue
+        target = Rate(rate) if rate else Fixed.CLOSED
+        rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
+        dtype = leaves_at(variables, path)["kernel"].dtype
+        threshold = state.thresholds[path] if rate else CLOSED
+        thresholds[*places[path], "threshold"] = jnp.asarray(threshold, dtype)
+    inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
+    if isinstance(inertial, Planned):
+        every = {**dict(inertial.kept), **kept}
+        inertial = inertial.clone(kept=tuple(every.items()))
+    return inertial, {
+        **variables,
+        "thresholds": traverse_util.unflatten_dict(thresholds),
+    }
 
 
 def _with_plan(model: nn.Module) -> Any:
