@@ -10,7 +10,8 @@ BIN = $(VENV)/bin
 
 PYTEST = $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-all test-floor coverage fuzz faults lint docs release clean
+.PHONY: quickstart test test-all test-floor coverage mutants fuzz faults lint docs \
+	release clean
 
 quickstart: $(VENV)/.train
 	PYTHONWARNINGS=$(WARNINGS) $(BIN)/python -m train quickstart
@@ -37,6 +38,12 @@ coverage: $(VENV)/.$(EXTRAS)
 	$(PYTEST) --one-a-file --cov --cov-report= $(TESTS)
 	$(BIN)/python -m coverage report --include='train/*' --fail-under=90
 	$(BIN)/python -m coverage report --include='inertia_jax/*' --fail-under=95
+
+# Small changes of the code, and whether the tests notice; after `make coverage`, which
+# says what tests run each line. MUTANTS of each part of the code.
+MUTANTS ?= 40
+mutants: $(VENV)/.$(EXTRAS),mutants
+	$(BIN)/python tests/mutation/mutating.py --mutants $(MUTANTS)
 
 lint: $(VENV)/.$(EXTRAS)
 	$(BIN)/ruff check .

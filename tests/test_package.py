@@ -183,7 +183,8 @@ def test_every_import_is_of_a_declared_dependency(folder):
 
 def test_tests_import_what_the_extras_bring():
     helpers = {canonical(file.stem) for file in (ROOT / "tests").rglob("*.py")}
-    distributions = declared("train", "tfds", "torch", "onnx", "int8", "dev") | helpers
+    extras = ("train", "tfds", "torch", "onnx", "int8", "dev", "mutants")
+    distributions = declared(*extras) | helpers
     files = (ROOT / "tests").rglob("*.py")
     assert undeclared(files, distributions, nested=True) == set()
 

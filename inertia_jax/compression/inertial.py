@@ -35,9 +35,9 @@ from inertia_jax.compression.tile_costs import macs_of_tiles, times_of_tiles
 from inertia_jax.dropped import dropped_rules
 from inertia_jax.inputs import Inputs, Shape, batched, num_inputs
 from inertia_jax.models.create import inputs_of, shape_of_inputs
-from inertia_jax.ops.inertial.settings import Low, Metric, Reference
+from inertia_jax.ops.inertial.settings import CLOSED, OPEN, Low, Metric, Reference
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
-from inertia_jax.plan.specs import CLOSED, OPEN, Conv, Fixed, Inertial, Rate, as_python
+from inertia_jax.plan.specs import Conv, Fixed, Inertial, Rate, as_python
 from inertia_jax.progress import Progress
 from inertia_jax.variables import plain_variables
 

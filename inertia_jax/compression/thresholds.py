@@ -23,8 +23,9 @@ from inertia_jax.compression.sites import layer_places
 from inertia_jax.compression.tile_costs import CostCurve, TileCosts
 from inertia_jax.inputs import Inputs, batched
 from inertia_jax.layers.inertial import FRICTION, GATE_RATE, mean_gate_rate
+from inertia_jax.ops.inertial.settings import CLOSED, OPEN
 from inertia_jax.plan.plan import Plan, as_glob
-from inertia_jax.plan.specs import CLOSED, OPEN, Inertial
+from inertia_jax.plan.specs import Inertial
 from inertia_jax.progress import Progress, counted
 from inertia_jax.variables import subtree
 

@@ -21,10 +21,11 @@ from inertia_jax.compression.ranks import check_reachable
 from inertia_jax.compression.sites import Site
 from inertia_jax.cost.count import count_one
 from inertia_jax.inputs import Shape
+from inertia_jax.ops.inertial.settings import CLOSED
 from inertia_jax.ops.inertial.tiled import inertial_conv_tiled
 from inertia_jax.ops.inertial.window import InertialOutput
 from inertia_jax.plan.plan import Plan, as_glob
-from inertia_jax.plan.specs import CLOSED, Conv, Fixed, Inertial
+from inertia_jax.plan.specs import Conv, Fixed, Inertial
 from inertia_jax.progress import Progress, counted
 
 # A share so small that it opens no tile; but friction is computed, unlike for 0.

@@ -38,9 +38,7 @@ class QuickConv(nnx.Conv):
         self.use_running_average = use_running_average
         del self.conv_general_dilated  # which the method below would be hidden by
 
-    def conv_general_dilated(  # type: ignore[override]  # an attribute of nnx.Conv
-        self, *args: Any, **options: Any
-    ) -> Array:
+    def conv_general_dilated(self, *args: Any, **options: Any) -> Array:
         return conv_for_linen(*args, train=not self.use_running_average, **options)
 
 

@@ -32,7 +32,7 @@ class Global(str):
     """The dotted name of a class or function."""
 
 
-class Unknown(dict):
+class Unknown(dict[Any, Any]):
     """Stands for an object of a class that is not read: its items and attributes.
 
     Args:

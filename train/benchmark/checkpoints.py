@@ -26,8 +26,8 @@ from train.benchmark.runtimes import (
 from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import Calls, interleaved, jax_call, relative_gap
 from train.config import FINETUNE, FactoryOption, SourceOption
+from train.data import ImageSet, Split
 from train.data.augment import Augmentation
-from train.data.sets import ImageSet, Split
 from train.errors import UsageError, user_input
 from train.evaluate.checkpoint import load_fitting
 from train.evaluate.deployed import deployed, images_to_logits

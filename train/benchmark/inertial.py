@@ -18,10 +18,10 @@ from inertia_jax.models.names import check_model_name
 from inertia_jax.ops.conv.conv import pad_image
 from inertia_jax.ops.conv.dispatch import conv2d_to_apply, filters_for_cpu
 from inertia_jax.ops.inertial.ladder import CHUNK_BYTES
+from inertia_jax.ops.inertial.settings import CLOSED, OPEN
 from inertia_jax.ops.inertial.tiles import fill_low, fill_open, make_tiling
 from inertia_jax.ops.inertial.winograd_tiles import fill_by_winograd
 from inertia_jax.plan.plan import without_ladders
-from inertia_jax.plan.specs import CLOSED, OPEN
 from train.benchmark.suite import BaseSuite
 from train.benchmark.timing import Calls, interleaved, random_images
 from train.errors import UsageError, user_input

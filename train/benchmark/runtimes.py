@@ -59,7 +59,7 @@ def runtime_call(
         ValueError: The network has no form in PyTorch here, or the program refuses it.
     """
     check_installed(runtime)
-    source = torch_source(function, variables, image_shape=images.shape[1:])  # type: ignore[arg-type]  # three axes
+    source = torch_source(function, variables, image_shape=images.shape[1:])
     try:
         call = _CALLS[runtime](source, images)
         call()

@@ -8,8 +8,9 @@ from typing import Any
 from flax import linen as nn
 
 from inertia_jax.calls import Network, are_equal
-from train.evaluate.checkpoint import EvaluationSettings, evaluator_for
+from train.evaluate.checkpoint import evaluator_for
 from train.evaluate.evaluation import Evaluation, in_points, paired_difference
+from train.evaluate.settings import EvaluationSettings
 from train.networks import NetworkDescription
 
 

@@ -17,10 +17,9 @@ from inertia_jax import (
     reconstruct,
     save_checkpoint,
 )
-from inertia_jax.calls import takes_train
+from inertia_jax.calls import Network, takes_train
 from inertia_jax.compression.recalibrate import running_statistics
 from inertia_jax.progress import Progress
-from train.compress.accuracy import Network
 from train.compress.augmentation import needed_augmentation
 from train.compress.options import Compress
 from train.compress.rank_rules import parse_ranks

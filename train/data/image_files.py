@@ -110,7 +110,7 @@ def read_image(file: pathlib.Path, sides: tuple[int, int] | None = None) -> np.n
         ValueError: The file is damaged, no image, has more than 8 bits a pixel and
             channel, or has more than 89,478,485 pixels, as it is or resized.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -121,7 +121,7 @@ def read_image(file: pathlib.Path, sides: tuple[int, int] | None = None) -> np.n
                 if wrong is None:
                     rgb = opened if opened.mode == "RGB" else opened.convert("RGB")
                     return np.asarray(rgb if sides is None else cropped(rgb, sides))
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ValueError(f"cannot read {file}: no image that Pillow knows.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         wrong = f"has too many pixels; must have at most {_MOST_PIXELS:,}"

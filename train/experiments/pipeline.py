@@ -19,8 +19,9 @@ from train.config import Config
 from train.config_file import config_to_json, without_places
 from train.data import ImageSet, load_configured
 from train.errors import UsageError, user_input
-from train.evaluate.checkpoint import EvaluationSettings, evaluate_network
+from train.evaluate.checkpoint import evaluate_network
 from train.evaluate.evaluation import Evaluation, paired_difference
+from train.evaluate.settings import EvaluationSettings
 from train.experiments.claim import check_claim, claim
 from train.experiments.pipeline_config import Pipeline
 from train.fit.checks import check_trainable

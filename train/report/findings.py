@@ -14,12 +14,9 @@ from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 from inertia_jax.models.create import known_name
 from train.data import ImageSet, Split
 from train.errors import UsageError
-from train.evaluate.checkpoint import (
-    EvaluationSettings,
-    evaluator_on,
-    load_fitting,
-)
+from train.evaluate.checkpoint import evaluator_on, load_fitting
 from train.evaluate.evaluation import Evaluation
+from train.evaluate.settings import EvaluationSettings
 from train.machine.processes import say, warn
 from train.networks import TrainedNetwork
 from train.own_network import OwnNetwork

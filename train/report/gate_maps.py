@@ -15,8 +15,8 @@ from inertia_jax.calls import apply_network
 from inertia_jax.intercept import first_argument, on_calls
 from inertia_jax.layers.inertial import FRICTION, InertialConv
 from inertia_jax.metadata import Preprocessing
+from inertia_jax.ops.inertial.settings import CLOSED, OPEN
 from inertia_jax.plan.plan import without_ladders
-from inertia_jax.plan.specs import CLOSED, OPEN
 from inertia_jax.variables import subtree
 from train.data import Split
 from train.data.augment import Augmentation

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 
 from inertia_jax import count_cost
+from inertia_jax.calls import Network
 from inertia_jax.compression.chip_times import chip_times
 from inertia_jax.compression.latency import network_latencies_ms
 from train.command import shell_command
 from train.compress import augmentation
-from train.compress.accuracy import Network, compare_stages, in_words, stage_evaluator
+from train.compress.accuracy import compare_stages, in_words, stage_evaluator
 from train.compress.checks import check_options, check_options_without_data
 from train.compress.layer_report import format_layers, report_layers
 from train.compress.options import AUGMENTATION, Compress

@@ -9,11 +9,8 @@ import numpy as np
 from inertia_jax import count_cost, match_torch, save_checkpoint
 from inertia_jax.interop import read_torch
 from inertia_jax.metadata import Metadata, Preprocessing, both_sides
-from inertia_jax.models.create import (
-    abstract_variables,
-    check_model_name,
-    input_shape,
-)
+from inertia_jax.models.create import abstract_variables, input_shape
+from inertia_jax.models.names import check_model_name
 from train.config import Model
 from train.errors import UsageError, user_input
 from train.machine.processes import say

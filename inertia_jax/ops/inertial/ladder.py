@@ -87,7 +87,9 @@ def with_ladder(
         )
 
     @ladder.def_vmap
-    def _batched(axis_size: int, in_batched: Any, *args: Any):
+    def _batched(
+        axis_size: int, in_batched: Any, *args: Any
+    ) -> tuple[Any, tuple[bool, bool]]:
         axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
         y = jax.vmap(dense, tuple(axes), axis_size=axis_size)(*args)
         return y, (True, True)
@@ -95,7 +97,7 @@ def with_ladder(
     differentiable = jax.custom_jvp(ladder)
 
     @differentiable.defjvp
-    def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
+    def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
         return jax.jvp(dense, primals, tangents)
 
     return differentiable
