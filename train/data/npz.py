@@ -8,6 +8,7 @@ from train.data.held_out import HOW_TO_HOLD_OUT, HeldOut
 from train.data.sets import ImageSet, check_labels, make_set
 from train.errors import shortened
 
+_KEYS = frozenset(("x_train", "y_train", "x_test", "y_test", "label_names"))
 # Without names, a label above this is taken for an error, not for so many classes.
 _MOST_UNNAMED = 100_000
 
@@ -17,7 +18,7 @@ def load_npz(path: str, held_out: HeldOut) -> ImageSet:
 
     `x_test` and `y_test` are required, unless test images are held out of `x_train`;
     `x_train` and `y_train` only for training. `label_names` names the classes. Without
-    it, their number is the highest label plus one.
+    it, their number is the highest label plus one. Other arrays are not read.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -34,7 +35,8 @@ def load_npz(path: str, held_out: HeldOut) -> ImageSet:
     try:
         # NumPy would leave a damaged file open.
         with file.open("rb") as stream, np.load(stream) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+            held = archive.files
+            arrays = {key: archive[key] for key in _KEYS.intersection(held)}
     # The readers of zip files and of NumPy's headers, which are Python, raise whatever
     # damaged bytes lead them to: zlib.error, TokenError, MemoryError and more.
     except Exception as error:
@@ -49,10 +51,11 @@ def load_npz(path: str, held_out: HeldOut) -> ImageSet:
         testing, training = set(), {"x_train", "y_train"}
     for key in sorted(testing | training):
         if key not in arrays:
-            held = shortened(sorted(arrays))
             has_only_training = not testing & set(arrays) and "x_train" in arrays
             advice = f" ({HOW_TO_HOLD_OUT})" if has_only_training and testing else ""
-            raise ValueError(f"{file} holds {held}; must hold {key!r}{advice}.")
+            raise ValueError(
+                f"{file} holds {shortened(sorted(held))}; must hold {key!r}{advice}."
+            )
     splits = {
         split: (arrays[f"x_{split}"], arrays[f"y_{split}"])
         for split in ("train", "test")

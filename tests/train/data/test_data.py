@@ -183,6 +183,14 @@ def test_arrays_that_somebody_made_are_refused(member, message, tmp_path):
     assert len(str(caught.value)) < 500
 
 
+def test_arrays_that_are_not_asked_for_are_not_read(tmp_path):
+    np.savez(tmp_path / "set.npz", **arrays())
+    shape = header(f"{{'descr': 'u1', 'fortran_order': False, 'shape': ({2**60},)}}")
+    with zipfile.ZipFile(tmp_path / "set.npz", "a") as archive:
+        archive.writestr("index_train.npy", shape)
+    assert load(f"npz:{tmp_path / 'set.npz'}").num_classes == 3
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(UsageError, match="no file .*none.npz.*x_train"):
         load(f"npz:{tmp_path / 'none.npz'}")
