@@ -17,6 +17,7 @@ from flax import linen as nn
 from inertia_jax.atomic import local_path
 from inertia_jax.compression.planned import Planned
 from inertia_jax.intercept import Wrapper
+from inertia_jax.json_values import check_class_names, jsonable
 from inertia_jax.models.create import create_model, known_name
 from inertia_jax.plan.plan import Plan, plan_of
 
@@ -87,6 +88,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         height, width, channels = self.image_shape
+        for name in ("mean", "std"):
+            values = tuple(map(float, getattr(self, name)))
+            object.__setattr__(self, name, values)
         if min(self.image_shape) < 1:
             raise ValueError(f"`image_shape` (={self.image_shape}) must be >= 1.")
         for name in ("mean", "std"):
@@ -150,7 +154,8 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
 
     Raises:
         ValueError: `model` stands around a network that can be trained further, or is
-            no Linen model, or has another number of classes than `metadata`.
+            no Linen model, or has another number of classes than `metadata`, whose
+            names are not all text.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -158,7 +163,8 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
             f"is read as one, with its variables, by `ij.nnx.as_linen(module)`."
         )
     if (num_classes := getattr(model, "num_classes", None)) is not None:
-        _check_class_names(metadata, num_classes)
+        _check_num_names(metadata, num_classes)
+    check_class_names(metadata.class_names)
     told = dataclasses.asdict(metadata)
     del told["network"]
     description = {
@@ -167,7 +173,7 @@ def describe(model: nn.Module, metadata: Metadata) -> str:
         "plan": json.loads((plan_of(model) or Plan()).to_json()),
         **told,
     }
-    return json.dumps(description, indent=1, default=_jsonable)
+    return json.dumps(description, indent=1, default=jsonable)
 
 
 def _describe_model(model: nn.Module) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def load_description(
         about = {**description["model"]}
         if "class" not in about:
             model = create_model(plan=plan, **about)
-            _check_class_names(metadata, model.num_classes)
+            _check_num_names(metadata, model.num_classes)
             return model, metadata
         kept = tuple((str(layer), str(why)) for layer, why in about["kept"])
     if make is None:
@@ -332,7 +338,7 @@ def _make_metadata(
     return Metadata(preprocessing, names, info, str(network or ""))
 
 
-def _check_class_names(metadata: Metadata, num_classes: int) -> None:
+def _check_num_names(metadata: Metadata, num_classes: int) -> None:
     found = len(metadata.class_names)
     if found not in (0, num_classes):
         raise ValueError(f"{found} `class_names` must be {num_classes}, or none.")
@@ -370,9 +376,3 @@ def _read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{file} lacks {missing}.")
     return description
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return value.item() if isinstance(value, np.generic) else str(value)

@@ -321,3 +321,25 @@ def test_sides_are_one_number_or_two():
         Preprocessing((24, 48, 1), (0.5,), (0.2,), 256.0)
     with pytest.raises(UsageError, match=r"`sides` \(=32.0\) must be integers"):
         Data(image_size=32.0)
+
+
+def test_arrays_are_numbers_in_what_a_checkpoint_says(tmp_path, no_shape_checks):
+    model = ij.create_model("lenet", width=0.0625)
+    variables = ij.init_variables(model, jax.random.key(0))
+    given = ij.Preprocessing((28, 28, 1), mean=np.array([0.5]), std=jax.numpy.ones(1))
+    info = {"top1": jax.numpy.float32(0.5), "curve": np.arange(2.0)}
+    ij.save_checkpoint(
+        tmp_path / "a", model, variables, metadata=ij.Metadata(given, info=info)
+    )
+    found = ij.load_metadata(tmp_path / "a")
+    assert found.info == {"top1": 0.5, "curve": [0.0, 1.0]}
+    assert found.preprocessing == given == ij.Preprocessing((28, 28, 1), (0.5,), (1.0,))
+
+
+def test_names_that_no_reader_takes_are_not_written(tmp_path, no_shape_checks):
+    model = ij.create_model("lenet", width=0.0625)
+    variables = ij.init_variables(model, jax.random.key(0))
+    about = ij.Metadata(class_names=tuple(range(10)))
+    with pytest.raises(ValueError, match="`class_names` has 0; each must be a str"):
+        ij.save_checkpoint(tmp_path / "a", model, variables, metadata=about)
+    assert not (tmp_path / "a").exists()

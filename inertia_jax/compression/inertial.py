@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Shaped
 
@@ -30,6 +30,7 @@ from inertia_jax.compression.thresholds import (
     SearchState,
     ThresholdSearch,
     choose_tiles,
+    with_thresholds,
 )
 from inertia_jax.compression.tile_costs import macs_of_tiles, times_of_tiles
 from inertia_jax.dropped import dropped_rules
@@ -37,7 +38,7 @@ from inertia_jax.inputs import Inputs, Shape, batched, num_inputs
 from inertia_jax.models.create import inputs_of, shape_of_inputs
 from inertia_jax.ops.inertial.settings import CLOSED, OPEN, Low, Metric, Reference
 from inertia_jax.plan.plan import Plan, as_glob, matches, plan_of
-from inertia_jax.plan.specs import Conv, Fixed, Inertial, Rate, as_python
+from inertia_jax.plan.specs import Conv, Fixed, Inertial, Rate, as_python, core_of
 from inertia_jax.progress import Progress
 from inertia_jax.variables import plain_variables
 
@@ -142,7 +143,7 @@ def make_inertial(
         ['params', 'thresholds']
     """
     given = as_python(tile_size)
-    sizes = tuple(given) if isinstance(given, Sequence) else (given,)
+    sizes = tuple(map(as_python, given)) if np.ndim(given) else (given,)
     _check_options(macs, latency, sizes, batch_size, latency_batch)
     share = as_python(latency if macs is None else macs)
     original, model = model, _with_plan(model)
@@ -252,15 +253,12 @@ def _gated(
         rules.append((as_glob(path), dataclasses.replace(spec, threshold=target)))
         dtype = leaves_at(variables, path)["kernel"].dtype
         threshold = state.thresholds[path] if rate else CLOSED
-        thresholds[*places[path], "threshold"] = jnp.asarray(threshold, dtype)
+        thresholds[places[path]] = jnp.asarray(threshold, dtype)
     inertial = model.clone(plan=Plan((*rules, *model.plan.rules)))
     if isinstance(inertial, Planned):
         every = {**dict(inertial.kept), **kept}
         inertial = inertial.clone(kept=tuple(every.items()))
-    return inertial, {
-        **variables,
-        "thresholds": traverse_util.unflatten_dict(thresholds),
-    }
+    return inertial, with_thresholds(variables, thresholds)
 
 
 def _with_plan(model: nn.Module) -> Any:
@@ -273,7 +271,7 @@ def _with_plan(model: nn.Module) -> Any:
     if plan is None:
         return Planned(model)
     for glob, spec in plan.rules:
-        if isinstance(spec, Inertial):
+        if isinstance(core_of(spec), Inertial):
             raise ValueError(f"`model` has inertial layers already: {glob!r}, {spec}.")
     return model
 

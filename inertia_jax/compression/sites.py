@@ -50,6 +50,7 @@ class Site:
         spec: The form of the layer.
         core: The ordinary convolution of that place, with the filters that the plan
             has for it.
+        is_first: Whether it is the first of all convolutions, the stem.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Site:
     calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     spec: Conv | Factorised
     core: Conv
+    is_first: bool = False
 
     @property
     def num_axes(self) -> int:
@@ -168,6 +170,7 @@ def split_convolutions(
             calls=tuple((c.input_shape[1:], c.output_shape) for c in call.every),
             spec=Conv() if type(module) is nn.Dense else spec_of(module),
             core=core if isinstance(core, Conv) else Conv(),
+            is_first=path == next(iter(calls)),
         )
     return sites, kept
 
@@ -208,10 +211,13 @@ def find_kept(
         apply_fn,
         training=not isinstance(model, Network),
     )
-    kept = {}
+    plan, kept = plan_of(model) or Plan(), {}
     for path, call in convolutions.items():
+        module = call.module
         misuse = misused.get(path, "is not called in evaluation")
-        reason = _cannot_replace(call.module, leaves_at(variables, path)) or misuse
+        reason = _cannot_replace(module, leaves_at(variables, path)) or misuse
+        if kind_of(module).parts and not isinstance(plan.spec(path), Factorised):
+            reason = f"is a {type(module).__name__} of the model's own"
         if reason is not None:
             kept[path] = reason
     return convolutions, kept

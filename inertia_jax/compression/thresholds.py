@@ -60,6 +60,15 @@ class SearchState:
     cost: float
 
 
+def with_thresholds(
+    variables: Mapping[str, Any], thresholds: Mapping[tuple[str, ...], Any]
+) -> dict[str, Any]:
+    """Returns variables with other thresholds of the layers at some places."""
+    flat = traverse_util.flatten_dict(variables.get("thresholds", {}))
+    flat |= {(*place, "threshold"): value for place, value in thresholds.items()}
+    return {**variables, "thresholds": traverse_util.unflatten_dict(flat)}
+
+
 class ThresholdSearch:
     """A search for thresholds. They are variables, so one compiled call serves all."""
 
@@ -95,12 +104,10 @@ class ThresholdSearch:
     def _forward(
         self, variables: Any, thresholds: dict[str, Any], batch: Any, dense: Any
     ) -> Any:
-        nested = traverse_util.unflatten_dict(
-            {(*self._places[path], "threshold"): t for path, t in thresholds.items()}
-        )
+        places = {self._places[path]: t for path, t in thresholds.items()}
         logits, changed = apply_as_trained(
             self._model,
-            {**variables, "thresholds": nested},
+            with_thresholds(variables, places),
             batch,
             apply_fn=self._apply_fn,
         )

@@ -209,8 +209,11 @@ def _wanted_sites(
 ) -> dict[str, Site]:
     """Returns the layers that may change; every glob must match one."""
     can_change = {p: site for p, site in every.items() if linear or not site.is_linear}
-    sites = list(can_change.items())[1 if keep_stem else 0 :]
-    wanted = {p: site for p, site in sites if matches(p, layers)}
+    wanted = {
+        path: site
+        for path, site in can_change.items()
+        if matches(path, layers) and not (keep_stem and site.is_first)
+    }
     hint = "" if linear else "; linear layers change with `linear` (=True) alone"
     if not wanted:
         raise ValueError(

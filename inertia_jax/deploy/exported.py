@@ -35,6 +35,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Shaped
 
 from inertia_jax.atomic import appearing, local_path
+from inertia_jax.json_values import check_class_names, jsonable
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _FORMAT = 1
@@ -174,6 +175,7 @@ def save_exported(
     if path.exists():
         raise FileExistsError(f"`path` (={path}) must not exist; it was left as it is.")
     check_platforms(platforms)
+    check_class_names(class_names)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be >= 1, or None.")
     if isinstance(image_shape, Mapping):
@@ -222,8 +224,7 @@ def _write(path: pathlib.Path, network: bytes, metadata: Mapping[str, Any]) -> N
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("network", network)
-        # JSON does not know NumPy's numbers.
-        text = json.dumps(metadata, indent=1, default=lambda value: value.item())
+        text = json.dumps(metadata, indent=1, default=jsonable)
         archive.writestr("metadata.json", text)
         archive.comment = b"0" * _HASH_LENGTH
     with appearing(path) as partial, partial.open("wb") as stream:

@@ -12,7 +12,7 @@ from flax import traverse_util
 from inertia_jax.calls import ApplyFn
 from inertia_jax.compression.parameter_uses import find_misused
 from inertia_jax.compression.sites import check_shapes
-from inertia_jax.deploy.fold_trace import trace_layers
+from inertia_jax.deploy.fold_trace import trace_layers, uses_running_average
 from inertia_jax.inputs import Shape
 from inertia_jax.intercept import Answer, Wrapper
 from inertia_jax.layers.batch_norm import BatchNormToTrain
@@ -72,7 +72,7 @@ class Folded(Wrapper):
 
         def replace(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
             if type(module) in (nn.BatchNorm, BatchNormToTrain) and path in norms:
-                if not _uses_running_average(module, args, kwargs):
+                if not uses_running_average(module, args, kwargs):
                     raise ValueError(_no_training(self.unfolded))
                 return _as_normalised(module, args[0] if args else kwargs["x"])
             if type(module) in KINDS and path in layers:
@@ -162,6 +162,9 @@ def fold_batch_norm(
     kept: list[tuple[str, str]] = []
     for path, norm in trace.norms.items():
         layer = trace.layer_before.get(path)
+        if path in trace.by_batch:
+            kept.append((path, "normalises by each batch in evaluation, too"))
+            continue
         if layer is None:
             kept.append((path, "does not follow one layer that nothing else uses"))
             continue
@@ -193,13 +196,6 @@ def _no_training(model: nn.Module) -> str:
         f"`train` (=True) must be False: BatchNorm of this {type(model).__name__} is "
         f"folded into its kernels; train the network that was folded."
     )
-
-
-def _uses_running_average(module: Any, args: Any, kwargs: Any) -> bool:
-    if isinstance(module, BatchNormToTrain):
-        return False
-    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
-    return bool(module.use_running_average if given is None else given)
 
 
 def _as_normalised(module: nn.BatchNorm, x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from inertia_jax.calls import ApplyFn, init_network
 from inertia_jax.inputs import Shape, one_input
 from inertia_jax.intercept import on_calls
+from inertia_jax.layers.batch_norm import BatchNormToTrain
 from inertia_jax.layers.kinds import KINDS
 from inertia_jax.programs import every_program
 from inertia_jax.variables import without_boxes
@@ -28,12 +29,14 @@ class NormTrace:
         norms: The BatchNorm layers, by path.
         layer_before: The path of the layer before a BatchNorm, by the BatchNorm's path.
             Both are called once, and nothing else uses the layer's output.
+        by_batch: The paths of the BatchNorm layers that use the statistics of a batch.
         variables: The shapes of the network's variables.
     """
 
     layers: dict[str, Any]
     norms: dict[str, nn.BatchNorm]
     layer_before: dict[str, str]
+    by_batch: set[str]
     variables: dict[str, Any]
 
 
@@ -48,9 +51,12 @@ def trace_layers(
     layers: dict[str, Any] = {}
     norms: dict[str, nn.BatchNorm] = {}
     outputs: dict[str, Any] = {}
+    by_batch: set[str] = set()
 
     def mark(module: Any, path: str, call: Any, args: Any, kwargs: Any) -> Any:
         if type(module) is nn.BatchNorm:
+            if not uses_running_average(module, args, kwargs):
+                by_batch.add(path)
             x, *rest = args or (kwargs.pop("x"),)
             axis = -1 if module.axis == x.ndim - 1 else module.axis
             norms[path] = module.copy(parent=None, axis=axis)
@@ -89,7 +95,15 @@ def trace_layers(
         for norm, layer in follows.items()
         if calls[norm] == calls[layer] == 1
     }
-    return NormTrace(layers, norms, layer_before, variables)
+    return NormTrace(layers, norms, layer_before, by_batch, variables)
+
+
+def uses_running_average(module: Any, args: Any, kwargs: Any) -> bool:
+    """Returns whether a call of BatchNorm normalises by running statistics."""
+    if isinstance(module, BatchNormToTrain):
+        return False
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    return bool(module.use_running_average if given is None else given)
 
 
 def _read_mark(eqn: Any) -> tuple[str, str, str]:

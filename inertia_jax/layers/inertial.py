@@ -260,7 +260,7 @@ class InertialConv(nn.Module):
         # If every region is flat, the mean is 0, and friction stays as it is.
         return friction / jnp.where(mean > 0, mean, 1)
 
-    def _threshold(self, friction: Array | None, *, train: bool) -> Array | np.ndarray:
+    def _threshold(self, friction: Array | None, *, train: bool) -> Array:
         threshold, dtype = self.threshold, self.param_dtype
         if isinstance(threshold, Learned):
             shape = (self.core_features,) if threshold.per_channel else ()
@@ -272,7 +272,7 @@ class InertialConv(nn.Module):
         )
         moves = train and not self.is_initializing()
         if isinstance(threshold, Fixed) or friction is None or not moves:
-            return stored.value
+            return jnp.asarray(stored.value)
         value = rate_threshold(
             friction, threshold.target, axis_name=self.axis_name
         ).astype(dtype)

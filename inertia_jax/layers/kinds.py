@@ -105,9 +105,10 @@ def num_axes(module: Any) -> int:
         return 2
     if isinstance(module, Pointwise):
         return module.num_axes
-    size = module.sides if isinstance(module, Tucker2Conv) else module.kernel_size
+    if isinstance(module, (Tucker2Conv, LowRankConv)):
+        return len(module.sides)
     # A number is the filter size of a one-dimensional `nn.Conv`.
-    return 1 if isinstance(size, int) else len(size)
+    return len(module.kernel_size) if np.ndim(module.kernel_size) else 1
 
 
 def ranks_of(module: Any) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from inertia_jax.layers.pointwise import Pointwise, check_groups
+from inertia_jax.ops.conv.conv import filter_sides
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.unfold import check_rank
 
@@ -53,14 +54,14 @@ class LowRankConv(nn.Module):
     kernel_init: Initializer = nn.linear.default_kernel_init
     bias_init: Initializer = nn.initializers.zeros_init()
     precision: Any = None
-    kernel_size: Sequence[int] = (1, 1)
+    kernel_size: int | Sequence[int] = (1, 1)
 
     @nn.compact
     def __call__(
         self, inputs: Float[ArrayLike, "*image c_in"]
     ) -> Float[Array, "*out features"]:
         x = jnp.asarray(inputs)
-        if set(self.kernel_size) != {1}:
+        if {*self.sides} != {1}:
             raise ValueError(
                 f"`kernel_size` (={self.kernel_size}) must be a 1 for each axis."
             )
@@ -76,7 +77,7 @@ class LowRankConv(nn.Module):
         }
         x = nn.Conv(
             groups * self.rank,
-            tuple(self.kernel_size),
+            self.sides,
             strides=self.strides,
             padding=self.padding,
             use_bias=False,
@@ -88,10 +89,15 @@ class LowRankConv(nn.Module):
             self.features,
             use_bias=self.use_bias,
             bias_init=self.bias_init,
-            num_axes=len(self.kernel_size),
+            num_axes=len(self.sides),
             name="right",
             **common,
         )(x)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of the filters, one for each axis of an image."""
+        return filter_sides(self.kernel_size)
 
 
 class LowRankDense(nn.Module):

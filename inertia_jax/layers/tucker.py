@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from inertia_jax.layers.inertial import InertialConv
 from inertia_jax.layers.pointwise import Pointwise, check_groups
-from inertia_jax.ops.conv.conv import MixingForm, pair, per_axis
+from inertia_jax.ops.conv.conv import MixingForm, filter_sides, pair
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.conv.replaced import is_replaced
 from inertia_jax.ops.tucker.factors import pointwise_conv
@@ -185,9 +185,7 @@ class Tucker2Conv(nn.Module):
     @property
     def sides(self) -> tuple[int, ...]:
         """The sides of the core, one for each axis of an image."""
-        size = self.kernel_size
-        count = 2 if isinstance(size, int) else len(size)
-        return per_axis(size, "kernel_size", count=count, least=1)
+        return filter_sides(self.kernel_size)
 
     def _check_plain(self, core: Inertial, size: tuple[int, ...]) -> None:
         """Raises ValueError where the convolution is more than an inertial core can."""

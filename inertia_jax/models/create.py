@@ -280,7 +280,9 @@ def _first_variables(
     images = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
     variables = without_boxes(init_network(model, key, images, apply_fn=apply_fn))
     # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
-    dtype = getattr(model, "dtype", None) or jnp.float32
+    dtype = getattr(model, "dtype", None)
+    if dtype is None:
+        return variables
 
     def widen(leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):  # someone's counter, or key

@@ -1,5 +1,6 @@
 """The inertial convolution as an NNX module, computed by Linen's."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,13 +97,21 @@ class InertialConv(nnx.Module):
         side = spec.core_size if spec.reading == "tiled" else spec.region_size
         self.kernel_size = pair(side if kernel_size is None else kernel_size)
 
-        inits: dict[str, Any] = {"kernel_init": kernel_init, "bias_init": bias_init}
+        # NNX's initialisers with metadata give a number in a box, as Linen's do not.
+        boxes: dict[str, Any] = {}
+        inits: dict[str, Any] = {
+            "kernel_init": _unboxed(kernel_init, "kernel", boxes),
+            "bias_init": _unboxed(bias_init, "bias", boxes),
+        }
         side = spec.region_size + max(self.kernel_size)
         x = jax.ShapeDtypeStruct((1, side, side, in_features), param_dtype)
         layer = self._linen(((0, 0), (0, 0))).clone(**inits, parent=None)
         for collection, leaves in layer.lazy_init(rngs.params(), x).items():
             for name, value in leaves.items():
-                setattr(self, name, CLASSES[collection](jnp.asarray(value)))
+                value = jnp.asarray(value)
+                if name in boxes:
+                    value = dataclasses.replace(boxes[name], raw_value=value)
+                setattr(self, name, CLASSES[collection](value))
         if not use_bias:
             self.bias = nnx.data(None)
 
@@ -147,3 +156,16 @@ class InertialConv(nnx.Module):
                 else:
                     own[collection, name].set_value(value)
         return y
+
+
+def _unboxed(init: Initializer, name: str, boxes: dict[str, Any]) -> Initializer:
+    """Returns an initialiser without metadata, and puts what has them into `boxes`."""
+
+    def unboxed(*args: Any, **options: Any) -> Any:
+        value = init(*args, **options)
+        if isinstance(value, nnx.VariableMetadata):
+            boxes[name] = value
+            return value.raw_value
+        return value
+
+    return unboxed

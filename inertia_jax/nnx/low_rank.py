@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from inertia_jax.layers.pointwise import check_groups
 from inertia_jax.nnx.tucker import conv_pointwise
+from inertia_jax.ops.conv.conv import filter_sides
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.unfold import check_rank
 from inertia_jax.plan.specs import LowRank
@@ -31,7 +32,7 @@ class LowRankConv(nnx.Module):
         out_features: Output channels.
         rank: Channels between the two, of each group, in [1, min(in_features,
             out_features) / groups].
-        kernel_size: A 1 for each axis of an image.
+        kernel_size: A 1 for each axis of an image; one 1 is for two axes.
 
     Raises:
         ValueError: A rank outside its range, a side that is not 1, or groups that do
@@ -51,7 +52,7 @@ class LowRankConv(nnx.Module):
         strides: int | Sequence[int] | None = 1,
         *,
         rank: int,
-        kernel_size: Sequence[int] = (1, 1),
+        kernel_size: int | Sequence[int] = (1, 1),
         padding: Any = "SAME",
         feature_group_count: int = 1,
         use_bias: bool = True,
@@ -67,11 +68,12 @@ class LowRankConv(nnx.Module):
         check_groups(groups, in_features, out_features)
         check_rank("rank", rank, min(in_features, out_features) // groups)
         self.in_features, self.out_features = in_features, out_features
-        if {*kernel_size} != {1}:
+        size = filter_sides(kernel_size)
+        if {*size} != {1}:
             raise ValueError(
                 f"`kernel_size` (={kernel_size}) must be a 1 for each axis."
             )
-        self.kernel_size, self.kernel_dilation = tuple(kernel_size), 1
+        self.kernel_size, self.kernel_dilation = size, 1
         self.strides, self.padding = strides, padding
         self.feature_group_count, self.rank = groups, rank
         self.use_bias, self.precision = use_bias, precision
@@ -87,7 +89,7 @@ class LowRankConv(nnx.Module):
         self.left = nnx.Conv(
             in_features,
             groups * rank,
-            tuple(kernel_size),
+            size,
             strides,
             padding=padding,
             use_bias=False,
@@ -97,7 +99,7 @@ class LowRankConv(nnx.Module):
         self.right = nnx.Conv(
             groups * rank,
             out_features,
-            tuple(kernel_size),
+            size,
             use_bias=use_bias,
             bias_init=bias_init,
             conv_general_dilated=conv_pointwise,

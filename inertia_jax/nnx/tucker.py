@@ -15,7 +15,7 @@ from jaxtyping import Float
 from inertia_jax.layers.in_place import cannot_be_inertial
 from inertia_jax.layers.pointwise import check_groups
 from inertia_jax.nnx.inertial import InertialConv
-from inertia_jax.ops.conv.conv import per_axis
+from inertia_jax.ops.conv.conv import filter_sides
 from inertia_jax.ops.conv.dispatch import conv_for_linen
 from inertia_jax.ops.tucker.factors import pointwise_conv
 from inertia_jax.ops.tucker.unfold import check_rank, max_ranks
@@ -114,9 +114,8 @@ class Tucker2Conv(nnx.Module):
     ) -> None:
         """Draws the variables of the children from `rngs`."""
         groups = feature_group_count
-        count = 2 if isinstance(kernel_size, int) else len(kernel_size)
-        size = per_axis(kernel_size, "kernel_size", count=count, least=1)
-        ones = (1,) * count
+        size = filter_sides(kernel_size)
+        ones = (1,) * len(size)
         check_groups(groups, in_features, out_features)
         sides = (core.core_size,) * 2 if isinstance(core, Inertial) else size
         most_in, most_out = max_ranks(

@@ -639,3 +639,42 @@ def test_a_planned_or_folded_model_may_be_a_part_of_another():
         given["params"] |= {"a": drawn["params"]["a"]}
         expected = part.apply(inside, conv().apply({"params": given["params"]["a"]}, X))
         np.testing.assert_allclose(outer.apply(given, X), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: ij.Tucker2Conv(4, 3, rank_in=2, rank_out=3, name="own"),
+        lambda: ij.LowRankConv(4, rank=2, name="own"),
+    ],
+)
+def test_factorised_layers_of_the_models_own_stay_and_say_so(layer):
+    model = Net(layer)
+    variables = model.init(KEY, X)
+    for options in ({"image_shape": SHAPE}, {"calibration": X, "layers": "plain"}):
+        small, factors = ij.compress(model, variables, ranks=ij.Ratio(0.5), **options)
+        assert [glob for glob, _ in small.plan.rules] == ["plain"]
+        assert "of the model's own" in dict(small.kept)["own"]
+        assert small.apply(factors, X).shape == X.shape
+        dense, kernels = ij.decompress(small, factors, image_shape=SHAPE)
+        np.testing.assert_allclose(
+            dense.apply(kernels, X), small.apply(factors, X), atol=1e-5
+        )
+
+
+def test_the_stem_is_the_first_convolution_also_where_it_stays_anyway():
+    class Own(nn.Conv):
+        """May compute anything."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = Own(4, (3, 3), name="stem")(x)
+            return conv(name="b")(conv(name="a")(x))
+
+    model = Net()
+    options = {"ranks": ij.Ratio(0.5), "image_shape": SHAPE, "keep_stem": True}
+    small, _ = ij.compress(model, model.init(KEY, X), **options)
+    assert [glob for glob, _ in small.plan.rules] == ["a", "b"]
+    small, _ = ij.compress(Two(), Two().init(KEY, X), **options)
+    assert [glob for glob, _ in small.plan.rules] == ["b"]

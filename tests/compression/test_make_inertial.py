@@ -195,3 +195,37 @@ def test_networks_that_cannot_be_made_inertial_are_refused(lenet):
         ij.make_inertial(
             dense, dense.init(jax.random.key(0), images), macs=0.5, calibration=images
         )
+
+
+def test_thresholds_of_the_models_own_layers_stay():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = ij.InertialConv(4, 3, reading="tiled", name="own")(x)
+            return nn.Conv(4, (3, 3), name="plain")(x).mean((1, 2))
+
+    images = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
+    model = Net()
+    variables = model.init(jax.random.key(0), images)
+    own = {"own": {"threshold": jnp.float32(0.7)}}
+    given = {**variables, "thresholds": own}
+    inertial, changed = ij.make_inertial(model, given, macs=0.95, calibration=images)
+    assert sorted(changed["thresholds"]) == ["own", "plain"]
+    assert changed["thresholds"]["own"] == own["own"]
+    # With its tiles open, the new layer computes what the plain one did.
+    opened = {**own, "plain": {"threshold": jnp.float32(-1)}}
+    np.testing.assert_allclose(
+        inertial.apply({**changed, "thresholds": opened}, images),
+        model.apply(given, images),
+        atol=1e-5,
+    )
+
+
+def test_a_network_with_an_inertial_core_is_inertial_already():
+    model = nn.Sequential([nn.Conv(4, (3, 3)), nn.Conv(4, (3, 3))])
+    core = ij.Inertial(3, 4, reading="tiled")
+    planned = ij.Planned(model, ij.Plan((("layers_0", ij.Tucker2(2, 3, core=core)),)))
+    images = np.ones((8, 8, 8, 3), np.float32)
+    variables = planned.init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match="has inertial layers already: 'layers_0'"):
+        ij.make_inertial(planned, variables, macs=0.9, calibration=images)

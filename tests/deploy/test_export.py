@@ -453,3 +453,15 @@ def test_a_file_of_another_version_says_so(file, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has format 2; must be 1"):
         ij.load_exported(other)
     assert json.loads(zipfile.ZipFile(other).read("metadata.json"))["format"] == 2
+
+
+def test_what_a_file_says_is_what_its_reader_takes(tmp_path, no_shape_checks):
+    save = functools.partial(
+        ij.save_exported, function=lambda x: x.mean((1, 2)), image_shape=(8, 8, 3)
+    )
+    with pytest.raises(ValueError, match="`class_names` has 0; each must be a str"):
+        save(tmp_path / "a.ijx", class_names=range(3))
+    assert not (tmp_path / "a.ijx").exists()
+    save(tmp_path / "a.ijx", info={"curve": np.arange(2.0), "top1": jnp.float32(0.5)})
+    found = ij.load_exported(tmp_path / "a.ijx").info
+    assert found == {"curve": [0.0, 1.0], "top1": 0.5}

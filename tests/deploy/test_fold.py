@@ -550,3 +550,17 @@ def test_folding_in_pytorch_leaves_no_batch_norm_and_the_same_outputs():
         assert torch.nn.BatchNorm2d not in kinds
         scale = expected.abs().max().item()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_batch_norm_that_always_uses_the_batch_stays():
+    model = nn.Sequential([nn.Conv(4, (3, 3)), nn.BatchNorm(use_running_average=False)])
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    variables = model.init(jax.random.key(0), images)
+    folded, merged = ij.fold_batch_norm(model, variables, image_shape=(8, 8, 3))
+    assert folded.folded == ()
+    assert dict(folded.kept) == {
+        "layers_1": "normalises by each batch in evaluation, too"
+    }
+    outputs, _ = model.apply(variables, images, mutable="batch_stats")
+    again, _ = folded.apply(merged, images, mutable="batch_stats")
+    np.testing.assert_array_equal(again, outputs)

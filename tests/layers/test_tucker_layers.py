@@ -404,3 +404,24 @@ def test_factors_are_products_on_tpus_in_evaluation_alone(kind, platform, num_pr
     function = jax.jit(lambda variables, x: model.apply(variables, x, **options))
     exported = jax.export.export(function, platforms=[platform])(variables, x)
     assert exported.mlir_module().count("stablehlo.dot_general") == num_products
+
+
+def test_one_number_is_the_side_of_a_square_whatever_its_type(no_shape_checks):
+    x = np.ones((1, 6, 6, 3), np.float32)
+    for size in (3, np.int64(3), (3, 3), np.array([3, 3])):
+        layer = ij.Tucker2Conv(4, size, rank_in=1, rank_out=2)
+        assert layer.init(jax.random.key(0), x)["params"]["core"]["kernel"].ndim == 4
+    for size in (1, np.int64(1), [1, 1]):
+        layer = ij.LowRankConv(4, rank=2, kernel_size=size)
+        assert layer.init(jax.random.key(0), x)["params"]["left"]["kernel"].ndim == 4
+    line = ij.LowRankConv(4, rank=2, kernel_size=(1,))
+    assert line.init(jax.random.key(0), x[0])["params"]["left"]["kernel"].ndim == 3
+
+
+def test_a_threshold_may_be_a_number_of_python():
+    x = np.random.default_rng(0).normal(size=(1, 6, 6, 3)).astype(np.float32)
+    layer = ij.InertialConv(4, 3, reading="tiled")
+    variables = layer.init(jax.random.key(0), x)
+    arrays = {**variables, "thresholds": {"threshold": jnp.float32(0.5)}}
+    numbers = {**variables, "thresholds": {"threshold": 0.5}}
+    np.testing.assert_array_equal(layer.apply(numbers, x), layer.apply(arrays, x))

@@ -200,3 +200,10 @@ def test_first_variables_of_a_network_called_in_its_own_way():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), drawn, expected)
     with pytest.raises((ValueError, TypeError, IndexError)):
         ij.init_variables(Called(), KEY, (2, 2, 4))
+
+
+def test_narrow_parameters_of_other_models_stay_narrow():
+    model = nn.Conv(4, (3, 3), param_dtype=jnp.bfloat16)
+    found = ij.init_variables(model, jax.random.key(0), (8, 8, 3))
+    own = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, own)

@@ -211,3 +211,17 @@ def test_networks_of_the_library_are_modules_too():
     other = nnx.bridge.ToNNX(nn.Conv(3, (3, 3)), rngs=nnx.Rngs(0)).lazy_init(images)
     with pytest.raises(ValueError, match="holds a Conv of Linen; must be a network"):
         ij.nnx.apply_plan(other, plan)
+
+
+def test_initialisers_with_metadata_are_those_of_flax():
+    names = (None, None, None, "model")
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+    auto = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((1,), ("model",), axis_types=auto)):
+        like = nnx.Conv(4, 4, (3, 3), kernel_init=init, rngs=nnx.Rngs(0))
+        layer = ij.nnx.InertialConv(
+            4, 4, 3, reading="tiled", kernel_init=init, rngs=nnx.Rngs(0)
+        )
+    assert layer.kernel.get_metadata() == like.kernel.get_metadata()
+    plain = ij.nnx.InertialConv(4, 4, 3, reading="tiled", rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.kernel[...], plain.kernel[...])

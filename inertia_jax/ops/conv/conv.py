@@ -47,6 +47,16 @@ def per_axis(
     return tuple(sizes)
 
 
+def filter_sides(kernel_size: Any) -> tuple[int, ...]:
+    """Returns the sides of a filter, one for each axis; one number is a square.
+
+    Raises:
+        ValueError: It is neither, or has a side below 1.
+    """
+    count = len(kernel_size) if np.ndim(kernel_size) else 2
+    return per_axis(kernel_size, "kernel_size", count=count, least=1)
+
+
 def pair(
     value: Any, name: str = "value", *, least: int | None = None
 ) -> tuple[int, int]:
