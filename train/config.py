@@ -25,7 +25,7 @@ CheckpointArgument = Annotated[
 # Options of data, as verbs have them whose options are not nested. Either spelling is
 # taken everywhere.
 SourceOption = Annotated[Source | None, tyro.conf.arg(aliases=("--data.source",))]
-CacheDirOption = Annotated[str, tyro.conf.arg(aliases=("--data.cache-dir",))]
+CacheDirOption = Annotated[str | None, tyro.conf.arg(aliases=("--data.cache-dir",))]
 CropPaddingOption = Annotated[
     int | None, tyro.conf.arg(aliases=("--data.crop-padding",))
 ]

@@ -110,6 +110,25 @@ class NetworkDescription:
         data = self.trained_on
         return (data.source or None) if data else None
 
+    @property
+    def cache_dir(self) -> str:
+        """Directory in which decoded sets are kept: the training's if it is here."""
+        data = self.trained_on
+        is_here = data and pathlib.Path(data.cache_dir).expanduser().is_dir()
+        return data.cache_dir if data and is_here else Data.cache_dir
+
+    @property
+    def gate_rates(self) -> dict[str, float]:
+        """Gate rates of the evaluation that is recorded, by the layers' paths."""
+        evaluation = self.info.get("evaluation")
+        prefix = "gate_rate/"
+        found = evaluation if isinstance(evaluation, Mapping) else {}
+        return {
+            name.removeprefix(prefix): rate
+            for name, rate in found.items()
+            if name.startswith(prefix)
+        }
+
     def held_out_of(self, source: str) -> HeldOut:
         """Returns what the training held out of a source; of another: nothing."""
         return as_trained(self.trained_on, source)

@@ -103,11 +103,18 @@ def compare_variables(
 def compare_answers(first: Evaluation, second: Evaluation) -> dict[str, Any]:
     """Returns for which test images two networks answer differently.
 
+    Classes are the same by their names, where both networks have the same names.
+
     Raises:
-        ValueError: The evaluations have different numbers of examples.
+        ValueError: The evaluations are of different examples.
     """
     difference, margin = paired_difference(first, second)
-    differ = np.flatnonzero(first.predictions != second.predictions)
+    answers = second.predictions
+    if sorted(first.class_names) == sorted(second.class_names):
+        places = {name: place for place, name in enumerate(first.class_names)}
+        if len(places) == len(first.class_names):
+            answers = np.array([places[name] for name in second.class_names])[answers]
+    differ = np.flatnonzero(first.predictions != answers)
     pairs = collections.Counter(
         (
             first.class_names[first.predictions[i]],

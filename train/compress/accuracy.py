@@ -15,7 +15,7 @@ from train.networks import NetworkDescription
 
 
 def stage_evaluator(
-    *, description: NetworkDescription, sources: Sequence[str], cache_dir: str
+    *, description: NetworkDescription, sources: Sequence[str], cache_dir: str | None
 ) -> Callable[[Mapping[str, Network]], dict[str, list[Evaluation]]]:
     """Returns a function that evaluates networks, by stage, on every test set.
 

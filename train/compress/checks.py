@@ -2,9 +2,12 @@
 
 from inertia_jax.chips.compiler import topology
 from inertia_jax.compression.reconstruct import LEAST_IMAGES
+from inertia_jax.layers.kinds import CONVOLUTIONS
+from inertia_jax.plan.plan import matches
 from train.compress.options import AUGMENTATION, Compress
 from train.compress.rank_rules import parse_ranks
-from train.errors import UsageError, user_input
+from train.errors import UsageError, shortened, user_input
+from train.networks import NetworkDescription
 from train.run.outputs import check_output, check_output_file
 
 # The options of which one is given: what is to become smaller, and how far.
@@ -61,10 +64,28 @@ def check_options(args: Compress) -> None:
     if args.device is not None:
         with user_input():
             topology(args.device)
+    for name, values, least in (
+        ("round_to", (args.round_to,), 1),
+        ("channel_stride", (args.channel_stride,), 1),
+        ("tile_size", args.tile_size, 2),
+    ):
+        for value in values:
+            if value < least:
+                raise UsageError(f"`{name}` (={value}) must be >= {least}.")
     for name in ("macs", "latency"):
         share = getattr(args, name)
         if share is not None and not 0 < share <= 1:
             raise UsageError(f"`{name}` (={share}) must be in (0, 1].")
+
+
+def check_layers(args: Compress, network: NetworkDescription) -> None:
+    """Raises UsageError unless the glob matches a convolution of a network."""
+    paths = [row.path for row in network.cost().rows if row.kind in CONVOLUTIONS]
+    if not any(matches(path, args.layers) for path in paths):
+        raise UsageError(
+            f"`layers` (={args.layers}) matches no convolution of {network.path}, "
+            f"which has {shortened(paths)}."
+        )
 
 
 def check_options_without_data(args: Compress) -> None:

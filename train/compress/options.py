@@ -10,7 +10,6 @@ from train.config import (
     CheckpointArgument,
     Config,
     CropPaddingOption,
-    Data,
     FactoryOption,
     FlipOption,
     ResizedCropOption,
@@ -79,8 +78,8 @@ class Compress:
     data: SourceOption = None
     """tfds:NAME, imagefolder:PATH, npz:PATH or digits; None: the data that the network
     was trained on."""
-    cache_dir: CacheDirOption = Data.cache_dir
-    """Directory in which decoded sets are kept."""
+    cache_dir: CacheDirOption = None
+    """Directory in which decoded sets are kept; None: the training's, if it is here."""
     calibration_images: int = 512
     """Number of training images that choose ranks or thresholds, not augmented."""
     recalibration_images: int = 4096

@@ -47,7 +47,7 @@ def load_training_images(args: Compress, network: NetworkDescription) -> Split |
     size = network.preprocessing.resized_sides
     data = load_data(
         args.data,
-        cache_dir=args.cache_dir,
+        cache_dir=args.cache_dir or network.cache_dir,
         image_size=size,
         held_out=network.held_out_of(args.data),
     )

@@ -32,11 +32,13 @@ class HeldOut:
         test_share: The share that are test images, of a source without any.
         validation_share: The share that choose the best checkpoint.
         seed: The seed of the draw.
+        is_optional: Whether a source may also have test images of its own.
     """
 
     test_share: float = 0.0
     validation_share: float = 0.0
     seed: int = 0
+    is_optional: bool = False
 
     @classmethod
     def of(cls, data: Data) -> "HeldOut":
@@ -53,10 +55,14 @@ def source_name(source: str) -> str:
 
 
 def as_trained(trained_on: Data | None, source: str) -> HeldOut:
-    """Returns what a training held out of a source: nothing of another source."""
+    """Returns what a training held out of a source: nothing of another source.
+
+    Another source may have the same name: where it has test images, nothing was held
+    out of it.
+    """
     if trained_on is None or source_name(source) != source_name(trained_on.source):
         return HeldOut()
-    return HeldOut.of(trained_on)
+    return dataclasses.replace(HeldOut.of(trained_on), is_optional=True)
 
 
 def check_as_trained(

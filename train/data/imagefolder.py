@@ -117,9 +117,11 @@ def _training_folder(
     """Returns where the images lie of which test images are held out.
 
     Raises:
-        ValueError: There is a folder of test images.
+        ValueError: There is a folder of test images, and none may be.
     """
     if folders["test"].is_dir():
+        if held_out.is_optional:
+            return folders
         raise ValueError(
             f"`data.test_share` (={held_out.test_share}) must be 0: {root} has test "
             f"images of its own, in {folders['test'].name}."

@@ -179,7 +179,7 @@ def join_splits(
         )
         return rest, out
 
-    if test is not None and held_out.test_share:
+    if test is not None and held_out.test_share and not held_out.is_optional:
         raise ValueError(f"{given} must be 0: {name} has test images of its own.")
     if test is None:
         if train is None or not held_out.test_share:

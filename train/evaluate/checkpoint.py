@@ -1,13 +1,14 @@
 """Evaluation of a checkpoint's network on any data that fit it."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from train.config import Data
 from train.data import ImageSet, load_data, warn_of_other_names
 from train.data.augment import Augmentation
 from train.data.feed import make_feed
-from train.data.held_out import check_as_trained
+from train.data.held_out import HeldOut, check_as_trained
 from train.errors import UsageError, shortened
 from train.evaluate.evaluation import Evaluation, make_evaluator
 from train.evaluate.settings import EvaluationSettings
@@ -18,9 +19,19 @@ from train.networks import NetworkDescription, TrainedNetwork
 
 
 def evaluate_network(
-    network: TrainedNetwork, settings: EvaluationSettings, *, source: str | None = None
+    network: TrainedNetwork,
+    settings: EvaluationSettings,
+    *,
+    source: str | None = None,
+    held_out: HeldOut | None = None,
 ) -> Evaluation:
     """Evaluates a network on a source's data; None: those that it was trained on.
+
+    Args:
+        network: The network.
+        settings: How test images are evaluated.
+        source: The data.
+        held_out: What was held out of them, as `load_fitting` takes it.
 
     Raises:
         UsageError: The data do not fit the network, or no data are named.
@@ -28,18 +39,42 @@ def evaluate_network(
     source = source or network.source
     if source is None:
         raise UsageError(f"{network.path} names no data; say which with --data.")
-    return evaluator_for(network, source, settings)(network.variables)
+    evaluate = evaluator_for(network, source, settings, held_out=held_out)
+    return evaluate(network.variables)
+
+
+def held_out_of_all(networks: Sequence[NetworkDescription], source: str) -> HeldOut:
+    """Returns what was held out of a source as test images of all these networks.
+
+    Raises:
+        UsageError: It was not the same: what one is tested on may be what another was
+            trained on.
+    """
+    found = [(network, network.held_out_of(source)) for network in networks]
+    found = [(network, held) for network, held in found if held.test_share]
+    draws = {(held.test_share, held.seed): network for network, held in found}
+    if len(draws) > 1:
+        first, second, *_ = draws.values()
+        raise UsageError(
+            f"{first.path} and {second.path} held other images of {source} out as test "
+            f"images, so that there are none to compare their answers to."
+        )
+    return found[0][1] if found else HeldOut()
 
 
 def evaluator_for(
-    network: NetworkDescription, source: str, settings: EvaluationSettings
+    network: NetworkDescription,
+    source: str,
+    settings: EvaluationSettings,
+    *,
+    held_out: HeldOut | None = None,
 ) -> Callable[[Mapping[str, Any]], Evaluation]:
     """Returns a function that evaluates variables of a network on a source's data.
 
     Raises:
         UsageError: The data do not fit the network.
     """
-    data = load_fitting(network, source, settings)
+    data = load_fitting(network, source, settings, held_out=held_out)
     evaluate = evaluator_on(network, data, settings)
 
     def run(variables: Mapping[str, Any]) -> Evaluation:
@@ -64,13 +99,28 @@ def evaluator_on(
         flip_test=settings.flip_test,
     )
 
-    return lambda variables: evaluate(parallel.replicate(variables))
+    def run(variables: Mapping[str, Any]) -> Evaluation:
+        found = evaluate(parallel.replicate(variables))
+        return dataclasses.replace(found, held_out=data.held_out.get("test"))
+
+    return run
 
 
 def load_fitting(
-    network: NetworkDescription, source: str, settings: EvaluationSettings
+    network: NetworkDescription,
+    source: str,
+    settings: EvaluationSettings,
+    *,
+    held_out: HeldOut | None = None,
 ) -> ImageSet:
     """Returns a source's data, with the classes of a network where names tell them.
+
+    Args:
+        network: The network.
+        source: The data.
+        settings: How test images are evaluated.
+        held_out: What was held out of them as test images; None: what the network's
+            training held out.
 
     Raises:
         UsageError: The data do not fit the network.
@@ -79,14 +129,16 @@ def load_fitting(
     height, width, channels = preprocessing.image_shape
     resize = settings.resize or bool(trained_on and trained_on.image_size)
     size = preprocessing.resized_sides if resize else None
+    its_own = network.held_out_of(source)
     data = load_data(
         source,
-        cache_dir=settings.cache_dir,
+        cache_dir=settings.cache_dir or network.cache_dir,
         image_size=size,
         how_to_resize="--resize resizes them",
-        held_out=network.held_out_of(source),
+        held_out=its_own if held_out is None else held_out,
     )
-    check_as_trained(data.name, data.held_out, network.info, splits=("test",))
+    if its_own.test_share:
+        check_as_trained(data.name, data.held_out, network.info, splits=("test",))
     if data.image_shape[2] != channels:
         raise UsageError(
             f"{data.name} has {data.image_shape[2]} channels; the network takes "

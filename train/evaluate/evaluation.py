@@ -34,6 +34,8 @@ class Evaluation:
         gate_rates_by_example: The same share in each example [num_examples], by path.
         flip_test: Whether each answer is the mean of those to the image and to its
             mirror image.
+        held_out: The fingerprint of the test images, where they were held out of
+            training images; None: they are the set's own.
     """
 
     num_examples: int
@@ -49,6 +51,7 @@ class Evaluation:
         default_factory=dict
     )
     flip_test: bool = False
+    held_out: str | None = None
 
     @property
     def per_class(self) -> np.ndarray:
@@ -121,8 +124,10 @@ def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, flo
     than either accuracy.
 
     Raises:
-        ValueError: The evaluations have different numbers of examples.
+        ValueError: The evaluations are of different examples.
     """
+    if before.held_out != after.held_out:
+        raise ValueError("`after` is of other test images than `before`.")
     if before.num_examples != after.num_examples:
         raise ValueError(
             f"`after` has {after.num_examples} examples; must have those of `before`, "

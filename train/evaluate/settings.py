@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from train.config import CacheDirOption, Data
+from train.config import CacheDirOption
 from train.errors import UsageError
 
 
@@ -10,8 +10,8 @@ from train.errors import UsageError
 class EvaluationSettings:
     """How test images are evaluated."""
 
-    cache_dir: CacheDirOption = Data.cache_dir
-    """Directory in which decoded sets are kept."""
+    cache_dir: CacheDirOption = None
+    """Directory in which decoded sets are kept; None: the training's, if it is here."""
     batch_size: int = 500
     """Images a step, over all devices."""
     devices: int | None = None

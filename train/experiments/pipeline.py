@@ -182,7 +182,9 @@ def _compress(
 
 def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
     network = read_network(checkpoint)
-    settings = EvaluationSettings(config.data.cache_dir, config.eval_batch_size)
+    settings = EvaluationSettings(
+        config.data.cache_dir, config.eval_batch_size, flip_test=config.flip_test
+    )
     evaluation = evaluate_network(network, settings, source=config.data.source)
     print(f"{name}: top-1 {evaluation.top1:.2%}", flush=True)
     return Stage(name, evaluation, network.cost(), network.model.plan)
@@ -204,7 +206,7 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
                 "difference": difference,
                 "margin_95": margin,
                 "params": stage.cost.params,
-                "macs": stage.cost.macs,
+                "macs": stage.cost.total_macs,
                 "plan": plan_to_json(stage.plan),
             }
         )
@@ -220,7 +222,12 @@ def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, A
 def summarise(stages: list[Stage]) -> str:
     """Returns the stages as a table."""
     rows = [
-        [s.name, f"{s.evaluation.top1:.2%}", f"{s.cost.params:,}", f"{s.cost.macs:,}"]
-        for s in stages
+        [
+            stage.name,
+            f"{stage.evaluation.top1:.2%}",
+            f"{stage.cost.params:,}",
+            f"{stage.cost.total_macs:,}",
+        ]
+        for stage in stages
     ]
     return aligned([["stage", "top-1", "parameters", "MACs"], *rows])

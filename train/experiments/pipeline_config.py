@@ -42,7 +42,7 @@ class Pipeline:
                 f"`recalibration_images` (={self.recalibration_images}) must be 0 or "
                 f">= 2."
             )
-        for name in ("init", "teacher", "train_only"):
+        for name in ("init", "new_head", "teacher", "train_only"):
             if getattr(self.run, name):
                 raise UsageError(
                     f"`run.{name}` (={getattr(self.run, name)}) must not be set: the "

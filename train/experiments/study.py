@@ -19,6 +19,7 @@ from train.config_file import load_config
 from train.errors import UsageError, user_input
 from train.evaluate.evaluation import in_points
 from train.experiments.study_config import DENSE, Study
+from train.fit.best import Best
 from train.machine.processes import say
 from train.networks import read_description
 from train.result import apart
@@ -137,7 +138,12 @@ def run_study(
             _write_commands(file, made)
         code, result = _run(stage)
         if not stage.is_complete():
-            return StudyResult(stage, code, result.get("stopped_by"))
+            stopped_by = result.get("stopped_by")
+            if code == 0 and stopped_by is None:
+                raise UsageError(
+                    f"{stage.what!r} has ended, and {stage.out} is not whole."
+                )
+            return StudyResult(stage, code, stopped_by)
         _write_commands(file, made)
     try:
         return StudyResult(rows=tuple(_rows(stages)))
@@ -316,15 +322,19 @@ def _run(stage: Stage) -> tuple[int, Mapping[str, Any]]:
 
 
 def _is_trained(run: pathlib.Path) -> bool:
-    """Returns whether a run's last epoch has ended, and its checkpoint is there."""
+    """Returns whether a run has ended, early or not, and its checkpoint is there."""
     try:
         record = make_record(run)
         last = record["curve"][-1]
-        saved = last_checkpoint(run).name
+        saved = last_checkpoint(run)
     except (UsageError, IndexError):  # it was not begun, or not for an epoch
         return False
-    is_last = last["epoch"] == record["config"]["epochs"]
-    return is_last and saved == f"step_{last['step']:08d}"
+    if saved.name != f"step_{last['step']:08d}":
+        return False
+    epoch, config = last["epoch"], record["config"]
+    best = Best.of(load_metadata(saved).info)
+    ended_early = best.is_over(epoch, config.get("early_stopping"))
+    return bool(epoch == config["epochs"] or ended_early)
 
 
 def _is_newer(file: pathlib.Path, run: pathlib.Path) -> bool:
@@ -410,7 +420,9 @@ def format_networks(
         "untuned": lambda row: _last_share(row["untuned"] or {}),
         "top-1": lambda row: f"{row['top1']:.2%}",
         "to the first": lambda row: (
-            "" if row is first else in_points(row["difference"], row["margin_95"])
+            ""
+            if row is first or row["difference"] is None
+            else in_points(row["difference"], row["margin_95"])
         ),
         "MACs": lambda row: f"{row['macs']:,}",
         "of dense": lambda row: f"{row['share_of_dense']:.0%}",

@@ -22,7 +22,7 @@ def model_card(job: Job, load: str, *, library: str) -> str:
     model = network.model
     own = isinstance(model, OwnNetwork)
     name = model.factory if isinstance(model, OwnNetwork) else model_name(model)
-    cost = network.cost()
+    cost = network.cost(network.gate_rates)
     lines = [
         "---",
         f"library_name: {library}",
@@ -42,7 +42,7 @@ def model_card(job: Job, load: str, *, library: str) -> str:
         "| | |",
         "|---|---|",
         f"| parameters | {cost.params:,} |",
-        f"| multiply-accumulates an image | {cost.macs:,} |",
+        f"| multiply-accumulates an image | {cost.total_macs:,} |",
         f"| of the dense network | {cost.dense_macs:,} |",
         f"| classes | {len(network.class_names) or 'without names'} |",
         *_metrics(network.info),

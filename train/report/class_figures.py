@@ -1,6 +1,7 @@
 """Figures of classes: the accuracy of each, and which is taken for which."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +25,14 @@ _MOST_NUMBERS = 20
 
 def draw_classes(findings: Sequence[Findings]) -> list[Figure]:
     """Returns the accuracy of each class, of all networks with the same classes."""
-    groups: dict[tuple[str, tuple[str, ...]], dict[int, Evaluation]] = {}
+    groups: dict[tuple[Any, tuple[str, ...]], dict[int, Evaluation]] = {}
     for i, found in enumerate(findings):
         if found.evaluation is not None:
-            key = (found.source or "", found.evaluation.class_names)
+            key = (found.test_set, found.evaluation.class_names)
             groups.setdefault(key, {})[i] = found.evaluation
     figures = []
-    for number, ((source, names), group) in enumerate(groups.items()):
+    for number, ((_, names), group) in enumerate(groups.items()):
+        source = findings[next(iter(group))].source or ""
         shares = {i: 100 * e.per_class for i, e in group.items()}
         means = np.mean([*shares.values()], axis=0)
         shown = np.flatnonzero(~np.isnan(means))

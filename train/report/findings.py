@@ -65,26 +65,28 @@ class Findings:
         return known_name(model) or type(model).__name__
 
     @property
+    def test_set(self) -> tuple[str, str | None] | None:
+        """What tells the images of the evaluation from others."""
+        if self.source is None or self.evaluation is None:
+            return None
+        return self.source, self.evaluation.held_out
+
+    @property
     def top1(self) -> float | None:
         """The accuracy that was measured here, or else the one of the training."""
         if self.evaluation is not None:
             return self.evaluation.top1
-        top1 = self._recorded.get("top1")
-        return float(top1) if isinstance(top1, int | float) else None
-
-    @property
-    def _recorded(self) -> Mapping[str, Any]:
         network = self.subject.network
-        return (network.info.get("evaluation") or {}) if network else {}
+        recorded = (network.info.get("evaluation") or {}) if network else {}
+        top1 = recorded.get("top1")
+        return float(top1) if isinstance(top1, int | float) else None
 
     @property
     def gate_rates(self) -> dict[str, float]:
         """The share of open gates of each inertial layer, by path."""
         if self.evaluation is not None:
             return dict(self.evaluation.gate_rates)
-        start = "gate_rate/"
-        recorded = self._recorded.items()
-        return {k.removeprefix(start): v for k, v in recorded if k.startswith(start)}
+        return self.subject.network.gate_rates if self.subject.network else {}
 
 
 class Examiner:
@@ -176,6 +178,7 @@ class Examiner:
             network.class_names,
             network.model.num_classes,
             trained_on and trained_on.image_size,
+            network.held_out_of(source),
         )
 
     def _kernels(

@@ -1,6 +1,7 @@
 """Figures of all subjects together: learning curves, and accuracy against cost."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -120,12 +121,13 @@ def draw_tradeoffs(findings: Sequence[Findings], *, device: str | None) -> list[
 
     Accuracies on different images are not compared.
     """
-    by_source: dict[str, list[int]] = {}
+    by_test_set: dict[Any, list[int]] = {}
     for i, found in enumerate(findings):
         if found.top1 is not None:
-            by_source.setdefault(found.source or "as recorded", []).append(i)
+            by_test_set.setdefault(found.test_set, []).append(i)
     figures = []
-    for group, (source, places) in enumerate(by_source.items()):
+    for group, places in enumerate(by_test_set.values()):
+        source = findings[places[0]].source or "as recorded"
         for name, (words, cost_of) in costs_of(device).items():
             costs = {i: cost_of(findings[i]) for i in places}
             known = {i: float(cost) for i, cost in costs.items() if cost}

@@ -81,7 +81,7 @@ def _difference(
 ) -> tuple[float, float] | tuple[None, None]:
     """Returns the paired difference to the first, where both are of the same images."""
     one, other = first.evaluation, found.evaluation
-    if one is None or other is None or first.source != found.source:
+    if one is None or other is None or first.test_set != found.test_set:
         return None, None
     return paired_difference(one, other)
 

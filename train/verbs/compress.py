@@ -15,7 +15,11 @@ from inertia_jax.compression.latency import network_latencies_ms
 from train.command import shell_command
 from train.compress import augmentation
 from train.compress.accuracy import compare_stages, in_words, stage_evaluator
-from train.compress.checks import check_options, check_options_without_data
+from train.compress.checks import (
+    check_layers,
+    check_options,
+    check_options_without_data,
+)
 from train.compress.layer_report import format_layers, report_layers
 from train.compress.options import AUGMENTATION, Compress
 from train.compress.progress import shown_progress
@@ -60,6 +64,7 @@ def run(argv: Sequence[str]) -> int:
                 f"{_how_to_resume(args, argv)}"
             )
     network = read_network(path, factory=args.factory)
+    check_layers(args, network)
     dense = (network.model, network.variables)
     args = _completed(args, network)
     sources = () if args.data is None else (args.data, *args.also_test)
@@ -142,8 +147,9 @@ def _report(
                 print(f"{layer.path} stays dense: {layer.note}")
         old = dense.cost()
         print(
-            f"network: {old.params:,} -> {cost.params:,} parameters, {old.macs:,} -> "
-            f"{cost.macs:,} MACs, {cost.macs / cost.dense_macs:.3f} of the dense "
+            f"network: {old.params:,} -> {cost.params:,} parameters, "
+            f"{old.total_macs:,} -> {cost.total_macs:,} MACs, "
+            f"{cost.total_macs / cost.dense_macs:.3f} of the dense "
             f"network's"
         )
     if args.timed_batch:
@@ -203,7 +209,8 @@ def _completed(args: Compress, network: TrainedNetwork) -> Compress:
             f"{network.path} names no data: errors are not weighed, BatchNorm is not "
             f"recalibrated, accuracy is not measured; --data says which to use."
         )
-    args = dataclasses.replace(args, data=source)
+    cache_dir = args.cache_dir or network.cache_dir
+    args = dataclasses.replace(args, data=source, cache_dir=cache_dir)
     completed = augmentation.with_augmentation(args, network)
     if augmentation.uses_augmentation(args, network):
         print(augmentation.in_words(args, network))
@@ -222,7 +229,7 @@ def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> 
         data=dataclasses.replace(
             config.data,
             source=args.data or "",
-            cache_dir=args.cache_dir,
+            cache_dir=args.cache_dir or config.data.cache_dir,
             **{name: getattr(args, name) for name in AUGMENTATION},
         ),
         teacher=str(teacher.absolute()),

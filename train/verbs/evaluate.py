@@ -1,13 +1,14 @@
 """`python -m train evaluate`: evaluate a checkpoint."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Sequence
 
 import jax
 
 from inertia_jax.plan.plan import Plan, plan_of
-from train.evaluate.checkpoint import evaluate_network
+from train.evaluate.checkpoint import evaluate_network, held_out_of_all
 from train.evaluate.evaluation import paired_difference
 from train.machine.processes import first_devices, joined
 from train.networks import (
@@ -40,11 +41,18 @@ def _run(args: Evaluate) -> int:
     network = read_network(find_checkpoint(args.checkpoint), factory=args.factory)
     # Before the first evaluation, which may take long.
     other = read_network(against, fallback=args.factory) if against else None
+    source = args.data or network.source
+    held_out = None
+    if other is not None and source is not None:
+        held_out = held_out_of_all((network, other), source)
     print(f"checkpoint  {network.path}")
     cost = network.cost()
     print(f"network     {name_in_words(network.model)}")
     print(f"layers      {kinds_in_words(cost)}")
-    evaluation = evaluate_network(network, args.settings, source=args.data)
+    evaluate = functools.partial(
+        evaluate_network, settings=args.settings, source=source, held_out=held_out
+    )
+    evaluation = evaluate(network)
     if evaluation.gate_rates:
         cost = network.cost(evaluation.gate_rates)
     print(f"cost        {cost_in_words(cost)}")
@@ -52,9 +60,7 @@ def _run(args: Evaluate) -> int:
     found = json.loads(evaluation.to_json()) | cost_to_json(cost)
     found |= {"plan": json.loads((plan_of(network.model) or Plan()).to_json())}
     if other is not None:
-        # Only results on the same data can be compared image by image.
-        source = args.data or network.source
-        baseline = evaluate_network(other, args.settings, source=source)
+        baseline = evaluate(other)
         difference, margin = paired_difference(baseline, evaluation)
         change = f"{100 * difference:+.2f} points"
         interval = f"95% interval +-{100 * margin:.2f}, paired"

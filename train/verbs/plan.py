@@ -24,7 +24,7 @@ def run(argv: Sequence[str]) -> int:
     check_output_file("out", args.out)
     network = read_description(find_checkpoint(args.checkpoint), factory=args.factory)
     found = plan_to_json(network)
-    rates = measured_gate_rates(network)
+    rates = network.gate_rates
     shape = "x".join(map(str, network.preprocessing.image_shape))
     print(f"checkpoint  {network.path}")
     print(f"network     {name_in_words(network.model)}, input {shape}")
@@ -37,22 +37,10 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def measured_gate_rates(network: NetworkDescription) -> dict[str, float]:
-    """Returns the gate rates of the evaluation that a checkpoint records, if any."""
-    evaluation = network.info.get("evaluation")
-    prefix = "gate_rate/"
-    found = evaluation if isinstance(evaluation, dict) else {}
-    return {
-        name.removeprefix(prefix): rate
-        for name, rate in found.items()
-        if name.startswith(prefix)
-    }
-
-
 def plan_to_json(network: NetworkDescription) -> dict[str, Any]:
     """Returns a network's plan, and what each of its layers costs."""
     plan = plan_of(network.model) or Plan()
-    cost = network.cost(measured_gate_rates(network))
+    cost = network.cost(network.gate_rates)
     return {
         "network": name_in_words(network.model),
         "image_shape": network.preprocessing.image_shape,

@@ -195,6 +195,9 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
         (["--ranks", "budget:latency=1", "--device", "v5"], "must be one of v4, v5e"),
         (["--macs", "0.8", "--device", "v5e"], "`device` .*does nothing with --macs"),
         (["--ranks", "half"], "`ranks` .=half. must be"),
+        (["--ranks", "ratio:0.5", "--round-to", "0"], "`round_to` .=0. must be >= 1"),
+        (["--macs", "0.8", "--channel-stride", "0"], "`channel_stride` .* >= 1"),
+        (["--macs", "0.8", "--tile-size", "4", "1"], "`tile_size` .=1. must be >= 2"),
         (["--macs", "80"], "`macs` .=80.0. must be in .0, 1."),
         (["--macs", "0.9", "--seed", "-1"], "`seed` .* must be >= 0"),
         (["--macs", "0.9", "--crop-padding", "-1"], "`crop_padding` .* must be >= 0"),
@@ -217,8 +220,11 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
 def test_what_cannot_be_compressed(run, arguments, message, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["compress", str(run), *arguments, "--out", str(out), *IMAGES]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(message, said)
     assert not out.exists()
+    # What options say by themselves is said before anything is evaluated.
+    assert "evaluating" not in said or "budget:macs" in arguments[1]
 
 
 def test_rules_are_read_as_they_are_written(tmp_path):

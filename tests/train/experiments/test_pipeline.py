@@ -198,6 +198,8 @@ def test_bad_input_claims_no_directory(weights, tmp_path, capsys):
 def test_what_stages_set_themselves_is_refused(tmp_path, capsys):
     assert pipeline(tmp_path / "a", "--run.teacher", "somewhere") == 2
     assert "`run.teacher` (=somewhere) must not be set" in capsys.readouterr().err
+    assert pipeline(tmp_path / "a", "--run.new-head") == 2
+    assert "`run.new_head` (=True) must not be set" in capsys.readouterr().err
 
 
 def test_weights_are_asked_for_and_rules_are_checked_first(tmp_path, capsys):

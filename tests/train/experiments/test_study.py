@@ -416,6 +416,19 @@ def test_files_of_another_command_are_made_again(tmp_path, monkeypatch):
     assert ran == ["a.ijx", "report.json"]
 
 
+@pytest.mark.parametrize("stopped_by", [None, 15])
+def test_a_stage_that_ends_without_its_run_is_an_error(
+    stopped_by, tmp_path, monkeypatch
+):
+    study = Study(smaller={"a": HALF}, config="quickstart")
+    monkeypatch.setattr(studies, "_run", lambda stage: (0, {"stopped_by": stopped_by}))
+    if stopped_by is None:
+        with pytest.raises(UsageError, match="has ended, and .*dense is not whole"):
+            run_study(study, tmp_path)
+    else:
+        assert run_study(study, tmp_path).stopped_by == stopped_by
+
+
 def test_the_table_has_what_is_known():
     row = {
         **dict.fromkeys(("file_bytes", "cycles"), None),
@@ -432,6 +445,8 @@ def test_the_table_has_what_is_known():
     assert "one is 0.50 points" in table
     assert re.search(r"jax, 1 +torch, 1", table)
     assert "cycles" not in table and "file" not in table
+    other = small | {"difference": None, "margin_95": None}  # of other test images
+    assert "+-" not in format_networks([row, other])
     full = [{**r, "file_bytes": 2_500_000, "cycles": 7000} for r in (row, small)]
     table = format_networks(full, "v5e")
     assert "2.50 MB" in table and "7,000" in table and "not measured" in table

@@ -44,7 +44,8 @@ def checkpoint(tmp_path_factory):
         lambda t: np.full_like(t, 0.6), variables["thresholds"]
     )
     preprocessing = Preprocessing(SHAPE, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-    info = {"evaluation": {"top1": 0.875}, "config": {"data": {"source": "tfds:pets"}}}
+    evaluation = {"top1": 0.875, "gate_rate/layer1_0/conv1": 0.25}
+    info = {"evaluation": evaluation, "config": {"data": {"source": "tfds:pets"}}}
     path = tmp_path_factory.mktemp("mixed") / "checkpoint"
     metadata = Metadata(preprocessing, CLASSES, info)
     ij.save_checkpoint(path, model, variables, metadata=metadata)
@@ -102,6 +103,10 @@ def test_safetensors_come_with_a_card_and_are_read_again(
     keys = safetensors.numpy.load_file(folder / "model.safetensors")
     assert "layer2.0.conv1.1.weight" in keys
     card = (folder / "README.md").read_text()
+    # Friction counts, at the rate of open gates that the training measured.
+    rates = {"layer1_0/conv1": 0.25}
+    total_macs = ij.count_cost(model, SHAPE, gate_rates=rates).total_macs
+    assert total_macs > ij.count_cost(model, SHAPE, gate_rates=rates).macs
     for said in (
         "library_name: inertia_jax",
         "| top1 on the test set | 0.875 |",
@@ -110,6 +115,7 @@ def test_safetensors_come_with_a_card_and_are_read_again(
         "3. owl",
         '"rank_in": 2',
         f"| parameters | {ij.count_cost(model, SHAPE).params:,} |",
+        f"| multiply-accumulates an image | {total_macs:,} |",
     ):
         assert said in card, said
     # What the card says is a program.

@@ -21,6 +21,7 @@ from train.__main__ import main
 from train.compress.options import Compress
 from train.compress.stages import load_training_images
 from train.errors import UsageError
+from train.experiments.study import Stage
 from train.fit.best import Best
 from train.networks import read_description
 from train.run.checkpoints import find_checkpoint
@@ -175,6 +176,7 @@ def epochs_of(run):
 def test_a_run_ends_where_validation_does_not_rise(fit, capsys):
     place = fit(*IDLE, "--early-stopping", "2")
     assert epochs_of(place) == [1, 2, 3]
+    assert Stage("", ("fit",), place).is_complete()
     said = capsys.readouterr().out
     words = "ended early, after epoch 3 of 9: validation top-1 has not risen for 2"
     assert words in said
