@@ -94,14 +94,18 @@ def _trains(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     except TypeError:  # the network refuses it, or takes no `train`
         train = kwargs.get("train")
         return isinstance(train, bool | np.bool_) and bool(train)
-    given.apply_defaults()
-    fields = {name: getattr(model, name, None) for name in MODES}
-    said = fields | {n: v for n, v in given.arguments.items() if v is not None}
-    return any(
-        said[name] == trained
-        for name, trained in MODES.items()
-        if isinstance(said[name], bool | np.bool_)
-    )
+    said = _modes(given.arguments)
+    if not said:  # by this call, that is
+        given.apply_defaults()
+        fields = {name: getattr(model, name, None) for name in MODES}
+        said = _modes(fields) | _modes(given.arguments)
+    return any(value == MODES[name] for name, value in said.items())
+
+
+def _modes(values: Mapping[str, Any]) -> dict[str, bool | np.bool_]:
+    """Returns those of `MODES` that have a constant value."""
+    found = {name: values.get(name) for name in MODES}
+    return {n: v for n, v in found.items() if isinstance(v, bool | np.bool_)}
 
 
 def on_scope(model: nn.Module, scope: Any) -> nn.Module:

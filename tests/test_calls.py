@@ -296,3 +296,21 @@ def test_equal_models_are_traced_once_where_calls_are_remembered():
     for _ in range(2):
         record_calls(Traced(), (5,))
     assert Traced.seen == [3, 4, 3, 3, 3]
+
+
+def test_what_a_call_says_wins_over_a_field():
+    class Net(nn.Module):
+        deterministic: bool = False
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Conv(2, (3, 3), name="c")(x)
+
+    rule = ("c", ij.Inertial(3, 4, reading="tiled", threshold=ij.Rate(0.5)))
+    model = ij.Planned(Net(), ij.Plan((rule,)))
+    x = np.ones((1, 6, 6, 2), np.float32)
+    variables = model.init(jax.random.key(0), x, train=False)
+    model.apply(variables, x, train=False)  # moves no threshold
+    # Without a word in the call, the field has it.
+    with pytest.raises(flax.errors.ModifyScopeVariableError):
+        model.apply(variables, x)

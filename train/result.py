@@ -51,17 +51,17 @@ def printed_as_json(verb: str) -> Iterator[dict[str, Any]]:
             _result.update(exit_code=leaving.code, error="the options are refused")
         raise
     finally:
-        print(json.dumps(_as_json(_result), allow_nan=False), flush=True)
+        print(json.dumps(as_json(_result), allow_nan=False), flush=True)
 
 
-def _as_json(value: Any) -> Any:
-    """Returns a value as JSON has it."""
+def as_json(value: Any) -> Any:
+    """Returns a value as JSON has it; numbers that it cannot hold are None."""
     if isinstance(value, Mapping):
-        return {str(name): _as_json(inner) for name, inner in value.items()}
+        return {str(name): as_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(inner) for inner in value]
+        return [as_json(inner) for inner in value]
     if hasattr(value, "tolist"):  # an array, or a number of NumPy
-        return _as_json(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, bool | int | float | str):

@@ -150,8 +150,9 @@ def image_shape_of(model: nn.Module, given: Shape | None) -> Any:
     """
     if given is not None:
         if isinstance(model, Network):
-            if not isinstance(given, Sequence) or len(given) != 3:
+            if not isinstance(given, Sequence | np.ndarray) or len(given) != 3:
                 raise ValueError(f"`image_shape` (={given}) must be (h, w, c).")
+            return tuple(given)
         return given
     if isinstance(model, Network):
         return input_shape(model)

@@ -207,3 +207,9 @@ def test_narrow_parameters_of_other_models_stay_narrow():
     found = ij.init_variables(model, jax.random.key(0), (8, 8, 3))
     own = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
     assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, own)
+
+
+def test_a_shape_may_be_an_array(no_shape_checks):
+    model = ij.create_model("lenet", width=0.1)
+    shape = np.array([28, 28, 1])
+    assert ij.count_cost(model, shape).macs == ij.count_cost(model, (28, 28, 1)).macs

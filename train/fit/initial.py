@@ -1,7 +1,7 @@
 """The checkpoint that a run starts from: checked before anything is compiled, read."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,13 @@ from flax import traverse_util
 from inertia_jax import Plan, init_variables
 from inertia_jax.checkpoint import load_arrays, verify_checkpoint
 from inertia_jax.models.create import abstract_variables
-from train.config import Config, Data
+from train.config import Config
 from train.config_file import differing_fields
 from train.data import ImageSet, warn_of_other_names
-from train.data.held_out import check_as_trained, source_name
 from train.errors import UsageError, user_input
 from train.fit.checks import check_same_everywhere
-from train.machine.processes import say, warn
+from train.fit.held_out import check_held_out
+from train.machine.processes import say
 from train.networks import (
     make_preprocessing,
     model_config,
@@ -25,9 +25,6 @@ from train.networks import (
     with_classes,
 )
 from train.run.checkpoints import find_checkpoint
-
-# Fields of `Data` that say which images are test images.
-_OF_TEST = ("test_share", "split_seed")
 
 
 def verify_initial(config: Config) -> None:
@@ -77,7 +74,7 @@ def check_initial(config: Config, data: ImageSet) -> ImageSet:
         raise UsageError(
             f"{name} has another network than `model`: {'; '.join(differing)}."
         )
-    _check_held_out(name, config, data, metadata.info)
+    check_held_out(name, config, data, metadata.info)
     if not config.new_head:
         if model.num_classes != data.num_classes:
             raise UsageError(
@@ -96,39 +93,6 @@ def check_initial(config: Config, data: ImageSet) -> ImageSet:
                 f"{own.image_shape}, for which layers have other sizes: {differing[0]}."
             )
     return data
-
-
-def _check_held_out(
-    name: str, config: Config, data: ImageSet, info: Mapping[str, Any]
-) -> None:
-    """Checks that a checkpoint was not trained on images that the run holds out.
-
-    Raises:
-        UsageError: It was trained on images that are the run's test images.
-    """
-    recorded = info.get("config")
-    there = recorded.get("data") if isinstance(recorded, Mapping) else None
-    if not isinstance(there, Mapping):
-        return
-    source = there.get("source")
-    if source is None or source_name(source) != source_name(config.data.source):
-        return
-    try:
-        check_as_trained(data.name, data.held_out, info, splits=("test",))
-    except UsageError as error:
-        own = (there.get(field, getattr(Data, field)) for field in _OF_TEST)
-        raise UsageError(
-            f"{name} was trained on images that this run holds out for tests: its own "
-            f"are those of `data.test_share` {next(own)} and `data.split_seed` "
-            f"{next(own)}, in the images that it was trained with."
-        ) from error
-    try:
-        check_as_trained(data.name, data.held_out, info, splits=("validation",))
-    except UsageError:
-        warn(
-            f"{name} was trained on images that this run holds out for validation: "
-            f"their accuracy is too high."
-        )
 
 
 def named_as(data: ImageSet, class_names: Sequence[str]) -> ImageSet:

@@ -15,6 +15,7 @@ from train.config import Config
 from train.config_file import differing_fields
 from train.data import ImageSet, warn_of_other_names
 from train.errors import UsageError
+from train.fit.held_out import check_held_out
 from train.networks import read_network
 from train.run.checkpoints import find_checkpoint
 from train.step.distill import Distillation
@@ -65,7 +66,8 @@ def load_teacher(
         data: The run's data, whose number of classes the teacher must share.
 
     Raises:
-        UsageError: The checkpoint is missing or damaged, or does not fit.
+        UsageError: The checkpoint is missing or damaged, does not fit, or was trained
+            on the run's test images.
     """
     path = resolve_teacher(config).teacher
     if path is None:
@@ -89,6 +91,7 @@ def load_teacher(
         )
     if model.dtype == "float64" and jnp.result_type(float) != "float64":
         raise UsageError(f"`teacher` (={path}), in float64, needs JAX_ENABLE_X64=1.")
+    check_held_out(f"`teacher` (={path})", config, data, network.info)
     # Without ladders the logits are the same, and the step has no switch of capacities.
     model = without_ladders(model)
     order = data.places_in(network.class_names)

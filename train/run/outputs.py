@@ -8,6 +8,7 @@ from typing import Any
 
 from inertia_jax.atomic import appearing, local_path
 from train.errors import UsageError, user_input
+from train.result import as_json
 
 
 def check_output(name: str, path: str | pathlib.Path | None) -> None:
@@ -44,12 +45,14 @@ def check_output_file(name: str, path: str | pathlib.Path | None) -> None:
 def write_json(path: str | pathlib.Path | None, value: Any) -> None:
     """Writes a file of JSON, which appears whole or not at all; None: nothing.
 
+    Numbers that JSON cannot hold are null.
+
     Raises:
         UsageError: The file cannot be written.
     """
     if path is None:
         return
-    text = json.dumps(value, indent=1) + "\n"
+    text = json.dumps(as_json(value), indent=1, allow_nan=False) + "\n"
     with user_input():
         place = local_path(path).expanduser()
         if place.exists() and not place.is_file():  # such as /dev/stdout, or a pipe

@@ -26,6 +26,9 @@ from train.result import add_result
 from train.run.outputs import check_output, write_json
 from train.run.report import draw_curve, format_curve
 
+# The suffixes of the files.
+_KINDS = ("html", "md", "json", "png")
+
 
 def run(argv: Sequence[str]) -> int:
     """Reports as the arguments say, and prints where the files are."""
@@ -40,9 +43,7 @@ def run(argv: Sequence[str]) -> int:
         )
     stem = _stem(args, is_run=subjects[0].record is not None)
     check_output("out", stem.parent)
-    files = {
-        e: stem.with_name(f"{stem.name}.{e}") for e in ("html", "md", "json", "png")
-    }
+    files = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in _KINDS}
     examiner = Examiner(
         args.settings,
         source=args.data,
@@ -92,7 +93,9 @@ def _stem(args: Report, *, is_run: bool) -> pathlib.Path:
         return pathlib.Path(folder).expanduser() / "report"
     out = pathlib.Path(args.out).expanduser()
     is_folder = args.out.endswith(("/", os.sep)) or out.is_dir()
-    return out / "report" if is_folder else out
+    if is_folder:
+        return out / "report"
+    return out.with_suffix("") if out.suffix.removeprefix(".") in _KINDS else out
 
 
 def _record_before(path: pathlib.Path) -> Any:

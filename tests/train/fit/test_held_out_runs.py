@@ -139,6 +139,15 @@ def test_finetuning_holds_the_same_images_out(run, tmp_path, capsys):
     )
 
 
+def test_a_teacher_has_not_seen_the_test_images(run, data, tmp_path, capsys):
+    options = ["--data", data, "--teacher", str(run), "--data.split-seed", "1"]
+    arguments = [*FIT_ONE, *options, *SHARES, "--workdir", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "was trained on images that this run holds out for tests" in said
+    assert "`teacher` (=" in said
+
+
 def test_other_images_under_the_name_of_the_source_are_noticed(
     run, data, tmp_path, capsys
 ):

@@ -121,6 +121,12 @@ def test_one_run_has_its_curve_and_the_record_of_before(files, tmp_path, capsys)
     run = tmp_path / "run"
     shutil.copytree(files[0]["run"], run, ignore=shutil.ignore_patterns("checkpoints"))
     assert main(["report", str(run), "--seconds-to", "0.15"]) == 0
+    # A name of one of the files is that of all.
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    written = sorted(file.name for file in tmp_path.glob("page*"))
+    assert written == ["page.html", "page.json", "page.md", "page.png"]
+    capsys.readouterr()
+    assert main(["report", str(run), "--seconds-to", "0.15"]) == 0
     record = json.loads((run / "report.json").read_text())
     assert record["config"]["name"] == "gated run"
     assert record["curve"] == record["subjects"][0]["training"]["curve"]

@@ -143,3 +143,12 @@ def test_every_verb_refuses_urls(arguments, tmp_path, monkeypatch, capsys):
     assert told.startswith("error: ") and told.count("\n") == 1
     assert "is a URL; files are read and written by paths of this machine" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_json_cannot_hold_are_null(tmp_path):
+    value = {"loss": float("nan"), "rows": [float("inf"), 1.5], "path": tmp_path}
+    write_json(tmp_path / "found.json", value)
+    text = (tmp_path / "found.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    expected = {"loss": None, "rows": [None, 1.5], "path": str(tmp_path)}
+    assert json.loads(text) == expected
