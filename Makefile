@@ -33,9 +33,13 @@ test-floor:
 	$(VENV)-floor/bin/python -m pip install -q -c $(VENV)-floor/floor.txt -e '.[dev]'
 	$(MAKE) BIN=$(VENV)-floor/bin -o lint test
 
-# The lines that `make test` reaches, those of the program in processes of its own too.
+# The lines that `make test` and the slow tests of `train` reach, those of the program in
+# processes of its own too; and which test runs each, for `make mutants`.
+COVERED = $(PYTEST) --cov --cov-append --cov-context=test --cov-report=
 coverage: $(VENV)/.$(EXTRAS)
-	$(PYTEST) --one-a-file --cov --cov-report= $(TESTS)
+	rm -f .coverage*
+	$(COVERED) --junitxml=.coverage-quick.xml --one-a-file $(TESTS)
+	$(COVERED) --junitxml=.coverage-slow.xml -m slow tests/train
 	$(BIN)/python -m coverage report --include='train/*' --fail-under=90
 	$(BIN)/python -m coverage report --include='inertia_jax/*' --fail-under=95
 

@@ -116,16 +116,18 @@ def _is_code(text: str) -> bool:
 class Tests:
     """The tests that run a line, the quickest first, as `make coverage` saw them."""
 
-    def __init__(self, data: pathlib.Path, times: pathlib.Path) -> None:
+    def __init__(self, data: pathlib.Path, times: Sequence[pathlib.Path]) -> None:
         self._data = coverage.CoverageData(str(data))
         self._data.read()
         self._files = self._data.measured_files()
-        self._seconds = {}
-        for case in xml.etree.ElementTree.parse(times).iter("testcase"):
-            module, name = case.get("classname", ""), case.get("name", "")
-            self._seconds[f"{module.replace('.', '/')}.py::{name}"] = float(
-                case.get("time", 0)
+        cases = [c for file in times for c in xml.etree.ElementTree.parse(file).iter()]
+        self._seconds = {
+            f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}": (
+                float(case.get("time", 0))
             )
+            for case in cases
+            if case.tag == "testcase"
+        }
         self._statements: dict[str, dict[int, tuple[int, int]]] = {}
 
     def of(self, file: str, line: int, most_seconds: float) -> tuple[list[str], float]:
@@ -316,7 +318,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="those that survived, too")
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / ".coverage")
-    parser.add_argument("--times", type=pathlib.Path, default=ROOT / ".coverage.xml")
+    times = sorted(ROOT.glob(".coverage-*.xml"))
+    parser.add_argument("--times", type=pathlib.Path, nargs="+", default=times)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "mutants.jsonl")
     args = parser.parse_args()
     args.out = args.out.absolute()
