@@ -37,7 +37,7 @@ test-floor:
 # processes of its own too; and which test runs each, for `make mutants`.
 COVERED = $(PYTEST) --cov --cov-append --cov-context=test --cov-report=
 coverage: $(VENV)/.$(EXTRAS)
-	rm -f .coverage*
+	rm -f .coverage* mutants.jsonl
 	$(COVERED) --junitxml=.coverage-quick.xml --one-a-file $(TESTS)
 	$(COVERED) --junitxml=.coverage-slow.xml -m slow tests/train
 	$(BIN)/python -m coverage report --include='train/*' --fail-under=90

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -11,7 +12,9 @@ def jsonable(value: Any) -> Any:
     """Returns what JSON has for a value that `json` does not know, such as an array."""
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+    is_array = isinstance(value, (np.generic, np.ndarray, jax.Array))
+    # A random key is no number.
+    if is_array and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return np.asarray(value).tolist()
     return str(value)
 

@@ -87,10 +87,17 @@ class Preprocessing:
     resize: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("image_shape", operator.index),
+            ("mean", float),
+            ("std", float),
+        ):
+            given = getattr(self, name)
+            try:
+                object.__setattr__(self, name, tuple(map(kind, given)))
+            except TypeError as error:
+                raise ValueError(f"`{name}` (={given!r}) must be numbers.") from error
         height, width, channels = self.image_shape
-        for name in ("mean", "std"):
-            values = tuple(map(float, getattr(self, name)))
-            object.__setattr__(self, name, values)
         if min(self.image_shape) < 1:
             raise ValueError(f"`image_shape` (={self.image_shape}) must be >= 1.")
         for name in ("mean", "std"):

@@ -328,12 +328,23 @@ def test_arrays_are_numbers_in_what_a_checkpoint_says(tmp_path, no_shape_checks)
     variables = ij.init_variables(model, jax.random.key(0))
     given = ij.Preprocessing((28, 28, 1), mean=np.array([0.5]), std=jax.numpy.ones(1))
     info = {"top1": jax.numpy.float32(0.5), "curve": np.arange(2.0)}
+    info["key"] = jax.random.key(0)
     ij.save_checkpoint(
         tmp_path / "a", model, variables, metadata=ij.Metadata(given, info=info)
     )
     found = ij.load_metadata(tmp_path / "a")
+    assert isinstance(found.info.pop("key"), str)
     assert found.info == {"top1": 0.5, "curve": [0.0, 1.0]}
     assert found.preprocessing == given == ij.Preprocessing((28, 28, 1), (0.5,), (1.0,))
+
+
+@pytest.mark.parametrize("name", ["image_shape", "mean", "std"])
+def test_what_is_no_list_of_numbers_is_named(name, no_shape_checks):
+    fields = {"image_shape": (8, 8, 1), "mean": (0.5,), "std": (0.5,)}
+    array = {**fields, name: np.array(fields[name])}
+    assert ij.Preprocessing(**array) == ij.Preprocessing(**fields)
+    with pytest.raises(ValueError, match=f"`{name}` .=0.5. must be numbers"):
+        ij.Preprocessing(**{**fields, name: 0.5})
 
 
 def test_names_that_no_reader_takes_are_not_written(tmp_path, no_shape_checks):

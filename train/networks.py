@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -114,8 +115,9 @@ class NetworkDescription:
     def cache_dir(self) -> str:
         """Directory in which decoded sets are kept: the training's if it is here."""
         data = self.trained_on
-        is_here = data and pathlib.Path(data.cache_dir).expanduser().is_dir()
-        return data.cache_dir if data and is_here else Data.cache_dir
+        if data is not None and os.path.isdir(os.path.expanduser(str(data.cache_dir))):
+            return str(data.cache_dir)
+        return Data.cache_dir
 
     @property
     def gate_rates(self) -> dict[str, float]:

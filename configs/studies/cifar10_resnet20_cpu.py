@@ -9,7 +9,7 @@ study = Study(
     checkpoint="checkpoints/resnet20",
     smaller={
         name: Smaller(("--ranks", f"budget:macs={share}", "--method", "hooi"))
-        for name, share in {"half": 0.5, "third": 0.35, "quarter": 0.28}.items()
+        for name, share in {"half": 0.5, "macs_35": 0.35, "macs_28": 0.28}.items()
     },
     compress=("--crop-padding", "4", "--flip", "True"),
     finetune=(

@@ -41,9 +41,10 @@ class Planned(Wrapper):
     in an `nn.Conv` of two dimensions without groups, dilation, mask or precision. Other
     layers stay ordinary, and `dropped_rules` lists them. It is in training mode when
     the call says so by one of the arguments `train`, `training`, `is_training`,
-    `deterministic` and `use_running_average` that the network takes, or a field of that
-    name does. A network that has none of them is called with `train=True` all the same,
-    which is then the layers' alone. Elsewhere, as for other methods of the network:
+    `deterministic` and `use_running_average` that the network takes, or, where it says
+    nothing, a field of that name does. A network that has none of them is called with
+    `train=True` all the same, which is then the layers' alone. Elsewhere, as for other
+    methods of the network:
 
         nn.apply(call, model, mutable=["batch_stats", "thresholds"])(variables, images)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from inertia_jax.calls import ApplyFn, Call, record_calls
 from inertia_jax.compression.parameter_uses import find_misused
+from inertia_jax.compression.planned import Planned
 from inertia_jax.inputs import Shape
 from inertia_jax.layers.factorised import cannot_factorise
 from inertia_jax.layers.kinds import (
@@ -50,7 +51,8 @@ class Site:
         spec: The form of the layer.
         core: The ordinary convolution of that place, with the filters that the plan
             has for it.
-        is_first: Whether it is the first of all convolutions, the stem.
+        is_first: Whether it is the stem, the first of all convolutions, or of all
+            layers where there is none.
     """
 
     path: str
@@ -150,7 +152,9 @@ def split_convolutions(
     Raises:
         ValueError: A kernel that is not finite, or variables of another network.
     """
-    calls, kept = find_kept(model, variables, image_shape, apply_fn, linear=linear)
+    calls, kept, stem = find_kept(
+        model, variables, image_shape, apply_fn, linear=linear
+    )
     plan, sites = plan_of(model) or Plan(), {}
     for path, call in calls.items():
         if path in kept:
@@ -170,7 +174,7 @@ def split_convolutions(
             calls=tuple((c.input_shape[1:], c.output_shape) for c in call.every),
             spec=Conv() if type(module) is nn.Dense else spec_of(module),
             core=core if isinstance(core, Conv) else Conv(),
-            is_first=path == next(iter(calls)),
+            is_first=path == stem,
         )
     return sites, kept
 
@@ -182,10 +186,10 @@ def find_kept(
     apply_fn: ApplyFn | None,
     *,
     linear: bool = False,
-) -> tuple[dict[str, Call], dict[str, str]]:
+) -> tuple[dict[str, Call], dict[str, str], str]:
     """Returns the calls of convolutions, and why some cannot be factorised, by path.
 
-    The variables are plain.
+    The variables are plain. Third is the path of the stem, `Site.is_first`.
 
     Raises:
         ValueError: Variables of another network.
@@ -211,16 +215,33 @@ def find_kept(
         apply_fn,
         training=not isinstance(model, Network),
     )
-    plan, kept = plan_of(model) or Plan(), {}
+    own, kept = _own_factors(model, calls, image_shape, apply_fn), {}
     for path, call in convolutions.items():
         module = call.module
         misuse = misused.get(path, "is not called in evaluation")
         reason = _cannot_replace(module, leaves_at(variables, path)) or misuse
-        if kind_of(module).parts and not isinstance(plan.spec(path), Factorised):
+        if path in own:
             reason = f"is a {type(module).__name__} of the model's own"
         if reason is not None:
             kept[path] = reason
-    return convolutions, kept
+    stems = [path for path, call in calls.items() if path and _is_stem(call.module)]
+    return convolutions, kept, next(iter((*stems, *convolutions)), "")
+
+
+def _own_factors(
+    model: nn.Module,
+    calls: Mapping[str, Call],
+    image_shape: Shape,
+    apply_fn: ApplyFn | None,
+) -> set[str]:
+    """Returns the paths of factorised layers that the model's own code makes."""
+    made = {path for path, call in calls.items() if call.is_factorised}
+    if plan_of(model) is None or not made:
+        return made
+    if not isinstance(model, Planned):
+        return set()
+    inside, _ = record_calls(model.unplanned, image_shape, apply_fn=apply_fn)
+    return {path for path in made if path in inside and inside[path].is_factorised}
 
 
 def check_shapes(
@@ -284,6 +305,12 @@ def with_leaves(
 def _per_axis(module: Any, name: str) -> tuple[int, ...]:
     """Returns the numbers of a field of a layer, one for each axis; 1 without it."""
     return per_axis(getattr(module, name, None) or 1, name, count=num_axes(module))
+
+
+def _is_stem(module: Any) -> bool:
+    """Returns whether a layer is a convolution, of whatever kind."""
+    is_one = isinstance(module, OTHER_CONVOLUTIONS) or kind_of(module).spec is not None
+    return is_one and num_axes(module) > 0
 
 
 def _is_kernel(module: Any, linear: bool) -> bool:

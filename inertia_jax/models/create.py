@@ -281,16 +281,17 @@ def _first_variables(
     images = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
     variables = without_boxes(init_network(model, key, images, apply_fn=apply_fn))
     # Flax starts BatchNorm statistics in float32 and returns float64 after a step.
-    dtype = getattr(model, "dtype", None)
-    if dtype is None:
-        return variables
+    dtype = getattr(model, "dtype", None) or jnp.float32
 
     def widen(leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):  # someone's counter, or key
             return leaf
         return leaf.astype(jnp.promote_types(leaf.dtype, dtype))
 
-    return jax.tree.map(widen, variables)
+    if isinstance(model, Network):
+        return jax.tree.map(widen, variables)
+    names = variables.keys() & {"batch_stats"}  # the rest is as the model has it
+    return {**variables, **{n: jax.tree.map(widen, variables[n]) for n in names}}
 
 
 def check_plan(model: Any, image_shape: tuple[int, ...], *, strict: bool) -> None:

@@ -71,7 +71,7 @@ def _with_reasons(
 ) -> Planned:
     """Returns a model that knows why layers stay, which a module does not keep."""
     shape = shape_of_input(model, input_shape, apply_fn)
-    _, kept = find_kept(model, variables, shape, apply_fn, linear=linear)
+    kept = find_kept(model, variables, shape, apply_fn, linear=linear)[1]
     return model.clone(kept=tuple(kept.items()))
 
 

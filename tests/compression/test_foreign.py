@@ -662,6 +662,18 @@ def test_factorised_layers_of_the_models_own_stay_and_say_so(layer):
         )
 
 
+def test_a_glob_of_the_plan_does_not_make_a_layer_of_the_models_own_the_plans():
+    model = Net(lambda: ij.Tucker2Conv(4, 3, rank_in=2, rank_out=3, name="own"))
+    planned = ij.Planned(model, ij.Plan((("*n", ij.Tucker2(3, 3)),)))
+    assert ij.Plan(planned.plan.rules).spec("plain") != ij.Plan().spec("plain")
+    variables = planned.init(KEY, X)
+    for small, factors in (
+        ij.compress(planned, variables, ranks=ij.Ratio(0.5), image_shape=SHAPE),
+        ij.decompress(planned, variables, image_shape=SHAPE),
+    ):
+        assert small.apply(factors, X).shape == X.shape
+
+
 def test_the_stem_is_the_first_convolution_also_where_it_stays_anyway():
     class Own(nn.Conv):
         """May compute anything."""
@@ -678,3 +690,7 @@ def test_the_stem_is_the_first_convolution_also_where_it_stays_anyway():
     assert [glob for glob, _ in small.plan.rules] == ["a", "b"]
     small, _ = ij.compress(Two(), Two().init(KEY, X), **options)
     assert [glob for glob, _ in small.plan.rules] == ["b"]
+    tiled = ij.Inertial(3, 4, reading="tiled")
+    planned = ij.Planned(Two(), ij.Plan((("a", tiled),)))
+    small, _ = ij.compress(planned, planned.init(KEY, X), **options)
+    assert [glob for glob, _ in small.plan.rules] == ["b", "a"]

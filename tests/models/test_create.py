@@ -203,10 +203,26 @@ def test_first_variables_of_a_network_called_in_its_own_way():
 
 
 def test_narrow_parameters_of_other_models_stay_narrow():
-    model = nn.Conv(4, (3, 3), param_dtype=jnp.bfloat16)
-    found = ij.init_variables(model, jax.random.key(0), (8, 8, 3))
-    own = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
-    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, own)
+    for dtype in (None, jnp.float32):
+        model = nn.Conv(4, (3, 3), dtype=dtype, param_dtype=jnp.bfloat16)
+        found = ij.init_variables(model, jax.random.key(0), (8, 8, 3))
+        types = {leaf.dtype.name for leaf in jax.tree.leaves(found)}
+        assert types == {"bfloat16"}
+
+
+def test_statistics_of_other_models_are_as_wide_as_after_a_step(x64):
+    class Net(nn.Module):
+        dtype: object = jnp.float64
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.BatchNorm(not train, dtype=self.dtype)(x)
+
+    found = ij.init_variables(Net(), jax.random.key(0), (4, 4, 3))
+    x = jnp.ones((2, 4, 4, 3))
+    _, after = Net().apply(found, x, train=True, mutable="batch_stats")
+    types = jax.tree.map(jnp.result_type, dict(after))
+    assert types == jax.tree.map(jnp.result_type, {"batch_stats": found["batch_stats"]})
 
 
 def test_a_shape_may_be_an_array(no_shape_checks):

@@ -64,6 +64,8 @@ def check_options(args: Compress) -> None:
     if args.device is not None:
         with user_input():
             topology(args.device)
+    if not args.tile_size:
+        raise UsageError("`tile_size` must be one number, or several.")
     for name, values, least in (
         ("round_to", (args.round_to,), 1),
         ("channel_stride", (args.channel_stride,), 1),

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,12 +58,17 @@ def source_name(source: str) -> str:
 def as_trained(trained_on: Data | None, source: str) -> HeldOut:
     """Returns what a training held out of a source: nothing of another source.
 
-    Another source may have the same name: where it has test images, nothing was held
-    out of it.
+    A source of the same name in another place may be another one: where it has test
+    images, nothing was held out of it.
     """
     if trained_on is None or source_name(source) != source_name(trained_on.source):
         return HeldOut()
-    return dataclasses.replace(HeldOut.of(trained_on), is_optional=True)
+    is_moved = _place(source) != _place(trained_on.source)
+    return dataclasses.replace(HeldOut.of(trained_on), is_optional=is_moved)
+
+
+def _place(source: str) -> str:
+    return os.path.realpath(os.path.expanduser(source.partition(":")[2] or source))
 
 
 def check_as_trained(

@@ -76,6 +76,7 @@ class Evaluation:
             {
                 "num_examples": self.num_examples,
                 "flip_test": self.flip_test,
+                "held_out": self.held_out,
                 **self.metrics(),
                 "class_names": self.class_names,
                 "per_class": [

@@ -187,7 +187,8 @@ def _evaluated(name: str, checkpoint: pathlib.Path, config: Config) -> Stage:
     )
     evaluation = evaluate_network(network, settings, source=config.data.source)
     print(f"{name}: top-1 {evaluation.top1:.2%}", flush=True)
-    return Stage(name, evaluation, network.cost(), network.model.plan)
+    cost = network.cost(evaluation.gate_rates)
+    return Stage(name, evaluation, cost, network.model.plan)
 
 
 def make_pipeline_record(pipeline: Pipeline, stages: list[Stage]) -> dict[str, Any]:

@@ -332,9 +332,13 @@ def _is_trained(run: pathlib.Path) -> bool:
     if saved.name != f"step_{last['step']:08d}":
         return False
     epoch, config = last["epoch"], record["config"]
-    best = Best.of(load_metadata(saved).info)
-    ended_early = best.is_over(epoch, config.get("early_stopping"))
-    return bool(epoch == config["epochs"] or ended_early)
+    patience = config.get("early_stopping")
+    if epoch == config["epochs"] or patience is None:
+        return bool(epoch == config["epochs"])
+    try:
+        return Best.of(load_metadata(saved).info).is_over(epoch, patience)
+    except (OSError, ValueError, *_OF_ANOTHER_FORM):  # the training says what is wrong
+        return False
 
 
 def _is_newer(file: pathlib.Path, run: pathlib.Path) -> bool:

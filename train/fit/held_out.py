@@ -33,7 +33,8 @@ def check_held_out(
     except UsageError as error:
         own = (there.get(field, getattr(Data, field)) for field in _OF_TEST)
         raise UsageError(
-            f"{name} was trained on images that this run holds out for tests: its own "
+            f"{name} was trained on images that this run holds out for tests, or on "
+            f"another source of the name {source_name(source)}: its own test images "
             f"are those of `data.test_share` {next(own)} and `data.split_seed` "
             f"{next(own)}, in the images that it was trained with."
         ) from error

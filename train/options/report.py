@@ -26,8 +26,9 @@ class Report:
     ]
     """Directories of runs, of which the best checkpoint is taken, and checkpoints."""
     out: str | None = None
-    """Stem of the files. A directory, or what ends with a slash, has them as report.*;
-    None: RUN/report for a single run, and ./report for anything else."""
+    """Stem of the files, or the name of one of them. A directory, or what ends with a
+    slash, has them as report.*; None: RUN/report for a single run, and ./report for
+    anything else."""
     seconds_to: tuple[float, ...] = ()
     """Test accuracies in (0, 1], for each of which the seconds of training until then
     are reported."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from train.evaluate.evaluation import Evaluation
 from train.report.findings import Findings, short_source
+from train.report.overview import which_networks
 from train.report.svg import (
     INK,
     Figure,
@@ -58,7 +59,8 @@ def draw_classes(findings: Sequence[Findings]) -> list[Figure]:
             axes.set_ylim(len(shown) - 0.5, -0.5)
             axes.set(xlabel="test top-1 [%]")
             svg = to_svg(figure, f"classes-{number}", title)
-        caption = f"{short_source(source)}. {which}."
+        whose = which_networks(group, findings)
+        caption = f"{short_source(source)}{whose}. {which}."
         figures.append(Figure(f"classes-{number}", title, caption, svg))
     return figures
 

@@ -1,6 +1,6 @@
 """Figures of all subjects together: learning curves, and accuracy against cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,11 +137,19 @@ def draw_tradeoffs(findings: Sequence[Findings], *, device: str | None) -> list[
             title = f"Accuracy against {words.partition(',')[0]}"
             svg = _scatter(known, scores, words, f"tradeoff-{name}-{group}", title)
             caption = (
-                f"{short_source(source)}. Rings and the line mark the Pareto "
-                f"front: the networks than which none is both cheaper and better."
+                f"{short_source(source)}{which_networks(places, findings)}. Rings and "
+                f"the line mark the Pareto front: the networks than which none is "
+                f"both cheaper and better."
             )
             figures.append(Figure(f"tradeoff-{name}-{group}", title, caption, svg))
     return figures
+
+
+def which_networks(places: Iterable[int], findings: Sequence[Findings]) -> str:
+    """Returns which networks a figure is of, where others are of other test images."""
+    if len({found.test_set for found in findings if found.top1 is not None}) < 2:
+        return ""
+    return f", networks {', '.join(str(place + 1) for place in places)}"
 
 
 def _scatter(

@@ -209,8 +209,7 @@ def _completed(args: Compress, network: TrainedNetwork) -> Compress:
             f"{network.path} names no data: errors are not weighed, BatchNorm is not "
             f"recalibrated, accuracy is not measured; --data says which to use."
         )
-    cache_dir = args.cache_dir or network.cache_dir
-    args = dataclasses.replace(args, data=source, cache_dir=cache_dir)
+    args = dataclasses.replace(args, data=source)
     completed = augmentation.with_augmentation(args, network)
     if augmentation.uses_augmentation(args, network):
         print(augmentation.in_words(args, network))
@@ -219,7 +218,8 @@ def _completed(args: Compress, network: TrainedNetwork) -> Compress:
 
 def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> Config:
     """Returns the configuration that trains the compressed checkpoint."""
-    config = from_checkpoint(FINETUNE, read_description(out), keep_data=False)
+    compressed = read_description(out)
+    config = from_checkpoint(FINETUNE, compressed, keep_data=False)
     return dataclasses.replace(
         config,
         name=out.name,
@@ -229,7 +229,7 @@ def _tuning_config(args: Compress, teacher: pathlib.Path, out: pathlib.Path) -> 
         data=dataclasses.replace(
             config.data,
             source=args.data or "",
-            cache_dir=args.cache_dir or config.data.cache_dir,
+            cache_dir=args.cache_dir or compressed.cache_dir,
             **{name: getattr(args, name) for name in AUGMENTATION},
         ),
         teacher=str(teacher.absolute()),

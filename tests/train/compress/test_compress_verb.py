@@ -197,6 +197,8 @@ def test_a_compressed_checkpoint_compresses_again_and_is_tuned(compressed, tmp_p
         (["--ranks", "half"], "`ranks` .=half. must be"),
         (["--ranks", "ratio:0.5", "--round-to", "0"], "`round_to` .=0. must be >= 1"),
         (["--macs", "0.8", "--channel-stride", "0"], "`channel_stride` .* >= 1"),
+        (["--macs", "0.8", "--tile-size"], "`tile_size` must be one number, or"),
+        (["--macs", "0.8", "--layers", "fc?"], r"no convolution of .*'conv1', 'layer1"),
         (["--macs", "0.8", "--tile-size", "4", "1"], "`tile_size` .=1. must be >= 2"),
         (["--macs", "80"], "`macs` .=80.0. must be in .0, 1."),
         (["--macs", "0.9", "--seed", "-1"], "`seed` .* must be >= 0"),

@@ -10,11 +10,14 @@ import pytest
 import inertia_jax as ij
 from inertia_jax.metadata import Metadata, Preprocessing
 from train.__main__ import main
+from train.compress.options import Compress
+from train.compress.stages import load_training_images
 from train.config import Config, Data
 from train.config_file import config_to_json
 from train.data import load_data
 from train.data.held_out import HeldOut
 from train.errors import UsageError
+from train.evaluate import checkpoint
 from train.evaluate.checkpoint import evaluate_network, held_out_of_all
 from train.evaluate.evaluation import paired_difference
 from train.evaluate.settings import EvaluationSettings
@@ -88,6 +91,9 @@ def test_a_report_tests_each_network_on_what_it_held_out(runs, tmp_path):
         assert subject["evaluation"]["num_examples"] == alone.num_examples
     # The same weights: only the images differ.
     assert [s["difference"] for s in found] == [0.0, None, None, 0.0]
+    page = (tmp_path / "report.html").read_text()
+    for networks in ("1, 4", "2", "3"):
+        assert f"set.npz, networks {networks}. Every class." in page
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "diff"])
@@ -147,6 +153,14 @@ def test_a_source_of_the_same_name_has_its_own_test_images(tmp_path):
         read_network(tmp_path / "run"), EvaluationSettings(), source=other
     )
     assert found.num_examples == 20 and found.held_out is None
+    # Where it is the training's own source, nobody can tell any more what was held out.
+    save_images(tmp_path / "set.npz", has_test=True)
+    network = read_network(tmp_path / "run")
+    with pytest.raises(UsageError, match="test images of its own"):
+        evaluate_network(network, EvaluationSettings())
+    args = Compress(checkpoint="run", out="out", ranks="ratio:0.5", data=trained)
+    with pytest.raises(UsageError, match="test images of its own"):
+        load_training_images(args, network)
     # To hold some out is still refused where the user asks for it.
     with pytest.raises(UsageError, match="test images of its own"):
         load_data(
@@ -163,3 +177,27 @@ def test_decoded_sets_are_looked_for_where_the_training_kept_them(tmp_path):
         save_trained(tmp_path / name, source, cache_dir=str(place))
         expected = str(place) if is_here else Data.cache_dir
         assert read_network(tmp_path / name).cache_dir == expected
+    # What is no place is none of a reader's faults.
+    for number, wrong in enumerate(("~nobodyx/data", 3, None)):
+        config = Config(data=Data(source, mean=(0.5,), std=(0.25,)))
+        info = {"config": config_to_json(config)}
+        info["config"]["data"]["cache_dir"] = wrong
+        network = read_network(tmp_path / "here")
+        changed = dataclasses.replace(network, info=info)
+        assert changed.cache_dir == Data.cache_dir, number
+
+
+def test_evaluate_reads_what_the_training_decoded(tmp_path, monkeypatch):
+    source = save_images(tmp_path / "set.npz", has_test=True)
+    (tmp_path / "cache").mkdir()
+    save_trained(tmp_path / "run", source, cache_dir=str(tmp_path / "cache"))
+    asked, load = [], checkpoint.load_data
+
+    def remember(*args, cache_dir, **options):
+        asked.append(cache_dir)
+        return load(*args, cache_dir=cache_dir, **options)
+
+    monkeypatch.setattr(checkpoint, "load_data", remember)
+    for settings in (EvaluationSettings(), EvaluationSettings(cache_dir="mine")):
+        evaluate_network(read_network(tmp_path / "run"), settings)
+    assert asked == [str(tmp_path / "cache"), "mine"]

@@ -416,17 +416,33 @@ def test_files_of_another_command_are_made_again(tmp_path, monkeypatch):
     assert ran == ["a.ijx", "report.json"]
 
 
-@pytest.mark.parametrize("stopped_by", [None, 15])
-def test_a_stage_that_ends_without_its_run_is_an_error(
-    stopped_by, tmp_path, monkeypatch
-):
+def test_a_stage_that_ends_without_its_run_is_an_error(tmp_path, monkeypatch):
     study = Study(smaller={"a": HALF}, config="quickstart")
-    monkeypatch.setattr(studies, "_run", lambda stage: (0, {"stopped_by": stopped_by}))
-    if stopped_by is None:
-        with pytest.raises(UsageError, match="has ended, and .*dense is not whole"):
-            run_study(study, tmp_path)
-    else:
-        assert run_study(study, tmp_path).stopped_by == stopped_by
+    monkeypatch.setattr(studies, "_run", lambda stage: (0, {"stopped_by": None}))
+    with pytest.raises(UsageError, match="has ended, and .*dense is not whole"):
+        run_study(study, tmp_path)
+
+
+def test_a_stage_that_a_signal_stopped_is_said(tmp_path, monkeypatch):
+    study = Study(smaller={"a": HALF}, config="quickstart")
+    monkeypatch.setattr(studies, "_run", lambda stage: (0, {"stopped_by": 15}))
+    assert run_study(study, tmp_path).stopped_by == 15
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_damaged_description_is_no_run_that_ended_early(
+    content, tmp_path, monkeypatch
+):
+    saved = tmp_path / "step_00000002"
+    saved.mkdir()
+    (saved / "metadata.json").write_text(content)
+    record = {
+        "curve": [{"epoch": 1, "step": 2}],
+        "config": {"epochs": 5, "early_stopping": 1},
+    }
+    monkeypatch.setattr(studies, "make_record", lambda run: record)
+    monkeypatch.setattr(studies, "last_checkpoint", lambda run: saved)
+    assert not Stage("", ("fit",), tmp_path).is_complete()
 
 
 def test_the_table_has_what_is_known():
