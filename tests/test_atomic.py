@@ -194,3 +194,21 @@ def test_urls_are_refused(path, tmp_path, monkeypatch):
         ij.load_torch(ij.create_model("lenet", width=0.1), url)
     assert local_path("a:b/c") == pathlib.Path("a:b/c")
     assert local_path("C:/x") == pathlib.Path("C:/x")
+
+
+@pytest.mark.parametrize(
+    ("number", "is_kept"),
+    [(errno.EPERM, True), (errno.ESRCH, False), (errno.EINVAL, True)],
+)
+def test_what_may_be_another_users_writer_is_left(
+    number, is_kept, tmp_path, monkeypatch
+):
+    def kill(process, signal):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "kill", kill)
+    rest = tmp_path / f".other.partial-{this_machine()}-123456"
+    rest.write_text("half")
+    with appearing(tmp_path / "file") as partial:
+        partial.write_text("whole")
+    assert rest.exists() == is_kept

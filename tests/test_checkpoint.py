@@ -14,6 +14,7 @@ from flax.core import freeze
 import inertia_jax as ij
 from inertia_jax.checkpoint import (
     CheckpointWriteError,
+    _write_error,
     load_arrays,
     verify_checkpoint,
 )
@@ -354,3 +355,9 @@ def test_names_that_no_reader_takes_are_not_written(tmp_path, no_shape_checks):
     with pytest.raises(ValueError, match="`class_names` has 0; each must be a str"):
         ij.save_checkpoint(tmp_path / "a", model, variables, metadata=about)
     assert not (tmp_path / "a").exists()
+
+
+def test_the_first_line_of_an_unknown_reason_is_said(tmp_path):
+    error = _write_error(tmp_path / "a", ValueError("too long\nby a page"))
+    assert str(error) == f"could not write {tmp_path / 'a'}: too long"
+    assert error.errno is None

@@ -613,3 +613,12 @@ def test_kernels_of_other_numbers_of_axes_are_numpys_projection(sides):
     hooi = ops.tucker2(kernel, rank_in=2, rank_out=3, method="hooi")
     error = lambda f: np.sum((ops.tucker2_to_kernel(f) - kernel) ** 2)  # noqa: E731
     assert error(hooi) <= error(factors) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("channels", [(3, 4), (4, 3)])
+def test_groups_must_divide_both_numbers_of_channels(channels):
+    c_in, c_out = channels
+    x = normal(1, 5, 5, c_in)
+    into, core, out = normal(c_in, 1), normal(3, 3, 1, 2), normal(c_out, 1)
+    with pytest.raises(ValueError, match="`groups` .=2. must divide the channels"):
+        ops.tucker2_conv(x, ops.Tucker2Factors(into, core, out), groups=2)

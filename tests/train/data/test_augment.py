@@ -176,6 +176,13 @@ def test_alternating_mirrors_take_turns_whatever_the_batch():
         assert abs(heads.sum() - 2000) < 5 * np.sqrt(1000)
 
 
+def test_an_alternating_mirror_is_the_top_bit_of_a_weighted_sum():
+    images = RNG.integers(256, size=(50, 4, 4, 3), dtype=np.uint8)
+    weights = jax.random.bits(jax.random.key(0), images.shape[1:], np.uint32)
+    sums = (images.astype(np.uint64) * np.asarray(weights, np.uint64)).sum((1, 2, 3))
+    np.testing.assert_array_equal(mirrors_of(images, 0), sums % 2**32 >= 2**31)
+
+
 def test_given_mirrors_are_taken_in_place_of_drawn_ones():
     augmentation = make_augmentation(crop_padding=0)
     keys = augment.example_keys(jax.random.key(0), jnp.arange(6))
