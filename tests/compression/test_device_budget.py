@@ -12,9 +12,11 @@ from own_cnn import OwnCNN
 import inertia_jax as ij
 from inertia_jax.compression import budget, layer_times
 from inertia_jax.compression import chip_times as chip_times_file
+from inertia_jax.compression.allocation import Forms
 from inertia_jax.compression.chip_times import ChipTimes, _as_bfloat16, chip_times
 from inertia_jax.compression.sites import find_sites
 from inertia_jax.compression.whole_network import network_in
+from inertia_jax.layers.kinds import ranks_of
 
 SHAPE = (8, 8, 3)
 
@@ -167,3 +169,27 @@ def test_the_compiler_says_what_a_chip_gains(monkeypatch, tmp_path, no_shape_che
         assert {*each.layers} == {"Conv_0", "Conv_1", "Dense_0"}
         assert 0.9 * each.ms < sum(each.layers.values()) <= each.ms
     assert len(list(tmp_path.rglob("*.json"))) == 3
+
+
+def test_ranks_in_pairs_are_compiled_in_pairs_and_single_ones_singly():
+    model = ij.create_model("lenet", width=0.5)
+    sites = find_sites(model, ij.init_variables(model, jax.random.key(0)), (28, 28, 1))
+    site = sites["conv2"]
+    for specs, wanted in (
+        (
+            [ij.Tucker2(a, b) for a in (2, 4, 6, 8, 12, 16) for b in (4, 8, 16)],
+            [(2, 4), (4, 4), (6, 4), (8, 8), (12, 8), (4, 8), (8, 4)],
+        ),
+        (
+            [ij.LowRank(r) for r in (1, 2, 4, 8)],
+            [(1,), (2,), (2,), (4,), (4,), (2,), (2,)],
+        ),
+    ):
+        # Those that take no fewer MACs than the dense layer are left out.
+        costs = np.array([site.macs(ij.Conv()) - 1.0] * len(specs))
+        grid = Forms(tuple(specs), costs, np.zeros(len(specs)))
+        places = layer_times._to_compile(site, grid)
+        found = [ranks_of(specs[place]) for place in places]
+        assert found == wanted  # of two that are as near, the first
+        dear = Forms(grid.specs, costs + 1, grid.errors)
+        assert layer_times._to_compile(site, dear) == [None] * len(places)
