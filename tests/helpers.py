@@ -177,9 +177,10 @@ def take_steps(
     trained=None,
     ema_decay=0.0,
     teacher=None,
+    steps_per_call=1,
     **objective,
 ):
-    """Returns first and last state after steps of the whole batch."""
+    """Returns first and last state after calls, each of steps of the whole batch."""
     shape, places = images.shape[1:], np.arange(len(images), dtype=np.int32)
     preprocessing = Preprocessing(shape, (0.0,) * shape[-1], (1.0,) * shape[-1])
     augmentation = Augmentation.plain(preprocessing, getattr(model, "dtype", "float32"))
@@ -194,9 +195,8 @@ def take_steps(
         model, update, ij.init_variables(model, jax.random.key(0), shape)
     )
     for _ in range(steps):
-        last, _ = call(
-            last, images[None], labels[None], places[None, None], places[None], teacher
-        )
+        rows = np.broadcast_to(places, (1, steps_per_call, len(places)))
+        last, _ = call(last, images[None], labels[None], rows, places[None], teacher)
     return first, last
 
 

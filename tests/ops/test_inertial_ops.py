@@ -199,6 +199,18 @@ def test_window_reading_equals_its_definition(seed, x64):
         close(ops.friction(x, core_size=m, **settings), friction)
 
 
+@pytest.mark.parametrize("combine", COMBINES)
+def test_unequal_strides_leave_outputs_out(combine, x64):
+    rng = np.random.default_rng(1)
+    weights = random_weights(rng, combine, 3, CORE)
+    padding = ((2, 2), (2, 2))
+    f = partial(ops.inertial_conv, IMAGES, CORE, region_size=5, padding=padding)
+    friction = ops.friction(IMAGES, core_size=3, region_size=5, padding=padding)
+    options = dict(threshold=between(friction, 0.5), combine=combine, weights=weights)
+    whole = f(**options)
+    close(f(strides=(2, 3), **options).y, whole.y[:, ::2, ::3])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_tiled_reading_equals_its_definition(seed, x64):
     rng, x, core, d, padding, settings = draw(seed, tiled=True)

@@ -261,6 +261,12 @@ def test_one_cycle_rises_and_falls_by_hand():
     np.testing.assert_allclose(found, expected, atol=1e-7)
 
 
+def test_one_cycle_may_fall_in_a_single_step():
+    config = Optimizer(learning_rate=0.4, schedule="one_cycle", peak_share=0.8)
+    schedule = make_schedule(config, steps_per_epoch=5, epochs=1)
+    assert float(schedule(5)) == 0
+
+
 def test_one_cycle_of_one_step_is_finite():
     config = Optimizer(schedule="one_cycle", peak_share=0.9)
     schedule = make_schedule(config, steps_per_epoch=1, epochs=1)

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 from flax import linen as nn
-from helpers import DECAYING, INPUTS, LABELS, take_steps
+from helpers import DECAYING, IMAGES, INPUTS, LABELS, take_steps
 
 
 class Linear(nn.Module):
@@ -25,6 +25,18 @@ def test_right_answers_are_those_of_the_parameters_before_the_step():
     assert after.totals.correct == (np.argmax(logits, -1) == LABELS).sum()
     assert after.totals.count == len(LABELS)
     assert after.totals.bad_step == -1
+
+
+def test_several_steps_a_call_of_one_image_are_all_taken():
+    alone = {"images": IMAGES[:1], "labels": LABELS[:1]}
+    _, together = take_steps(Linear(), 1, steps_per_call=2, **alone)
+    _, one_by_one = take_steps(Linear(), 2, **alone)
+    assert together.step == one_by_one.step == 2
+    np.testing.assert_allclose(
+        together.variables["params"]["fc"]["bias"],
+        one_by_one.variables["params"]["fc"]["bias"],
+        rtol=1e-6,
+    )
 
 
 def test_the_first_bad_step_is_kept():
