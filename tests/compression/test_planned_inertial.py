@@ -321,3 +321,18 @@ def test_rules_for_layers_that_stay_whatever_they_are_are_dropped():
     tiled = ij.Inertial(3, 4, reading="tiled")
     assert reasons(("up", tiled)) == {"up": f"{up} inertial form"}
     assert reasons(("fc", ij.LowRank(2)), ("*", ij.Conv())) == {}
+
+
+def test_a_kernel_of_the_same_shape_is_drawn_as_the_model_draws_it():
+    ones = nn.initializers.ones_init()
+    model = nn.Sequential([nn.Conv(4, (3, 3), kernel_init=ones)])
+    x = np.ones((1, 6, 6, 2), np.float32)
+
+    def kernel(core_size, region_size):
+        spec = ij.Inertial(core_size, region_size)
+        planned = ij.Planned(model, ij.Plan((("layers_0", spec),)))
+        return planned.init(jax.random.key(0), x)["params"]["layers_0"]["kernel"]
+
+    np.testing.assert_array_equal(kernel(3, 5), 1)
+    # The model's initialiser may know the shape of its own kernel alone.
+    assert len(np.unique(kernel(1, 3))) > 1
