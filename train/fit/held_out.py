@@ -34,7 +34,7 @@ def check_held_out(
         own = (there.get(field, getattr(Data, field)) for field in _OF_TEST)
         raise UsageError(
             f"{name} was trained on images that this run holds out for tests, or on "
-            f"another source of the name {source_name(source)}: its own test images "
+            f"another source of the name {source_name(source)}: its own "
             f"are those of `data.test_share` {next(own)} and `data.split_seed` "
             f"{next(own)}, in the images that it was trained with."
         ) from error
