@@ -265,7 +265,7 @@ class InertialConv(nn.Module):
         if isinstance(threshold, Learned):
             shape = (self.core_features,) if threshold.per_channel else ()
             init = nn.initializers.constant(threshold.init)
-            return self.param("threshold", init, shape, dtype)
+            return jnp.asarray(self.param("threshold", init, shape, dtype))
         first = threshold.value if isinstance(threshold, Fixed) else 0.0
         stored = self.variable(
             "thresholds", "threshold", lambda: jnp.full((), first, dtype)
