@@ -62,7 +62,7 @@ def as_trained(trained_on: Data | None, source: str) -> HeldOut:
     images, nothing was held out of it.
     """
     if trained_on is None or source_name(source) != source_name(trained_on.source):
-        return HeldOut()
+        return NOTHING
     is_moved = _place(source) != _place(trained_on.source)
     return dataclasses.replace(HeldOut.of(trained_on), is_optional=is_moved)
 

@@ -8,7 +8,7 @@ from train.config import Data
 from train.data import ImageSet, load_data, warn_of_other_names
 from train.data.augment import Augmentation
 from train.data.feed import make_feed
-from train.data.held_out import HeldOut, check_as_trained
+from train.data.held_out import NOTHING, HeldOut, check_as_trained
 from train.errors import UsageError, shortened
 from train.evaluate.evaluation import Evaluation, make_evaluator
 from train.evaluate.settings import EvaluationSettings
@@ -59,7 +59,7 @@ def held_out_of_all(networks: Sequence[NetworkDescription], source: str) -> Held
             f"{first.path} and {second.path} held other images of {source} out as test "
             f"images, so that there are none to compare their answers to."
         )
-    return found[0][1] if found else HeldOut()
+    return found[0][1] if found else NOTHING
 
 
 def evaluator_for(

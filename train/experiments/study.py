@@ -333,8 +333,10 @@ def _is_trained(run: pathlib.Path) -> bool:
         return False
     epoch, config = last["epoch"], record["config"]
     patience = config.get("early_stopping")
-    if epoch == config["epochs"] or patience is None:
-        return bool(epoch == config["epochs"])
+    if epoch == config["epochs"]:
+        return True
+    if patience is None:
+        return False
     try:
         return Best.of(load_metadata(saved).info).is_over(epoch, patience)
     except (OSError, ValueError, *_OF_ANOTHER_FORM):  # the training says what is wrong

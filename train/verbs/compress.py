@@ -149,8 +149,7 @@ def _report(
         print(
             f"network: {old.params:,} -> {cost.params:,} parameters, "
             f"{old.total_macs:,} -> {cost.total_macs:,} MACs, "
-            f"{cost.total_macs / cost.dense_macs:.3f} of the dense "
-            f"network's"
+            f"{cost.total_macs / cost.dense_macs:.3f} of the dense network's"
         )
     if args.timed_batch:
         networks = [(dense.model, dense.variables), small]

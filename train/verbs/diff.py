@@ -19,10 +19,9 @@ def run(argv: Sequence[str]) -> int:
     # Both are looked for before either is read, which may take long.
     paths = [find_checkpoint(path) for path in (args.first, args.second)]
     first, second = (read_network(path, factory=args.factory) for path in paths)
-    if args.data is not None:
-        held_out = held_out_of_all((first, second), args.data)
     found = compare_networks(first, second)
     if args.data is not None:
+        held_out = held_out_of_all((first, second), args.data)
         evaluate = functools.partial(
             evaluate_network,
             settings=args.settings,
